@@ -1,0 +1,59 @@
+"""evenmoe: expert-parallel load balancing for Mixture-of-Experts models, on any hardware PyTorch runs on.
+
+The public face is this list. A name is imported when it is first used, so `import evenmoe` loads neither torch nor numba.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evenmoe.dispatched import Dispatched as Dispatched
+    from evenmoe.metrics import count_copies as count_copies
+    from evenmoe.metrics import peak_to_average as peak_to_average
+    from evenmoe.ops.combine import combine as combine
+    from evenmoe.ops.combine_add_rms_norm import combine_add_rms_norm as combine_add_rms_norm
+    from evenmoe.ops.dispatch import dispatch as dispatch
+    from evenmoe.ops.update_expert import update_expert as update_expert
+    from evenmoe.placement import Placement as Placement
+    from evenmoe.planner.bound import lower_bound as lower_bound
+    from evenmoe.planner.plan import plan as plan
+    from evenmoe.rules.split_batch import split_batch as split_batch
+    from evenmoe.runtime.expert_parallel import ExpertParallel as ExpertParallel
+    from evenmoe.transport.world import local_world as local_world
+    from evenmoe.transport.world import process_world as process_world
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Dispatched": "evenmoe.dispatched",
+    "ExpertParallel": "evenmoe.runtime.expert_parallel",
+    "Placement": "evenmoe.placement",
+    "combine": "evenmoe.ops.combine",
+    "combine_add_rms_norm": "evenmoe.ops.combine_add_rms_norm",
+    "count_copies": "evenmoe.metrics",
+    "dispatch": "evenmoe.ops.dispatch",
+    "local_world": "evenmoe.transport.world",
+    "lower_bound": "evenmoe.planner.bound",
+    "peak_to_average": "evenmoe.metrics",
+    "plan": "evenmoe.planner.plan",
+    "process_world": "evenmoe.transport.world",
+    "split_batch": "evenmoe.rules.split_batch",
+    "update_expert": "evenmoe.ops.update_expert",
+}
+
+__all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'evenmoe' has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

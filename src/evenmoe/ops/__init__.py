@@ -1,0 +1,1 @@
+"""The operators on one rank's tensors; one operator, one file."""

@@ -1,0 +1,231 @@
+"""`Placement`: which logical expert each slot holds, for every layer; an immutable value that checks itself."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from evenmoe.errors import ConstraintError
+
+if TYPE_CHECKING:
+    import torch
+
+IntArray = npt.NDArray[np.int32]
+
+
+class Placement:
+    """The experts that every slot of every rank holds, layer by layer.
+
+    Slot `s` lives on rank `s // (S / num_ranks)`. Two placements are equal when all their arrays are.
+
+    Args:
+        slot_to_expert: integers (L, S), the logical expert 0…E−1 that each slot holds. Copied.
+        num_ranks: ranks that share the S slots evenly.
+        num_experts: E, logical experts per layer. Default: the largest id + 1.
+        replica_index: integers (L, S) or None: the position, from 0, of each slot in its expert's EPLB table row.
+            It decides which ranks reach which replica under the `rank` rule. Default: by ascending slot.
+
+    Raises:
+        ConstraintError: shapes that do not fit, an id outside 0…E−1, an expert without a slot, slots that do not
+            divide by the ranks, or a `replica_index` that does not count 0, 1, … over each expert's slots.
+
+    Two ranks with two slots each; expert 0 is held twice, so its table row counts 2 and names slots 0 and 2:
+
+    >>> placement = Placement([[0, 1, 0, 2]], num_ranks=2)
+    >>> placement.num_replicas.tolist()
+    [[2, 1, 1]]
+    >>> placement.eplb_table(0).tolist()
+    [[2, 0, 2], [1, 1, 0], [1, 3, 0]]
+    """
+
+    __slots__ = ("__dict__", "num_experts", "num_ranks", "replica_index", "slot_to_expert")
+
+    slot_to_expert: IntArray
+    num_ranks: int
+    num_experts: int
+    replica_index: IntArray
+
+    def __init__(
+        self,
+        slot_to_expert: npt.ArrayLike,
+        num_ranks: int,
+        *,
+        num_experts: int | None = None,
+        replica_index: npt.ArrayLike | None = None,
+    ) -> None:
+        slots = _integers("slot_to_expert", slot_to_expert)
+        if slots.ndim != 2 or slots.size == 0:
+            raise ConstraintError(
+                "slot_to_expert",
+                f"an array of shape {slots.shape}",
+                "must be (layers, slots), neither zero",
+                "pass one row per layer",
+            )
+        num_slots = slots.shape[1]
+        if num_ranks < 1 or num_slots % num_ranks:
+            fitting = [ranks for ranks in range(1, num_slots + 1) if num_slots % ranks == 0]
+            raise ConstraintError(
+                "num_ranks",
+                num_ranks,
+                f"must divide the {num_slots} slots evenly",
+                f"use one of {fitting}, or a number of slots that divides",
+            )
+        if num_experts is None:
+            num_experts = int(slots.max()) + 1
+        if slots.min() < 0 or slots.max() >= num_experts:
+            layer, slot = (int(i) for i in np.argwhere((slots < 0) | (slots >= num_experts))[0])
+            raise ConstraintError(
+                "slot_to_expert",
+                f"{slots[layer, slot]} in layer {layer}, slot {slot}",
+                f"must be a logical expert, 0 to {num_experts - 1}",
+                "give every slot an expert of the model",
+            )
+        _set(self, "slot_to_expert", _frozen(slots))
+        _set(self, "num_ranks", int(num_ranks))
+        _set(self, "num_experts", int(num_experts))
+        if (self.num_replicas == 0).any():
+            layer, expert = (int(i) for i in np.argwhere(self.num_replicas == 0)[0])
+            raise ConstraintError(
+                "slot_to_expert",
+                f"without expert {expert} in layer {layer}",
+                "must give every logical expert a slot",
+                "a token routed to that expert would have nowhere to go: add a slot for it",
+            )
+        ascending = _ascending_replica_index(self.slot_to_expert)
+        if replica_index is None:
+            order = ascending
+        else:
+            order = _integers("replica_index", replica_index)
+            if order.shape != slots.shape:
+                raise ConstraintError(
+                    "replica_index",
+                    f"an array of shape {order.shape}",
+                    f"must have the shape of slot_to_expert, {slots.shape}",
+                    "pass one position per slot, or None",
+                )
+            _check_replica_index(slots, order, ascending)
+        _set(self, "replica_index", _frozen(order))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"Placement is immutable: cannot set {name!r}")
+
+    @property
+    def num_layers(self) -> int:
+        return self.slot_to_expert.shape[0]
+
+    @property
+    def num_slots(self) -> int:
+        return self.slot_to_expert.shape[1]
+
+    @property
+    def slots_per_rank(self) -> int:
+        return self.num_slots // self.num_ranks
+
+    @cached_property
+    def num_replicas(self) -> IntArray:
+        """int32 (L, E): how many slots hold each logical expert."""
+        counts = np.zeros((self.num_layers, self.num_experts), np.int32)
+        np.add.at(counts, (np.arange(self.num_layers)[:, None], self.slot_to_expert), 1)
+        return _frozen(counts)
+
+    def eplb_table(self, layer: int) -> torch.Tensor:
+        """The operator's table of one layer: torch.int32 (E, F), row `e` = [count, slot ids…, 0 padding].
+
+        F = 1 + the largest replica count of any layer, so all layers of a placement share one shape.
+        """
+        import torch  # not at the top: planning and `--help` need no torch
+
+        slots = self.slot_to_expert[layer]
+        table = np.zeros((self.num_experts, 1 + int(self.num_replicas.max())), np.int32)
+        table[:, 0] = self.num_replicas[layer]
+        table[slots, 1 + self.replica_index[layer]] = np.arange(self.num_slots, dtype=np.int32)
+        return torch.from_numpy(table)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Placement):
+            return NotImplemented
+        return (
+            self.num_ranks == other.num_ranks
+            and self.num_experts == other.num_experts
+            and np.array_equal(self.slot_to_expert, other.slot_to_expert)
+            and np.array_equal(self.replica_index, other.replica_index)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.num_ranks, self.num_experts, self.slot_to_expert.tobytes(), self.replica_index.tobytes()))
+
+    def __repr__(self) -> str:
+        return (
+            f"Placement(layers={self.num_layers}, experts={self.num_experts}, "
+            f"slots={self.num_slots}, ranks={self.num_ranks})"
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (self.slot_to_expert, self.num_ranks, self.num_experts, self.replica_index)
+
+
+def identity_placement(num_layers: int, num_experts: int, num_ranks: int) -> Placement:
+    """Slot `s` holds expert `s` in every layer: what a model runs with before anything is balanced.
+
+    >>> identity_placement(1, 4, num_ranks=2).slot_to_expert.tolist()
+    [[0, 1, 2, 3]]
+    """
+    return Placement(np.tile(np.arange(num_experts, dtype=np.int32), (num_layers, 1)), num_ranks)
+
+
+def _rebuild(slots: IntArray, num_ranks: int, num_experts: int, order: IntArray) -> Placement:
+    return Placement(slots, num_ranks, num_experts=num_experts, replica_index=order)
+
+
+def _set(placement: Placement, name: str, value: object) -> None:
+    object.__setattr__(placement, name, value)
+
+
+def _frozen(array: npt.NDArray[np.integer]) -> IntArray:
+    frozen = np.array(array, np.int32, order="C")
+    frozen.flags.writeable = False
+    return frozen
+
+
+def _integers(name: str, values: npt.ArrayLike) -> npt.NDArray[np.integer]:
+    array = np.asarray(values)
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise ConstraintError(
+            name, f"of dtype {array.dtype}", "must hold integers", "convert it with .astype(np.int32)"
+        )
+    return array.astype(np.int64)
+
+
+def _ascending_replica_index(slots: IntArray) -> npt.NDArray[np.integer]:
+    """Position of each slot among the slots of the same expert, counted from the left."""
+    by_expert = np.argsort(slots, axis=1, kind="stable")
+    sorted_experts = np.take_along_axis(slots, by_expert, axis=1)
+    column = np.arange(slots.shape[1])
+    starts = np.ones(slots.shape, bool)
+    starts[:, 1:] = sorted_experts[:, 1:] != sorted_experts[:, :-1]
+    first = np.maximum.accumulate(np.where(starts, column, 0), axis=1)
+    order = np.empty(slots.shape, np.int64)
+    np.put_along_axis(order, by_expert, column - first, axis=1)
+    return order
+
+
+def _check_replica_index(
+    slots: npt.NDArray[np.integer], order: npt.NDArray[np.integer], ascending: npt.NDArray[np.integer]
+) -> None:
+    width = slots.shape[1] + 1
+    wrong = (order < 0) | (order >= width)
+    if not wrong.any():
+        # The positions of one expert must be a permutation of 0…count−1: as multisets of (expert, position)
+        # they must equal those of the ascending order.
+        wrong = np.sort(slots * width + order, axis=1) != np.sort(slots * width + ascending, axis=1)
+    if wrong.any():
+        layer = int(np.argwhere(wrong)[0][0])
+        raise ConstraintError(
+            "replica_index",
+            f"{order[layer].tolist()} in layer {layer}",
+            "must number the slots of each expert 0, 1, … without gaps",
+            "pass None for ascending slots",
+        )

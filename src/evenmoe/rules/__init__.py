@@ -1,0 +1,1 @@
+"""How a token picks one replica of its expert."""

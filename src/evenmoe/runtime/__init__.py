@@ -1,0 +1,1 @@
+"""The chain across real ranks, in one object."""

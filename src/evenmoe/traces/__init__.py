@@ -1,0 +1,1 @@
+"""Routing traces: load and synthesise."""

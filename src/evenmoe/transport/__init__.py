@@ -1,0 +1,1 @@
+"""How bytes cross ranks: one small contract, several implementations."""
