@@ -1,0 +1,173 @@
+"""`plan`: the one entry to every planner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy.typing as npt
+
+from evenmoe.errors import ConstraintError
+from evenmoe.metrics import FloatArray, as_load
+from evenmoe.placement import Placement
+from evenmoe.planner._shape import Shape, check_shape, whole_number
+
+RULES: Sequence[str] = ("even", "rank", "token", "occurrence", "batch")
+
+
+def plan(
+    load: npt.ArrayLike,
+    *,
+    num_ranks: int,
+    num_slots: int,
+    num_nodes: int = 1,
+    num_groups: int = 1,
+    previous: Placement | None = None,
+    max_copies: int | None = None,
+    target_par: float | None = None,
+    rule: str = "even",
+    seed: int = 0,
+) -> Placement:
+    """Choose replica counts and ranks for every expert, so that the busiest rank has as little to do as possible.
+
+    Every expert gets a slot, no two replicas of an expert share a rank (unless there are more slots than experts
+    times ranks), and every rank has the same number of slots. The same arguments give the same placement.
+
+    Args:
+        load: tokens per logical expert, (L, E); or windows (T, L, E): then the mean over windows of the
+            peak-to-average load is made small, for loads like the ones recorded, not for their sum.
+        num_ranks: G.
+        num_slots: S, at least E and a multiple of G.
+        num_nodes: nodes that share the ranks evenly, in rank order.
+        num_groups: expert groups, equal runs of consecutive ids. With more than one node, all replicas of a
+            group's experts stay inside one node (DeepSeek's group-limited routing). 1 plans across nodes.
+        previous: the placement in use; the plan starts from it and copies as few experts as it can.
+        max_copies: at most so many copies per layer, counted as `count_copies` does. Needs `previous`.
+        target_par: stop copying in a layer once its peak-to-average load is at most this. Needs `previous`.
+        rule: what decides how tokens divide over an expert's replicas: "even" (equal shares), "rank", "token",
+            "occurrence" or "batch".
+        seed: of the search's random choices, 0 or more.
+
+    Returns:
+        The placement, of L layers.
+
+    Raises:
+        ConstraintError: counts that cannot work (the text names the nearest that do), or arguments that do not
+            go together.
+
+    Two ranks with two slots each: expert 0 is split, and either rank computes 3 + 1 = 4 tokens:
+
+    >>> placement = plan([[6, 1, 1]], num_ranks=2, num_slots=4)
+    >>> placement.num_replicas.tolist()
+    [[2, 1, 1]]
+    """
+    tokens = as_load(load)
+    shape = check_shape(tokens.shape[-1], num_ranks, num_slots, num_nodes, num_groups)
+    seed = whole_number("seed", seed, 0)
+    _check_rule(rule)
+    _check_previous(previous, tokens, shape)
+    if max_copies is not None:
+        max_copies = whole_number("max_copies", max_copies, 0)
+    _check_goals(previous, max_copies, target_par)
+    if rule != "even":
+        return _plan_for_rule(tokens, shape, rule, previous, max_copies, target_par, seed)
+    if previous is not None:
+        return _plan_from(tokens, shape, previous, max_copies, target_par, seed)
+    if shape.is_hierarchical:
+        from evenmoe.planner.hierarchical import plan_hierarchical
+
+        mean = tokens.mean(axis=0) if tokens.ndim == 3 else tokens
+        slots = plan_hierarchical(mean, num_ranks, num_slots, num_nodes, num_groups, seed)
+    elif tokens.ndim == 3:
+        from evenmoe.planner.windows import plan_windows
+
+        slots = plan_windows(tokens, num_ranks, num_slots, seed)
+    else:
+        from evenmoe.planner.static import plan_static
+
+        slots = plan_static(tokens, num_ranks, num_slots, seed)
+    return Placement(slots, num_ranks, num_experts=shape.num_experts)
+
+
+def _plan_for_rule(
+    tokens: FloatArray,
+    shape: Shape,
+    rule: str,
+    previous: Placement | None,
+    max_copies: int | None,
+    target_par: float | None,
+    seed: int,
+) -> Placement:
+    if shape.is_hierarchical:
+        raise ConstraintError(
+            "rule",
+            f"{rule!r} with num_groups={shape.num_groups} on {shape.num_nodes} nodes",
+            'must be "even" where groups are kept inside nodes',
+            'plan with rule="even", or with num_groups=1',
+        )
+    if target_par is not None:
+        raise ConstraintError(
+            "target_par",
+            f"{target_par} with rule={rule!r}",
+            'needs rule="even"',
+            "bound the copies with max_copies instead",
+        )
+    from evenmoe.planner.rule_aware import plan_for_rule
+
+    return plan_for_rule(tokens, shape.num_ranks, shape.num_slots, rule, previous, max_copies, seed)
+
+
+def _plan_from(
+    tokens: FloatArray,
+    shape: Shape,
+    previous: Placement,
+    max_copies: int | None,
+    target_par: float | None,
+    seed: int,
+) -> Placement:
+    if shape.is_hierarchical:
+        raise ConstraintError(
+            "previous",
+            f"given with num_groups={shape.num_groups} on {shape.num_nodes} nodes",
+            "must be None where groups are kept inside nodes",
+            "plan anew without previous, or with num_groups=1",
+        )
+    from evenmoe.planner.incremental import plan_incremental
+
+    slots = plan_incremental(tokens, previous, max_copies, target_par, seed)
+    return Placement(slots, shape.num_ranks, num_experts=shape.num_experts)
+
+
+def _check_rule(rule: object) -> None:
+    if rule not in RULES:
+        raise ConstraintError("rule", repr(rule), f"must be one of {', '.join(RULES)}", 'the default is "even"')
+
+
+def _check_previous(previous: object, tokens: FloatArray, shape: Shape) -> None:
+    if previous is None:
+        return
+    if not isinstance(previous, Placement):
+        raise ConstraintError(
+            "previous",
+            f"of type {type(previous).__name__}",
+            "must be a Placement",
+            "wrap the slots in Placement(slot_to_expert, num_ranks)",
+        )
+    theirs = (previous.num_layers, previous.num_experts, previous.num_slots, previous.num_ranks)
+    ours = (tokens.shape[-2], shape.num_experts, shape.num_slots, shape.num_ranks)
+    if theirs != ours:
+        raise ConstraintError(
+            "previous",
+            "a placement of {} layers, {} experts, {} slots, {} ranks".format(*theirs),
+            "must have the {} layers, {} experts, {} slots, {} ranks of this call".format(*ours),
+            "pass the placement in use on this world, or None to plan anew",
+        )
+
+
+def _check_goals(previous: Placement | None, max_copies: int | None, target_par: float | None) -> None:
+    for name, value in (("max_copies", max_copies), ("target_par", target_par)):
+        if value is not None and previous is None:
+            raise ConstraintError(
+                name, value, "needs `previous`, the placement to start from", "pass previous=, or leave this out"
+            )
+    if target_par is not None and not target_par >= 1:
+        raise ConstraintError("target_par", target_par, "must be at least 1.0", "1.0 is perfect balance")
