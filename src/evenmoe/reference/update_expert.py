@@ -1,0 +1,74 @@
+"""MoeEPLBUpdateExpert / MoeUpdateExpert: logical expert ids to physical ones, and the pruning mask (§1)."""
+
+from __future__ import annotations
+
+import torch
+
+from evenmoe.reference.world import ceil_div
+
+
+def update_expert(
+    expert_ids: torch.Tensor,
+    eplb_table: torch.Tensor,
+    *,
+    local_rank_id: int = -1,
+    world_size: int = -1,
+    balance_mode: int = 0,
+    expert_scales: torch.Tensor | None = None,
+    pruning_threshold: torch.Tensor | None = None,
+    active_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace every logical expert by one of its replicas, and drop the experts whose weight is too small.
+
+    Args:
+        expert_ids: int32 or int64 (Bs,K), logical experts 0…E−1.
+        eplb_table: int32 (E,F). Row e = [count, id_1 … id_count, don't care].
+        local_rank_id, world_size: this rank and the number of ranks; read only in mode 0.
+        balance_mode: 0 = replica by rank, 1 = replica by token row.
+        expert_scales: float (Bs,K) gate weights, or None. Pruning is on when this and the threshold are given.
+        pruning_threshold: float32 (K,) or (1,K), by position in the top-k list.
+        active_mask: bool (Bs,); rows that are False are masked out entirely. Read only when pruning is on.
+
+    Returns:
+        The physical ids, (Bs,K) of the ids' dtype, and the mask, bool (Bs,K), all True when pruning is off (the
+        operator leaves it unwritten then).
+
+    The K weights of a token are added in fp32 in ascending k (the chip's order is unknown, §1.5). Source: §1.3, §1.5.
+
+    >>> table = torch.tensor([[1, 0, -1], [2, 1, 2]], dtype=torch.int32)  # expert 1 has the replicas 1 and 2
+    >>> ids = torch.tensor([[0, 1], [1, 0]], dtype=torch.int32)
+    >>> update_expert(ids, table, local_rank_id=3, world_size=4)[0].tolist()  # rank 3 of 4: second half, replica 2
+    [[0, 2], [2, 0]]
+    >>> update_expert(ids, table, balance_mode=1)[0].tolist()  # row 0 takes the first replica, row 1 the second
+    [[0, 1], [2, 0]]
+    >>> weights, threshold = torch.tensor([[0.75, 0.25], [0.5, 0.5]]), torch.tensor([0.0, 0.5])
+    >>> update_expert(ids, table, balance_mode=1, expert_scales=weights, pruning_threshold=threshold)[1].tolist()
+    [[True, False], [True, True]]
+    """
+    num_tokens, top_k = expert_ids.shape
+    balanced_ids = torch.zeros_like(expert_ids)
+    balanced_mask = torch.ones((num_tokens, top_k), dtype=torch.bool)
+    for token in range(num_tokens):
+        for k in range(top_k):
+            row = eplb_table[int(expert_ids[token, k])].tolist()
+            count = row[0]
+            if count == 1:
+                column = 1
+            elif balance_mode == 0:
+                column = local_rank_id // ceil_div(world_size, count) + 1
+            else:
+                column = token % count + 1
+            assert 1 <= column <= count
+            balanced_ids[token, k] = row[column]
+    if expert_scales is None or pruning_threshold is None:
+        return balanced_ids, balanced_mask
+    threshold = pruning_threshold.float().reshape(top_k)
+    for token in range(num_tokens):
+        scales = expert_scales[token].float()
+        total = torch.tensor(0.0, dtype=torch.float32)
+        for k in range(top_k):
+            total = total + scales[k]
+        for k in range(top_k):
+            keep = bool(scales[k] >= threshold[k] * total)
+            balanced_mask[token, k] = keep and (active_mask is None or bool(active_mask[token]))
+    return balanced_ids, balanced_mask
