@@ -1,0 +1,299 @@
+"""What MoeDistributeDispatchV2 accepts (specification §2.2 to §2.4, §2.9 to §2.13)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from evenmoe.contract import distribute as attribute
+from evenmoe.contract import distribute_sizes as size
+from evenmoe.contract.arguments import check_integers, takes
+from evenmoe.contract.distribute import INTEGER_ATTRIBUTES, DistributeCall
+from evenmoe.contract.layout import Layout
+from evenmoe.contract.tensor_spec import (
+    ALLOCATED,
+    Input,
+    Output,
+    TensorSpec,
+    check_dims,
+    check_dtype,
+    check_dtype_of,
+    check_given,
+    check_length,
+    check_shape,
+)
+from evenmoe.errors import ConstraintError, MissingArgumentError
+
+_NO_QUANT, _STATIC_QUANT, _DYNAMIC_QUANT = 0, 1, 2
+_FULL_MESH_V2 = "fullmesh_v2"
+
+
+@dataclass(slots=True, kw_only=True)
+class DispatchCall(DistributeCall):
+    """Everything that dispatch is called with; the fields of `DistributeCall`, and these.
+
+    Attributes:
+        x: float16 or bfloat16 (Bs, H).
+        scales: float32 (Sn + M, H), only under quant_mode 2, or None.
+        expert_scales: float32, ignored, or None.
+        quant_mode: int, 0 or 2.
+        expert_token_nums_type: int, 0 for prefix sums, 1 for counts.
+        expand_x, dynamic_scales, assist_info_for_combine, expert_token_nums, ep_recv_counts, tp_recv_counts,
+            expand_scales: the outputs; `ALLOCATED` when the operator allocates them. None is a null pointer.
+    """
+
+    x: Input
+    scales: Input = None
+    expert_scales: Input = None
+    quant_mode: int = 0
+    expert_token_nums_type: int = 1
+    expand_x: Output = ALLOCATED
+    dynamic_scales: Output = ALLOCATED
+    assist_info_for_combine: Output = ALLOCATED
+    expert_token_nums: Output = ALLOCATED
+    ep_recv_counts: Output = ALLOCATED
+    tp_recv_counts: Output = ALLOCATED
+    expand_scales: Output = ALLOCATED
+
+
+@takes(DispatchCall)
+def check_dispatch(call: DispatchCall) -> Layout:
+    """Checks one rank's call of dispatch, and derives its layout.
+
+    The arguments are the fields of `DispatchCall` by keyword; of several mistakes the first in the order of
+    specification §2.13 is raised.
+
+    Raises:
+        MissingArgumentError: a null tensor or group name, or a group name of 128 characters or more.
+        UnsupportedTypeError: a dtype that the operator does not take.
+        ConstraintError: everything else.
+
+    Eight ranks with one expert each, 8 tokens on every rank, each for 3 experts: at most 64 rows for the expert here.
+
+    >>> from evenmoe.contract.tensor_spec import TensorSpec
+    >>> layout = check_dispatch(
+    ...     x=TensorSpec((8, 7168), "bfloat16"), expert_ids=TensorSpec((8, 3), "int32"),
+    ...     group_ep="ep", ep_world_size=8, ep_rank_id=0, moe_expert_num=8)
+    >>> layout.capacity
+    64
+    """
+    check_wrapper(call)
+    check_tiling(call)
+    return call.layout
+
+
+def check_wrapper(call: DispatchCall) -> None:
+    """What the aclnn wrapper looks at: null pointers and the lengths of the group names."""
+    check_given("x", call.x, "pass the tokens of this rank")
+    check_given("expert_ids", call.expert_ids, "pass the physical experts of every token")
+    for name in (
+        "expand_x",
+        "assist_info_for_combine",
+        "expert_token_nums",
+        "ep_recv_counts",
+        "tp_recv_counts",
+    ):
+        check_given(name, getattr(call, name), "pass a tensor for this output")
+    attribute.check_group_given(call)
+    if call.quant_mode == _DYNAMIC_QUANT:
+        check_given("dynamic_scales", call.dynamic_scales, "pass a tensor for this output of quant_mode 2")
+    attribute.check_group_lengths(call, MissingArgumentError)
+
+
+def check_tiling(call: DispatchCall) -> None:
+    """Everything else, in the order of §2.13. Derives `tokens`, `hidden`, `top_k` and `layout` on the way."""
+    check_integers(call, (*INTEGER_ATTRIBUTES, "quant_mode", "expert_token_nums_type"))
+    attribute.check_virtual_experts(call)
+    attribute.check_ep_world_size(call)
+    attribute.check_tp_world_size(call)
+    attribute.check_ep_rank(call)
+    attribute.check_tp_rank(call)
+    attribute.check_shard_type(call)
+    attribute.check_shared_expert_num(call)
+    attribute.check_shared_rank_num(call)
+    attribute.check_moe_expert_num(call)
+    check_quant_mode(call)
+    check_token_nums_type(call)
+    check_comm_alg(call)
+    check_static_quant(call)
+    check_scales_wanted(call)
+    check_tensor_dims(call)
+    check_dtypes(call)
+    size.check_shared_pair(call)
+    check_full_mesh(call)
+    size.check_divisible(call)
+    size.check_experts_per_rank(call)
+    size.check_tp_experts(call)
+    size.check_tp_elastic(call)
+    size.check_tokens(call, "x")
+    size.check_global_bs(call)
+    size.check_hidden(call, "x")
+    check_tokens_match(call)
+    size.check_top_k(call)
+    size.check_mask_shape(call)  # §2.13 does not say where; here both sizes that it needs are known to be sound
+    check_scales_shape(call)
+    size.check_elastic_shape(call)
+    size.derive_layout(call)
+    check_outputs(call)
+    size.check_performance_info(call)
+    size.check_buffer(call, full_mesh_v2=call.comm_alg == _FULL_MESH_V2)
+
+
+def check_quant_mode(call: DispatchCall) -> None:
+    if call.quant_mode not in (_NO_QUANT, _STATIC_QUANT, _DYNAMIC_QUANT):
+        raise ConstraintError("quant_mode", call.quant_mode, "must be 0 or 2", "use 0 for rows as they are, 2 for int8")
+
+
+def check_token_nums_type(call: DispatchCall) -> None:
+    if call.expert_token_nums_type not in (0, 1):
+        raise ConstraintError(
+            "expert_token_nums_type", call.expert_token_nums_type, "must be 0 or 1", "use 1 for counts, 0 for sums"
+        )
+
+
+def check_comm_alg(call: DispatchCall) -> None:
+    if call.comm_alg not in (None, "", "fullmesh_v1", _FULL_MESH_V2):
+        raise ConstraintError(
+            "comm_alg", repr(call.comm_alg), 'must be "", "fullmesh_v1" or "fullmesh_v2"', 'use "" for the default'
+        )
+
+
+def check_static_quant(call: DispatchCall) -> None:
+    """In the range above, yet refused on Atlas A3 (§2.8)."""
+    if call.quant_mode == _STATIC_QUANT:
+        raise ConstraintError("quant_mode", 1, "must be 0 or 2, static quantisation is not supported", "use 2 for int8")
+
+
+def check_scales_wanted(call: DispatchCall) -> None:
+    if call.quant_mode == _NO_QUANT and call.scales is not None:
+        raise ConstraintError("scales", call.scales, "must be None under quant_mode 0", "drop it, or use quant_mode=2")
+
+
+def check_tensor_dims(call: DispatchCall) -> None:
+    check_dims("x", call.x, (2,), "(tokens, hidden)")
+    check_dims("expert_ids", call.expert_ids, (2,), "(tokens, top_k)")
+    check_dims("scales", call.scales, (2,), "(shared and physical experts, hidden)")
+    check_dims("x_active_mask", call.x_active_mask, (1, 2), "(tokens,) or (tokens, top_k)")
+    check_dims("elastic_info", call.elastic_info, (1,), "(4 + 2·ep_world_size,)")
+    check_dims("expand_x", call.expand_x, (2,), "(rows, hidden)")
+    if call.quant_mode == _DYNAMIC_QUANT:
+        check_dims("dynamic_scales", call.dynamic_scales, (1,), "(rows,)")
+    check_dims("assist_info_for_combine", call.assist_info_for_combine, (1,), "(128·rows,)")
+    check_dims("expert_token_nums", call.expert_token_nums, (1,), "(local experts,)")
+    check_dims("ep_recv_counts", call.ep_recv_counts, (1,), "(ep_world_size·local experts,)")
+    check_dims("tp_recv_counts", call.tp_recv_counts, (1,), "(tp_world_size,)")
+    assert isinstance(call.x, TensorSpec)
+    assert isinstance(call.expert_ids, TensorSpec)
+    call.tokens, call.hidden = call.x.shape
+    call.top_k = call.expert_ids.shape[1]
+
+
+def check_dtypes(call: DispatchCall) -> None:
+    assert isinstance(call.x, TensorSpec)
+    call.limits.check_dtype("token_dtypes", call.x.dtype, "x", call.x)
+    check_dtype("expert_ids", call.expert_ids, ("int32",))
+    check_dtype("scales", call.scales, ("float32",))
+    check_dtype("x_active_mask", call.x_active_mask, ("bool",))
+    check_dtype("expert_scales", call.expert_scales, ("float32",))
+    check_dtype("elastic_info", call.elastic_info, ("int32",))
+    if isinstance(call.expand_x, TensorSpec):
+        check_dtype("expand_x", call.expand_x, (*call.limits.token_dtypes, "int8"))
+        sent = "int8" if call.quant_mode == _DYNAMIC_QUANT else call.x.dtype
+        check_dtype_of("expand_x", call.expand_x, sent, f"what quant_mode {call.quant_mode} makes of x")
+    check_dtype("dynamic_scales", call.dynamic_scales, ("float32",))
+    check_dtype("assist_info_for_combine", call.assist_info_for_combine, ("int32",))
+    check_dtype("expert_token_nums", call.expert_token_nums, ("int64",))
+    check_dtype("ep_recv_counts", call.ep_recv_counts, ("int32",))
+    check_dtype("tp_recv_counts", call.tp_recv_counts, ("int32",))
+    check_dtype("expand_scales", call.expand_scales, ("float32",))
+
+
+def check_full_mesh(call: DispatchCall) -> None:
+    """What fullmesh_v2 cannot be combined with (§2.2)."""
+    if call.comm_alg != _FULL_MESH_V2:
+        return
+    unequal = call.global_bs not in (0, call.tokens * call.ep_world_size)
+    for excluded, named in (
+        (call.elastic_info is not None, "elastic_info"),
+        (call.virtual_experts > 0, "zero, copy or const experts"),
+        (call.x_active_mask is not None, "x_active_mask"),
+        (call.tp_world_size == 2, "tp_world_size 2"),
+        (unequal, f"global_bs {call.global_bs}, so unequal Bs"),
+    ):
+        if excluded:
+            raise ConstraintError(
+                "comm_alg", f'"fullmesh_v2" with {named}', f"must not come with {named}", 'use "" or "fullmesh_v1"'
+            )
+    for quantity, value, named in (
+        ("full_mesh_tokens", call.tokens, "tokens"),
+        ("full_mesh_top_k", call.top_k, "experts per token"),
+    ):
+        call.limits.check(
+            quantity,
+            value,
+            "comm_alg",
+            f'"fullmesh_v2" with {value} {named}',
+            f"takes {{}} {named}",
+            'use "fullmesh_v1"',
+        )
+
+
+def check_tokens_match(call: DispatchCall) -> None:
+    assert isinstance(call.expert_ids, TensorSpec)
+    if call.expert_ids.shape[0] != call.tokens:
+        raise ConstraintError(
+            "expert_ids", call.expert_ids, f"must have one row for each of the {call.tokens} tokens of x", "match them"
+        )
+
+
+def check_scales_shape(call: DispatchCall) -> None:
+    rows = call.shared_experts + call.moe_expert_num
+    check_shape("scales", call.scales, (rows, call.hidden), "one row for each shared and each physical expert")
+
+
+def check_outputs(call: DispatchCall) -> None:
+    """The outputs must have room for what may arrive (§2.3); where nothing is written, any shape will do."""
+    layout = call.layout
+    if isinstance(call.expand_x, TensorSpec):
+        check_length("expand_x", call.expand_x, layout.expand_x_rows, "the rows that may arrive")
+        check_shape("expand_x", call.expand_x, (call.expand_x.shape[0], layout.hidden), "as wide as x")
+    if call.quant_mode == _DYNAMIC_QUANT:
+        check_length("dynamic_scales", call.dynamic_scales, layout.dynamic_scales_length, "one per row")
+    # Triples only: the 128 ints per row that combine asks for are more than dispatch fills (§2.3).
+    check_length("assist_info_for_combine", call.assist_info_for_combine, 3 * layout.capacity, "three per row")
+    check_shape("expert_token_nums", call.expert_token_nums, (layout.local_experts,), "one per local expert")
+    check_length(
+        "ep_recv_counts", call.ep_recv_counts, layout.ep_recv_counts_length, "one per local expert, source and TP rank"
+    )
+    check_shape("tp_recv_counts", call.tp_recv_counts, (layout.tp,), "one per TP rank")
+
+
+def infer_dispatch(layout: Layout, dtype: str, quant_mode: int) -> dict[str, TensorSpec]:
+    """The outputs that dispatch allocates (specification §5), by name, in the operator's order.
+
+    Args:
+        layout: from `check_dispatch`.
+        dtype: of x.
+        quant_mode: 0 or 2.
+
+    >>> from evenmoe.contract.layout import make_layout
+    >>> layout = make_layout(ep=2, rank=0, num_experts=4, num_tokens=3, hidden=5, top_k=1)
+    >>> for name, spec in infer_dispatch(layout, "float16", 2).items():
+    ...     print(name, spec)
+    expand_x int8 (6, 5)
+    dynamic_scales float32 (6,)
+    assist_info_for_combine int32 (768,)
+    expert_token_nums int64 (2,)
+    ep_recv_counts int32 (4,)
+    tp_recv_counts int32 (0,)
+    expand_scales float32 (6,)
+    """
+    sent = "int8" if quant_mode == _DYNAMIC_QUANT else dtype
+    return {
+        "expand_x": TensorSpec((layout.expand_x_rows, layout.hidden), sent),
+        "dynamic_scales": TensorSpec((layout.dynamic_scales_length,), "float32"),
+        "assist_info_for_combine": TensorSpec((layout.assist_info_length,), "int32"),
+        "expert_token_nums": TensorSpec((layout.expert_token_nums_length,), "int64"),
+        "ep_recv_counts": TensorSpec((layout.ep_recv_counts_length,), "int32"),
+        "tp_recv_counts": TensorSpec((layout.tp_recv_counts_length,), "int32"),
+        "expand_scales": TensorSpec((layout.expand_scales_length,), "float32"),
+    }

@@ -1,0 +1,238 @@
+"""What MoeUpdateExpert accepts, and the older MoeEPLBUpdateExpert (specification §1.2, §1.6, §1.7)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from evenmoe.contract.arguments import check_integers, takes
+from evenmoe.contract.limits import ATLAS_A3, Limits
+from evenmoe.contract.tensor_spec import (
+    ALLOCATED,
+    Input,
+    Output,
+    TensorSpec,
+    check_absent,
+    check_dims,
+    check_dtype,
+    check_dtype_of,
+    check_given,
+    check_shape,
+)
+from evenmoe.errors import ConstraintError
+
+_BY_RANK, _BY_TOKEN = 0, 1
+_NEW, _OLD = "update_expert", "eplb_update_expert"
+
+
+@dataclass(slots=True, kw_only=True)
+class UpdateExpertCall:
+    """Everything that update expert is called with.
+
+    Attributes:
+        expert_ids: int32 or int64 (Bs, K), logical experts.
+        eplb_table: int32 (E, F).
+        local_rank_id, world_size: int, looked at under balance_mode 0 only.
+        balance_mode: int, 0 by rank, 1 by token.
+        expert_scales: float16, bfloat16 or float32 (Bs, K), or None.
+        pruning_threshold: float32 (K,) or (1, K), or None; with expert_scales or not at all.
+        active_mask: bool (Bs,), or None; only with the two before.
+        balanced_expert_ids: like expert_ids; `ALLOCATED` when the operator allocates it. None is a null pointer.
+        balanced_active_mask: bool (Bs, K), or as before. The older operator has none.
+        limits: `Limits`.
+        generation: "update_expert", or "eplb_update_expert" for the older operator: int32 ids, balance_mode 0, no
+            pruning, and fewer experts and ranks.
+    """
+
+    expert_ids: Input
+    eplb_table: Input
+    local_rank_id: int = -1
+    world_size: int = -1
+    balance_mode: int = 0
+    expert_scales: Input = None
+    pruning_threshold: Input = None
+    active_mask: Input = None
+    balanced_expert_ids: Output = ALLOCATED
+    balanced_active_mask: Output = ALLOCATED
+    limits: Limits = ATLAS_A3
+    generation: Literal["update_expert", "eplb_update_expert"] = _NEW
+
+    @property
+    def old(self) -> bool:
+        return self.generation == _OLD
+
+
+@takes(UpdateExpertCall)
+def check_update_expert(call: UpdateExpertCall) -> None:
+    """Checks a call of update expert.
+
+    The arguments are the fields of `UpdateExpertCall` by keyword; of several mistakes the first in the order of
+    specification §1.7 is raised.
+
+    Raises:
+        MissingArgumentError: a null tensor.
+        UnsupportedTypeError: a dtype that the operator does not take.
+        ConstraintError: everything else.
+
+    With 8 ranks a table row can list 8 replicas after its count:
+
+    >>> from evenmoe.contract.tensor_spec import TensorSpec
+    >>> ids = TensorSpec((128, 8), "int32")
+    >>> check_update_expert(expert_ids=ids, eplb_table=TensorSpec((256, 9), "int32"), local_rank_id=0, world_size=8)
+    >>> check_update_expert(expert_ids=ids, eplb_table=TensorSpec((256, 10), "int32"), local_rank_id=0, world_size=8)
+    Traceback (most recent call last):
+    evenmoe.errors.ConstraintError: `eplb_table` is int32 (256, 10): it must have 2 to 9 columns, for no rank reaches \
+more than world_size 8 replicas; drop the columns behind, or lift this bound of atlas-a3 with limits="unlimited".
+    """
+    check_wrapper(call)
+    check_attributes(call)
+    check_dtypes(call)
+    check_ids_shape(call)
+    check_table_shape(call)
+    check_pruning_inputs(call)
+    check_output_shapes(call)
+
+
+def infer_update_expert(expert_ids: TensorSpec, eplb_table: TensorSpec) -> tuple[TensorSpec, TensorSpec]:
+    """The two outputs, balanced_expert_ids and balanced_active_mask, from the inputs' specs alone.
+
+    Raises:
+        ConstraintError: an input that is not 2-D. Nothing else is looked at (specification §1.7).
+
+    >>> ids, mask = infer_update_expert(TensorSpec((128, 8), "int64"), TensorSpec((56, 5), "int32"))
+    >>> print(ids, mask)
+    int64 (128, 8) bool (128, 8)
+    """
+    check_dims("expert_ids", expert_ids, (2,), "(tokens, top_k)")
+    check_dims("eplb_table", eplb_table, (2,), "(logical experts, 1 + replicas)")
+    return expert_ids, TensorSpec(expert_ids.shape, "bool")
+
+
+def check_wrapper(call: UpdateExpertCall) -> None:
+    """What the aclnn wrapper looks at: null pointers."""
+    if call.generation not in (_NEW, _OLD):
+        raise ConstraintError(
+            "generation", repr(call.generation), f'must be "{_NEW}" or "{_OLD}"', f'use "{_NEW}", the newer operator'
+        )
+    check_given("expert_ids", call.expert_ids, "pass the logical experts of every token")
+    check_given("eplb_table", call.eplb_table, "pass the table of the layer")
+    check_given("balanced_expert_ids", call.balanced_expert_ids, "pass a tensor for this output")
+    if not call.old:
+        check_given(
+            "balanced_active_mask", call.balanced_active_mask, "pass a tensor for this output, also without pruning"
+        )
+
+
+def check_attributes(call: UpdateExpertCall) -> None:
+    check_integers(call, ("balance_mode", "world_size", "local_rank_id"))
+    if call.old and call.balance_mode != _BY_RANK:
+        raise ConstraintError("balance_mode", call.balance_mode, f"must be 0 for {_OLD}", f"use {_NEW} for mode 1")
+    if call.balance_mode not in (_BY_RANK, _BY_TOKEN):
+        raise ConstraintError("balance_mode", call.balance_mode, "must be 0 or 1", "use 0 by rank, 1 by token")
+    if call.balance_mode == _BY_TOKEN:
+        return
+    world = call.world_size
+    quantity = "old_update_world_size" if call.old else "update_world_size"
+    call.limits.check(quantity, world, "world_size", world, "must be {} under balance_mode 0", "use {} ranks")
+    if not 0 <= call.local_rank_id < world:
+        raise ConstraintError(
+            "local_rank_id",
+            call.local_rank_id,
+            f"must be 0 to {world - 1} under balance_mode 0",
+            "pass this rank's number, counted from 0",
+        )
+
+
+def check_dtypes(call: UpdateExpertCall) -> None:
+    ids = ("int32",) if call.old else ("int32", "int64")
+    check_dtype("expert_ids", call.expert_ids, ids)
+    check_dtype("eplb_table", call.eplb_table, ("int32",))
+    check_dtype("expert_scales", call.expert_scales, ("float32", "float16", "bfloat16"))
+    check_dtype("pruning_threshold", call.pruning_threshold, ("float32",))
+    check_dtype("active_mask", call.active_mask, ("bool",))
+    assert isinstance(call.expert_ids, TensorSpec)
+    check_dtype("balanced_expert_ids", call.balanced_expert_ids, ids)
+    check_dtype_of("balanced_expert_ids", call.balanced_expert_ids, call.expert_ids.dtype, "expert_ids'")
+    check_dtype("balanced_active_mask", call.balanced_active_mask, ("bool",))
+
+
+def check_ids_shape(call: UpdateExpertCall) -> None:
+    ids = call.expert_ids
+    assert isinstance(ids, TensorSpec)
+    check_dims("expert_ids", ids, (2,), "(tokens, top_k)")
+    tokens, top_k = ids.shape
+    call.limits.check("tokens", tokens, "expert_ids", ids, "must have {} tokens", "use {} tokens per call and rank")
+    call.limits.check("top_k", top_k, "expert_ids", ids, "must have {} columns", "use {} experts per token")
+
+
+def check_table_shape(call: UpdateExpertCall) -> None:
+    table, ids = call.eplb_table, call.expert_ids
+    assert isinstance(table, TensorSpec)
+    assert isinstance(ids, TensorSpec)
+    check_dims("eplb_table", table, (2,), "(logical experts, 1 + replicas)")
+    experts, columns = table.shape
+    quantity = "old_logical_experts" if call.old else "logical_experts"
+    call.limits.check(quantity, experts, "eplb_table", table, "must have {} rows", "use {} logical experts")
+    if ids.shape[1] > experts:
+        raise ConstraintError(
+            "expert_ids",
+            ids,
+            f"must have at most {experts} columns, one per expert",
+            "route to each expert once at most",
+        )
+    check_table_columns(call, table, columns)
+
+
+def check_table_columns(call: UpdateExpertCall, table: TensorSpec, columns: int) -> None:
+    """F is bounded by a number of the chip in mode 1, by world_size in mode 0."""
+    if call.balance_mode == _BY_TOKEN:
+        call.limits.check(
+            "table_columns_by_token", columns, "eplb_table", table, "must have {} columns", "use {} columns"
+        )
+    elif columns < 2:
+        raise ConstraintError(
+            "eplb_table", table, "must have at least 2 columns, a count and an id", "give every expert a slot"
+        )
+    elif call.limits.table_columns_within_world and columns > call.world_size + 1:
+        raise ConstraintError(
+            "eplb_table",
+            table,
+            f"must have 2 to {call.world_size + 1} columns, for no rank reaches more than world_size "
+            f"{call.world_size} replicas",
+            f'drop the columns behind, or lift this bound of {call.limits.name} with limits="unlimited"',
+        )
+
+
+def check_pruning_inputs(call: UpdateExpertCall) -> None:
+    """Scales and threshold come together, the active mask with them only (§1.7)."""
+    scales, threshold, active = call.expert_scales, call.pruning_threshold, call.active_mask
+    if call.old:
+        for name in ("expert_scales", "pruning_threshold", "active_mask"):
+            check_absent(name, getattr(call, name), f"use {_NEW}: {_OLD} does not prune")
+        return
+    if scales is not None and threshold is None:
+        raise ConstraintError("pruning_threshold", None, "must be given with expert_scales", "pass both or neither")
+    if scales is None and threshold is not None:
+        raise ConstraintError("expert_scales", None, "must be given with pruning_threshold", "pass both or neither")
+    if active is not None and scales is None:
+        raise ConstraintError(
+            "active_mask",
+            active,
+            "must come with expert_scales and pruning_threshold",
+            "pass it to dispatch as x_active_mask instead",
+        )
+    assert isinstance(call.expert_ids, TensorSpec)
+    tokens, top_k = call.expert_ids.shape
+    check_shape("expert_scales", scales, (tokens, top_k), "one per token and k")
+    if isinstance(threshold, TensorSpec) and threshold.shape not in ((top_k,), (1, top_k)):
+        raise ConstraintError(
+            "pruning_threshold", threshold, f"must be ({top_k},) or (1, {top_k})", "give it one number per k"
+        )
+    check_shape("active_mask", active, (tokens,), "one per token")
+
+
+def check_output_shapes(call: UpdateExpertCall) -> None:
+    assert isinstance(call.expert_ids, TensorSpec)
+    check_shape("balanced_expert_ids", call.balanced_expert_ids, call.expert_ids.shape, "that of expert_ids")
+    if not call.old:
+        check_shape("balanced_active_mask", call.balanced_active_mask, call.expert_ids.shape, "that of expert_ids")
