@@ -1,0 +1,261 @@
+"""MoeDistributeDispatchV2: send every token to the ranks of its experts (specification §2).
+
+Shapes: Bs tokens, H hidden, K experts per token, W ranks, L experts per MoE rank, N rows received from the expert
+parallel group, A capacity in rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from evenmoe.contract.dispatch import check_dispatch
+from evenmoe.contract.layout import Layout, scale_down
+from evenmoe.contract.limits import resolve_limits
+from evenmoe.dispatched import Dispatched
+from evenmoe.ops.exchange import Received, exchange
+from evenmoe.ops.groups import find_groups, operator_arguments, refusing_together, survivors, tp_step
+from evenmoe.ops.quantise import quantise_rows
+from evenmoe.ops.registration import CHECKS, GROUPS, VIRTUAL, register
+from evenmoe.ops.routing import route, sent_entries
+from evenmoe.ops.specs import specs_of
+from evenmoe.ops.values import check_physical_ids
+from evenmoe.transport.agreement import digest, dtype_code, exchange_counts
+from evenmoe.transport.contract import Transport
+
+DYNAMIC_INT8 = 2  # quant_mode of §2.8
+
+
+def dispatch(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    *,
+    ep: Transport,
+    num_experts: int,
+    tp: Transport | None = None,
+    scales: torch.Tensor | None = None,
+    x_active_mask: torch.Tensor | None = None,
+    expert_scales: torch.Tensor | None = None,
+    elastic_info: torch.Tensor | None = None,
+    performance_info: torch.Tensor | None = None,
+    expert_shard_type: int = 0,
+    shared_expert_num: int = 1,
+    shared_expert_rank_num: int = 0,
+    quant_mode: int = 0,
+    global_bs: int = 0,
+    expert_token_nums_type: int = 1,
+    comm_alg: str | None = "",
+    zero_expert_num: int = 0,
+    copy_expert_num: int = 0,
+    const_expert_num: int = 0,
+    check_values: bool = True,
+    limits: str | None = "laptop",
+) -> Dispatched:
+    """Send each token to the ranks that hold its experts; a collective of the whole world.
+
+    On the wire a token crosses once per destination rank, not once per expert; the outputs are the operator's.
+
+    Args:
+        x: float16, bfloat16 (or float32, beyond the chip) (Bs, H), the tokens of this rank.
+        expert_ids: int32 (Bs, K), physical expert ids, distinct within a token. Ids of `num_experts` and above are
+            virtual (zero, copy, const experts) and stay on this rank.
+        ep: this rank's transport over the expert-parallel group.
+        num_experts: M, physical experts (slots) over all MoE ranks.
+        tp: transport over the two tensor-parallel peers, or None. With two peers, one expert per rank.
+        scales: float32 (shared experts + M, H), smooth factors; only with quant_mode 2.
+        x_active_mask: bool (Bs,), of which only the number of True counts (they come first), or bool (Bs, K).
+        expert_scales, performance_info: taken for the signature's sake; unused by this chip.
+        elastic_info: int32 (4 + 2·W,), the scaled-down world (§2.11).
+        expert_shard_type: 0, shared-expert ranks come first.
+        shared_expert_num, shared_expert_rank_num: shared experts, and the ranks 0… that host them.
+        quant_mode: 0 to send rows as they are, 2 for int8 with one scale per row.
+        global_bs: 0, or W · (the largest Bs of any rank) when ranks have different numbers of tokens.
+        expert_token_nums_type: 1 for counts, 0 for prefix sums.
+        comm_alg: "", "fullmesh_v1" or "fullmesh_v2"; the outputs are the same.
+        zero_expert_num, copy_expert_num, const_expert_num: virtual experts.
+        check_values: refuse ids out of range or repeated within a token. False saves the pass.
+        limits: "atlas-a3" for exactly the chip's ranges, "laptop" for its maxima with small worlds allowed, or
+            "unlimited".
+
+    Returns:
+        `Dispatched`, the seven outputs; unwritten regions are zero.
+
+    Raises:
+        MissingArgumentError, UnsupportedTypeError, ConstraintError: in the order of specification §2.13.
+        RankDisagreementError: the ranks' sizes differ, or another rank refused its call; the same on every rank.
+
+    Each of two ranks holds one expert and sends its two tokens to expert 1 and expert 0:
+
+    >>> import evenmoe as em
+    >>> def step(rank):
+    ...     x = torch.tensor([[10.0 * rank.index], [10.0 * rank.index + 1]])
+    ...     ids = torch.tensor([[1], [0]], dtype=torch.int32)
+    ...     d = em.dispatch(x, ids, ep=rank.ep, num_experts=2)
+    ...     return d.expand_x[:2, 0].tolist(), d.ep_recv_counts.tolist()
+    >>> with em.local_world(ep_size=2) as world:
+    ...     world.run(step)
+    [([1.0, 11.0], [1, 2]), ([0.0, 10.0], [1, 2])]
+    """
+    return Dispatched(*torch.ops.evenmoe.dispatch(**operator_arguments(locals())))
+
+
+def _run(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    ep, tp = find_groups(given)
+    x, expert_ids = given["x"], given["expert_ids"]
+    peer_waits = (tp, tp_step("dispatch"))
+    # In a scaled-down world the ranks that are gone would not hear a refusal, and the one that refuses would wait.
+    scaled_down = given["elastic_info"] is not None
+    with refusing_together(x, [(None if scaled_down else ep, "dispatch"), peer_waits]):
+        layout = _layout(given)
+        if scaled_down:
+            layout = scale_down(layout, given["elastic_info"].tolist())
+        if given["check_values"]:
+            _check_values(expert_ids, layout, given)
+    with refusing_together(x, [peer_waits]):
+        received = exchange(
+            survivors(ep, layout),
+            "dispatch",
+            _sizes(x, layout, given),
+            route(expert_ids, layout, given["x_active_mask"]),
+            layout.local_experts,
+            x.shape[0],
+            _row_maker(x, given),
+            rows_differ_by_expert=given["scales"] is not None,
+        )
+    peer = None if tp is None else _exchange_with_peer(received, tp, layout)
+    return _outputs(x, received, peer, layout, given)
+
+
+def _fake(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    return _allocate(given["x"], _layout(given), given)
+
+
+def _layout(given: dict[str, Any]) -> Layout:
+    arguments = {name: value for name, value in given.items() if name not in ("check_values", "limits")}
+    return check_dispatch(**specs_of(arguments), limits=resolve_limits(given["limits"]))
+
+
+def _check_values(expert_ids: torch.Tensor, layout: Layout, given: dict[str, Any]) -> None:
+    virtual = given["zero_expert_num"] + given["copy_expert_num"] + given["const_expert_num"]
+    sent = sent_entries(expert_ids, layout, given["x_active_mask"])
+    check_physical_ids(expert_ids, sent, layout.num_experts + virtual, layout.num_experts)
+
+
+def _sizes(x: torch.Tensor, layout: Layout, given: dict[str, Any]) -> dict[str, int]:
+    return {
+        "hidden size of `x`": layout.hidden,
+        "dtype of `x`": dtype_code(x.dtype),
+        "top-k of `expert_ids`": layout.top_k,
+        "`num_experts`": given["moe_expert_num"],
+        "`shared_expert_num`": layout.shared_experts,
+        "`shared_expert_rank_num`": layout.shared_ranks,
+        "`quant_mode`": given["quant_mode"],
+        "tokens per rank times ranks (`global_bs`)": layout.global_bs,
+        "`zero_expert_num`": given["zero_expert_num"],
+        "`copy_expert_num`": given["copy_expert_num"],
+        "`const_expert_num`": given["const_expert_num"],
+        "presence of `scales`": given["scales"] is not None,
+        "presence of `x_active_mask`": given["x_active_mask"] is not None,
+        "tensor-parallel world size": given["tp_world_size"],
+        "digest of `elastic_info`": digest(layout.survivors),
+    }
+
+
+def _row_maker(x: torch.Tensor, given: dict[str, Any]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Rows as they travel: of x, or under quant_mode 2 as bytes, H int8 and one float32 scale."""
+
+    def make_rows(token: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+        rows = x.index_select(0, token)
+        if given["quant_mode"] != DYNAMIC_INT8:
+            return rows
+        smooth = None if given["scales"] is None else given["scales"].index_select(0, expert)
+        quantised, scale = quantise_rows(rows, smooth)
+        return torch.cat([quantised.view(torch.uint8), scale[:, None].view(torch.uint8)], dim=1)
+
+    return make_rows
+
+
+@dataclass(frozen=True)
+class _Peer:
+    """What the tensor-parallel peer holds: its rows (n, …) as they travelled, its counts int64 (ep,)."""
+
+    rows: torch.Tensor
+    ep_counts: torch.Tensor
+
+
+def _exchange_with_peer(received: Received, tp: Transport, layout: Layout) -> _Peer:
+    """§2.12: after the expert-parallel exchange each peer gives the other all of its rows."""
+    sizes = {
+        "hidden size of `x`": layout.hidden,
+        "dtype of the rows": dtype_code(received.rows.dtype),
+        "expert parallel rank": layout.rank,
+    }
+    peer = 1 - tp.rank
+    mine = received.counts[:, 0]  # a world with two peers has one expert per rank
+    theirs = exchange_counts(tp, tp_step("dispatch"), sizes, mine.expand(2, -1))[peer]
+    send, recv = [0, 0], [0, 0]
+    send[peer], recv[peer] = len(received.rows), int(theirs.sum())
+    return _Peer(tp.exchange_rows(received.rows, send, recv), theirs)
+
+
+def _allocate(x: torch.Tensor, layout: Layout, given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    dtype = torch.int8 if given["quant_mode"] == DYNAMIC_INT8 else x.dtype
+    return (
+        x.new_zeros((layout.expand_x_rows, x.shape[1]), dtype=dtype),
+        x.new_zeros(layout.dynamic_scales_length, dtype=torch.float32),
+        x.new_zeros(layout.assist_info_length, dtype=torch.int32),
+        x.new_zeros(layout.expert_token_nums_length, dtype=torch.int64),
+        x.new_zeros(layout.ep_recv_counts_length, dtype=torch.int32),
+        x.new_zeros(layout.tp_recv_counts_length, dtype=torch.int32),
+        x.new_zeros(layout.expand_scales_length, dtype=torch.float32),
+    )
+
+
+def _outputs(
+    x: torch.Tensor, received: Received, peer: _Peer | None, layout: Layout, given: dict[str, Any]
+) -> tuple[torch.Tensor, ...]:
+    outputs = _allocate(x, layout, given)
+    expand_x, dynamic_scales, assist, token_nums, ep_recv_counts, tp_recv_counts, _ = outputs
+    own = len(received.rows)
+    rows = received.rows if peer is None else torch.cat([received.rows, peer.rows])
+    if given["quant_mode"] == DYNAMIC_INT8:
+        hidden = x.shape[1]
+        dynamic_scales[: len(rows)] = rows[:, hidden:].clone(memory_format=torch.contiguous_format).view(torch.float32)[:, 0]
+        rows = rows[:, :hidden].contiguous().view(torch.int8)
+    expand_x[: len(rows)] = rows
+    assist[: 3 * own] = torch.stack([received.source, received.token, received.k], dim=1).flatten()
+    ordered = received.counts.T.flatten()  # (local expert, source rank)
+    ep_recv_counts[: len(ordered)] = ordered.cumsum(0)
+    per_expert = received.counts.sum(dim=0)
+    if peer is not None:
+        ep_recv_counts[len(ordered) : 2 * len(ordered)] = peer.ep_counts.cumsum(0)
+        per_expert = per_expert + len(peer.rows)
+        tp_recv_counts[given["tp_rank_id"]] = own
+        tp_recv_counts[1 - given["tp_rank_id"]] = len(peer.rows)
+    token_nums[: len(per_expert)] = per_expert if given["expert_token_nums_type"] == 1 else per_expert.cumsum(0)
+    return outputs
+
+
+register(
+    "dispatch",
+    required=("x", "expert_ids"),
+    optional=("scales", "x_active_mask", "expert_scales", "elastic_info", "performance_info"),
+    attributes={  # in the operator's order (§2.1)
+        **GROUPS,
+        "expert_shard_type": "int",
+        "shared_expert_num": "int",
+        "shared_expert_rank_num": "int",
+        "quant_mode": "int",
+        "global_bs": "int",
+        "expert_token_nums_type": "int",
+        "comm_alg": "str",
+        **VIRTUAL,
+        **CHECKS,
+    },
+    outputs=7,
+    run=_run,
+    fake=_fake,
+)

@@ -1,0 +1,171 @@
+"""The experts' rows travel home: the half of combine that crosses ranks (§3.3).
+
+Shapes: Bs tokens, H hidden, K experts per token, Sn shared experts on ranks of their own, W ranks, n rows of this rank.
+A token's rows have K + Sn places: k for its k-th expert, K + e for shared expert e.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from evenmoe.contract.layout import Layout
+from evenmoe.errors import ConstraintError
+from evenmoe.ops.groups import find_groups, refusing_together, survivors, tp_step
+from evenmoe.ops.quantise import pack_blocks, unpack_blocks
+from evenmoe.ops.routing import active_tokens, sent_entries
+from evenmoe.ops.values import check_physical_ids
+from evenmoe.transport.agreement import digest, dtype_code, exchange_counts
+from evenmoe.transport.contract import Transport
+
+BLOCK_INT8 = 2  # comm_quant_mode of §3.5
+
+
+def bring_home(prepare: Callable[[], Layout], given: Mapping[str, Any]) -> tuple[Layout, torch.Tensor, torch.Tensor]:
+    """Check the call, then exchange: rows summed with the peer's if there is one, and sent to their tokens.
+
+    Args:
+        prepare: () -> Layout, the checks of the operator.
+        given: the arguments of the registered operator.
+
+    Returns:
+        layout; rows (N, H) received, in the dtype of expand_x; place int64 (Bs, K + Sn), the row of every place, −1
+        for places that nothing was sent for.
+    """
+    ep, tp = find_groups(given)
+    expand_x, expert_ids = given["expand_x"], given["expert_ids"]
+    scaled_down = given["elastic_info"] is not None
+    ep_waits = (None if scaled_down else ep, "combine")
+    with refusing_together(expand_x, [(tp, tp_step("combine")), ep_waits]):
+        layout = prepare()
+        if given["check_values"]:
+            sent = sent_entries(expert_ids, layout, given["x_active_mask"])
+            virtual = given["zero_expert_num"] + given["copy_expert_num"] + given["const_expert_num"]
+            check_physical_ids(expert_ids, sent, layout.num_experts + virtual, layout.num_experts)
+        num_rows = _own_rows(layout, given)
+        triples = given["assist_info_for_combine"][: 3 * num_rows].reshape(num_rows, 3).long()
+        if given["check_values"]:
+            _check_triples(triples, layout)
+    rows = expand_x[:num_rows]
+    if tp is not None:
+        with refusing_together(expand_x, [ep_waits]):
+            rows = _add_peer_rows(rows, expand_x, given["tp_send_counts"], tp, layout)
+    rows, place = _send_home(rows, triples, survivors(ep, layout), layout, given)
+    return layout, rows, place
+
+
+def _own_rows(layout: Layout, given: Mapping[str, Any]) -> int:
+    """The last of this rank's own prefix sums (§3.3)."""
+    last = layout.ep * layout.local_experts - 1
+    num_rows = int(given["ep_send_counts"][last])
+    if not 0 <= num_rows <= min(layout.capacity, len(given["expand_x"])):
+        raise ConstraintError(
+            "ep_send_counts",
+            f"{num_rows} at {last}",
+            f"must count 0 to {min(layout.capacity, len(given['expand_x']))} rows of this rank",
+            "pass the ep_recv_counts that dispatch returned",
+        )
+    return num_rows
+
+
+def _check_triples(triples: torch.Tensor, layout: Layout) -> None:
+    """Ranks of the world, and places that some rank can have; whether they are the right ones, its owner checks."""
+    source, token, k = triples.unbind(dim=1)
+    places = layout.top_k + layout.shared_experts
+    wrong = (source < 0) | (source >= layout.ep) | (token < 0) | (token >= layout.max_bs) | (k < 0) | (k >= places)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ConstraintError(
+            "assist_info_for_combine",
+            f"{triples[row].tolist()} for row {row}",
+            f"must be (rank below {layout.ep}, token below {layout.max_bs}, k below {places})",
+            "pass what dispatch returned, unchanged",
+        )
+
+
+def _add_peer_rows(
+    rows: torch.Tensor, expand_x: torch.Tensor, tp_send_counts: torch.Tensor, tp: Transport, layout: Layout
+) -> torch.Tensor:
+    """§3.3: own row i plus the peer's row for the same token, which is the peer's row n_peer + i."""
+    peer, own = 1 - tp.rank, len(rows)
+    theirs = int(tp_send_counts[peer])
+    sizes = {
+        "hidden size of `expert_out`": layout.hidden,
+        "dtype of `expert_out`": dtype_code(expand_x.dtype),
+        "expert parallel rank": layout.rank,
+    }
+    offered = exchange_counts(tp, tp_step("combine"), sizes, tp_send_counts.new_full((2, 1), theirs).long())[peer, 0]
+    if int(offered) != own or not 0 <= theirs <= len(expand_x) - own:
+        raise ConstraintError(
+            "tp_send_counts",
+            f"{tp_send_counts.tolist()} with {own} rows of this rank and {int(offered)} offered by its peer",
+            "must count the rows of both peers, own first in expert_out",
+            "pass the tp_recv_counts and ep_recv_counts that dispatch returned on both peers",
+        )
+    send, recv = [0, 0], [0, 0]
+    send[peer], recv[peer] = theirs, own
+    received = tp.exchange_rows(expand_x[own : own + theirs].contiguous(), send, recv)
+    # float16 too: a sum of two float16 in float32, rounded once more, is the sum rounded once (24 ≥ 2·11 + 2 bits).
+    return (rows.float() + received.float()).to(rows.dtype)
+
+
+def _send_home(
+    rows: torch.Tensor, triples: torch.Tensor, ep: Transport, layout: Layout, given: Mapping[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows to the ranks in their triples; returns the rows received and the place of each."""
+    places = layout.top_k + layout.shared_experts
+    source = triples[:, 0]
+    order = torch.sort(source, stable=True).indices
+    counts = torch.bincount(source, minlength=ep.world_size)[:, None]
+    recv_counts = exchange_counts(ep, "combine", _sizes(rows, layout, given), counts)[:, 0].tolist()
+    send_counts = counts[:, 0].tolist()
+    wire = rows.index_select(0, order)
+    if given["comm_quant_mode"] == BLOCK_INT8:
+        received = ep.exchange_rows(pack_blocks(wire), send_counts, recv_counts)
+        received = unpack_blocks(received, layout.hidden, rows.dtype)
+    else:
+        received = ep.exchange_rows(wire, send_counts, recv_counts)
+    sent_place = (triples[:, 1] * places + triples[:, 2])[order]
+    slot = ep.exchange_rows(sent_place.int()[:, None], send_counts, recv_counts)[:, 0].long()
+    place = torch.full((layout.num_tokens * places,), -1, dtype=torch.int64, device=rows.device)
+    if given["check_values"]:
+        _check_places(slot, layout, given)
+    place[slot] = torch.arange(len(slot), device=rows.device)
+    return received, place.view(layout.num_tokens, places)
+
+
+def _check_places(slot: torch.Tensor, layout: Layout, given: Mapping[str, Any]) -> None:
+    """Exactly one row came home for every entry that was sent out."""
+    expected = sent_entries(given["expert_ids"], layout, given["x_active_mask"])
+    active = active_tokens(layout.num_tokens, given["x_active_mask"], slot.device)
+    expected = torch.cat([expected, active[:, None].expand(-1, layout.shared_experts)], dim=1).flatten()
+    in_range = bool(((slot >= 0) & (slot < expected.numel())).all())
+    received = torch.bincount(slot, minlength=expected.numel()) if in_range else slot
+    if not in_range or not torch.equal(received, expected.long()):
+        raise ConstraintError(
+            "expert_ids",
+            f"such that {int(expected.sum())} rows are due here, while {len(slot)} came, not one for each",
+            "must be the ids that dispatch was called with, with the same mask",
+            "pass the expert_ids, x_active_mask and assist_info_for_combine of one dispatch",
+        )
+
+
+def _sizes(rows: torch.Tensor, layout: Layout, given: Mapping[str, Any]) -> dict[str, int]:
+    return {
+        "hidden size of `expert_out`": layout.hidden,
+        "dtype of `expert_out`": dtype_code(rows.dtype),
+        "top-k of `expert_ids`": layout.top_k,
+        "`num_experts`": given["moe_expert_num"],
+        "`shared_expert_num`": layout.shared_experts,
+        "`shared_expert_rank_num`": layout.shared_ranks,
+        "`comm_quant_mode`": given["comm_quant_mode"],
+        "tokens per rank times ranks (`global_bs`)": layout.global_bs,
+        "`zero_expert_num`": given["zero_expert_num"],
+        "`copy_expert_num`": given["copy_expert_num"],
+        "`const_expert_num`": given["const_expert_num"],
+        "presence of `x_active_mask`": given["x_active_mask"] is not None,
+        "tensor-parallel world size": given["tp_world_size"],
+        "digest of `elastic_info`": digest(layout.survivors),
+    }

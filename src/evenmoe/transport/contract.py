@@ -1,0 +1,76 @@
+"""The contract of a transport: what a rank can do with the other ranks of its group.
+
+Shapes: W ranks in the group. Every method is a collective: all ranks of the group (or all of `members`) call it in the
+same order. `members` narrows an exchange to the ranks listed, in ascending order; the others do not call, and their
+rows and counts are zero. It serves scaled-down worlds, where some ranks are gone (specification §2.11).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """One rank's end of a group.
+
+    Attributes: `name` (of the group, the same on all its ranks), `rank` (0…W−1), `world_size` (W).
+
+    Laws, tested over every implementation: what rank s puts into row d of its counts is row s of what rank d gets;
+    rows arrive unchanged, ordered by source rank and then as they were sent; two exchanges never mix; a rank that fails
+    or ends turns the wait of the others into a LostRankError.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None = None) -> torch.Tensor:
+        """Send row d of `counts` to rank d; return what every rank sent here.
+
+        Args:
+            counts: int64 (W, n), n equal on all ranks.
+            members: ranks that take part, ascending; None for all.
+
+        Returns:
+            int64 (W, n), row s from rank s.
+
+        Raises:
+            LostRankError: a rank failed or ended instead of taking part.
+        """
+        ...
+
+    def exchange_rows(
+        self,
+        rows: torch.Tensor,
+        send_counts: Sequence[int],
+        recv_counts: Sequence[int],
+        members: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Send the first `send_counts[0]` rows to rank 0, the next to rank 1, and so on; return the rows sent here.
+
+        Args:
+            rows: any dtype, (sum(send_counts), …), contiguous. It belongs to the exchange: do not write to it again.
+            send_counts, recv_counts: W row counts each; `recv_counts[s]` is what rank s sends here.
+            members: ranks that take part, ascending; None for all.
+
+        Returns:
+            A tensor (sum(recv_counts), …) of the same dtype, ordered by source rank.
+
+        Raises:
+            LostRankError: a rank failed or ended instead of taking part.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give the group back; no exchange may follow."""
+        ...

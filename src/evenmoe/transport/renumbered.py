@@ -1,0 +1,75 @@
+"""A transport over the ranks that are left, under new numbers: the world of a scaled-down elastic group (§2.11)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+from evenmoe.transport.contract import Transport
+
+
+class RenumberedTransport:
+    """The survivors of a group, numbered 0…n−1 by `old_rank_of`; implements `Transport`.
+
+    Only they call; the ranks that are gone need not exist any more.
+    """
+
+    def __init__(self, transport: Transport, old_rank_of: Sequence[int]) -> None:
+        self._transport, self._old_rank_of = transport, list(old_rank_of)
+        self._members = sorted(old_rank_of)
+        self._rank = self._old_rank_of.index(transport.rank)
+
+    @property
+    def name(self) -> str:
+        return self._transport.name
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def world_size(self) -> int:
+        return len(self._old_rank_of)
+
+    def exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None = None) -> torch.Tensor:
+        assert members is None, "a renumbered group is not narrowed again"
+        full = counts.new_zeros((self._transport.world_size, counts.shape[1]))
+        full[self._old_rank_of] = counts
+        return self._transport.exchange_counts(full, self._members)[self._old_rank_of]
+
+    def exchange_rows(
+        self,
+        rows: torch.Tensor,
+        send_counts: Sequence[int],
+        recv_counts: Sequence[int],
+        members: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        assert members is None, "a renumbered group is not narrowed again"
+        by_old_rank = self._reordered(
+            rows, send_counts, sorted(range(len(send_counts)), key=self._old_rank_of.__getitem__)
+        )
+        received = self._transport.exchange_rows(
+            by_old_rank, self._spread(send_counts), self._spread(recv_counts), self._members
+        )
+        in_old_order = [recv_counts[self._old_rank_of.index(old)] for old in self._members]
+        return self._reordered(received, in_old_order, [self._members.index(old) for old in self._old_rank_of])
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def _spread(self, counts: Sequence[int]) -> list[int]:
+        """Counts by new rank -> counts by old rank, zero for ranks that are gone."""
+        full = [0] * self._transport.world_size
+        for new, old in enumerate(self._old_rank_of):
+            full[old] = counts[new]
+        return full
+
+    @staticmethod
+    def _reordered(rows: torch.Tensor, counts: Sequence[int], order: Sequence[int]) -> torch.Tensor:
+        """Blocks of `counts` rows, put into `order`."""
+        if list(order) == sorted(order):
+            return rows
+        stops = list(accumulate(counts))
+        return torch.cat([rows[stops[block] - counts[block] : stops[block]] for block in order])
