@@ -18,7 +18,7 @@ from evenmoe.contract.limits import resolve_limits
 from evenmoe.dispatched import Dispatched
 from evenmoe.ops.exchange import Received, exchange
 from evenmoe.ops.groups import find_groups, operator_arguments, refusing_together, survivors, tp_step
-from evenmoe.ops.quantise import quantise_rows
+from evenmoe.ops.quantise import quantise_rows, reinterpret
 from evenmoe.ops.registration import CHECKS, GROUPS, VIRTUAL, register
 from evenmoe.ops.routing import route, sent_entries
 from evenmoe.ops.specs import specs_of
@@ -115,16 +115,13 @@ def _run(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         if given["check_values"]:
             _check_values(expert_ids, layout, given)
     with refusing_together(x, [peer_waits]):
-        received = exchange(
-            survivors(ep, layout),
-            "dispatch",
-            _sizes(x, layout, given),
-            route(expert_ids, layout, given["x_active_mask"]),
-            layout.local_experts,
-            x.shape[0],
-            _row_maker(x, given),
-            rows_differ_by_expert=given["scales"] is not None,
-        )
+        group = survivors(ep, layout)
+        routing = route(expert_ids, layout, given["x_active_mask"])
+        counts = exchange_counts(group, "dispatch", _sizes(x, layout, given), routing.counts)
+    # A shared-expert rank has one local expert, and every source counts for it in column 0.
+    counts = counts[:, : layout.local_experts]
+    differ = given["scales"] is not None
+    received = exchange(group, routing, counts, x.shape[0], _row_maker(x, given), rows_differ_by_expert=differ)
     peer = None if tp is None else _exchange_with_peer(received, tp, layout)
     return _outputs(x, received, peer, layout, given)
 
@@ -173,7 +170,7 @@ def _row_maker(x: torch.Tensor, given: dict[str, Any]) -> Callable[[torch.Tensor
             return rows
         smooth = None if given["scales"] is None else given["scales"].index_select(0, expert)
         quantised, scale = quantise_rows(rows, smooth)
-        return torch.cat([quantised.view(torch.uint8), scale[:, None].view(torch.uint8)], dim=1)
+        return torch.cat([quantised.view(torch.uint8), reinterpret(scale[:, None], torch.uint8)], dim=1)
 
     return make_rows
 
@@ -223,8 +220,8 @@ def _outputs(
     rows = received.rows if peer is None else torch.cat([received.rows, peer.rows])
     if given["quant_mode"] == DYNAMIC_INT8:
         hidden = x.shape[1]
-        dynamic_scales[: len(rows)] = rows[:, hidden:].clone(memory_format=torch.contiguous_format).view(torch.float32)[:, 0]
-        rows = rows[:, :hidden].contiguous().view(torch.int8)
+        dynamic_scales[: len(rows)] = reinterpret(rows[:, hidden:], torch.float32)[:, 0]
+        rows = rows[:, :hidden].view(torch.int8)
     expand_x[: len(rows)] = rows
     assist[: 3 * own] = torch.stack([received.source, received.token, received.k], dim=1).flatten()
     ordered = received.counts.T.flatten()  # (local expert, source rank)

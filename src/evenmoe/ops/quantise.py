@@ -43,11 +43,16 @@ def pack_blocks(rows: torch.Tensor) -> torch.Tensor:
     quotient = torch.where(quotient.isfinite(), quotient, 0.0)
     quantised = quotient.half().round().to(torch.int8).flatten(1)[:, :hidden]
     sent_scale = scale.to(rows.dtype)
-    return torch.cat([quantised.contiguous().view(torch.uint8), sent_scale.view(torch.uint8)], dim=1)
+    return torch.cat([quantised.view(torch.uint8), reinterpret(sent_scale, torch.uint8)], dim=1)
 
 
 def unpack_blocks(packed: torch.Tensor, hidden: int, dtype: torch.dtype) -> torch.Tensor:
     """The rows that `pack_blocks` sent: int8 times the rounded scale, rounded to `dtype`."""
-    quantised = packed[:, :hidden].contiguous().view(torch.int8).float()
-    scale = packed[:, hidden:].clone(memory_format=torch.contiguous_format).view(dtype).float()
+    quantised = packed[:, :hidden].view(torch.int8).float()
+    scale = reinterpret(packed[:, hidden:], dtype).float()
     return (quantised * scale.repeat_interleave(BLOCK, dim=1)[:, :hidden]).to(dtype)
+
+
+def reinterpret(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The bytes of `values` as another dtype; a copy, since torch wants their strides and offset to fit."""
+    return values.clone(memory_format=torch.contiguous_format).view(dtype)
