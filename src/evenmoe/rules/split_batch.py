@@ -47,19 +47,19 @@ class SplitPlan:
             )
         if num_experts is None:
             num_experts = int(slots.max()) + 1
-        if slots.min() < 0 or slots.max() >= num_experts:
+        from evenmoe.rules import split_kernels  # not at the top: importing numba takes 0.3 s
+
+        self.num_ranks = int(num_ranks)
+        self.num_experts = num_experts
+        self.shape = slots.shape
+        self._graphs = split_kernels.graphs_of(slots.reshape(-1, self.shape[-1]), self.num_ranks, num_experts)
+        if not self._graphs.size:
             raise ConstraintError(
                 "slot_to_expert",
                 f"with ids from {slots.min()} to {slots.max()}",
                 f"must hold logical experts, 0 to {num_experts - 1}",
                 "pass as many entries in `num_tokens` as there are experts",
             )
-        from evenmoe.rules import split_kernels  # not at the top: importing numba takes 0.3 s
-
-        self.num_ranks = int(num_ranks)
-        self.num_experts = num_experts
-        self.shape = slots.shape
-        self._graphs = split_kernels.graphs_of(np.atleast_2d(slots), self.num_ranks, num_experts)
 
     def split(self, num_tokens: object) -> IntArray:
         """Tokens per slot for one batch; see `split_batch`. `num_tokens` is (E,), or (L, E) if there are layers."""
@@ -75,7 +75,9 @@ class SplitPlan:
                 "pass the tokens of every logical expert, over all ranks",
             )
         per_slot = np.empty(self.shape, np.int64)
-        wrong = split_kernels.split_layers(np.atleast_2d(tokens), self._graphs, self.num_ranks, np.atleast_2d(per_slot))
+        wrong = split_kernels.split_layers(
+            tokens.reshape(-1, self.num_experts), self._graphs, self.num_ranks, per_slot.reshape(-1, self.shape[-1])
+        )
         if wrong >= 0:
             _refuse(tokens, wrong)
         return per_slot
@@ -94,16 +96,17 @@ class SplitPlan:
 
 
 def split_batch(num_tokens: object, slot_to_expert: object, num_ranks: int) -> IntArray:
-    """Split one batch over the replicas so that the peak rank load, then every lower one in turn, is as low as it can be.
+    """Split one batch over the replicas so that the peak rank load, then every lower one in turn, is least.
 
-    The result is exact in integers: no other split has a lower peak, nor, with the same peak, a lower second-highest rank
-    load, and so on. It depends on the arguments alone, so all ranks that know the same counts get the same split.
-    For many batches on one placement, make a `SplitPlan` once.
+    The result is exact in integers: no other split has a lower peak, nor, with the same peak, a lower second-highest
+    rank load, and so on. It depends on the arguments alone, so all ranks that know the same counts get the same
+    split. For many batches on one placement, make a `SplitPlan` once.
 
     Args:
-        num_tokens: integers (E,), or (L, E): tokens of this batch per logical expert over all ranks. Their sum per layer
-            must stay below 2⁶².
-        slot_to_expert: integers (S,), or (L, S): the logical expert that each slot holds; slot s is on rank s // (S / G).
+        num_tokens: integers (E,), or (L, E): tokens of this batch per logical expert over all ranks. Their sum per
+            layer must stay below 2⁶².
+        slot_to_expert: integers (S,), or (L, S): the logical expert that each slot holds; slot s is on rank
+            s // (S / G).
         num_ranks: G.
 
     Returns:
@@ -132,14 +135,14 @@ def split_batch(num_tokens: object, slot_to_expert: object, num_ranks: int) -> I
 
 
 def _integers(name: str, values: object) -> IntArray:
-    if hasattr(values, "detach"):  # a torch tensor, told by its method so that torch is not imported here
+    if not isinstance(values, np.ndarray) and hasattr(values, "detach"):  # a torch tensor; torch is not imported here
         values = values.detach().cpu().numpy()  # pyright: ignore[reportAttributeAccessIssue]
     array = np.asarray(values)
     if array.dtype.kind not in "iu" and array.size:
         raise UnsupportedTypeError(
             name, f"of dtype {array.dtype}", "must hold integers", "convert it with .astype(np.int64)"
         )
-    return np.ascontiguousarray(array, np.int64)
+    return np.asarray(array, np.int64, order="C")
 
 
 def _refuse(tokens: IntArray, index: int) -> None:

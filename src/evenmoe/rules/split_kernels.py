@@ -1,13 +1,14 @@
 """The compiled part of `split_batch`: the graph of a placement, and the exact split of one batch on it.
 
-A *host* is a rank that holds at least one replica of an expert; the tokens of an expert flow to its hosts. All flows are
-integers from beginning to end, so nothing has to be rounded afterwards and every rank computes the same split.
+A *host* is a rank that holds at least one replica of an expert; the tokens of an expert flow to its hosts. All flows
+are integers from beginning to end, so nothing has to be rounded afterwards and every rank computes the same split.
 
-The rank loads that flows can reach form an M-convex set. Of such a set an element is lexicographically min-max exactly if no
-single token can go, along a chain of hosts, from a rank to one that holds at least two tokens fewer (Frank and Murota,
-"Decreasing minimization on M-convex sets: background and structures", Mathematical Programming 195, 2022: no 1-tightening
-step). `_improve` looks for such chains until there is none, which is the proof of optimality, whatever went before. Sweeps of
-water-filling and levelling along a tree only leave it little to do: by sweeps alone a chain of G ranks takes G² of them.
+The rank loads that flows can reach form an M-convex set. Of such a set an element is lexicographically min-max exactly
+if no single token can go, along a chain of hosts, from a rank to one that holds at least two tokens fewer (Frank and
+Murota, "Decreasing minimization on M-convex sets: background and structures", Mathematical Programming 195, 2022: no
+1-tightening step). `_improve` looks for such chains until there is none, which is the proof of optimality, whatever
+went before. Sweeps of water-filling and levelling along a tree only leave it little to do: by sweeps alone a chain of
+G ranks takes about G² of them.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-# Sweeps before the first levelling, and passes of chains before the next one: on zipf(1.0) loads with drift 0.3 and 0.6, 256
-# experts in 264 to 320 slots on 8 and 32 ranks, 2…5 and 1…8 all take 5…20 µs a layer.
+# Sweeps before the first levelling, and passes of chains before the next one: on zipf(1.0) loads with drift 0.3 and
+# 0.6, 256 experts in 264 to 320 slots on 8 and 32 ranks, 2…5 and 1…8 all take 5…20 µs a layer.
 _FIRST_SWEEPS = 3
 _CHAIN_PASSES = 4
-# Levelling may overshoot where an expert runs out of tokens, so after this many rounds only chains are used, each of which
-# makes the split strictly better. 384 ranks in a chain, or with 1200 replicas at random, needed 9 rounds at most.
+# Levelling may overshoot where an expert runs out of tokens, so after this many rounds only chains are used, each of
+# which makes the split strictly better. 384 ranks in a chain, or with 1200 replicas at random, needed 9 rounds at most.
 _LEVELLING_ROUNDS = 16
 
 
@@ -78,8 +79,11 @@ def _sections(graph, num_experts, num_slots, num_ranks):
 
 @njit(cache=True, nogil=True)
 def graphs_of(slot_to_expert, num_ranks, num_experts):
-    """Graphs of all layers: slot_to_expert int64 (L, S) -> int64 (L, graph_size)."""
+    """Graphs of all layers: slot_to_expert int64 (L, S) -> int64 (L, graph_size); no layer if an id is out of range."""
     num_layers, num_slots = slot_to_expert.shape
+    for expert in slot_to_expert.flat:
+        if expert < 0 or expert >= num_experts:
+            return np.zeros((0, 0), np.int64)
     graphs = np.zeros((num_layers, graph_size(num_experts, num_slots, num_ranks)), np.int64)
     for layer in range(num_layers):
         _find_hosts(slot_to_expert[layer], num_ranks, num_experts, graphs[layer])
@@ -148,7 +152,7 @@ def _find_replicated(graph, num_ranks, num_experts, num_slots):
 
 @njit(cache=True, nogil=True)
 def _pour(tokens, begin, end, host_rank, flow, load):
-    """Pour one expert's tokens onto its hosts up to a common level; returns whether anything moved."""
+    """Take one expert's tokens away and pour them back onto its hosts up to a common level."""
     count = end - begin
     total = tokens
     for host in range(begin, end):
@@ -168,7 +172,6 @@ def _pour(tokens, begin, end, host_rank, flow, load):
         count = kept
         level = total // count
     extra = total - level * count
-    moved = False
     for host in range(begin, end):
         rank = host_rank[host]
         without = load[rank] - flow[host]
@@ -178,21 +181,15 @@ def _pour(tokens, begin, end, host_rank, flow, load):
             if extra > 0:
                 share += 1
                 extra -= 1
-        if share != flow[host]:
-            moved = True
-            flow[host] = share
-            load[rank] = without + share
-    return moved
+        flow[host] = share
+        load[rank] = without + share
 
 
 @njit(cache=True, nogil=True)
 def _sweep(num_tokens, first_host, host_rank, replicated, flow, load):
-    moved = False
     for expert in replicated:
         if num_tokens[expert] > 0:
-            if _pour(num_tokens[expert], first_host[expert], first_host[expert + 1], host_rank, flow, load):
-                moved = True
-    return moved
+            _pour(num_tokens[expert], first_host[expert], first_host[expert + 1], host_rank, flow, load)
 
 
 @njit(cache=True, nogil=True)
@@ -248,7 +245,6 @@ def _level(first_host, host_rank, host_expert, hosts_at_rank, first_at_rank, flo
             flow[take] += amount
             load[rank] -= amount
             load[host_rank[take]] += amount
-    return 0
 
 
 @njit(cache=True, nogil=True)
