@@ -111,7 +111,7 @@ class PreparedUpdate:
         self, eplb_table: torch.Tensor, local_rank_id: int, world_size: int, balance_mode: int, check_values: bool
     ) -> None:
         if check_values:
-            _check_table(eplb_table)
+            check_table(eplb_table)
         self.mode, self.rank, self.check_values = balance_mode, local_rank_id, check_values
         self.table = eplb_table.contiguous()
         self.num_experts = eplb_table.shape[0]
@@ -204,7 +204,7 @@ def _resolve_mode(balance_mode: int | str) -> int:
     return BALANCE_MODES[balance_mode]
 
 
-def _check_table(table: torch.Tensor) -> None:
+def check_table(table: torch.Tensor) -> None:
     """Counts within the columns, and no negative slot among the counted ones."""
     columns = table.shape[1]
     counts = table[:, 0]

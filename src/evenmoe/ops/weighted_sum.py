@@ -30,28 +30,47 @@ def accumulate(
     active = active_tokens(num_tokens, given["x_active_mask"], expert_ids.device)
     home = sent_entries(expert_ids, layout, given["x_active_mask"])
     has_virtual = (given["zero_expert_num"] + given["copy_expert_num"] + given["const_expert_num"]) > 0
-    if not len(rows):
-        rows = rows.new_zeros((1, layout.hidden))  # so that the selections below find a row to ignore
-    place = place.clamp(min=0)
     total = torch.zeros((num_tokens, layout.hidden), dtype=torch.float32, device=rows.device)
-    for tokens in _chunks(num_tokens, layout.hidden, rows.device):
+    for tokens in chunks(num_tokens, layout.hidden, rows.device):
         part = total[tokens]
         for k in range(top_k):
-            term = rows.index_select(0, place[tokens, k]).float().mul_(scales[tokens, k, None])
-            if not home[tokens, k].all():
-                term = torch.where(home[tokens, k, None], term, 0.0)
-            part += term
+            add_rows(part, rows, place[tokens, k], home[tokens, k], scales[tokens, k])
             if has_virtual:
                 _add_virtual(part, tokens, k, layout, given)
         for e in range(layout.shared_experts):
-            term = rows.index_select(0, place[tokens, top_k + e]).float()
-            part += torch.where(active[tokens, None], term, 0.0)
+            add_rows(part, rows, place[tokens, top_k + e], active[tokens])
         if given["shared_expert_x"] is not None:
             part += given["shared_expert_x"].reshape(num_tokens, layout.hidden)[tokens].float()
     return total, active
 
 
-def _chunks(num_tokens: int, hidden: int, device: torch.device) -> list[slice]:
+def add_rows(
+    part: torch.Tensor,
+    rows: torch.Tensor,
+    place: torch.Tensor,
+    present: torch.Tensor,
+    weights: torch.Tensor | None = None,
+) -> None:
+    """part[i] += weights[i] · rows[place[i]] where present[i]; the product rounded to float32 first.
+
+    Args:
+        part: float32 (n, H), changed in place.
+        rows: (N, H) of any float dtype; N may be 0 when nothing is present.
+        place: int64 (n,). What it holds where nothing is present does not matter.
+        present: bool (n,).
+        weights: float (n,), or None to add the rows as they are.
+    """
+    if bool(present.all()) and len(part):
+        term = rows.index_select(0, place).float()
+        part += term if weights is None else term.mul_(weights[:, None])
+        return
+    where = present.nonzero().flatten()
+    if where.numel():
+        term = rows.index_select(0, place[where]).float()
+        part[where] += term if weights is None else term.mul_(weights[where, None])
+
+
+def chunks(num_tokens: int, hidden: int, device: torch.device) -> list[slice]:
     """On a CPU, so few tokens at a time that their float32 rows stay in a core's cache (256 KiB); else all at once."""
     size = max(1, (1 << 16) // hidden) if device.type == "cpu" else max(1, num_tokens)
     return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]

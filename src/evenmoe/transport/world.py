@@ -182,11 +182,12 @@ def process_world(ep_size: int, tp_size: int = 1, *, backend: str | None = None,
         for e in range(ep_size)
     ]
     e, t = divmod(index, tp_size)
-    transports = [_process_transport(ep_groups[t]), _process_transport(tp_groups[e])]
-    return Rank(index, *transports)
+    return Rank(index, _process_transport(ep_groups[t]), _process_transport(tp_groups[e]))
 
 
-def _process_transport(group: dist.ProcessGroup) -> ProcessGroupTransport:
+def _process_transport(group: object) -> ProcessGroupTransport:
+    assert isinstance(group, dist.ProcessGroup), "new_group gives every member of a group the group"
+
     def on_close() -> None:
         registry.unregister(transport)
         dist.destroy_process_group(group)
