@@ -11,11 +11,14 @@ from evenmoe.planner._search import plan_layers
 
 def plan_static(load: FloatArray, num_ranks: int, num_slots: int, seed: int = 0) -> IntArray:
     """The slots int32 (L, S) of a placement for `load` float64 (L, E); see `plan`."""
-    num_experts = load.shape[1]
+    num_layers, num_experts = load.shape
     width = num_slots // num_ranks
     if width >= num_experts:
         # Every rank holds every expert equally often, so all ranks are equal.
-        return np.tile(np.arange(num_slots // num_ranks, dtype=np.int32) % num_experts, (load.shape[0], num_ranks))
-    slots = np.empty((load.shape[0], num_slots), np.int32)
-    plan_layers(np.ascontiguousarray(load), num_ranks, num_slots, seed, slots)
+        return np.tile(np.arange(width, dtype=np.int32) % num_experts, (num_layers, num_ranks))
+    load = np.ascontiguousarray(load)
+    order = np.argsort(-load, axis=1)
+    slots = np.empty((num_layers, num_slots), np.int32)
+    peaks = np.empty(num_layers)
+    plan_layers(load, order, num_ranks, width, 3e-4, slots, peaks)
     return slots
