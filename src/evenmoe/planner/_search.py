@@ -1,4 +1,4 @@
-"""Counts, packing and local search for one layer at a time: serial, compiled, arrays in and arrays out.
+"""Local search from a placement, one layer at a time: serial, compiled, arrays in and arrays out.
 
 Experts are positions in descending order of load, so the result cannot depend on their names. One family in one
 file, because numba's cache does not see an edit in another.
@@ -24,41 +24,19 @@ class Layer(NamedTuple):
 
 
 @njit(cache=True, nogil=True)
-def plan_layers(load, order, num_ranks, width, tolerance, slots, peaks):
-    """Plan every row of `load` (L, E); fill `slots` (L, S) and `peaks` (L,), the load of each layer's busiest rank.
+def even_layers(loads, tolerance, slots, peaks):
+    """Even out every row of `slots` (L, G, width) under `loads` (L, E), descending; fill `peaks` (L,), tokens.
 
-    `order` (L, E) sorts each row descending; equal loads are put in ascending order of expert here, whatever sort
-    was used. A layer is finished once its busiest rank is within `tolerance` of the mean or of the heaviest replica.
+    A layer is finished once its busiest rank is within `tolerance` of the mean or of the heaviest replica.
     """
-    num_experts = load.shape[1]
-    layer = new_layer(num_experts, num_ranks, width)
-    loads = np.empty(num_experts, np.float64)
-    place = np.empty(num_experts, np.int64)
-    share = np.empty(num_experts, np.float64)
-    for row in range(load.shape[0]):
-        sort_ties(load[row], order[row])
-        for position in range(num_experts):
-            loads[position] = load[row, order[row, position]]
-        replicate(loads, num_ranks * width - num_experts, num_ranks, place, layer.counts, share)
-        pack(place, share, layer)
-        mean = loads.sum() / num_ranks
-        even_out(max(mean, share[place[0]]) * (1 + tolerance), layer)
+    num_rows, num_ranks, width = slots.shape
+    layer = new_layer(loads.shape[1], num_ranks, width)
+    for row in range(num_rows):
+        load_layer(loads[row], slots[row], layer)
+        mean = loads[row].sum() / num_ranks
+        even_out(max(mean, layer.share[:, 0].max()) * (1 + tolerance), layer)
         peaks[row] = layer.load[layer.line[num_ranks - 1]]
-        for rank in range(num_ranks):
-            for slot in range(width):
-                slots[row, rank * width + slot] = order[row, layer.held[rank, slot]]
-
-
-@njit(cache=True, nogil=True)
-def sort_ties(load, order):
-    """Put experts of equal load in ascending order."""
-    for end in range(1, order.size):
-        expert = order[end]
-        at = end
-        while at > 0 and order[at - 1] > expert and load[order[at - 1]] == load[expert]:
-            order[at] = order[at - 1]
-            at -= 1
-        order[at] = expert
+        slots[row] = layer.held
 
 
 @njit(cache=True, nogil=True)
@@ -132,156 +110,6 @@ def load_layer(loads, slots, layer):
             layer.load[rank] += share
             layer.share[rank, slot] = np.inf
             put(rank, slot, expert, share, slot + 1, layer)
-
-
-@njit(cache=True, nogil=True)
-def replicate(loads, spare, most, order, counts, share):
-    """Give each of the `spare` replicas to the largest load per replica, at most `most` to one expert.
-
-    That makes the largest load per replica as small as it can be (D'Hondt's divisors; a replica anywhere else leaves
-    the largest as it was). Ties go to the expert with fewer replicas, then to the smaller position, so a layer
-    without load spreads its replicas. Fills `counts`, `share` and `order`, positions by descending share.
-    """
-    for expert in range(loads.size):
-        counts[expert] = 1
-        share[expert] = loads[expert]
-    split = 0  # experts with several replicas are a prefix, since `loads` descends
-    for _ in range(spare):
-        best = split if split < loads.size else 0
-        while counts[best] == most:
-            best += 1
-        for expert in range(split):
-            if counts[expert] < most and (
-                share[expert] > share[best] or (share[expert] == share[best] and counts[expert] < counts[best])
-            ):
-                best = expert
-        counts[best] += 1
-        share[best] = loads[best] / counts[best]
-        split = max(split, best + 1)
-    end = loads.size
-    for expert in range(end - 1, -1, -1):  # the unsplit tail is in order already: insert the rest, last first
-        place = expert
-        if expert < split:
-            while place + 1 < end and share[order[place + 1]] > share[expert]:
-                order[place] = order[place + 1]
-                place += 1
-        order[place] = expert
-
-
-@njit(cache=True, nogil=True)
-def pack(order, share, layer):
-    """Heaviest replica first, onto the lightest ranks that have a free slot; an expert's replicas at once, apart."""
-    num_ranks, width = layer.held.shape
-    used = np.zeros(num_ranks, np.int64)
-    heap = np.arange(num_ranks)  # ranks with a free slot, a binary heap on (load, rank)
-    taken = np.empty(num_ranks, np.int64)
-    layer.load[:] = 0.0
-    layer.line[:] = heap
-    free = num_ranks
-    for expert in order:
-        count = layer.counts[expert]
-        if count == 1 and free > 0:
-            rank = heap[0]
-            append(rank, expert, share[expert], used, layer)
-            if used[rank] == width:
-                free -= 1
-                heap[0] = heap[free]
-            sift_down(heap, free, layer.load)
-            continue
-        apart = min(count, free)
-        for i in range(apart):
-            taken[i] = heap[0]
-            free -= 1
-            heap[0] = heap[free]
-            sift_down(heap, free, layer.load)
-        for i in range(apart):
-            append(taken[i], expert, share[expert], used, layer)
-            if used[taken[i]] < width:
-                sift_up(heap, free, taken[i], layer.load)
-                free += 1
-        if apart < count:
-            for _ in range(count - apart):
-                make_room(expert, share, used, layer)
-            free = 0
-            for rank in range(num_ranks):
-                if used[rank] < width:
-                    sift_up(heap, free, rank, layer.load)
-                    free += 1
-
-
-@njit(cache=True, nogil=True)
-def append(rank, expert, share, used, layer):
-    """Fill the next slot of `rank`; replicas come heaviest first, so its slots stay in order."""
-    layer.held[rank, used[rank]] = expert
-    layer.share[rank, used[rank]] = share
-    layer.load[rank] += share
-    used[rank] += 1
-
-
-@njit(cache=True, nogil=True)
-def sift_down(heap, size, load):
-    """Restore the heap below its root."""
-    rank = heap[0]
-    place = 0
-    while 2 * place + 1 < size:
-        child = 2 * place + 1
-        if child + 1 < size and lighter(heap[child + 1], heap[child], load):
-            child += 1
-        if not lighter(heap[child], rank, load):
-            break
-        heap[place] = heap[child]
-        place = child
-    heap[place] = rank
-
-
-@njit(cache=True, nogil=True)
-def sift_up(heap, size, rank, load):
-    """Add `rank` to a heap of `size`."""
-    place = size
-    while place > 0 and lighter(rank, heap[(place - 1) // 2], load):
-        heap[place] = heap[(place - 1) // 2]
-        place = (place - 1) // 2
-    heap[place] = rank
-
-
-@njit(cache=True, nogil=True)
-def lighter(rank, other, load):
-    return load[rank] < load[other] or (load[rank] == load[other] and rank < other)
-
-
-@njit(cache=True, nogil=True)
-def make_room(expert, share, used, layer):
-    """Place `expert` although every rank with a free slot holds it: move another expert out of a full rank.
-
-    One can always be moved: a full rank without `expert` holds more experts than a rank with a free slot, so one of
-    its experts is missing there. The lightest such rank is taken, and of its experts the one nearest in share.
-    """
-    num_ranks, width = layer.held.shape
-    open_rank, full = -1, -1
-    for rank in range(num_ranks):
-        if used[rank] < width:
-            if open_rank < 0 or layer.load[rank] < layer.load[open_rank]:
-                open_rank = rank
-        elif (full < 0 or layer.load[rank] < layer.load[full]) and not holds(rank, expert, layer):
-            full = rank
-    nearest = -1
-    for slot in range(width):
-        missing = True
-        for other in range(used[open_rank]):
-            if layer.held[open_rank, other] == layer.held[full, slot]:
-                missing = False
-        if missing and (
-            nearest < 0
-            or abs(layer.share[full, slot] - share[expert]) < abs(layer.share[full, nearest] - share[expert])
-        ):
-            nearest = slot
-    moved = layer.held[full, nearest]
-    put(full, nearest, expert, share[expert], width, layer)
-    layer.load[full] += share[expert] - share[moved]
-    layer.share[open_rank, used[open_rank]] = np.inf
-    used[open_rank] += 1
-    put(open_rank, used[open_rank] - 1, moved, share[moved], used[open_rank], layer)
-    layer.load[open_rank] += share[moved]
 
 
 @njit(cache=True, nogil=True)

@@ -1,0 +1,192 @@
+"""Replica counts and a first packing, one layer at a time: serial, compiled, arrays in and arrays out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+
+class Bins(NamedTuple):
+    """The ranks while they fill."""
+
+    held: npt.NDArray[np.int64]  # (G, width) experts, in the order they came
+    used: npt.NDArray[np.int64]  # (G,) filled slots
+    load: npt.NDArray[np.float64]  # (G,) tokens
+
+
+@njit(cache=True, nogil=True)
+def pack_layers(load, order, slots):
+    """Fill `slots` (L, G, width) with a first plan of every row of `load` (L, E).
+
+    `order` (L, E) sorts each row descending; equal loads are put in ascending order of expert here, whatever sort
+    was used. Experts are named by their position in it, so the plan cannot depend on their ids.
+    """
+    _, num_ranks, width = slots.shape
+    num_experts = load.shape[1]
+    loads = np.empty(num_experts, np.float64)
+    counts = np.empty(num_experts, np.int64)
+    share = np.empty(num_experts, np.float64)
+    queue = np.empty(num_experts, np.int64)
+    for row in range(load.shape[0]):
+        sort_ties(load[row], order[row])
+        for position in range(num_experts):
+            loads[position] = load[row, order[row, position]]
+        replicate(loads, num_ranks * width - num_experts, num_ranks, queue, counts, share)
+        pack(queue, counts, share, Bins(slots[row], np.zeros(num_ranks, np.int64), np.zeros(num_ranks)))
+
+
+@njit(cache=True, nogil=True)
+def sort_ties(load, order):
+    """Put experts of equal load in ascending order."""
+    for end in range(1, order.size):
+        expert = order[end]
+        at = end
+        while at > 0 and order[at - 1] > expert and load[order[at - 1]] == load[expert]:
+            order[at] = order[at - 1]
+            at -= 1
+        order[at] = expert
+
+
+@njit(cache=True, nogil=True)
+def replicate(loads, spare, most, queue, counts, share):
+    """Give each of the `spare` replicas to the largest load per replica, at most `most` to one expert.
+
+    That makes the largest load per replica as small as it can be (D'Hondt's divisors; a replica anywhere else leaves
+    the largest as it was). Ties go to the expert with fewer replicas, then to the smaller position, so a layer
+    without load spreads its replicas. Fills `counts`, `share` and `queue`, the experts by descending share.
+    """
+    for expert in range(loads.size):
+        counts[expert] = 1
+        share[expert] = loads[expert]
+    split = 0  # experts with several replicas are a prefix, since `loads` descends
+    for _ in range(spare):
+        best = split if split < loads.size else 0
+        while counts[best] == most:
+            best += 1
+        for expert in range(split):
+            if counts[expert] < most and (
+                share[expert] > share[best] or (share[expert] == share[best] and counts[expert] < counts[best])
+            ):
+                best = expert
+        counts[best] += 1
+        share[best] = loads[best] / counts[best]
+        split = max(split, best + 1)
+    end = loads.size
+    for expert in range(end - 1, -1, -1):  # the unsplit tail is in order already: insert the rest, last first
+        place = expert
+        if expert < split:
+            while place + 1 < end and share[queue[place + 1]] > share[expert]:
+                queue[place] = queue[place + 1]
+                place += 1
+        queue[place] = expert
+
+
+@njit(cache=True, nogil=True)
+def pack(queue, counts, share, bins):
+    """Heaviest replica first, onto the lightest ranks that have a free slot; an expert's replicas at once, apart."""
+    num_ranks, width = bins.held.shape
+    heap = np.arange(num_ranks)  # ranks with a free slot, a binary heap on (load, rank)
+    taken = np.empty(num_ranks, np.int64)
+    free = num_ranks
+    for expert in queue:
+        if counts[expert] == 1 and free > 0:
+            rank = heap[0]
+            append(rank, expert, share[expert], bins)
+            if bins.used[rank] == width:
+                free -= 1
+                heap[0] = heap[free]
+            sift_down(heap, free, bins.load)
+            continue
+        apart = min(counts[expert], free)
+        for i in range(apart):
+            taken[i] = heap[0]
+            free -= 1
+            heap[0] = heap[free]
+            sift_down(heap, free, bins.load)
+        for i in range(apart):
+            append(taken[i], expert, share[expert], bins)
+        for _ in range(counts[expert] - apart):
+            make_room(expert, share, bins)
+        if apart < counts[expert]:
+            free, apart = 0, num_ranks
+            taken[:] = np.arange(num_ranks)
+        for rank in taken[:apart]:
+            if bins.used[rank] < width:
+                sift_up(heap, free, rank, bins.load)
+                free += 1
+
+
+@njit(cache=True, nogil=True)
+def append(rank, expert, share, bins):
+    bins.held[rank, bins.used[rank]] = expert
+    bins.used[rank] += 1
+    bins.load[rank] += share
+
+
+@njit(cache=True, nogil=True)
+def sift_down(heap, size, load):
+    """Restore the heap below its root."""
+    rank = heap[0]
+    place = 0
+    while 2 * place + 1 < size:
+        child = 2 * place + 1
+        if child + 1 < size and lighter(heap[child + 1], heap[child], load):
+            child += 1
+        if not lighter(heap[child], rank, load):
+            break
+        heap[place] = heap[child]
+        place = child
+    heap[place] = rank
+
+
+@njit(cache=True, nogil=True)
+def sift_up(heap, size, rank, load):
+    """Add `rank` to a heap of `size`."""
+    place = size
+    while place > 0 and lighter(rank, heap[(place - 1) // 2], load):
+        heap[place] = heap[(place - 1) // 2]
+        place = (place - 1) // 2
+    heap[place] = rank
+
+
+@njit(cache=True, nogil=True)
+def lighter(rank, other, load):
+    return load[rank] < load[other] or (load[rank] == load[other] and rank < other)
+
+
+@njit(cache=True, nogil=True)
+def make_room(expert, share, bins):
+    """Place `expert` although every rank with a free slot holds it: move another expert out of a full rank.
+
+    One can always be moved: a full rank without `expert` holds more experts than a rank with a free slot, so one of
+    its experts is missing there. The lightest such rank is taken, and of its experts the one nearest in share.
+    """
+    num_ranks, width = bins.held.shape
+    target, full = -1, -1
+    for rank in range(num_ranks):
+        if bins.used[rank] < width:
+            if target < 0 or bins.load[rank] < bins.load[target]:
+                target = rank
+        elif (full < 0 or bins.load[rank] < bins.load[full]) and not holds(rank, expert, bins):
+            full = rank
+    nearest = -1
+    for slot in range(width):
+        if not holds(target, bins.held[full, slot], bins):
+            miss = abs(share[bins.held[full, slot]] - share[expert])
+            if nearest < 0 or miss < abs(share[bins.held[full, nearest]] - share[expert]):
+                nearest = slot
+    moved = bins.held[full, nearest]
+    bins.held[full, nearest] = expert
+    bins.load[full] += share[expert] - share[moved]
+    append(target, moved, share[moved], bins)
+
+
+@njit(cache=True, nogil=True)
+def holds(rank, expert, bins):
+    for slot in range(bins.used[rank]):
+        if bins.held[rank, slot] == expert:
+            return True
+    return False
