@@ -1,0 +1,3 @@
+from evenmoe.cli import main
+
+main()

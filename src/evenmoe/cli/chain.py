@@ -1,0 +1,168 @@
+"""The operator chain of one layer with real experts, and how far it is from the dense model.
+
+Shapes: W expert-parallel ranks, B tokens per rank, H hidden, F inner width, K experts per token, E logical experts,
+S slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+import evenmoe as em
+from evenmoe.cli.ranks import run_world
+from evenmoe.reference.dense import Experts, dense_add_rms_norm, dense_moe, make_experts
+from evenmoe.transport.world import Rank
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's work for a world: what every rank starts with.
+
+    Attributes:
+        ep_size, tp_size: the world.
+        table: int32 (E, F), the EPLB table; num_slots: S.
+        slot_to_expert: int64 (S,), the logical expert in every slot.
+        x, residual, shared: bfloat16 (W·tp, B, H). topk_ids: int32 (W·tp, B, K), logical. scales: float32 (W·tp, B, K).
+        gamma: bfloat16 (H,).
+        experts: weights of the E logical experts.
+    """
+
+    ep_size: int
+    tp_size: int
+    table: torch.Tensor
+    num_slots: int
+    slot_to_expert: torch.Tensor
+    x: torch.Tensor
+    residual: torch.Tensor
+    shared: torch.Tensor
+    topk_ids: torch.Tensor
+    scales: torch.Tensor
+    gamma: torch.Tensor
+    experts: Experts
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the dense model gives for a layer, all ranks' tokens in rank order: float64 (tokens, H) each."""
+
+    x: torch.Tensor
+    x_bound: torch.Tensor
+    y: torch.Tensor
+    y_bound: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How the chain did on one layer.
+
+    Attributes:
+        num_values: values compared.
+        largest_difference: max |chain − dense| over x and y.
+        largest_share: max |chain − dense| / bound; at most 1.0 when rounding explains every difference.
+        rows_per_rank: rows that each expert-parallel rank computed.
+    """
+
+    num_values: int
+    largest_difference: float
+    largest_share: float
+    rows_per_rank: list[int]
+
+
+def make_layer(
+    placement: em.Placement, layer: int, topk_ids: torch.Tensor, tp_size: int, hidden: int, inner: int, seed: int
+) -> Layer:
+    """Random tokens and weights around the given routing: topk_ids integers (W·tp, B, K), logical experts."""
+    generator = torch.Generator().manual_seed(seed)
+    ranks, tokens, top_k = topk_ids.shape
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    return Layer(
+        ep_size=placement.num_ranks,
+        tp_size=tp_size,
+        table=placement.eplb_table(layer),
+        num_slots=placement.num_slots,
+        slot_to_expert=torch.from_numpy(placement.slot_to_expert[layer].astype("int64")),
+        x=normal(ranks, tokens, hidden),
+        residual=normal(ranks, tokens, hidden),
+        shared=normal(ranks, tokens, hidden),
+        topk_ids=topk_ids.int(),
+        scales=torch.softmax(torch.randn((ranks, tokens, top_k), generator=generator), dim=-1),
+        gamma=normal(hidden),
+        experts=make_experts(placement.num_experts, hidden, inner, seed),
+    )
+
+
+def with_placement(layer: Layer, placement: em.Placement, index: int) -> Layer:
+    """The same tokens and experts, spread over slots by another placement's layer `index`."""
+    return replace(
+        layer,
+        table=placement.eplb_table(index),
+        num_slots=placement.num_slots,
+        slot_to_expert=torch.from_numpy(placement.slot_to_expert[index].astype("int64")),
+    )
+
+
+def expect(layer: Layer) -> Expected:
+    """The dense model's values and what rounding may move them by; the placement plays no part."""
+    flat = [t.reshape(-1, t.shape[-1]) for t in (layer.x, layer.topk_ids, layer.scales)]
+    total, bound = dense_moe(*flat, layer.experts, shards=layer.tp_size)
+    hidden = layer.x.shape[-1]
+    total = total + layer.shared.reshape(-1, hidden).double()
+    return Expected(*dense_add_rms_norm(total, bound, layer.residual.reshape(-1, hidden), layer.gamma, NORM_EPS))
+
+
+def run_chain(layer: Layer) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Run the chain; (y, x, rows computed) of every rank, y and x bfloat16 (B, 1, H)."""
+    return run_world(layer.ep_size, layer.tp_size, lambda rank: _one_rank(layer, rank))
+
+
+def compare(layer: Layer, results: list[tuple[torch.Tensor, torch.Tensor, int]], expected: Expected) -> Comparison:
+    """Every value of x and y of every rank against the dense model."""
+    y, x = (torch.cat([r[i] for r in results]).double().flatten(0, 1) for i in (0, 1))
+    differences = [(y - expected.y).abs(), (x - expected.x).abs()]
+    shares = [d / bound for d, bound in zip(differences, (expected.y_bound, expected.x_bound), strict=True)]
+    return Comparison(
+        num_values=y.numel() + x.numel(),
+        largest_difference=max(float(d.max()) for d in differences),
+        largest_share=max(float(s.max()) for s in shares),
+        rows_per_rank=[r[2] for r in results[:: layer.tp_size]],
+    )
+
+
+def _one_rank(layer: Layer, rank: Rank) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The chain as a model would call it; returns y, x and the rows that this rank computed."""
+    i = rank.index
+    tp = rank.tp if layer.tp_size > 1 else None
+    ids, _ = em.update_expert(layer.topk_ids[i], layer.table, rank.ep.rank, layer.ep_size, limits="unlimited")
+    dispatched = em.dispatch(layer.x[i], ids, ep=rank.ep, tp=tp, num_experts=layer.num_slots, limits="unlimited")
+    out = torch.zeros_like(dispatched.expand_x)
+    here = layer.num_slots // layer.ep_size
+    stops = dispatched.expert_token_nums.cumsum(0).tolist()
+    inner = layer.experts.up.shape[1]
+    mine = slice(rank.tp.rank * inner // layer.tp_size, (rank.tp.rank + 1) * inner // layer.tp_size)
+    for local, (start, stop) in enumerate(zip([0, *stops], stops, strict=False)):
+        expert = int(layer.slot_to_expert[rank.ep.rank * here + local])
+        rows = dispatched.expand_x[start:stop]
+        inner_rows = torch.relu(rows @ layer.experts.up[expert, mine].T)
+        out[start:stop] = inner_rows @ layer.experts.down[expert][:, mine].T
+    y, _, x = em.combine_add_rms_norm(
+        out,
+        ids,
+        dispatched,
+        layer.scales[i],
+        layer.residual[i][:, None],
+        layer.gamma,
+        ep=rank.ep,
+        tp=tp,
+        num_experts=layer.num_slots,
+        shared_expert_x=layer.shared[i],
+        norm_eps=NORM_EPS,
+        limits="unlimited",
+    )
+    return y, x, stops[-1]
