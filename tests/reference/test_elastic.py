@@ -139,15 +139,17 @@ def test_without_shared_ranks_the_capacity_is_that_of_moe_ranks():
 
 
 def test_when_the_last_shared_rank_is_gone_its_expert_is_gone_but_smoothing_rows_keep_their_numbers():
-    """ep 3, old rank 0 was shared and dies. Rows [127, 1], smoothing row r = [1, r+1]: expert m uses row 1+m."""
-    vector = torch.tensor([1, 2, 0, 2, -1, 0, 1, 1, 2, -1], dtype=torch.int32)
-    world = {"num_experts": 2, "shared_expert_num": 1, "shared_expert_rank_num": 1, "elastic_info": vector}
+    """ep 3, old rank 0 was shared and dies; L 2 stays. Rows [127, 1], smoothing row r = [1, r+1]: expert m uses row
+    1+m. The new rank 0 is the old MoE rank 1 and keeps a MoE rank's sizes."""
+    vector = torch.tensor([1, 2, 0, 4, -1, 0, 1, 1, 2, -1], dtype=torch.int32)
+    world = {"num_experts": 4, "shared_expert_num": 1, "shared_expert_rank_num": 1, "elastic_info": vector}
     x = [None, *(torch.tensor([[127.0, 1.0]]).bfloat16() for _ in range(2))]
-    ids = [None, torch.tensor([[0]]), torch.tensor([[1]])]
-    scales = torch.tensor([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]])
+    ids = [None, torch.tensor([[0]]), torch.tensor([[3]])]
+    scales = torch.tensor([[1.0, r + 1.0] for r in range(5)])
     dispatched = dispatch(x, ids, scales=scales, quant_mode=2, **world)
-    assert [dispatched[old].expand_x[0].tolist() for old in (1, 2)] == [[127, 2], [127, 3]]
-    assert [int(dispatched[old].ep_recv_counts[1]) for old in (1, 2)] == [1, 1]
+    assert [dispatched[old].expand_x[0].tolist() for old in (1, 2)] == [[127, 2], [127, 5]]
+    assert [dispatched[old].ep_recv_counts.tolist() for old in (1, 2)] == [[1, 1, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0]]
+    assert [dispatched[old].expert_token_nums.tolist() for old in (1, 2)] == [[1, 0], [0, 1]]
     outputs = [None, *(d.expand_x.float() for d in dispatched[1:])]
     results = combine(outputs, ids, dispatched, [None, torch.ones((1, 1)), torch.ones((1, 1))], **world)
-    assert [results[old].tolist() for old in (1, 2)] == [[[127.0, 2.0]], [[127.0, 3.0]]]
+    assert [results[old].tolist() for old in (1, 2)] == [[[127.0, 2.0]], [[127.0, 5.0]]]

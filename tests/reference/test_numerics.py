@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evenmoe.reference.numerics import (
@@ -56,6 +56,7 @@ def test_tree_sum_of_integers_is_exact(n):
     assert float(tree_sum(torch.arange(n, dtype=torch.float32) % 100)) == sum(i % 100 for i in range(n))
 
 
+@settings(deadline=None)  # a shared machine may stall any single example
 @given(st.lists(fp32, max_size=40))
 def test_tree_sum_stays_within_its_bound(values):
     """Every value passes through at most ⌈log2 n⌉ additions: |error| ≤ ((1+u)^depth − 1)·Σ|values| (Higham, §4.2)."""
@@ -65,6 +66,7 @@ def test_tree_sum_stays_within_its_bound(values):
     assert abs(total - sum(Fraction(v) for v in values)) <= bound
 
 
+@settings(deadline=None)
 @given(st.floats(-40, 40, width=32), st.floats(-40, 40, width=32))
 def test_softmax_of_two(logit_1, logit_2):
     """p = e/(e1+e2). The fp32 difference δ, off by u·|δ| ≤ 80u, makes e off by 80u relative, its rounding by u more;
@@ -81,6 +83,7 @@ def test_softmax_of_two_does_not_overflow():
     assert (float(p1), float(p2)) == (1.0, 0.0)
 
 
+@settings(deadline=None)
 @given(st.floats(2.0**-60, 2.0**60, width=32))
 def test_reciprocal_sqrt_rounds_twice_and_correctly(value):
     """r = fp32(√v) iff (r − half a unit)² < v < (r + half a unit)², in exact arithmetic; then one rounded division."""
@@ -134,6 +137,7 @@ def test_a_row_without_a_finite_factor_is_zeros_with_scale_zero(row):
     assert (q.tolist(), float(scale)) == ([0, 0], 0.0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e4, 1e4, width=16), min_size=1, max_size=20))
 def test_quantize_stays_within_half_a_step(values):
     """|q·scale − v| ≤ scale·(1/2 + 127·4u): half a step for rint, and the roundings of d, v·d, 1/d and the product."""
@@ -180,6 +184,7 @@ def test_the_least_subnormals_stay_within_int8(dtype):
     assert torch.isfinite(received).all()
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-6e4, 6e4, width=16), min_size=1, max_size=20))
 def test_transport_stays_within_a_step(values):
     """Per block, with s = max/127: rint ≤ s/2; the fp16 quotient ≤ 127·2⁻¹¹·s < s/16; the scale rounded to fp16 is
@@ -201,6 +206,7 @@ def test_tp_sum_in_bf16_rounds_to_even():
     assert tp_sum(own, peer).tolist() == [1.0, 1.015625]
 
 
+@settings(deadline=None)
 @given(st.floats(width=16, allow_nan=False, allow_infinity=False), st.floats(width=16, allow_nan=False))
 def test_tp_sum_in_fp16_is_the_exact_sum_rounded_once(own, peer):
     """fp64 holds the sum of two fp16 exactly (40 bits ≤ 53), so numpy rounds it to fp16 once."""
