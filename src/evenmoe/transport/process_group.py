@@ -98,7 +98,9 @@ class ProcessGroupTransport:
 
 def _as_bytes(rows: torch.Tensor) -> torch.Tensor:
     """The same memory as uint8 (rows, bytes per row)."""
-    return rows.view(rows.shape[0], prod(rows.shape[1:])).view(torch.uint8)
+    # The strides of a contiguous tensor may be anything where a dimension is 0 or 1, and view(dtype) minds them.
+    count, width = rows.shape[0], prod(rows.shape[1:])
+    return rows.as_strided((count, width), (width, 1)).view(torch.uint8)
 
 
 def _split(rows: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
