@@ -106,7 +106,9 @@ def _add_peer_rows(
         )
     send, recv = [0, 0], [0, 0]
     send[peer], recv[peer] = theirs, own
-    received = tp.exchange_rows(expand_x[own : own + theirs].contiguous(), send, recv)
+    # A copy even of contiguous rows: a slower peer may still read them when the caller writes to expert_out again.
+    offer = expand_x[own : own + theirs].clone(memory_format=torch.contiguous_format)
+    received = tp.exchange_rows(offer, send, recv)
     # float16 too: a sum of two float16 in float32, rounded once more, is the sum rounded once (24 ≥ 2·11 + 2 bits).
     return (rows.float() + received.float()).to(rows.dtype)
 
