@@ -188,6 +188,7 @@ def _exchange_with_peer(received: Received, tp: Transport, layout: Layout) -> _P
     sizes = {
         "hidden size of `x`": layout.hidden,
         "dtype of the rows": dtype_code(received.rows.dtype),
+        "tokens per rank times ranks (`global_bs`)": layout.global_bs,
         "expert parallel rank": layout.rank,
     }
     peer = 1 - tp.rank

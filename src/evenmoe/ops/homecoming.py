@@ -94,13 +94,16 @@ def _add_peer_rows(
     sizes = {
         "hidden size of `expert_out`": layout.hidden,
         "dtype of `expert_out`": dtype_code(expand_x.dtype),
+        "tokens per rank times ranks (`global_bs`)": layout.global_bs,
         "expert parallel rank": layout.rank,
     }
-    offered = exchange_counts(tp, tp_step("combine"), sizes, tp_send_counts.new_full((2, 1), theirs).long())[peer, 0]
-    if int(offered) != own or not 0 <= theirs <= len(expand_x) - own:
+    # What each hands over and what each holds, so that both peers refuse what one of them got wrong: neither waits.
+    mine = torch.tensor([[theirs, own]] * 2, device=expand_x.device)
+    offered, held = exchange_counts(tp, tp_step("combine"), sizes, mine)[peer].tolist()
+    if offered != own or theirs != held:
         raise ConstraintError(
             "tp_send_counts",
-            f"{tp_send_counts.tolist()} with {own} rows of this rank and {int(offered)} offered by its peer",
+            f"{tp_send_counts.tolist()} with {own} rows of this rank, {held} of its peer and {offered} offered by it",
             "must count the rows of both peers, own first in expert_out",
             "pass the tp_recv_counts and ep_recv_counts that dispatch returned on both peers",
         )

@@ -61,8 +61,18 @@ OPERATORS: dict[str, tuple[str, ...]] = {
         "tensor-parallel world size",
         "digest of `elastic_info`",
     ),
-    "tensor-parallel step of dispatch": ("hidden size of `x`", "dtype of the rows", "expert parallel rank"),
-    "tensor-parallel step of combine": ("hidden size of `expert_out`", "dtype of `expert_out`", "expert parallel rank"),
+    "tensor-parallel step of dispatch": (
+        "hidden size of `x`",
+        "dtype of the rows",
+        "tokens per rank times ranks (`global_bs`)",
+        "expert parallel rank",
+    ),
+    "tensor-parallel step of combine": (
+        "hidden size of `expert_out`",
+        "dtype of `expert_out`",
+        "tokens per rank times ranks (`global_bs`)",
+        "expert parallel rank",
+    ),
     "ExpertParallel.dispatch": (
         "hidden size of `x`",
         "dtype of `x`",
