@@ -110,8 +110,8 @@ def with_placement(layer: Layer, placement: em.Placement, index: int) -> Layer:
 
 def expect(layer: Layer) -> Expected:
     """The dense model's values and what rounding may move them by; the placement plays no part."""
-    flat = [t.reshape(-1, t.shape[-1]) for t in (layer.x, layer.topk_ids, layer.scales)]
-    total, bound = dense_moe(*flat, layer.experts, shards=layer.tp_size)
+    x, topk_ids, scales = (t.flatten(0, 1) for t in (layer.x, layer.topk_ids, layer.scales))
+    total, bound = dense_moe(x, topk_ids, scales, layer.experts, shards=layer.tp_size)
     hidden = layer.x.shape[-1]
     total = total + layer.shared.reshape(-1, hidden).double()
     return Expected(*dense_add_rms_norm(total, bound, layer.residual.reshape(-1, hidden), layer.gamma, NORM_EPS))
@@ -124,7 +124,8 @@ def run_chain(layer: Layer) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
 
 def compare(layer: Layer, results: list[tuple[torch.Tensor, torch.Tensor, int]], expected: Expected) -> Comparison:
     """Every value of x and y of every rank against the dense model."""
-    y, x = (torch.cat([r[i] for r in results]).double().flatten(0, 1) for i in (0, 1))
+    y = torch.cat([r[0] for r in results]).double().flatten(0, 1)
+    x = torch.cat([r[1] for r in results]).double().flatten(0, 1)
     differences = [(y - expected.y).abs(), (x - expected.x).abs()]
     shares = [d / bound for d, bound in zip(differences, (expected.y_bound, expected.x_bound), strict=True)]
     return Comparison(

@@ -28,5 +28,5 @@ def small_trace(seed: int = 0) -> Trace:
         routing.append(np.argsort(-(drifted + noise), axis=-1, kind="stable")[..., :top_k])
     load = np.zeros((windows, layers, experts), np.int64)
     for window, ids in enumerate(routing):
-        np.add.at(load, (window, np.arange(layers)[None, :, None], ids), 1)
+        np.add.at(load[window], (np.arange(layers)[None, :, None], ids), 1)
     return Trace("a small synthetic trace", load, np.concatenate(routing).astype(np.int64))
