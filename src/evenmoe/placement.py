@@ -83,17 +83,18 @@ class Placement:
                 f"must be a logical expert, 0 to {num_experts - 1}",
                 "give every slot an expert of the model",
             )
-        _set(self, "slot_to_expert", _frozen(slots))
-        _set(self, "num_ranks", int(num_ranks))
-        _set(self, "num_experts", int(num_experts))
-        if (self.num_replicas == 0).any():
-            layer, expert = (int(i) for i in np.argwhere(self.num_replicas == 0)[0])
+        homeless = _without_slot(slots, num_experts)
+        if homeless.size:
+            layer, expert = (int(i) for i in homeless[0])
             raise ConstraintError(
                 "slot_to_expert",
                 f"without expert {expert} in layer {layer}",
                 "must give every logical expert a slot",
                 "a token routed to that expert would have nowhere to go: add a slot for it",
             )
+        _set(self, "slot_to_expert", _frozen(slots))
+        _set(self, "num_ranks", int(num_ranks))
+        _set(self, "num_experts", int(num_experts))
         ascending = _ascending_replica_index(self.slot_to_expert)
         if replica_index is None:
             order = ascending
@@ -111,6 +112,9 @@ class Placement:
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"Placement is immutable: cannot set {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"Placement is immutable: cannot delete {name!r}")
 
     @property
     def num_layers(self) -> int:
@@ -197,6 +201,15 @@ def _integers(name: str, values: npt.ArrayLike) -> npt.NDArray[np.integer]:
             name, f"of dtype {array.dtype}", "must hold integers", "convert it with .astype(np.int32)"
         )
     return array.astype(np.int64)
+
+
+def _without_slot(slots: npt.NDArray[np.integer], num_experts: int) -> npt.NDArray[np.integer]:
+    """(n, 2): layer and expert of those that no slot holds, empty when every expert has one."""
+    # S slots leave out one of S + 1 experts, so no array is made for more of them, however large an id is.
+    held = np.zeros((slots.shape[0], min(num_experts, slots.shape[1] + 1)), bool)
+    layer, slot = np.nonzero(slots < held.shape[1])
+    held[layer, slots[layer, slot]] = True
+    return np.argwhere(~held)
 
 
 def _ascending_replica_index(slots: IntArray) -> npt.NDArray[np.integer]:
