@@ -1,0 +1,136 @@
+"""The operators as torch knows them: schema, fake kernels, and no graph break where nothing is communicated."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tests.worlds import Case, Spec, assert_same_bits, outputs_of, run_rank
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import evenmoe as em
+from evenmoe.ops.combine import combine_arguments
+from evenmoe.ops.groups import operator_arguments
+from evenmoe.ops.update_expert import update_expert
+from evenmoe.transport.world import Rank
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+TABLE = torch.tensor([[1, 0, 0, 0], [2, 1, 7, 0], [3, 2, 8, 13]], dtype=torch.int32)
+IDS = torch.tensor([[0, 1], [2, 1], [1, 0], [0, 2]])
+PRUNING = (torch.full((4, 2), 0.5), torch.tensor([0.25, 0.75]), torch.tensor([True, True, True, False]))
+WORLDS = [
+    Spec(moe_ranks=1, experts_per_rank=3, top_k=2, virtual=(1, 1, 1), shared_x="flat", max_bs=5),
+    Spec(moe_ranks=1, experts_per_rank=2, quant_mode=2, smooth=True, mask="entries", comm_quant_mode=2, max_bs=5),
+]
+
+
+def registered_call(function: Callable, translate: Callable, *args: Any, **keywords: Any) -> dict[str, Any]:
+    """What a public function passes to its registered operator."""
+    bound = inspect.signature(function).bind(*args, **keywords)
+    bound.apply_defaults()
+    return translate(dict(bound.arguments))
+
+
+def calls_on_one_rank(rank: Rank, case: Case) -> dict[str, dict[str, Any]]:
+    """{operator: arguments} of the three collectives on a world of one rank."""
+    spec = case.spec
+    shared = {"ep": rank.ep, "x_active_mask": None if case.masks is None else case.masks[0], **case.sizes}
+    sending = {"scales": case.scales, "quant_mode": spec.quant_mode, **shared}
+    dispatched = em.dispatch(case.x[0], case.ids[0], **sending)
+    names = ("const_expert_alpha_1", "const_expert_alpha_2", "const_expert_v")
+    returning = {
+        "shared_expert_x": None if case.shared_x is None else case.shared_x[0],
+        "ori_x": None if case.ori_x is None else case.ori_x[0],
+        "comm_quant_mode": spec.comm_quant_mode,
+        **dict(zip(names, case.const, strict=True)),
+        **shared,
+    }
+    rows = (case.expert_out(0, len(dispatched.expand_x)), case.ids[0], dispatched, case.weights[0])
+    norm = (case.residual[0], case.gamma[0])
+    return {
+        "dispatch": registered_call(em.dispatch, operator_arguments, case.x[0], case.ids[0], **sending),
+        "combine": registered_call(em.combine, combine_arguments, *rows, **returning),
+        "combine_add_rms_norm": registered_call(em.combine_add_rms_norm, combine_arguments, *rows, *norm, **returning),
+    }
+
+
+@pytest.mark.parametrize("operator", ["dispatch", "combine", "combine_add_rms_norm"])
+@pytest.mark.parametrize("spec", WORLDS, ids=["virtual experts", "quantised"])
+def test_opcheck_of_the_collectives(operator, spec):
+    with em.local_world(1) as world:
+        arguments = calls_on_one_rank(world.ranks[0], Case(spec))[operator]
+        torch.library.opcheck(getattr(torch.ops.evenmoe, operator).default, (), arguments, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("pruning", [(None, None, None), PRUNING], ids=["whole", "pruned"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_opcheck_of_update_expert(mode, dtype, pruning):
+    keywords = {"local_rank_id": 3, "world_size": 4, "balance_mode": mode, "check_values": True, "limits": "laptop"}
+    torch.library.opcheck(
+        torch.ops.evenmoe.update_expert.default, (IDS.to(dtype), TABLE, *pruning), keywords, test_utils=CHECKS
+    )
+
+
+@pytest.mark.parametrize("mode", ["rank", "token", "occurrence"])
+def test_update_expert_compiles_without_a_graph_break(mode):
+    torch._dynamo.reset()
+    compiled = torch.compile(update_expert, fullgraph=True, backend="aot_eager")
+    for ids in (IDS, IDS[:3].int(), IDS.T[:, :1].contiguous()):
+        got, want = (function(ids, TABLE, 3, 4, mode) for function in (compiled, update_expert))
+        assert_same_bits(got[0], want[0], "ids")
+        assert_same_bits(got[1], want[1], "mask")
+    got, want = (function(IDS, TABLE, 3, 4, mode, *PRUNING) for function in (compiled, update_expert))
+    assert_same_bits(got[0], want[0], "ids")
+    assert_same_bits(got[1], want[1], "mask")
+
+
+FAKE_WORLDS = [
+    Spec(shared_experts=1, shared_ranks=1, moe_ranks=3, experts_per_rank=2, quant_mode=2, top_k=2),
+    Spec(tp=2, moe_ranks=2, dtype="float16"),
+    Spec(moe_ranks=3, experts_per_rank=2, elastic="scaled", seed=5, virtual=(1, 0, 0)),
+    Spec(moe_ranks=2, max_bs=0),
+]
+
+
+@pytest.mark.parametrize("spec", FAKE_WORLDS, ids=["shared rank, int8", "two peers", "scaled down", "no token"])
+def test_fake_tensors_have_the_shapes_of_real_ones(spec):
+    """On every rank, though nothing is communicated: the ranks are asked one after the other."""
+    case = Case(spec)
+    with em.local_world(spec.ep, max(spec.tp, 1)) as world:
+        real = world.run(lambda rank: run_rank(rank, case))
+        for rank, outputs in zip(world.ranks, real, strict=True):
+            if outputs is None:
+                continue
+            with FakeTensorMode() as mode:
+                fake = run_rank(rank, _Faked(case, mode))
+            for ours, theirs in zip(_all(fake), _all(outputs), strict=True):
+                assert type(ours).__name__ == "FakeTensor"
+                assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+
+
+class _Faked:
+    """A case whose tensors are fake."""
+
+    def __init__(self, case: Case, mode: FakeTensorMode) -> None:
+        self._case, self._mode = case, mode
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._case, name)
+        if isinstance(value, torch.Tensor):
+            return self._mode.from_tensor(value)
+        if isinstance(value, list):
+            return [self._mode.from_tensor(item) if isinstance(item, torch.Tensor) else item for item in value]
+        return value
+
+    def expert_out(self, index: int, rows: int) -> torch.Tensor:
+        with self._mode:
+            return torch.empty((rows, self._case.spec.hidden), dtype=self._case.dtype)
+
+
+def _all(outputs: tuple) -> list[torch.Tensor]:
+    dispatched, y, normed = outputs
+    return [*outputs_of(dispatched).values(), y, *normed]

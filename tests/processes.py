@@ -1,0 +1,106 @@
+"""Real processes for tests: made by fork, joined by gloo, kept for many jobs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import evenmoe as em
+
+
+class Processes:
+    """Processes that wait for jobs: `run(world, job, *arguments)` calls `job(rank, *arguments)` in each.
+
+    Args:
+        count: processes.
+        worlds: (ep_size, tp_size) of the worlds that they open, each over all of them.
+        timeout_s: of their exchanges.
+
+    Jobs are functions of modules that the parent has imported before the first job, since a child made by fork
+    inherits them; arguments and results travel as plain pickles.
+    """
+
+    def __init__(self, count: int, worlds: Sequence[tuple[int, int]], timeout_s: float = 60.0) -> None:
+        self.count, self.worlds, self.timeout_s = count, list(worlds), timeout_s
+        self.children: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, world: tuple[int, int], job: Callable[..., Any], *arguments: Any, patience_s: float = 90.0) -> list:
+        """Results in rank order; an exception that a job raised stands in its place. A child that ended gives None.
+
+        Raises:
+            AssertionError: no answer within `patience_s`; the processes are ended, and started anew by the next run.
+        """
+        if not self.children:
+            self._start()
+        for pipe in self._pipes:
+            with suppress(BrokenPipeError):
+                pipe.send_bytes(pickle.dumps((world, job, arguments)))
+        deadline = time.monotonic() + patience_s
+        results = []
+        for index, pipe in enumerate(self._pipes):
+            if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                self.stop(patience_s=0.0)
+                raise AssertionError(f"process {index} gave no answer within {patience_s} s")
+            try:
+                results.append(pickle.loads(pipe.recv_bytes()))
+            except EOFError:
+                results.append(None)
+        return results
+
+    def stop(self, patience_s: float = 5.0) -> None:
+        for pipe in self._pipes:
+            with suppress(BrokenPipeError):
+                pipe.send_bytes(pickle.dumps(None))
+        for child in self.children:
+            child.join(patience_s)
+            if child.is_alive():
+                child.kill()
+                child.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self.children, self._pipes = [], []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("fork")
+        directory = tempfile.mkdtemp()
+        for index in range(self.count):
+            ours, theirs = context.Pipe()
+            arguments = (index, self.count, self.worlds, self.timeout_s, str(Path(directory) / "store"), theirs)
+            child = context.Process(target=_serve, args=arguments, daemon=True)
+            with warnings.catch_warnings():
+                # Python 3.12 warns of fork in a process with threads; the children use none of them.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                child.start()
+            theirs.close()
+            self.children.append(child)
+            self._pipes.append(ours)
+
+
+def _serve(
+    index: int, count: int, worlds: Sequence[tuple[int, int]], timeout_s: float, store_path: str, pipe: Connection
+) -> None:
+    torch.set_num_threads(1)  # first of all: the parent's thread pool does not exist here
+    timeout = timedelta(seconds=timeout_s)
+    store = dist.FileStore(store_path, count)
+    dist.init_process_group("gloo", store=store, rank=index, world_size=count, timeout=timeout)
+    ranks = {shape: em.process_world(*shape, timeout_s=timeout_s) for shape in worlds}
+    while (message := pickle.loads(pipe.recv_bytes())) is not None:
+        world, job, arguments = message
+        try:
+            result = job(ranks[world], *arguments)
+        except Exception as error:
+            result = error
+        pipe.send_bytes(pickle.dumps(result))
