@@ -1,0 +1,272 @@
+"""`Executor`: one checked call of an operator, between the first stage, which makes it, and the second, which runs it.
+
+The first stage works on shapes, dtypes and attributes; values are read when the call runs, on a stream's thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from operator import index
+from typing import Any
+
+import torch
+
+from evenmoe.ascend import status
+from evenmoe.ascend.collectives import Membership, late_ranks, taking_part
+from evenmoe.ascend.groups import find_group, peers_here
+from evenmoe.ascend.signatures import SIGNATURES
+from evenmoe.ascend.status import AclError
+from evenmoe.ascend.stream import Stream
+from evenmoe.ascend.write_outputs import WRITERS
+from evenmoe.contract.combine import check_combine, check_combine_add_rms_norm
+from evenmoe.contract.dispatch import check_dispatch
+from evenmoe.contract.layout import Layout, scale_down
+from evenmoe.contract.limits import ATLAS_A3
+from evenmoe.contract.update_expert import check_update_expert
+from evenmoe.errors import ConstraintError, UnsupportedTypeError
+from evenmoe.ops import combine, combine_add_rms_norm, dispatch, update_expert
+from evenmoe.ops.specs import specs_of
+
+_OPERATOR_MODULES = (combine, combine_add_rms_norm, dispatch, update_expert)  # importing them registers the operators
+
+#: What the operators' tiling asks for, the fixed system workspace; this implementation does not touch it.
+WORKSPACE_BYTES = 16 * 2**20
+
+_CHECKS: dict[str, Callable[..., Layout | None]] = {
+    "update_expert": check_update_expert,
+    "dispatch": check_dispatch,
+    "combine": check_combine,
+    "combine_add_rms_norm": check_combine_add_rms_norm,
+}
+_LATER_TENSORS = {  # of V3 and V4; the registered operators have no defaults
+    "dispatch": ("elastic_info", "performance_info"),
+    "combine": (
+        *("elastic_info", "ori_x", "const_expert_alpha_1", "const_expert_alpha_2", "const_expert_v"),
+        "performance_info",
+    ),
+    "update_expert": ("expert_scales", "pruning_threshold", "active_mask"),
+}
+_LATER_TENSORS["combine_add_rms_norm"] = _LATER_TENSORS["combine"]
+_LATER_ATTRIBUTES = dict.fromkeys(("zero_expert_num", "copy_expert_num", "const_expert_num"), 0)
+_INT64 = range(-(2**63), 2**63)
+
+Tensors = Mapping[str, torch.Tensor | None]
+
+
+def stage_one(operator: str, tensors: Tensors, attributes: Mapping[str, object], outputs: Tensors) -> Executor:
+    """Check one call as the operator's first stage does, and make it ready to run.
+
+    Args:
+        operator: a key of `SIGNATURES`.
+        tensors, attributes, outputs: {name: value} for every name of its signature; None is a null pointer. Tensors
+            may be strided views. The outputs are written by `Executor.run`, as far as the operator writes them.
+
+    Raises:
+        MissingArgumentError: a null tensor or group name (status 161001).
+        UnsupportedTypeError: a dtype that the operator does not take, or an object of a wrong type (161002).
+        ConstraintError: everything else (561002), last of all a group name that is not open here.
+    """
+    signature = SIGNATURES[operator]
+    arguments = {**tensors, **outputs, **attributes}
+    assert arguments.keys() == signature.arguments.keys(), (operator, arguments.keys() ^ signature.arguments.keys())
+    arguments = {name: _of_type(kind, name, arguments[name]) for name, kind in signature.arguments.items()}
+    attributes = {name: arguments[name] for name in attributes}
+    generation = {"generation": "eplb_update_expert"} if operator == "MoeEPLBUpdateExpert" else {}
+    layout = _CHECKS[signature.family](**specs_of(arguments), **generation, limits=ATLAS_A3)
+    groups = [] if layout is None else _groups_of(arguments)
+    return Executor(operator, dict(tensors), dict(attributes), dict(outputs), layout, groups)
+
+
+class Executor:
+    """A call that passed the first stage; what the two-stage interface calls an `aclOpExecutor`.
+
+    Attributes:
+        operator: its name behind `aclnn`.
+        workspace_size: bytes that the second stage must be given.
+        repeatable: whether the second stage may be called more than once; see `make_repeatable`.
+        tensors, outputs: {name: tensor or None}; replace a tensor by one of equal shape and dtype to move it.
+    """
+
+    def __init__(
+        self,
+        operator: str,
+        tensors: dict[str, torch.Tensor | None],
+        attributes: dict[str, object],
+        outputs: dict[str, torch.Tensor | None],
+        layout: Layout | None,
+        groups: list[tuple[str, int, int]],
+    ) -> None:
+        self.operator, self.workspace_size, self.repeatable = operator, WORKSPACE_BYTES, False
+        self.tensors, self.outputs = tensors, outputs
+        self._attributes, self._layout, self._groups = attributes, layout, groups
+        self._state = threading.Lock()
+        self._launched = self._destroyed = False
+        self._memberships: list[Membership] = []
+
+    def launch(self, operator: str, workspace: bool, workspace_size: int, stream: Stream) -> None:
+        """The second stage: put the call on a stream and return at once.
+
+        Args:
+            operator: the operator whose second stage this is.
+            workspace: whether the workspace is there, not a null pointer.
+            workspace_size: bytes of it.
+
+        Raises:
+            AclError: an executor of another operator, one used or destroyed before (561000), a null workspace
+                (161001), one smaller than the first stage asked for (161002), a destroyed stream (107017). A refused
+                call does not use the executor up.
+        """
+        if operator != self.operator:
+            raise AclError(
+                status.INNER,
+                f"The executor was made by aclnn{self.operator}GetWorkspaceSize: it must be given to "
+                f"aclnn{self.operator}, not to aclnn{operator}.",
+            )
+        if not workspace:
+            raise AclError(
+                status.PARAM_NULLPTR,
+                f"`workspace` is a null pointer: aclnn{operator} needs {self.workspace_size} bytes; allocate what the "
+                "first stage returned as workspaceSize.",
+            )
+        if workspace_size < self.workspace_size:
+            raise AclError(
+                status.PARAM_INVALID,
+                f"`workspaceSize` is {workspace_size}: aclnn{operator} needs {self.workspace_size} bytes; allocate "
+                "what the first stage returned.",
+            )
+        with self._state:
+            self._refuse_if_spent()
+            stream.enqueue(lambda: self.run(stream.memory), self.describe)
+            self._launched = True
+
+    def make_repeatable(self) -> None:
+        """Let the second stage be called any number of times, until `destroy`; before the first of them.
+
+        Raises:
+            AclError: the executor was used or destroyed before (561000).
+        """
+        with self._state:
+            self._refuse_if_spent()
+            self.repeatable = True
+
+    def destroy(self) -> None:
+        """Give the executor back; calls that are on a stream already still run.
+
+        Raises:
+            AclError: it was destroyed before, or used without being repeatable, which gives it back (561000).
+        """
+        with self._state:
+            self._refuse_if_spent()
+            self._destroyed = True
+
+    def run(self, memory: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """Perform the operator now, and write the outputs; a collective of its groups.
+
+        Args:
+            memory: a context in which the tensors are read and the outputs written; in between, while other ranks are
+                waited for, neither is touched. See `Stream.memory`.
+
+        Raises:
+            EvenmoeError: values that contradict each other, or ranks that disagree.
+            LostRankError: a rank did not call.
+        """
+        with memory():
+            # The chip too makes every input contiguous first.
+            given = {name: _copy_of(tensor) for name, tensor in self.tensors.items()}
+        family = SIGNATURES[self.operator].family
+        layout, elastic_info = self._layout, given.get("elastic_info")
+        if layout is not None and elastic_info is not None:
+            layout = scale_down(layout, elastic_info.tolist())
+        self._memberships = self._join(layout)
+        arguments = self._arguments(family, given)
+        with taking_part(self._memberships):
+            results = getattr(torch.ops.evenmoe, family)(**arguments)
+        with memory():
+            WRITERS[family](self.outputs, results, layout, arguments)
+
+    def describe(self) -> str:
+        """What the call is, and which ranks it waits for, for messages."""
+        where = "".join(f" as rank {rank} of group {name!r}" for name, rank, _ in self._groups[:1])
+        late = late_ranks(self._memberships)
+        behind = "; ".join(f"rank {', '.join(map(str, ranks))} of group {name!r}" for name, ranks in late.items())
+        waits = f" waits for {behind}, which has not begun its call," if behind else ""
+        return f"aclnn{self.operator}{where}{waits}".removesuffix(",")
+
+    def _refuse_if_spent(self) -> None:
+        if self._destroyed:
+            raise AclError(
+                status.INNER,
+                f"The executor of aclnn{self.operator} has been destroyed; call the first stage again.",
+            )
+        if self._launched and not self.repeatable:
+            raise AclError(
+                status.INNER,
+                f"The executor of aclnn{self.operator} has been used: an executor serves one call; call the first "
+                "stage again, or aclSetAclOpExecutorRepeatable before the first use.",
+            )
+
+    def _join(self, layout: Layout | None) -> list[Membership]:
+        memberships = []
+        for position, (name, rank, world_size) in enumerate(self._groups):
+            members = peers_here(name, world_size)
+            if position == 0 and layout is not None and layout.survivors:
+                members = [member for member in members if member in layout.survivors]
+            memberships.append(Membership(name, rank, tuple(members)))
+        return memberships
+
+    def _arguments(self, family: str, given: dict[str, Any]) -> dict[str, Any]:
+        attributes = dict(self._attributes)
+        if family != "update_expert":
+            attributes = {**_LATER_ATTRIBUTES, **attributes, "comm_alg": attributes["comm_alg"] or ""}
+        return {
+            **dict.fromkeys(_LATER_TENSORS[family]),
+            **given,
+            **attributes,
+            "check_values": True,
+            "limits": ATLAS_A3.name,
+        }
+
+
+def _of_type(kind: str, name: str, value: Any) -> Any:
+    """What a C compiler would see to: the type of one argument. Numbers of other libraries become Python's."""
+    if kind in ("tensor", "output"):
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise UnsupportedTypeError(name, f"a {type(value).__name__}", "must be a torch.Tensor", "use torch.tensor")
+        if value is not None and value.layout != torch.strided:
+            raise UnsupportedTypeError(name, str(value.layout), "must be a dense tensor", "call to_dense()")
+        return value
+    if kind == "str":
+        if value is not None and not isinstance(value, str):
+            raise UnsupportedTypeError(name, repr(value), "must be a str", "pass a str, or None for a null pointer")
+        return value
+    if kind == "float":
+        if not isinstance(value, float | int):
+            raise UnsupportedTypeError(name, repr(value), "must be a float", "pass a float")
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConstraintError(name, "out of range", "must fit into a double", "pass a float") from None
+    try:
+        value = index(value)
+    except TypeError:
+        raise ConstraintError(name, repr(value), "must be an integer", "pass an int") from None
+    if value not in _INT64:
+        raise ConstraintError(name, value, "must fit into 64 bits", "pass an int64")
+    return value
+
+
+def _groups_of(arguments: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """(name, rank, world size) of the groups that the call exchanges over; all of them are open."""
+    kinds = ("ep", "tp") if arguments["tp_world_size"] == 2 else ("ep",)
+    groups = []
+    for kind in kinds:
+        group = arguments[f"group_{kind}"], arguments[f"{kind}_rank_id"], arguments[f"{kind}_world_size"]
+        find_group(f"group_{kind}", *group)
+        groups.append(group)
+    return groups
+
+
+def _copy_of(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,58 @@
+"""Status codes of the two-stage calls and of the runtime calls around them, and each thread's most recent message.
+
+The aclnn codes are those of specification §6, the runtime's those of the published header rt_error_codes.h.
+"""
+
+from __future__ import annotations
+
+import threading
+
+SUCCESS = 0  # ACL_SUCCESS, ACLNN_SUCCESS
+
+PARAM_NULLPTR = 161001  # ACLNN_ERR_PARAM_NULLPTR
+PARAM_INVALID = 161002  # ACLNN_ERR_PARAM_INVALID
+RUNTIME_ERROR = 361001  # ACLNN_ERR_RUNTIME_ERROR
+INNER = 561000  # ACLNN_ERR_INNER
+TILING_ERROR = 561002  # ACLNN_ERR_INNER_TILING_ERROR
+INNER_NULLPTR = 561103  # ACLNN_ERR_INNER_NULLPTR
+
+RT_PARAM_INVALID = 107000  # ACL_ERROR_RT_PARAM_INVALID
+RT_INVALID_HANDLE = 107017  # ACL_ERROR_RT_INVALID_HANDLE
+RT_STREAM_ABORT = 107023  # ACL_ERROR_RT_STREAM_ABORT
+RT_STREAM_SYNC_TIMEOUT = 507046  # ACL_ERROR_RT_STREAM_SYNC_TIMEOUT
+
+_recent = threading.local()
+
+
+class AclError(RuntimeError):
+    """A call that the runtime or a second stage refuses; `status` (int) is its code, `str()` the message."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(status, message)
+        self.status, self.message = status, message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def set_recent_message(message: str) -> None:
+    """Remember why the calling thread's last call failed."""
+    _recent.message = message
+
+
+def take_recent_message() -> str | None:
+    """The calling thread's most recent message, or None; taking it clears it, as `aclGetRecentErrMsg` does.
+
+    >>> set_recent_message("`expert_ids` is None")
+    >>> take_recent_message(), take_recent_message()
+    ('`expert_ids` is None', None)
+    """
+    message: str | None = getattr(_recent, "message", None)
+    _recent.message = None
+    return message
+
+
+def status_of(error: Exception) -> int:
+    """The code of an error: its own, or ACLNN_ERR_RUNTIME_ERROR for one that has none. Its text becomes recent."""
+    set_recent_message(str(error) or type(error).__name__)
+    return getattr(error, "status", RUNTIME_ERROR)
