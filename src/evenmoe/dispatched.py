@@ -29,6 +29,7 @@ class Dispatched:
             half holds the TP peer's.
         tp_recv_counts: int32 (tp,). [own rows, peer's rows] indexed by TP rank.
         expand_scales: float32 (A,). Never written on Atlas A3, zero.
+        num_experts: M of the dispatch, for combine; 0 if it is not known. Not one of the operator's outputs.
     """
 
     expand_x: torch.Tensor
@@ -38,3 +39,4 @@ class Dispatched:
     ep_recv_counts: torch.Tensor
     tp_recv_counts: torch.Tensor
     expand_scales: torch.Tensor
+    num_experts: int = 0

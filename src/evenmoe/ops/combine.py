@@ -11,6 +11,7 @@ from evenmoe.contract.combine import check_combine
 from evenmoe.contract.layout import Layout, scale_down
 from evenmoe.contract.limits import resolve_limits
 from evenmoe.dispatched import Dispatched
+from evenmoe.errors import MissingArgumentError
 from evenmoe.ops.groups import operator_arguments
 from evenmoe.ops.homecoming import bring_home
 from evenmoe.ops.registration import CHECKS, GROUPS, VIRTUAL, register
@@ -26,8 +27,8 @@ def combine(
     expert_scales: torch.Tensor,
     *,
     ep: Transport,
-    num_experts: int,
     tp: Transport | None = None,
+    num_experts: int | None = None,
     x_active_mask: torch.Tensor | None = None,
     activation_scale: torch.Tensor | None = None,
     weight_scale: torch.Tensor | None = None,
@@ -65,7 +66,8 @@ def combine(
         expert_ids: int32 (Bs, K), the physical ids that dispatch was called with.
         dispatched: what dispatch returned.
         expert_scales: float32 (Bs, K), gate weights.
-        ep, num_experts, tp, x_active_mask, elastic_info, expert_shard_type, shared_expert_num,
+        num_experts: M; None for that of the dispatch.
+        ep, tp, x_active_mask, elastic_info, expert_shard_type, shared_expert_num,
             shared_expert_rank_num, global_bs, zero_expert_num, copy_expert_num, const_expert_num: as in dispatch.
         activation_scale, weight_scale, group_list, expand_scales, performance_info: None on this chip.
         shared_expert_x: (Bs, H) or (a, b, H) with a·b = Bs, dtype of expert_out, added to the sum; only without ranks
@@ -93,7 +95,7 @@ def combine(
     ...     ids = torch.tensor([[0, 1]], dtype=torch.int32)
     ...     d = em.dispatch(x, ids, ep=rank.ep, num_experts=2)
     ...     out = d.expand_x * (2.0 if rank.index == 0 else -1.0)
-    ...     return em.combine(out, ids, d, torch.tensor([[0.5, 0.5]]), ep=rank.ep, num_experts=2).item()
+    ...     return em.combine(out, ids, d, torch.tensor([[0.5, 0.5]]), ep=rank.ep).item()
     >>> with em.local_world(ep_size=2) as world:
     ...     world.run(step)
     [0.5, 1.0]
@@ -103,13 +105,27 @@ def combine(
 
 def combine_arguments(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the public functions -> those of the registered operators, names as in §3.1."""
+    dispatched: Dispatched = given["dispatched"]
+    if given["num_experts"] is None:
+        given["num_experts"] = _known_experts(dispatched)
     arguments = operator_arguments(given)
-    dispatched: Dispatched = arguments.pop("dispatched")
+    del arguments["dispatched"]
     arguments["expand_x"] = arguments.pop("expert_out")
     arguments["assist_info_for_combine"] = dispatched.assist_info_for_combine
     arguments["ep_send_counts"] = dispatched.ep_recv_counts
     arguments["tp_send_counts"] = dispatched.tp_recv_counts
     return arguments
+
+
+def _known_experts(dispatched: Dispatched) -> int:
+    if not dispatched.num_experts:
+        raise MissingArgumentError(
+            "num_experts",
+            "None",
+            "must be the number of physical experts, since `dispatched` does not say it",
+            "pass what dispatch was called with",
+        )
+    return dispatched.num_experts
 
 
 def layout_of(check: Callable[..., Layout], given: dict[str, Any]) -> Layout:

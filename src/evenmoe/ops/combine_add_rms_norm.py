@@ -25,8 +25,8 @@ def combine_add_rms_norm(
     gamma: torch.Tensor,
     *,
     ep: Transport,
-    num_experts: int,
     tp: Transport | None = None,
+    num_experts: int | None = None,
     x_active_mask: torch.Tensor | None = None,
     activation_scale: torch.Tensor | None = None,
     weight_scale: torch.Tensor | None = None,
@@ -81,7 +81,7 @@ def combine_add_rms_norm(
     ...     d = em.dispatch(torch.tensor([[2.0]]), ids, ep=rank.ep, num_experts=1)
     ...     y, rstd, x = em.combine_add_rms_norm(
     ...         d.expand_x, ids, d, torch.tensor([[0.5]]), torch.tensor([[[3.0]]]), torch.tensor([10.0]),
-    ...         ep=rank.ep, num_experts=1, norm_eps=0.0)
+    ...         ep=rank.ep, norm_eps=0.0)
     ...     return y.item(), rstd.item(), x.item()
     >>> with em.local_world(ep_size=1) as world:
     ...     world.run(step)

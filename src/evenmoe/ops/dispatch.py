@@ -99,7 +99,7 @@ def dispatch(
     ...     world.run(step)
     [([1.0, 11.0], [1, 2]), ([0.0, 10.0], [1, 2])]
     """
-    return Dispatched(*torch.ops.evenmoe.dispatch(**operator_arguments(locals())))
+    return Dispatched(*torch.ops.evenmoe.dispatch(**operator_arguments(locals())), num_experts=num_experts)
 
 
 def _run(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
