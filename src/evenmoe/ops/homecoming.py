@@ -51,7 +51,7 @@ def bring_home(prepare: Callable[[], Layout], given: Mapping[str, Any]) -> tuple
     rows = expand_x[:num_rows]
     if tp is not None:
         with refusing_together(expand_x, [ep_waits]):
-            rows = _add_peer_rows(rows, expand_x, given["tp_send_counts"], tp, layout)
+            rows = _add_peer_rows(rows, expand_x, tp, layout, given)
     rows, place = _send_home(rows, triples, survivors(ep, layout), layout, given)
     return layout, rows, place
 
@@ -86,17 +86,12 @@ def _check_triples(triples: torch.Tensor, layout: Layout) -> None:
 
 
 def _add_peer_rows(
-    rows: torch.Tensor, expand_x: torch.Tensor, tp_send_counts: torch.Tensor, tp: Transport, layout: Layout
+    rows: torch.Tensor, expand_x: torch.Tensor, tp: Transport, layout: Layout, given: Mapping[str, Any]
 ) -> torch.Tensor:
     """§3.3: own row i plus the peer's row for the same token, which is the peer's row n_peer + i."""
-    peer, own = 1 - tp.rank, len(rows)
+    peer, own, tp_send_counts = 1 - tp.rank, len(rows), given["tp_send_counts"]
     theirs = int(tp_send_counts[peer])
-    sizes = {
-        "hidden size of `expert_out`": layout.hidden,
-        "dtype of `expert_out`": dtype_code(expand_x.dtype),
-        "tokens per rank times ranks (`global_bs`)": layout.global_bs,
-        "expert parallel rank": layout.rank,
-    }
+    sizes = {**_sizes(rows, layout, given), "expert parallel rank": layout.rank}
     # What each hands over and what each holds, so that both peers refuse what one of them got wrong: neither waits.
     mine = torch.tensor([[theirs, own]] * 2, device=expand_x.device)
     offered, held = exchange_counts(tp, tp_step("combine"), sizes, mine)[peer].tolist()

@@ -26,6 +26,23 @@ _FIELDS = 24  # int64 words for sizes that must agree
 _HEADER = 3 + _FIELDS + _TEXT  # operator, status, number of fields, fields, text
 _MESSAGE_WORDS = 4096  # counts sent to all ranks together: 32 KiB, a latency-bound message on any link
 
+_COMBINE = (
+    "hidden size of `expert_out`",
+    "dtype of `expert_out`",
+    "top-k of `expert_ids`",
+    "`num_experts`",
+    "`shared_expert_num`",
+    "`shared_expert_rank_num`",
+    "`comm_quant_mode`",
+    "tokens per rank times ranks (`global_bs`)",
+    "`zero_expert_num`",
+    "`copy_expert_num`",
+    "`const_expert_num`",
+    "presence of `x_active_mask`",
+    "tensor-parallel world size",
+    "digest of `elastic_info`",
+)
+
 #: What must be equal on all ranks, by operator; the position of a name is its word in the header.
 OPERATORS: dict[str, tuple[str, ...]] = {
     "dispatch": (
@@ -45,34 +62,15 @@ OPERATORS: dict[str, tuple[str, ...]] = {
         "tensor-parallel world size",
         "digest of `elastic_info`",
     ),
-    "combine": (
-        "hidden size of `expert_out`",
-        "dtype of `expert_out`",
-        "top-k of `expert_ids`",
-        "`num_experts`",
-        "`shared_expert_num`",
-        "`shared_expert_rank_num`",
-        "`comm_quant_mode`",
-        "tokens per rank times ranks (`global_bs`)",
-        "`zero_expert_num`",
-        "`copy_expert_num`",
-        "`const_expert_num`",
-        "presence of `x_active_mask`",
-        "tensor-parallel world size",
-        "digest of `elastic_info`",
-    ),
+    "combine": _COMBINE,
     "tensor-parallel step of dispatch": (
         "hidden size of `x`",
         "dtype of the rows",
         "tokens per rank times ranks (`global_bs`)",
         "expert parallel rank",
     ),
-    "tensor-parallel step of combine": (
-        "hidden size of `expert_out`",
-        "dtype of `expert_out`",
-        "tokens per rank times ranks (`global_bs`)",
-        "expert parallel rank",
-    ),
+    # The peers come first in combine, and would be done before a difference shows among the others: so all sizes here.
+    "tensor-parallel step of combine": (*_COMBINE, "expert parallel rank"),
     "ExpertParallel.dispatch": (
         "hidden size of `x`",
         "dtype of `x`",
