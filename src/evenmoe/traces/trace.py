@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from evenmoe.errors import FileFormatError
 
-_LARGEST_BYTES = 1 << 32  # 4 GiB uncompressed: a hundred times the largest trace that we know of
+_LARGEST_BYTES = 1 << 32  # of an array as int64, 4 GiB: a hundred times the largest trace that we know of
+_MOST_TOKENS = 1 << 62  # in a file, so that no sum overflows
 
 
 @dataclass(frozen=True)
@@ -53,56 +54,50 @@ def load_trace(path: str | Path) -> Trace:
     """
     path = Path(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = sorted(info.filename.removesuffix(".npy") for info in archive.infolist())
-            load = _read(archive, path, "load", names, required=True)
-            routing = _read(archive, path, "routing", names, required=False)
+        file = path.open("rb")
     except OSError as error:
         raise _refuse(path, f"not readable ({error.strerror})", "must be an existing file", "check the path") from error
-    except zipfile.BadZipFile as error:
-        raise _refuse(
-            path, f"not an .npz file ({error})", "must be a numpy .npz", "write it with numpy.savez"
-        ) from error
-    assert load is not None
+    with file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                load, routing = _read(archive, path, "load"), _read(archive, path, "routing")
+                names = ", ".join(sorted(name.removesuffix(".npy") for name in archive.namelist())) or "nothing"
+        except FileFormatError:
+            raise
+        except Exception as error:  # damaged bytes make zipfile, zlib and numpy's header parser raise eleven types
+            reason = str(error) or type(error).__name__
+            raise _refuse(
+                path, f"not an intact .npz file ({reason})", "must be a numpy .npz", "write it with numpy.savez"
+            ) from error
+    if load is None:
+        raise _refuse(path, f"a file of {names}", "must hold `load`", "record loads first")
     return Trace(path.stem, _check_load(path, load), None if routing is None else _check_routing(path, routing, load))
 
 
-def _read(
-    archive: zipfile.ZipFile, path: Path, name: str, names: list[str], *, required: bool
-) -> npt.NDArray[np.int64] | None:
-    if name not in names:
-        if required:
-            raise _refuse(
-                path, f"a file of {', '.join(names) or 'nothing'}", f"must hold `{name}`", "record loads first"
-            )
+def _read(archive: zipfile.ZipFile, path: Path, name: str) -> npt.NDArray[np.integer] | None:
+    if f"{name}.npy" not in archive.namelist():
         return None
     info = archive.getinfo(f"{name}.npy")
     with archive.open(info) as stream:
-        try:
-            version = np.lib.format.read_magic(stream)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(stream)
-        except ValueError as error:
-            raise _refuse(path, f"damaged in `{name}` ({error})", "must hold numpy arrays", "write it again") from error
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(stream)
+        if dtype.kind not in "iu":
+            raise _refuse(path, f"`{name}` of dtype {dtype}", "must hold integers", "convert it with .astype(np.int64)")
         # Before anything is allocated: a header may claim any size.
         count = int(np.prod(shape, dtype=object))
-        if dtype.hasobject or not np.issubdtype(dtype, np.integer):
-            raise _refuse(path, f"`{name}` of dtype {dtype}", "must hold integers", "convert it with .astype(np.int64)")
-        if count * dtype.itemsize != info.file_size - stream.tell() or info.file_size > _LARGEST_BYTES:
+        if count * dtype.itemsize != info.file_size - stream.tell() or 8 * count > _LARGEST_BYTES:
             raise _refuse(
                 path,
                 f"`{name}` of shape {shape} in {info.file_size} bytes",
-                f"must hold as many bytes as its shape says, at most {_LARGEST_BYTES}",
+                f"must hold as many bytes as its shape says, and at most {_LARGEST_BYTES // 8} numbers",
                 "write it again",
             )
-        try:
-            data = stream.read()
-        except (zipfile.BadZipFile, OSError) as error:
-            raise _refuse(path, f"damaged in `{name}` ({error})", "must be whole", "copy or write it again") from error
-    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C").astype(np.int64)
+        data = stream.read()
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def _check_load(path: Path, load: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _check_load(path: Path, load: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
     if load.ndim == 2:
         load = load[None]
     if load.ndim != 3 or load.size == 0:
@@ -112,13 +107,18 @@ def _check_load(path: Path, load: npt.NDArray[np.int64]) -> npt.NDArray[np.int64
             "must be (windows, layers, experts), no axis empty",
             "record one row of experts per window and layer",
         )
-    if load.min() < 0:
-        raise _refuse(path, f"`load` with {load.min()}", "must hold token counts", "check how it was recorded")
-    return load
+    if load.min() < 0 or load.sum(dtype=np.float64) >= _MOST_TOKENS:
+        raise _refuse(
+            path,
+            f"`load` with counts from {load.min()} to {load.max()}",
+            "must hold token counts, not negative, fewer than 2**62 together",
+            "check how it was recorded",
+        )
+    return load.astype(np.int64)
 
 
 def _check_routing(
-    path: Path, routing: npt.NDArray[np.int64], load: npt.NDArray[np.int64]
+    path: Path, routing: npt.NDArray[np.integer], load: npt.NDArray[np.integer]
 ) -> npt.NDArray[np.int64] | None:
     layers, experts = load.shape[-2:]
     if routing.ndim != 3 or routing.shape[1] != layers or routing.shape[2] < 1:
@@ -132,7 +132,7 @@ def _check_routing(
             f"must hold experts, 0 to {experts - 1}",
             "record ids of the same model as `load`",
         )
-    return routing if len(routing) else None
+    return routing.astype(np.int64) if len(routing) else None
 
 
 def _refuse(path: Path, value: str, rule: str, fix: str) -> FileFormatError:
