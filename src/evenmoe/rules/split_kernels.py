@@ -81,9 +81,10 @@ def _sections(graph, num_experts, num_slots, num_ranks):
 def graphs_of(slot_to_expert, num_ranks, num_experts):
     """Graphs of all layers: slot_to_expert int64 (L, S) -> int64 (L, graph_size); no layer if an id is out of range."""
     num_layers, num_slots = slot_to_expert.shape
-    for expert in slot_to_expert.flat:
-        if expert < 0 or expert >= num_experts:
-            return np.zeros((0, 0), np.int64)
+    for layer in range(num_layers):
+        for slot in range(num_slots):
+            if slot_to_expert[layer, slot] < 0 or slot_to_expert[layer, slot] >= num_experts:
+                return np.zeros((0, 0), np.int64)
     graphs = np.zeros((num_layers, graph_size(num_experts, num_slots, num_ranks)), np.int64)
     for layer in range(num_layers):
         _find_hosts(slot_to_expert[layer], num_ranks, num_experts, graphs[layer])
@@ -261,9 +262,13 @@ def _improve(first_host, host_rank, host_expert, hosts_at_rank, first_at_rank, f
     seen_rank = np.zeros(num_ranks, np.bool_)
     seen_expert = np.zeros(first_host.shape[0] - 1, np.bool_)
     chains = 0
-    for low in np.argsort(load):
-        if seen_rank[low]:
-            continue
+    while True:
+        low = -1
+        for rank in range(num_ranks):
+            if not seen_rank[rank] and (low < 0 or load[rank] < load[low]):
+                low = rank
+        if low < 0:
+            return chains
         seen_rank[low] = True
         queue[0] = low
         size = 1
@@ -303,7 +308,6 @@ def _improve(first_host, host_rank, host_expert, hosts_at_rank, first_at_rank, f
                 flow[from_host[step]] -= amount
                 flow[to_host[step]] += amount
                 step = host_rank[to_host[step]]
-    return chains
 
 
 @njit(cache=True, nogil=True)
