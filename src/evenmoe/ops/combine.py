@@ -11,7 +11,6 @@ from evenmoe.contract.combine import check_combine
 from evenmoe.contract.layout import Layout, scale_down
 from evenmoe.contract.limits import resolve_limits
 from evenmoe.dispatched import Dispatched
-from evenmoe.errors import MissingArgumentError
 from evenmoe.ops.groups import operator_arguments
 from evenmoe.ops.homecoming import bring_home
 from evenmoe.ops.registration import CHECKS, GROUPS, VIRTUAL, register
@@ -100,32 +99,21 @@ def combine(
     ...     world.run(step)
     [0.5, 1.0]
     """
-    return torch.ops.evenmoe.combine(**combine_arguments(locals()))
+    return torch.ops.evenmoe.combine(**combine_arguments("combine", locals()))
 
 
-def combine_arguments(given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of the public functions -> those of the registered operators, names as in §3.1."""
-    dispatched: Dispatched = given["dispatched"]
-    if given["num_experts"] is None:
-        given["num_experts"] = _known_experts(dispatched)
-    arguments = operator_arguments(given)
-    del arguments["dispatched"]
+def combine_arguments(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the public functions -> those of the registered operator `name`, names as in §3.1."""
+    arguments = dict(given)
+    dispatched: Dispatched | None = arguments.pop("dispatched")
     arguments["expand_x"] = arguments.pop("expert_out")
-    arguments["assist_info_for_combine"] = dispatched.assist_info_for_combine
-    arguments["ep_send_counts"] = dispatched.ep_recv_counts
-    arguments["tp_send_counts"] = dispatched.tp_recv_counts
-    return arguments
-
-
-def _known_experts(dispatched: Dispatched) -> int:
-    if not dispatched.num_experts:
-        raise MissingArgumentError(
-            "num_experts",
-            "None",
-            "must be the number of physical experts, since `dispatched` does not say it",
-            "pass what dispatch was called with",
-        )
-    return dispatched.num_experts
+    # What is missing here is None there, and refused like any other argument.
+    arguments["assist_info_for_combine"] = getattr(dispatched, "assist_info_for_combine", None)
+    arguments["ep_send_counts"] = getattr(dispatched, "ep_recv_counts", None)
+    arguments["tp_send_counts"] = getattr(dispatched, "tp_recv_counts", None)
+    if arguments["num_experts"] is None:
+        arguments["num_experts"] = getattr(dispatched, "num_experts", None) or None
+    return operator_arguments(arguments, name, "combine", given["expert_out"])
 
 
 def layout_of(check: Callable[..., Layout], given: dict[str, Any]) -> Layout:

@@ -87,7 +87,7 @@ def combine_add_rms_norm(
     ...     world.run(step)
     [(10.0, 0.25, 4.0)]
     """
-    return torch.ops.evenmoe.combine_add_rms_norm(**combine_arguments(locals()))
+    return torch.ops.evenmoe.combine_add_rms_norm(**combine_arguments("combine_add_rms_norm", locals()))
 
 
 def _run(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:

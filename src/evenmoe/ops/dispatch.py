@@ -17,7 +17,7 @@ from evenmoe.contract.layout import Layout, scale_down
 from evenmoe.contract.limits import resolve_limits
 from evenmoe.dispatched import Dispatched
 from evenmoe.ops.exchange import Received, exchange
-from evenmoe.ops.groups import find_groups, operator_arguments, refusing_together, survivors, tp_step
+from evenmoe.ops.groups import exchanges, find_groups, operator_arguments, refusing_together, survivors, tp_step
 from evenmoe.ops.quantise import quantise_rows, reinterpret
 from evenmoe.ops.registration import CHECKS, GROUPS, VIRTUAL, register
 from evenmoe.ops.routing import route, sent_entries
@@ -99,22 +99,22 @@ def dispatch(
     ...     world.run(step)
     [([1.0, 11.0], [1, 2]), ([0.0, 10.0], [1, 2])]
     """
-    return Dispatched(*torch.ops.evenmoe.dispatch(**operator_arguments(locals())), num_experts=num_experts)
+    arguments = operator_arguments(locals(), "dispatch", "dispatch", x)
+    return Dispatched(*torch.ops.evenmoe.dispatch(**arguments), num_experts=num_experts)
 
 
 def _run(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     ep, tp = find_groups(given)
     x, expert_ids = given["x"], given["expert_ids"]
-    peer_waits = (tp, tp_step("dispatch"))
-    # In a scaled-down world the ranks that are gone would not hear a refusal, and the one that refuses would wait.
     scaled_down = given["elastic_info"] is not None
-    with refusing_together(x, [(None if scaled_down else ep, "dispatch"), peer_waits]):
+    waiting = exchanges("dispatch", ep, tp, scaled_down)
+    with refusing_together(x, waiting):
         layout = _layout(given)
         if scaled_down:
             layout = scale_down(layout, given["elastic_info"].tolist())
         if given["check_values"]:
             _check_values(expert_ids, layout, given)
-    with refusing_together(x, [peer_waits]):
+    with refusing_together(x, waiting[1:]):
         group = survivors(ep, layout)
         routing = route(expert_ids, layout, given["x_active_mask"])
         counts = exchange_counts(group, "dispatch", _sizes(x, layout, given), routing.counts)

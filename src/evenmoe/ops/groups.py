@@ -10,8 +10,8 @@ import torch
 
 from evenmoe.contract.layout import Layout
 from evenmoe.contract.limits import resolve_limits
-from evenmoe.errors import EvenmoeError, MissingArgumentError
-from evenmoe.ops.specs import refuse_other_types
+from evenmoe.errors import EvenmoeError, MissingArgumentError, UnsupportedTypeError
+from evenmoe.ops.registration import of_right_types
 from evenmoe.transport import registry
 from evenmoe.transport.agreement import refuse
 from evenmoe.transport.contract import Transport
@@ -23,6 +23,10 @@ def group_arguments(ep: Transport, tp: Transport | None) -> dict[str, Any]:
     if not isinstance(ep, Transport):
         raise MissingArgumentError(
             "ep", repr(ep), "must be the transport of the expert-parallel group", "pass rank.ep of an open world"
+        )
+    if tp is not None and not isinstance(tp, Transport):
+        raise UnsupportedTypeError(
+            "tp", repr(tp), "must be the transport of the tensor-parallel group, or None", "pass rank.tp"
         )
     return {
         "group_ep": ep.name,
@@ -52,6 +56,18 @@ def tp_step(operator: str) -> str:
     return f"tensor-parallel step of {operator}"
 
 
+def exchanges(
+    operator: str, ep: Transport, tp: Transport | None, scaled_down: bool
+) -> list[tuple[Transport | None, str]]:
+    """(group, operator) of the agreements that a call of dispatch or combine needs, in their order.
+
+    In a scaled-down world the ranks that are gone would not hear a refusal, and the one that refuses would wait.
+    """
+    across = (None if scaled_down else ep, operator)
+    with_peer = (tp if tp is not None and tp.world_size == 2 else None, tp_step(operator))
+    return [across, with_peer] if operator == "dispatch" else [with_peer, across]
+
+
 @contextmanager
 def refusing_together(rows: torch.Tensor | None, waiting: Sequence[tuple[Transport | None, str]]) -> Iterator[None]:
     """If this rank's call is refused, tell the ranks that would otherwise wait for it.
@@ -69,13 +85,25 @@ def refusing_together(rows: torch.Tensor | None, waiting: Sequence[tuple[Transpo
         raise
 
 
-def operator_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a public function -> those of the registered operator: names for groups and limits."""
+def operator_arguments(given: Mapping[str, Any], name: str, exchanged: str, rows: object) -> dict[str, Any]:
+    """The arguments of a public function -> those of the registered operator: names for groups and limits.
+
+    Args:
+        given: by name; `ep`, `tp` and `num_experts` are the public functions' own.
+        name: of the registered operator.
+        exchanged: the operator under whose name the ranks agree.
+        rows: what would be exchanged.
+    """
     arguments = dict(given)
-    refuse_other_types(arguments)
     ep, tp = arguments.pop("ep"), arguments.pop("tp")
     arguments |= group_arguments(ep, tp)
-    arguments["moe_expert_num"] = arguments.pop("num_experts")
-    arguments["comm_alg"] = arguments["comm_alg"] or ""
-    arguments["limits"] = resolve_limits(arguments["limits"]).name
-    return arguments
+    waiting = exchanges(exchanged, ep, tp, scaled_down=given["elastic_info"] is not None)
+    with refusing_together(rows if isinstance(rows, torch.Tensor) else None, waiting):
+        arguments["moe_expert_num"] = arguments.pop("num_experts")
+        if arguments["moe_expert_num"] is None:
+            raise MissingArgumentError(
+                "num_experts", None, "must be the number of physical experts", "pass what dispatch was called with"
+            )
+        arguments["comm_alg"] = "" if arguments["comm_alg"] is None else arguments["comm_alg"]
+        arguments["limits"] = resolve_limits(arguments["limits"]).name
+        return of_right_types(name, arguments)

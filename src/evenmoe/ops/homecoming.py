@@ -13,7 +13,7 @@ import torch
 
 from evenmoe.contract.layout import Layout
 from evenmoe.errors import ConstraintError
-from evenmoe.ops.groups import find_groups, refusing_together, survivors, tp_step
+from evenmoe.ops.groups import exchanges, find_groups, refusing_together, survivors, tp_step
 from evenmoe.ops.quantise import pack_blocks, unpack_blocks
 from evenmoe.ops.routing import active_tokens, sent_entries
 from evenmoe.ops.values import check_physical_ids
@@ -36,9 +36,8 @@ def bring_home(prepare: Callable[[], Layout], given: Mapping[str, Any]) -> tuple
     """
     ep, tp = find_groups(given)
     expand_x, expert_ids = given["expand_x"], given["expert_ids"]
-    scaled_down = given["elastic_info"] is not None
-    ep_waits = (None if scaled_down else ep, "combine")
-    with refusing_together(expand_x, [(tp, tp_step("combine")), ep_waits]):
+    waiting = exchanges("combine", ep, tp, scaled_down=given["elastic_info"] is not None)
+    with refusing_together(expand_x, waiting):
         layout = prepare()
         if given["check_values"]:
             sent = sent_entries(expert_ids, layout, given["x_active_mask"])
@@ -50,7 +49,7 @@ def bring_home(prepare: Callable[[], Layout], given: Mapping[str, Any]) -> tuple
             _check_triples(triples, layout)
     rows = expand_x[:num_rows]
     if tp is not None:
-        with refusing_together(expand_x, [ep_waits]):
+        with refusing_together(expand_x, waiting[1:]):
             rows = _add_peer_rows(rows, expand_x, tp, layout, given)
     rows, place = _send_home(rows, triples, survivors(ep, layout), layout, given)
     return layout, rows, place

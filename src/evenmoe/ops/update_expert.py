@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from evenmoe.contract.limits import resolve_limits
+from evenmoe.contract.limits import UNLIMITED, resolve_limits
 from evenmoe.contract.update_expert import check_update_expert
 from evenmoe.errors import ConstraintError
-from evenmoe.ops.registration import CHECKS, register
-from evenmoe.ops.specs import refuse_other_types, specs_of
+from evenmoe.ops.registration import CHECKS, of_right_types, register
+from evenmoe.ops.specs import specs_of
 
 RANK, TOKEN, OCCURRENCE = 0, 1, 2
 BALANCE_MODES: dict[int | str, int] = {0: RANK, "rank": RANK, 1: TOKEN, "token": TOKEN, "occurrence": OCCURRENCE}
@@ -38,7 +38,7 @@ def update_expert(
         expert_ids: int32 or int64 (Bs, K), logical experts 0…E−1, top-k of each token.
         eplb_table: int32 (E, F), row e = [count, slot ids…, don't care]; 1 ≤ count < F.
         local_rank_id: this rank, 0…world_size−1; for the rank and occurrence modes.
-        world_size: ranks in the expert-parallel world; for the rank mode.
+        world_size: ranks in the expert-parallel world; for the rank and occurrence modes.
         balance_mode: 0 or "rank": replica rank // ceil(world_size / count). 1 or "token": replica (token row mod
             count). "occurrence": the j-th entry of this call that picks expert e takes replica
             (j + rank + e) mod count, which stays even when few tokens pick an expert.
@@ -66,19 +66,9 @@ def update_expert(
     >>> [update_expert(ids, table, rank, 8)[0].tolist() for rank in (3, 4)]
     [[[0, 1]], [[0, 7]]]
     """
-    refuse_other_types({"expert_ids": expert_ids, "eplb_table": eplb_table})
-    return torch.ops.evenmoe.update_expert(
-        expert_ids,
-        eplb_table,
-        expert_scales,
-        pruning_threshold,
-        active_mask,
-        local_rank_id=local_rank_id,
-        world_size=world_size,
-        balance_mode=_resolve_mode(balance_mode),
-        check_values=check_values,
-        limits=resolve_limits(limits).name,
-    )
+    given = dict(locals())
+    given["balance_mode"], given["limits"] = _resolve_mode(balance_mode), resolve_limits(limits).name
+    return torch.ops.evenmoe.update_expert(**of_right_types("update_expert", given))
 
 
 def prepare(
@@ -97,11 +87,29 @@ def prepare(
     Returns:
         A callable: `prepared(expert_ids)` is `update_expert(expert_ids, …)[0]`.
 
+    Raises:
+        MissingArgumentError, UnsupportedTypeError, ConstraintError: as `update_expert` with limits="unlimited".
+
     >>> table = torch.tensor([[1, 0, 0], [2, 1, 7]], dtype=torch.int32)
     >>> prepare(table, local_rank_id=4, world_size=8)(torch.tensor([[0, 1]])).tolist()
     [[0, 7]]
     """
-    return PreparedUpdate(eplb_table, local_rank_id, world_size, _resolve_mode(balance_mode), check_values)
+    given = {
+        "expert_ids": torch.zeros((1, 1), dtype=torch.int32),  # in place of those to come
+        "eplb_table": eplb_table,
+        **dict.fromkeys(("expert_scales", "pruning_threshold", "active_mask")),
+        "local_rank_id": local_rank_id,
+        "world_size": world_size,
+        "balance_mode": _resolve_mode(balance_mode),
+        "check_values": check_values,
+        "limits": UNLIMITED.name,
+    }
+    given = of_right_types("update_expert", given)
+    _check(given)
+    # A copy, since the token and occurrence rules read the table later, when its owner may have changed it.
+    return PreparedUpdate(
+        given["eplb_table"].clone(), given["local_rank_id"], given["world_size"], given["balance_mode"], check_values
+    )
 
 
 class PreparedUpdate:
@@ -169,10 +177,7 @@ class PreparedUpdate:
 
 
 def _run(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    arguments = {name: value for name, value in given.items() if name not in ("check_values", "limits")}
-    if given["balance_mode"] == OCCURRENCE:
-        arguments["balance_mode"] = RANK  # it takes what the rank rule takes, and reaches every replica
-    check_update_expert(**specs_of(arguments), limits=resolve_limits(given["limits"]))
+    _check(given)
     expert_ids = given["expert_ids"]
     prepared = PreparedUpdate(
         given["eplb_table"], given["local_rank_id"], given["world_size"], given["balance_mode"], given["check_values"]
@@ -182,6 +187,14 @@ def _run(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     else:
         mask = _keep(given["expert_scales"], given["pruning_threshold"], given["active_mask"])
     return prepared(expert_ids), mask
+
+
+def _check(given: dict[str, Any]) -> None:
+    """What the contract says of shapes, dtypes and attributes."""
+    arguments = {name: value for name, value in given.items() if name not in ("check_values", "limits")}
+    if given["balance_mode"] == OCCURRENCE:
+        arguments["balance_mode"] = RANK  # it takes what the rank rule takes, and reaches every replica
+    check_update_expert(**specs_of(arguments), limits=resolve_limits(given["limits"]))
 
 
 def _fake(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
@@ -200,7 +213,7 @@ def _keep(scales: torch.Tensor, threshold: torch.Tensor, active_mask: torch.Tens
 
 
 def _resolve_mode(balance_mode: int | str) -> int:
-    if balance_mode not in BALANCE_MODES:
+    if balance_mode not in tuple(BALANCE_MODES):  # a tuple, since what is asked for may be no key at all
         raise ConstraintError(
             "balance_mode",
             repr(balance_mode),
