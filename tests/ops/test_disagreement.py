@@ -234,8 +234,8 @@ def test_a_wrong_count_of_peer_rows_is_refused_by_both_peers(run):
     assert all(seconds < PATIENCE_S for _, _, seconds in results)
     assert results[ODD][1] == (
         "`tp_send_counts` is [4, 5] with 4 rows of this rank, 4 of its peer and 4 offered by it: it must count the "
-        "rows of both peers, own first in expert_out; pass the tp_recv_counts and ep_recv_counts that dispatch returned on "
-        "both peers."
+        "rows of both peers, own first in expert_out; pass the tp_recv_counts and ep_recv_counts that dispatch "
+        "returned on both peers."
     )
     assert "is [4, 4] with 4 rows of this rank, 4 of its peer and 5 offered by it" in results[3][1]
 

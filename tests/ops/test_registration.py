@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -34,6 +35,10 @@ def registered_call(function: Callable, translate: Callable, *args: Any, **keywo
     return translate(dict(bound.arguments))
 
 
+def dispatch_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    return operator_arguments(given, "dispatch", "dispatch", given["x"])
+
+
 def calls_on_one_rank(rank: Rank, case: Case) -> dict[str, dict[str, Any]]:
     """{operator: arguments} of the three collectives on a world of one rank."""
     spec = case.spec
@@ -51,9 +56,11 @@ def calls_on_one_rank(rank: Rank, case: Case) -> dict[str, dict[str, Any]]:
     rows = (case.expert_out(0, len(dispatched.expand_x)), case.ids[0], dispatched, case.weights[0])
     norm = (case.residual[0], case.gamma[0])
     return {
-        "dispatch": registered_call(em.dispatch, operator_arguments, case.x[0], case.ids[0], **sending),
-        "combine": registered_call(em.combine, combine_arguments, *rows, **returning),
-        "combine_add_rms_norm": registered_call(em.combine_add_rms_norm, combine_arguments, *rows, *norm, **returning),
+        "dispatch": registered_call(em.dispatch, dispatch_arguments, case.x[0], case.ids[0], **sending),
+        "combine": registered_call(em.combine, partial(combine_arguments, "combine"), *rows, **returning),
+        "combine_add_rms_norm": registered_call(
+            em.combine_add_rms_norm, partial(combine_arguments, "combine_add_rms_norm"), *rows, *norm, **returning
+        ),
     }
 
 
