@@ -121,7 +121,9 @@ class Stream:
             try:
                 work()
             except BaseException as error:  # work may fail in any way; the thread serves the work behind it
-                failure = AclError(status.RUNTIME_ERROR, f"{self._running()} failed: {error or type(error).__name__}")
+                failure = AclError(
+                    status.RUNTIME_ERROR, f"{self._running()} failed: {str(error) or type(error).__name__}"
+                )
                 failure.__cause__ = error
             with self._changed:
                 self._running = None
