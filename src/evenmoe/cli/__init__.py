@@ -50,6 +50,20 @@ def demo(
         raise typer.Exit(1)
 
 
+@app.command()
+def cann(
+    out: Annotated[Path, typer.Option(help="Where the tree `latest` is written; the cann_path of a build script.")],
+) -> None:
+    """Write headers and libraries that run C++ programs for Ascend's operators on this machine's CPU.
+
+    The tree has latest/include, latest/lib64 and latest/bin/setenv.bash; a program written for CANN compiles against it
+    unchanged. Needs g++. A tree of an earlier run is replaced.
+    """
+    from evenmoe.ascend.cann.build import build_tree
+
+    typer.echo(f"source {build_tree(out)}/bin/setenv.bash")
+
+
 def main() -> None:
     """Run a command. Exit codes: 0 done, 1 a check failed, 2 the call or its input was wrong."""
     try:

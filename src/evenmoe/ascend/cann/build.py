@@ -1,0 +1,154 @@
+"""`evenmoe cann --out DIR`: writes the tree that a CANN program is compiled and run against."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from evenmoe.ascend.cann.sources import digest, header_texts, source_texts
+from evenmoe.errors import ConstraintError
+
+CORE = "evenmoe_cann"
+LIBRARIES = ("ascendcl", "nnopbase", "opapi", "op_common", "hccl")
+_MARKER = "evenmoe.txt"
+_SETENV = """\
+# Sourced by bash: lets programs be compiled against this tree, and find its libraries when they run.
+ASCEND_TOOLKIT_HOME="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+export ASCEND_TOOLKIT_HOME
+export ASCEND_HOME_PATH="$ASCEND_TOOLKIT_HOME"
+export LD_LIBRARY_PATH="$ASCEND_TOOLKIT_HOME/lib64${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+export LIBRARY_PATH="$ASCEND_TOOLKIT_HOME/lib64${LIBRARY_PATH:+:$LIBRARY_PATH}"
+export CPATH="$ASCEND_TOOLKIT_HOME/include${CPATH:+:$CPATH}"
+"""
+
+
+def build_tree(out: Path) -> Path:
+    """Write `out`/latest with include, lib64 and bin/setenv.bash; a tree that is already there is replaced.
+
+    The libraries embed the Python that runs this function, with its packages; they find it wherever they are used on
+    this machine, without an environment variable.
+
+    Returns:
+        The path of the tree, `out`/latest.
+
+    Raises:
+        ConstraintError: no C++ compiler, no Python headers or shared Python library, a directory that cannot be
+            written, or `out`/latest is something else; or the compiler fails, with its first words.
+    """
+    compiler = _compiler()
+    latest = out / "latest"
+    if latest.exists() and not (latest / _MARKER).is_file():
+        raise ConstraintError(
+            "out", out, f"must not hold another `{latest.name}` than one written by this command", "use another DIR"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".evenmoe-", dir=out) as scratch:
+            tree = Path(scratch, "latest")
+            _write_texts(tree)
+            _compile(compiler, tree, Path(scratch))
+            if latest.exists():
+                latest.rename(Path(scratch, "before"))
+            tree.rename(latest)
+    except OSError as error:
+        raise ConstraintError(
+            "out", out, f"must be a directory that can be written ({error.strerror})", "use another DIR"
+        ) from error
+    return latest
+
+
+def _write_texts(tree: Path) -> None:
+    for name, text in header_texts().items():
+        _write(tree / "include" / name, text)
+    _write(tree / "bin" / "setenv.bash", _SETENV)
+    _write(tree / _MARKER, f"Written by `evenmoe cann` for {sys.executable}\n")
+    (tree / "lib64").mkdir()
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def _compile(compiler: str, tree: Path, scratch: Path) -> None:
+    sources = scratch / "csrc"
+    for name, text in source_texts().items():
+        _write(sources / name, text)
+    libpython = _libpython()
+    _write(sources / "python_home.h", _python_home(libpython))
+    common = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden"]
+    common += [f"-I{tree / 'include'}", f"-I{sources}"]
+    python = [f"-I{_python_include()}", str(libpython), f"-Wl,-rpath,{libpython.parent}", "-ldl"]
+    lib64 = tree / "lib64"
+    for name, own in [(CORE, python), *((name, [f"-L{lib64}", f"-l{CORE}"]) for name in LIBRARIES)]:
+        source = sources / ("core.cpp" if name == CORE else f"{name}.cpp")
+        target = lib64 / f"lib{name}.so"
+        soname = [f"-Wl,-soname,{target.name}", "-Wl,-rpath,$ORIGIN", "-Wl,--no-undefined"]
+        command = [*common, str(source), "-o", str(target), *soname, *own]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode:
+            first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
+            raise ConstraintError("g++", f"{compiler}: {first}", "must compile C++17", "use a newer compiler")
+
+
+def _compiler() -> str:
+    for name in ("g++", "c++"):
+        found = shutil.which(name)
+        if found:
+            return found
+    raise ConstraintError("g++", "not found", "must be on PATH", "install a C++ compiler, as `apt-get install g++`")
+
+
+def _python_include() -> str:
+    include = sysconfig.get_path("include")
+    if not Path(include, "Python.h").is_file():
+        raise ConstraintError(
+            "Python.h", f"not in {include}", "must be there to embed Python", "install Python's development package"
+        )
+    return include
+
+
+def _libpython() -> Path:
+    """The shared library of the Python that runs here; its file name is what the loader asks for."""
+    directory = sysconfig.get_config_var("LIBDIR") or ""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    names = (sysconfig.get_config_var("INSTSONAME"), f"libpython{version}.so.1.0", f"libpython{version}.so")
+    for name in names:
+        if name and ".so" in name and Path(directory, name).is_file():
+            return Path(directory, name)
+    raise ConstraintError(
+        "Python",
+        f"{sys.executable} without a shared libpython in {directory}",
+        "must have one to be embedded",
+        "use a Python configured with --enable-shared",
+    )
+
+
+def _python_home(libpython: Path) -> str:
+    # Where the packages of this run came from, should the site packages of that Python not have them.
+    specs = [importlib.util.find_spec(package) for package in ("evenmoe", "torch", "numpy")]
+    homes = dict.fromkeys(str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin)
+    paths = ", ".join(map(_c_string, homes))
+    return (
+        f"constexpr const char *kPython = {_c_string(sys.executable)};\n"
+        f"constexpr const char *kLibpython = {_c_string(str(libpython))};\n"
+        f"constexpr const char *kDigest = {_c_string(digest())};\n"
+        f"constexpr const char *kPaths[] = {{{paths}}};\n"
+    )
+
+
+def _c_string(text: str) -> str:
+    """A C string literal; octal escapes for whatever is not plain, each of them three digits long.
+
+    >>> print(_c_string('a"é'))
+    "a\\042\\303\\251"
+    """
+    plain = re.compile(rb"[\w/. -]", re.ASCII)
+    encoded = text.encode("utf-8", "surrogateescape")
+    return '"' + "".join(chr(byte) if plain.match(bytes([byte])) else f"\\{byte:03o}" for byte in encoded) + '"'
