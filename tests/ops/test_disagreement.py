@@ -15,7 +15,13 @@ import pytest
 import torch
 
 import evenmoe as em
-from evenmoe.errors import ConstraintError, EvenmoeError, RankDisagreementError, UnsupportedTypeError
+from evenmoe.errors import (
+    ConstraintError,
+    EvenmoeError,
+    MissingArgumentError,
+    RankDisagreementError,
+    UnsupportedTypeError,
+)
 from evenmoe.transport.local import LocalTransport
 from evenmoe.transport.world import Rank
 
@@ -81,6 +87,8 @@ DISPATCH = {
     "virtual experts": Scenario(lambda call: {"zero_expert_num": 3}, ("zero_expert_num", "0", "3")),
     "wrong dtype": Scenario(doubles("x"), refused=UnsupportedTypeError),
     "wrong id": Scenario(lambda call: {"expert_ids": call["expert_ids"] + 10}, refused=ConstraintError),
+    "a list": Scenario(lambda call: {"x": call["x"].tolist()}, refused=UnsupportedTypeError),
+    "unknown limits": Scenario(lambda call: {"limits": "moon"}, refused=ConstraintError),
 }
 COMBINE = {
     "hidden": Scenario(wider("expert_out"), ("hidden size of expert_out", "3", "5")),
@@ -94,6 +102,7 @@ COMBINE = {
     "experts": Scenario(lambda call: {"num_experts": 2 * call["num_experts"]}, refused=ConstraintError),
     "global_bs": Scenario(lambda call: {"global_bs": 3 * call["num_experts"]}, refused=ConstraintError),
     "wrong dtype": Scenario(doubles("expert_scales"), refused=UnsupportedTypeError),
+    "nothing dispatched": Scenario(lambda call: {"dispatched": None}, refused=MissingArgumentError),
 }
 SCENARIOS = {"dispatch": DISPATCH, "combine": COMBINE}
 CASES = [(operator, name) for operator, scenarios in SCENARIOS.items() for name in scenarios]
