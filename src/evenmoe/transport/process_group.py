@@ -35,8 +35,8 @@ class ProcessGroupTransport:
         return self._group.size()
 
     def exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None = None) -> torch.Tensor:
-        each = [1] * self.world_size
-        return self._exchange(counts.contiguous(), torch.zeros_like(counts), each, each, members)
+        each, counts = [1] * self.world_size, counts.contiguous()
+        return self._exchange(counts, torch.zeros_like(counts), each, each, members)
 
     def exchange_rows(
         self,
