@@ -125,7 +125,7 @@ def set_cap(loads, cap, counts, least, most, num_slots):
 
 @njit(cache=True, nogil=True)
 def first_choice(rank, slot, width, chosen, counts, left):
-    """A rank starts with the heaviest unfinished expert; then ids rise. Ranks with the same first rise in the second."""
+    """A rank starts with the heaviest unfinished expert, then ids rise; equal firsts rise in the second, too."""
     at = rank * width + slot
     if slot == 0:
         expert = 0

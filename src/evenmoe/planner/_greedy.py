@@ -186,7 +186,7 @@ def make_room(expert, share, bins):
 
 @njit(cache=True, nogil=True)
 def holds(rank, expert, bins):
-    for slot in range(bins.used[rank]):
+    for slot in range(bins.used[rank]):  # noqa: SIM110 (any() of a generator is not for compiled code)
         if bins.held[rank, slot] == expert:
             return True
     return False

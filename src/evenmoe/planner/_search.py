@@ -114,7 +114,7 @@ def load_layer(loads, slots, layer):
 
 @njit(cache=True, nogil=True)
 def holds(rank, expert, layer):
-    for slot in range(layer.held.shape[1]):
+    for slot in range(layer.held.shape[1]):  # noqa: SIM110 (any() of a generator is not for compiled code)
         if layer.held[rank, slot] == expert:
             return True
     return False
@@ -287,10 +287,8 @@ def change_count(loads, random, layer):
     while layer.counts[layer.held[at // width, at % width]] == 1:
         at = (at + 1) % (num_ranks * width)
     rank, slot = at // width, at % width
-    if draw(random, 2):
-        expert = layer.held[layer.line[num_ranks - 1], draw(random, width)]
-    else:
-        expert = draw(random, loads.size)
+    any_expert = draw(random, loads.size)
+    expert = layer.held[layer.line[num_ranks - 1], draw(random, width)] if draw(random, 2) else any_expert
     if layer.counts[expert] < num_ranks and not holds(rank, expert, layer):
         loser = layer.held[rank, slot]
         layer.counts[loser] -= 1

@@ -64,7 +64,7 @@ def plan_peaks(
     even_layers(loads, NEAR, slots, peaks)
     wanted = mean if enough is None else np.maximum(mean, enough)
     for layer in np.flatnonzero(peaks > wanted * (1 + FAR)):
-        peaks[layer] = _search_on(loads[layer], slots[layer], peaks[layer], wanted[layer], seed)
+        peaks[layer] = _search_on(loads[layer], slots[layer], float(peaks[layer]), float(wanted[layer]), seed)
     return np.take_along_axis(order, slots.reshape(num_layers, num_slots), axis=1).astype(np.int32), peaks
 
 
@@ -75,7 +75,7 @@ def _search_on(loads: FloatArray, slots: npt.NDArray[np.int64], peak: float, wan
         return peak
     floor = np.empty(1)
     lower_bounds(loads[None], num_ranks, width, floor)
-    tries = min(max(EFFORT // slots.size, 50), 400)
+    tries = 20 if slots.size <= PROVABLE else min(max(EFFORT // slots.size, 50), 400)
     peak = refine(loads, max(floor[0], wanted) * (1 + NEAR), tries, seed, slots)
     if slots.size <= SMALL and peak > wanted:
         nodes = 3_000_000 if slots.size <= PROVABLE else 300_000

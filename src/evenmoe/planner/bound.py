@@ -1,0 +1,109 @@
+"""`lower_bound`: how well any placement could balance a load."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from evenmoe.metrics import FloatArray, as_load
+from evenmoe.planner._bound import lower_bounds
+from evenmoe.planner._exact import improve
+from evenmoe.planner._groups import MOST_PACKINGS, all_packings, best_packings, count_packings
+from evenmoe.planner._shape import Shape, check_shape
+from evenmoe.planner.hierarchical import group_members
+
+# The exhaustive search sharpens the bound of layers up to this size, for a millisecond each: it proves the optimum
+# of Mixtral's shape (8 experts, 16 slots) in about 3,000 nodes.
+SMALL_SLOTS, NODES = 24, 20_000
+# Two sums of the same tokens in different order differ by less, in parts of the sum.
+ROUNDING = 1e-9
+
+
+def lower_bound(
+    load: npt.ArrayLike, *, num_ranks: int, num_slots: int, num_nodes: int = 1, num_groups: int = 1
+) -> FloatArray:
+    """A peak-to-average load that no placement can beat when every replica takes an even share of its expert.
+
+    Args:
+        load: tokens per logical expert, (L, E) or (T, L, E); every window is bounded by itself.
+        num_ranks: G.
+        num_slots: S, at least E and a multiple of G; w = S / G slots per rank.
+        num_nodes: nodes that share the ranks evenly.
+        num_groups: groups of experts, each kept inside a node where there are several of both.
+
+    Returns:
+        float64 (L,) or (T, L); 1.0 where perfect balance cannot be excluded, and for a layer without load.
+
+    Raises:
+        ConstraintError: counts that cannot work; the text names the nearest that do.
+
+    Proof sketch. Suppose that a placement keeps every rank within T tokens; each test derives a contradiction, and the
+    bound is the largest T (to 1e-10) for which one of them succeeds. Let b be counts that each expert must have at
+    least, s = S − Σ b the replicas to spare, and x the shares at b.
+
+    1. *Mean.* The busiest rank has at least the mean: T ≥ Σ load / G.
+    2. *Lightest company.* A replica shares its rank with w − 1 other experts. With t replicas more, an expert weighs at
+       least x / (1 + t) there, so the company weighs at least λ, the least of Σ x / (1 + t) over w − 1 experts and
+       Σ t ≤ s: the lightest x (exchange), each spare replica where it saves most (x / (1 + t) is convex in t). Hence
+       each replica is within T − λ, which gives new b ≥ load / (T − λ). Repeat; contradiction when b > G or s < 0.
+    3. *Lightest replicas.* Any n replicas weigh at least as much as the n − s lightest at b: p replicas of an expert
+       with b + t weigh q x, where q = b p / (b + t) ≤ b and q ≥ p − t; and Σ t ≤ s. An expert with c replicas is on c
+       ranks, beside c (w − 1) other replicas: load + their weight ≤ c T, else c is excluded and b rises.
+    4. *Crowding.* Spare replicas make at most s experts lighter. Leave out the experts with most replicas, and n of the
+       m heaviest replicas remain as they were. If two of these cannot share a rank (2 × the lightest > T), they need n
+       ranks, so n ≤ G, and with the lightest company (3) they weigh at most n T. With two slots a rank, also the
+       heaviest of n companions, beside at least the lightest of the n, is within T.
+    5. *Exhaustion.* Up to 24 slots, caps just above the bound are searched exhaustively; one without a placement
+       is a bound, and the best placement below a cap is the optimum.
+    6. *Nodes.* Each node is a problem of its own, with its groups, G / nodes ranks and S / nodes slots. The bound is the
+       least over all packings of groups into nodes of the largest bound of a node. Where there are more than 20,000
+       packings: the heaviest group has the lightest others beside it, and the bound across nodes holds as well.
+
+    Two ranks of two slots: expert 0 alone has 6 of 8 tokens, but two ranks can halve it; without a spare slot it cannot
+    be split, and shares its rank with the lightest:
+
+    >>> lower_bound([[6, 1, 1]], num_ranks=2, num_slots=4).tolist()
+    [1.0]
+    >>> lower_bound([[6, 1, 1, 2]], num_ranks=2, num_slots=4).round(6).tolist()
+    [1.4]
+    """
+    tokens = as_load(load)
+    shape = check_shape(tokens.shape[-1], num_ranks, num_slots, num_nodes, num_groups)
+    rows = tokens.reshape(-1, shape.num_experts)
+    mean = rows.sum(axis=1) / shape.num_ranks
+    peaks = _floors(rows, shape.num_ranks, shape.num_slots)
+    if shape.is_hierarchical:
+        peaks = np.maximum(peaks, _node_floors(rows, shape))
+    bound = np.divide(peaks * (1 - ROUNDING), mean, out=np.ones_like(mean), where=mean > 0)
+    return np.maximum(bound, 1.0).reshape(tokens.shape[:-1])
+
+
+def _floors(load: FloatArray, num_ranks: int, num_slots: int) -> FloatArray:
+    """Tokens (n,) that the busiest rank of each row cannot undercut."""
+    width = num_slots // num_ranks
+    loads = -np.sort(-load, axis=1)
+    floors = np.empty(len(loads))
+    lower_bounds(loads, num_ranks, width, floors)
+    if num_slots <= SMALL_SLOTS and 1 < width < load.shape[1]:
+        slots = np.empty((num_ranks, width), np.int64)
+        for row in np.flatnonzero(floors > 0):
+            _, floors[row] = improve(loads[row], floors[row], np.inf, NODES, slots)
+    return floors
+
+
+def _node_floors(load: FloatArray, shape: Shape) -> FloatArray:
+    """As `_floors`, with groups kept inside nodes."""
+    node_ranks, node_slots = shape.num_ranks // shape.num_nodes, shape.num_slots // shape.num_nodes
+    totals = load.reshape(len(load), shape.num_groups, -1).sum(axis=2)
+    if count_packings(shape.num_groups, shape.num_nodes) > MOST_PACKINGS:
+        lightest = np.sort(totals, axis=1)[:, : shape.num_groups // shape.num_nodes - 1].sum(axis=1)
+        return (totals.max(axis=1) + lightest) / node_ranks
+    sets, packings = all_packings(shape.num_groups, shape.num_nodes)
+    experts = group_members(sets, shape.num_experts // shape.num_groups)
+    floors = totals[:, sets].sum(axis=2) / node_ranks
+    chosen = best_packings(
+        floors,
+        packings,
+        lambda rows, numbers, _: _floors(load[rows[:, None], experts[numbers]], node_ranks, node_slots),
+    )
+    return floors[np.arange(len(load))[:, None], packings[chosen]].max(axis=1)
