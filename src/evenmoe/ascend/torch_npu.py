@@ -1,0 +1,382 @@
+"""The functions of torch_npu with its argument names, order and defaults, and its outputs (specification §5).
+
+Shapes: Bs tokens, H hidden, K experts per token, ep ranks, L experts per rank, A capacity in rows (§2.4), tp peers.
+Every function takes what Atlas A3 takes, and raises `NpuCallError` (a RuntimeError, as torch_npu's errors are) where
+the chip's first stage refuses. `group_ep` and `group_tp` are names: `rank.ep.name` and `rank.tp.name` of an open world
+(`evenmoe.local_world`, `evenmoe.process_world`), or `group.group_name` of a torch.distributed group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import torch
+
+from evenmoe.ascend.groups import find_group
+from evenmoe.contract.combine import check_combine, check_combine_add_rms_norm
+from evenmoe.contract.dispatch import DispatchCall, check_dispatch, check_token_nums_type
+from evenmoe.contract.distribute import check_ep_rank, check_shared_rank_num
+from evenmoe.contract.distribute_sizes import check_shared_pair
+from evenmoe.contract.limits import ATLAS_A3
+from evenmoe.contract.tensor_spec import check_dims
+from evenmoe.contract.update_expert import check_update_expert
+from evenmoe.errors import ConstraintError, EvenmoeError
+from evenmoe.ops import combine, combine_add_rms_norm, dispatch, update_expert
+from evenmoe.ops.groups import exchanges, refusing_together
+from evenmoe.ops.registration import of_right_types
+from evenmoe.ops.specs import specs_of
+from evenmoe.transport.contract import Transport
+
+_OPERATOR_MODULES = (combine, combine_add_rms_norm, dispatch, update_expert)  # importing them registers the operators
+_ON_CHIP = {"check_values": True, "limits": ATLAS_A3.name}
+_CHECKS: dict[str, Callable[..., object]] = {
+    "dispatch": check_dispatch,
+    "combine": check_combine,
+    "combine_add_rms_norm": check_combine_add_rms_norm,
+}
+_RANKS_PER_NODE = 8  # of Atlas A2, in the room that the wrapper makes for its counts (§5)
+
+_Result = TypeVar("_Result")
+_Arguments = ParamSpec("_Arguments")
+_Generation = Literal["update_expert", "eplb_update_expert"]
+Tensor = torch.Tensor
+
+
+class NpuCallError(EvenmoeError, RuntimeError):
+    """A call that Atlas A3 refuses; `status` (int) is the code of its first stage: 161001, 161002 or 561002."""
+
+
+def _refusing_as_npu(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Turns the package's errors into those of torch_npu, with the same text and status."""
+
+    @wraps(function)
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        try:
+            return function(*args, **kwargs)
+        except EvenmoeError as error:
+            refused = NpuCallError(error.argument, error.value, error.rule, error.fix)
+            refused.status = error.status
+            raise refused from error
+
+    return call
+
+
+@_refusing_as_npu
+def npu_moe_eplb_update_expert(
+    expert_ids: Tensor, eplb_table: Tensor, local_rank_id: int, world_size: int, *, balance_mode: int = 0
+) -> Tensor:
+    """Map logical to physical expert ids by rank; the older operator, of torch_npu 7.1.0 only.
+
+    Args:
+        expert_ids: int32 (Bs, K), Bs 1…512, K 1…16, logical experts.
+        eplb_table: int32 (E, F), E 1…512, row e = [count, slot ids…, don't care].
+        local_rank_id: 0…world_size−1. world_size: 2…384. balance_mode: 0.
+
+    Returns:
+        int32 (Bs, K), slot ids as dispatch understands them.
+
+    Raises:
+        NpuCallError: what the chip refuses, and ids or table entries out of range.
+
+    Expert 1 has two replicas, in slots 1 and 7; of 8 ranks the last four use slot 7:
+
+    >>> table = torch.tensor([[1, 0, 0], [2, 1, 7]], dtype=torch.int32)
+    >>> npu_moe_eplb_update_expert(torch.tensor([[0, 1]], dtype=torch.int32), table, 4, 8).tolist()
+    [[0, 7]]
+    """
+    given = {
+        "expert_ids": expert_ids,
+        "eplb_table": eplb_table,
+        "local_rank_id": local_rank_id,
+        "world_size": world_size,
+        "balance_mode": balance_mode,
+    }
+    return _update_expert(given, generation="eplb_update_expert")[0]
+
+
+@_refusing_as_npu
+def npu_moe_update_expert(
+    expert_ids: Tensor,
+    eplb_table: Tensor,
+    *,
+    expert_scales: Tensor | None = None,
+    pruning_threshold: Tensor | None = None,
+    active_mask: Tensor | None = None,
+    local_rank_id: int = -1,
+    world_size: int = -1,
+    balance_mode: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Map logical to physical expert ids, by rank or by token, and mark the entries to prune (§1).
+
+    Args:
+        expert_ids: int32 or int64 (Bs, K), Bs 1…512, K 1…16, logical experts.
+        eplb_table: int32 (E, F), E 1…1024, row e = [count, slot ids…, don't care].
+        expert_scales: float16, bfloat16 or float32 (Bs, K), gate weights, with `pruning_threshold`.
+        pruning_threshold: float32 (K,) or (1, K), shares of the token's total weight.
+        active_mask: bool (Bs,), only with the two above.
+        local_rank_id, world_size: 0…world_size−1 and 2…768 under balance_mode 0, else not looked at.
+        balance_mode: 0 by rank, 1 by token.
+
+    Returns:
+        balanced_expert_ids: (Bs, K), dtype of expert_ids.
+        balanced_active_mask: bool (Bs, K). All True without pruning, where the chip leaves it undefined.
+
+    Raises:
+        NpuCallError: what the chip refuses, and ids or table entries out of range.
+
+    >>> table = torch.tensor([[1, 0, 0], [2, 1, 7]], dtype=torch.int32)
+    >>> ids, mask = npu_moe_update_expert(torch.tensor([[0, 1]]), table, local_rank_id=4, world_size=8)
+    >>> ids.tolist(), mask.tolist()
+    ([[0, 7]], [[True, True]])
+    """
+    given = locals()
+    return _update_expert(given, generation="update_expert")
+
+
+def _update_expert(given: Mapping[str, Any], generation: _Generation) -> tuple[Tensor, Tensor]:
+    absent = dict.fromkeys(("expert_scales", "pruning_threshold", "active_mask"))
+    arguments = of_right_types("update_expert", {**absent, **given, **_ON_CHIP})
+    check_update_expert(**{name: specs_of(arguments)[name] for name in given}, generation=generation)
+    return torch.ops.evenmoe.update_expert(**arguments)
+
+
+@_refusing_as_npu
+def npu_moe_distribute_dispatch_v2(
+    x: Tensor,
+    expert_ids: Tensor,
+    group_ep: str,
+    ep_world_size: int,
+    ep_rank_id: int,
+    moe_expert_num: int,
+    *,
+    scales: Tensor | None = None,
+    x_active_mask: Tensor | None = None,
+    expert_scales: Tensor | None = None,
+    elastic_info: Tensor | None = None,
+    performance_info: Tensor | None = None,
+    group_tp: str = "",
+    tp_world_size: int = 0,
+    tp_rank_id: int = 0,
+    expert_shard_type: int = 0,
+    shared_expert_num: int = 1,
+    shared_expert_rank_num: int = 0,
+    quant_mode: int = 0,
+    global_bs: int = 0,
+    expert_token_nums_type: int = 1,
+    comm_alg: str = "",
+    zero_expert_num: int = 0,
+    copy_expert_num: int = 0,
+    const_expert_num: int = 0,
+    y_dtype: int | None = None,
+    x_dtype: int | None = None,
+    scales_dtype: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Send each token to the ranks of its experts; a collective of the groups (§2).
+
+    Args:
+        x: float16 or bfloat16 (Bs, H), Bs 1…512, H 1024…8192.
+        expert_ids: int32 (Bs, K), physical experts, distinct within a token.
+        group_ep, ep_world_size, ep_rank_id: the expert-parallel group, its size 2…768, this rank in it.
+        moe_expert_num: physical experts over all ranks, 1…1024.
+        scales: float32 (shared experts + moe_expert_num, H), only with quant_mode 2.
+        x_active_mask: bool (Bs,) or (Bs, K). elastic_info: int32 (4 + 2·ep,).
+        expert_scales: float32 (Bs, K); on Atlas A3 it only enlarges ep_recv_counts.
+        group_tp, tp_world_size, tp_rank_id: two tensor-parallel peers, or "" and 0.
+        quant_mode: 0, or 2 for int8. expert_token_nums_type: 1 for counts, 0 for prefix sums.
+        performance_info, y_dtype, x_dtype, scales_dtype: only None on this chip.
+        All others: as in `evenmoe.dispatch`.
+
+    Returns:
+        expand_x (max(A, A·tp), H), dtype of x or int8; dynamic_scales float32 (A·max(tp, 1),); assist_info_for_combine
+        int32 (max(Bs·K, 128·A),); expert_token_nums int64 (L,); ep_recv_counts int32 (ep·L·max(tp, 1),), with
+        expert_scales longer by 2·global_bs·K·(ep // 8); tp_recv_counts int32 (tp,); expand_scales float32 (A,).
+        What the chip leaves unwritten is zero.
+
+    Raises:
+        NpuCallError: what the chip refuses, a group that is not open here, ranks that disagree, ids out of range.
+
+    >>> import evenmoe as em
+    >>> def step(rank):
+    ...     x = torch.full((1, 1024), float(rank.index), dtype=torch.bfloat16)
+    ...     ids = torch.tensor([[1 - rank.index]], dtype=torch.int32)
+    ...     return npu_moe_distribute_dispatch_v2(x, ids, rank.ep.name, 2, rank.index, 2)[0][0, 0].item()
+    >>> with em.local_world(ep_size=2) as world:
+    ...     world.run(step)
+    [1.0, 0.0]
+    """
+    given = locals()
+    later_chips = {name: given.pop(name) for name in ("y_dtype", "x_dtype", "scales_dtype")}
+    expand_x, dynamic_scales, assist_info, token_nums, ep_recv_counts, tp_recv_counts, expand_scales = _call(
+        "dispatch", given, lambda: _check_as_wrapper(given, later_chips)
+    )
+    if expert_scales is not None:
+        more = 2 * given["global_bs"] * expert_ids.shape[1] * (ep_world_size // _RANKS_PER_NODE)
+        ep_recv_counts = torch.cat([ep_recv_counts, ep_recv_counts.new_zeros(more)])
+    return expand_x, dynamic_scales, assist_info, token_nums, ep_recv_counts, tp_recv_counts, expand_scales
+
+
+@_refusing_as_npu
+def npu_moe_distribute_combine_v2(
+    expand_x: Tensor,
+    expert_ids: Tensor,
+    assist_info_for_combine: Tensor,
+    ep_send_counts: Tensor,
+    expert_scales: Tensor,
+    group_ep: str,
+    ep_world_size: int,
+    ep_rank_id: int,
+    moe_expert_num: int,
+    *,
+    tp_send_counts: Tensor | None = None,
+    x_active_mask: Tensor | None = None,
+    expand_scales: Tensor | None = None,
+    shared_expert_x: Tensor | None = None,
+    elastic_info: Tensor | None = None,
+    ori_x: Tensor | None = None,
+    const_expert_alpha_1: Tensor | None = None,
+    const_expert_alpha_2: Tensor | None = None,
+    const_expert_v: Tensor | None = None,
+    performance_info: Tensor | None = None,
+    group_tp: str = "",
+    tp_world_size: int = 0,
+    tp_rank_id: int = 0,
+    expert_shard_type: int = 0,
+    shared_expert_num: int = 1,
+    shared_expert_rank_num: int = 0,
+    global_bs: int = 0,
+    comm_quant_mode: int = 0,
+    comm_alg: str = "",
+    zero_expert_num: int = 0,
+    copy_expert_num: int = 0,
+    const_expert_num: int = 0,
+) -> Tensor:
+    """Bring the experts' rows home and add them up, weighted; a collective of the groups (§3).
+
+    Args:
+        expand_x: float16 or bfloat16 (at least A·tp, H), the experts' outputs in the row order of dispatch's expand_x.
+        expert_ids, x_active_mask, elastic_info, and every attribute: those that dispatch was called with.
+        assist_info_for_combine, ep_send_counts, tp_send_counts: dispatch's assist_info_for_combine, ep_recv_counts and
+            tp_recv_counts. The chip refuses tp_send_counts=None also without tensor parallelism.
+        expert_scales: float32 (Bs, K), gate weights.
+        All others: as in `evenmoe.combine`.
+
+    Returns:
+        (Bs, H), dtype of expand_x. Rows of inactive tokens, which the chip leaves unwritten, are zero.
+
+    Raises:
+        NpuCallError: as in `npu_moe_distribute_dispatch_v2`.
+    """
+    given = locals() | dict.fromkeys(("activation_scale", "weight_scale", "group_list"))
+    given |= {"out_dtype": 0, "group_list_type": 0}
+    return _call("combine", given)
+
+
+@_refusing_as_npu
+def npu_moe_distribute_combine_add_rms_norm(
+    expand_x: Tensor,
+    expert_ids: Tensor,
+    expand_idx: Tensor,
+    ep_send_counts: Tensor,
+    expert_scales: Tensor,
+    residual_x: Tensor,
+    gamma: Tensor,
+    group_ep: str,
+    ep_world_size: int,
+    ep_rank_id: int,
+    moe_expert_num: int,
+    *,
+    tp_send_counts: Tensor | None = None,
+    x_active_mask: Tensor | None = None,
+    activation_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    group_list: Tensor | None = None,
+    expand_scales: Tensor | None = None,
+    shared_expert_x: Tensor | None = None,
+    elastic_info: Tensor | None = None,
+    ori_x: Tensor | None = None,
+    const_expert_alpha_1: Tensor | None = None,
+    const_expert_alpha_2: Tensor | None = None,
+    const_expert_v: Tensor | None = None,
+    group_tp: str = "",
+    tp_world_size: int = 0,
+    tp_rank_id: int = 0,
+    expert_shard_type: int = 0,
+    shared_expert_num: int = 1,
+    shared_expert_rank_num: int = 0,
+    global_bs: int = 0,
+    out_dtype: int = 0,
+    comm_quant_mode: int = 0,
+    group_list_type: int = 0,
+    comm_alg: str = "",
+    norm_eps: float = 1e-06,
+    zero_expert_num: int = 0,
+    copy_expert_num: int = 0,
+    const_expert_num: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Combine without rounding, add the residual and apply RmsNorm; a collective of the groups (§4).
+
+    Args:
+        expand_x: bfloat16 (at least A·tp, H), as in `npu_moe_distribute_combine_v2`, like all that is not named here.
+        expand_idx: dispatch's assist_info_for_combine.
+        residual_x: bfloat16 (Bs, 1, H). gamma: bfloat16 (H,). norm_eps: added to the mean square.
+        activation_scale, weight_scale, group_list: only None. out_dtype, group_list_type: not looked at.
+
+    Returns:
+        y: bfloat16 (Bs, 1, H). rstd_out: float32 (Bs, 1, 1). x: bfloat16 (Bs, 1, H). Rows of inactive tokens, which
+        the chip leaves unwritten, are zero.
+
+    Raises:
+        NpuCallError: as in `npu_moe_distribute_dispatch_v2`.
+    """
+    given = locals() | {"assist_info_for_combine": expand_idx, "performance_info": None}
+    del given["expand_idx"]
+    return _call("combine_add_rms_norm", given)
+
+
+def _check_as_wrapper(given: Mapping[str, Any], later_chips: Mapping[str, object]) -> None:
+    """What torch_npu looks at before the first stage does."""
+    for name, value in later_chips.items():
+        if value is not None:
+            raise ConstraintError(name, repr(value), "must be None on Atlas A3", "leave it out")
+    call = DispatchCall(**specs_of(given), limits=ATLAS_A3)
+    check_dims("x", call.x, (2,), "(tokens, hidden)")
+    check_dims("expert_ids", call.expert_ids, (2,), "(tokens, top_k)")
+    check_ep_rank(call)
+    check_shared_rank_num(call)
+    check_shared_pair(call)
+    check_token_nums_type(call)
+
+
+def _call(operator: str, given: dict[str, Any], check_first: Callable[[], None] = lambda: None) -> Any:
+    """Complete the arguments as the wrapper does, and call the operator; if this rank refuses, others hear of it."""
+    ep, tp = _find_groups(operator, given)
+    rows = given["x" if operator == "dispatch" else "expand_x"]
+    waiting = exchanges("dispatch" if operator == "dispatch" else "combine", ep, tp, given["elastic_info"] is not None)
+    with refusing_together(rows if isinstance(rows, Tensor) else None, waiting):
+        arguments = _complete(operator, given)
+        check_first()
+    return getattr(torch.ops.evenmoe, operator)(**arguments)
+
+
+def _find_groups(operator: str, given: dict[str, Any]) -> tuple[Transport, Transport | None]:
+    try:
+        ep = find_group("group_ep", given["group_ep"], given["ep_rank_id"], given["ep_world_size"])
+        if given["tp_world_size"] != 2:
+            return ep, None
+        return ep, find_group("group_tp", given["group_tp"], given["tp_rank_id"], 2)
+    except (ConstraintError, TypeError):
+        # What is wrong with the call itself comes first, as on the chip.
+        arguments = _complete(operator, given)
+        _CHECKS[operator](**specs_of({name: arguments[name] for name in given}), limits=ATLAS_A3)
+        raise
+
+
+def _complete(operator: str, given: dict[str, Any]) -> dict[str, Any]:
+    given["comm_alg"] = "" if given["comm_alg"] is None else given["comm_alg"]
+    arguments = of_right_types(operator, {**given, **_ON_CHIP})
+    expert_ids = arguments["expert_ids"]
+    if arguments["global_bs"] == 0 and expert_ids is not None and expert_ids.dim():
+        arguments["global_bs"] = given["global_bs"] = expert_ids.shape[0] * arguments["ep_world_size"]
+    return arguments
