@@ -5,6 +5,8 @@ Shapes: T tokens of this rank, H hidden, K experts per token, E logical experts,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +18,7 @@ from evenmoe.ops.exchange import exchange
 from evenmoe.ops.groups import refusing_together
 from evenmoe.ops.routing import Routing, route
 from evenmoe.ops.weighted_sum import add_rows, chunks
-from evenmoe.runtime.replica_choice import RULES, ReplicaChoice
+from evenmoe.runtime.replica_choice import RULES, ReplicaChoice, refuse_other_types
 from evenmoe.transport.agreement import digest, dtype_code, exchange_counts
 from evenmoe.transport.contract import Transport
 
@@ -114,7 +116,7 @@ class ExpertParallel:
             RankDisagreementError: sizes that differ between ranks, the same error on every rank.
         """
         routing = None
-        with refusing_together(x, [(self._ep, _DISPATCH)]):
+        with self._refusing(_DISPATCH, x=x, topk_ids=topk_ids, topk_weights=topk_weights):
             self._check(x, topk_ids, topk_weights)
             layout = self._layout(x, topk_ids)
             counted = topk_ids >= 0
@@ -157,10 +159,11 @@ class ExpertParallel:
             once. A token with no computed entry is zero.
 
         Raises:
-            ConstraintError: rows that are not one for each dispatched row.
+            ConstraintError, UnsupportedTypeError: rows that are not one for each dispatched row, or not of a float
+                dtype; the other ranks get a RankDisagreementError that says so.
             RankDisagreementError: H′ or the dtype differ between ranks, the same error on every rank.
         """
-        with refusing_together(expert_out, [(self._ep, _COMBINE)]):
+        with self._refusing(_COMBINE, expert_out=expert_out):
             if expert_out.dim() != 2 or expert_out.shape[0] != dispatched.rows.shape[0]:
                 raise ConstraintError(
                     "expert_out",
@@ -168,6 +171,7 @@ class ExpertParallel:
                     f"must have one row for each of the {dispatched.rows.shape[0]} dispatched rows",
                     "apply each slot's expert to its num_tokens_per_expert rows and keep their order",
                 )
+            _refuse_whole_numbers("expert_out", expert_out)
             _refuse_gradients("expert_out", expert_out)
             back = torch.bincount(dispatched.source_rank, minlength=self._ep.world_size)[:, None]
         sizes = {
@@ -179,6 +183,14 @@ class ExpertParallel:
         order = torch.sort(dispatched.source_rank, stable=True).indices
         rows = self._ep.exchange_rows(expert_out.index_select(0, order), back[:, 0].tolist(), home.tolist())
         return _weighted_sum(rows, dispatched.routing, dispatched.topk_weights)
+
+    @contextmanager
+    def _refusing(self, operator: str, **tensors: torch.Tensor) -> Iterator[None]:
+        """Whatever is refused inside, beginning with arguments that are no tensors, is refused on every rank."""
+        first = next(iter(tensors.values()))
+        with refusing_together(first if isinstance(first, torch.Tensor) else None, [(self._ep, operator)]):
+            refuse_other_types(**tensors)
+            yield
 
     def _slots(self, topk_ids: torch.Tensor, counted: torch.Tensor, by_rank: np.ndarray | None = None) -> torch.Tensor:
         """Slot ids; S, which `route` leaves at home, where nothing is to be computed."""
@@ -226,10 +238,8 @@ class ExpertParallel:
         if topk_ids.dtype not in (torch.int32, torch.int64):
             raise UnsupportedTypeError("topk_ids", topk_ids.dtype, "must be int32 or int64", "convert it")
         for name, tensor in (("x", x), ("topk_weights", topk_weights)):
-            if not tensor.is_floating_point():
-                raise UnsupportedTypeError(name, tensor.dtype, "must be a float dtype", "convert it")
-        _refuse_gradients("x", x)
-        _refuse_gradients("topk_weights", topk_weights)
+            _refuse_whole_numbers(name, tensor)
+            _refuse_gradients(name, tensor)
         if self._check_values and topk_ids.numel():
             low, high = torch.aminmax(topk_ids)
             if low < -1 or high >= self.num_experts:
@@ -253,6 +263,11 @@ def _weighted_sum(rows: torch.Tensor, routing: Routing, topk_weights: torch.Tens
         for k in range(top_k):
             add_rows(total[tokens], rows, place[tokens, k], present[tokens, k], weights[tokens, k])
     return total.to(rows.dtype)
+
+
+def _refuse_whole_numbers(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise UnsupportedTypeError(name, tensor.dtype, "must be a float dtype", "convert it")
 
 
 def _refuse_gradients(name: str, tensor: torch.Tensor) -> None:

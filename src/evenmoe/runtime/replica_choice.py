@@ -34,14 +34,18 @@ class ReplicaChoice:
     def __init__(self, eplb_table: torch.Tensor, rule: str, num_slots: int, rank: int, world_size: int) -> None:
         if rule not in RULES:
             raise ConstraintError("rule", repr(rule), f"must be one of {', '.join(RULES)}", "choose one of them")
-        if eplb_table.dtype != torch.int32 or eplb_table.dim() != 2 or eplb_table.shape[1] < 2:
+        refuse_other_types(eplb_table=eplb_table)
+        shape = eplb_table.shape
+        if eplb_table.dtype != torch.int32 or len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
             raise UnsupportedTypeError(
                 "eplb_table",
-                f"{eplb_table.dtype} of shape {tuple(eplb_table.shape)}",
+                f"{eplb_table.dtype} of shape {tuple(shape)}",
                 "must be torch.int32 (experts, 1 + the most replicas)",
                 "use Placement.eplb_table(layer)",
             )
         check_table(eplb_table)
+        # A copy, since it is read at every step, when its owner may have changed it.
+        eplb_table = eplb_table.clone()
         self._table, self._rule, self._rank, self._world_size = eplb_table, rule, rank, world_size
         self._num_slots = num_slots
         host = eplb_table.cpu().numpy()
@@ -124,3 +128,10 @@ class ReplicaChoice:
                 "must name each slot once, since a slot holds one expert",
                 "use the slot ids of a Placement",
             )
+
+
+def refuse_other_types(**tensors: object) -> None:
+    """Raises UnsupportedTypeError for the first that is no tensor, None included."""
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise UnsupportedTypeError(name, f"a {type(value).__name__}", "must be a torch.Tensor", "use torch.tensor")
