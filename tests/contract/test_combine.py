@@ -152,6 +152,13 @@ CONSISTENCY = [
     ({"shared_expert_num": 4, "shared_expert_rank_num": 0}, 561002, "shared_expert_rank_num", "positive multiple"),
     ({"shared_expert_num": 0, "shared_expert_rank_num": 2}, 561002, "shared_expert_rank_num", "positive multiple"),
     ({"moe_expert_num": 17, "shared_expert_rank_num": 0}, 561002, "moe_expert_num", "divide evenly by the 8 ranks"),
+    # 511 experts per rank times 8 would be too many as well.
+    (
+        {"moe_expert_num": 1023, "shared_expert_rank_num": 6, "shared_expert_num": 1},
+        561002,
+        "moe_expert_num",
+        "divide evenly by the 2 ranks",
+    ),
     (
         {"moe_expert_num": 1024, "shared_expert_rank_num": 6, "shared_expert_num": 1},
         561002,

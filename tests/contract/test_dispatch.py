@@ -139,6 +139,13 @@ VIOLATIONS = [
     ({**FULL_MESH_V2, "expert_ids.1": 13, "x.0": 8}, 561002, "comm_alg", "with 13 experts per token: it takes 0 to 12"),
     # divisibility, L, TP
     ({"moe_expert_num": 17, "shared_expert_rank_num": 0}, 561002, "moe_expert_num", "divide evenly by the 8 ranks"),
+    # 511 experts per rank times 8 would be too many as well.
+    (
+        {"moe_expert_num": 1023, "shared_expert_rank_num": 6, "shared_expert_num": 1},
+        561002,
+        "moe_expert_num",
+        "divide evenly by the 2 ranks",
+    ),
     (
         {"moe_expert_num": 1024, "shared_expert_rank_num": 6, "shared_expert_num": 1},
         561002,
