@@ -319,8 +319,8 @@ def test_the_real_package_is_left_alone(tmp_path, monkeypatch):
 
 def test_import_has_no_side_effect():
     code = (
-        "import sys, evenmoe, evenmoe.ascend; assert 'torch' not in sys.modules; import evenmoe.ascend.torch_npu; "
-        "assert 'torch_npu' not in sys.modules"
+        "import sys, evenmoe, evenmoe.ascend; assert 'torch' not in sys.modules; import evenmoe.ascend.torch_npu, "
+        "evenmoe.ascend.aclnn; assert 'torch_npu' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

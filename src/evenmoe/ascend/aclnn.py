@@ -1,0 +1,118 @@
+"""The two-stage aclnn calls (specification §1.2, §2.1, §3.1, §4, §6), over CPU tensors instead of device memory.
+
+`aclnnXxxGetWorkspaceSize(…) -> (status, workspace_size, executor)` takes the C function's arguments in its order, but
+for the two pointers that it returns through; names are in snake_case, a null pointer is None, and outputs are tensors
+that the second stage writes in place, only as far as the operator writes them. It never raises for a wrong value: the
+status says what kind of mistake, `aclGetRecentErrMsg` which argument, and size and executor are 0 and None.
+
+`aclnnXxx(workspace, workspace_size, executor, stream) -> status` puts the work on a stream and returns at once, so one
+thread can launch on the streams of all ranks. `workspace` is any object for memory (a tensor must really have
+`workspace_size` bytes), None a null pointer. Failures while running show at synchronisation.
+
+Two ranks, one thread; rank 0's token goes to expert 1 and rank 1's to expert 0:
+
+>>> import torch
+>>> import evenmoe as em
+>>> from evenmoe.ascend import aclnn
+>>> def launch(rank, stream):
+...     i32, bf16 = {"dtype": torch.int32}, {"dtype": torch.bfloat16}
+...     expand_x, counts = torch.zeros(2, 1024, **bf16), torch.zeros(2, **i32)
+...     status, size, executor = aclnn.aclnnMoeDistributeDispatchV2GetWorkspaceSize(
+...         torch.full((1, 1024), float(rank.index), **bf16), torch.tensor([[1 - rank.index]], **i32), None, None, None,
+...         rank.ep.name, 2, rank.index, 2, "", 0, 0, 0, 0, 0, 0, 0, 1, "",
+...         expand_x, torch.zeros(2), torch.zeros(256, **i32), torch.zeros(1, dtype=torch.int64), counts,
+...         torch.zeros(0, **i32), torch.zeros(2))
+...     workspace = torch.empty(size, dtype=torch.uint8)
+...     return aclnn.aclnnMoeDistributeDispatchV2(workspace, size, executor, stream), expand_x, counts
+>>> with em.local_world(ep_size=2) as world:
+...     streams = [aclnn.aclrtCreateStream()[1] for _ in world.ranks]
+...     launched = [launch(rank, stream) for rank, stream in zip(world.ranks, streams)]
+...     [aclnn.aclrtSynchronizeStreamWithTimeout(stream, 10000) for stream in streams]
+[0, 0]
+>>> [(status, expand_x[0, 0].item(), counts.tolist()) for status, expand_x, counts in launched]
+[(0, 1.0, [0, 1]), (0, 0.0, [1, 1])]
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from evenmoe.ascend import status
+from evenmoe.ascend.acl import aclDestroyAclOpExecutor as aclDestroyAclOpExecutor
+from evenmoe.ascend.acl import aclGetRecentErrMsg as aclGetRecentErrMsg
+from evenmoe.ascend.acl import aclrtCreateStream as aclrtCreateStream
+from evenmoe.ascend.acl import aclrtDestroyStream as aclrtDestroyStream
+from evenmoe.ascend.acl import aclrtSynchronizeStream as aclrtSynchronizeStream
+from evenmoe.ascend.acl import aclrtSynchronizeStreamWithTimeout as aclrtSynchronizeStreamWithTimeout
+from evenmoe.ascend.acl import aclSetAclOpExecutorRepeatable as aclSetAclOpExecutorRepeatable
+from evenmoe.ascend.acl import given_executor, given_stream
+from evenmoe.ascend.executor import Executor, stage_one
+from evenmoe.ascend.signatures import SIGNATURES
+from evenmoe.ascend.status import AclError, status_of
+from evenmoe.ascend.stream import Stream
+from evenmoe.errors import EvenmoeError
+
+FirstStage = Callable[..., tuple[int, int, Executor | None]]
+SecondStage = Callable[[object, int, Executor | None, Stream | None], int]
+
+
+def _two_stages(operator: str) -> tuple[FirstStage, SecondStage]:
+    """The two functions of one operator, made from its listing."""
+    arguments = SIGNATURES[operator]
+    parts = [arguments.names("tensor"), arguments.names("str", "int", "float"), arguments.names("output")]
+    signature = inspect.Signature(
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in arguments.arguments]
+    )
+
+    def first(*args: Any, **kwargs: Any) -> tuple[int, int, Executor | None]:
+        given = signature.bind(*args, **kwargs).arguments  # a wrong number of arguments, C would not compile
+        try:
+            executor = stage_one(operator, *({name: given[name] for name in names} for names in parts))
+        except EvenmoeError as error:
+            return status_of(error), 0, None
+        return status.SUCCESS, executor.workspace_size, executor
+
+    def second(workspace: object, workspace_size: int, executor: Executor | None, stream: Stream | None) -> int:
+        try:
+            call, queue = given_executor(executor), given_stream(stream, status.PARAM_NULLPTR)
+            call.launch(operator, workspace is not None, _bytes_of(workspace, workspace_size), queue)
+        except AclError as error:
+            return status_of(error)
+        return status.SUCCESS
+
+    first.__name__, second.__name__ = f"aclnn{operator}GetWorkspaceSize", f"aclnn{operator}"
+    for function in (first, second):
+        function.__qualname__, function.__module__ = function.__name__, __name__
+    setattr(first, "__signature__", signature)  # noqa: B010  what help() shows
+    first.__doc__ = f"First stage of {operator}: check the call, (status, workspace_size, executor)."
+    second.__doc__ = f"Second stage of {operator}: put the call on a stream, and return a status at once."
+    return first, second
+
+
+def _bytes_of(workspace: object, workspace_size: object) -> int:
+    """What the caller says, or the size of the tensor where that is less."""
+    if type(workspace_size) is not int:
+        raise AclError(status.PARAM_INVALID, f"`workspaceSize` is {workspace_size!r}: it must be an int, in bytes.")
+    if isinstance(workspace, torch.Tensor):
+        return min(workspace_size, workspace.numel() * workspace.element_size())
+    return workspace_size
+
+
+aclnnMoeEPLBUpdateExpertGetWorkspaceSize, aclnnMoeEPLBUpdateExpert = _two_stages("MoeEPLBUpdateExpert")
+aclnnMoeUpdateExpertGetWorkspaceSize, aclnnMoeUpdateExpert = _two_stages("MoeUpdateExpert")
+aclnnMoeDistributeDispatchV2GetWorkspaceSize, aclnnMoeDistributeDispatchV2 = _two_stages("MoeDistributeDispatchV2")
+aclnnMoeDistributeDispatchV3GetWorkspaceSize, aclnnMoeDistributeDispatchV3 = _two_stages("MoeDistributeDispatchV3")
+aclnnMoeDistributeDispatchV4GetWorkspaceSize, aclnnMoeDistributeDispatchV4 = _two_stages("MoeDistributeDispatchV4")
+aclnnMoeDistributeCombineV2GetWorkspaceSize, aclnnMoeDistributeCombineV2 = _two_stages("MoeDistributeCombineV2")
+aclnnMoeDistributeCombineV3GetWorkspaceSize, aclnnMoeDistributeCombineV3 = _two_stages("MoeDistributeCombineV3")
+aclnnMoeDistributeCombineV4GetWorkspaceSize, aclnnMoeDistributeCombineV4 = _two_stages("MoeDistributeCombineV4")
+aclnnMoeDistributeCombineAddRmsNormGetWorkspaceSize, aclnnMoeDistributeCombineAddRmsNorm = _two_stages(
+    "MoeDistributeCombineAddRmsNorm"
+)
+aclnnMoeDistributeCombineAddRmsNormV2GetWorkspaceSize, aclnnMoeDistributeCombineAddRmsNormV2 = _two_stages(
+    "MoeDistributeCombineAddRmsNormV2"
+)
