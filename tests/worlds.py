@@ -212,7 +212,8 @@ class Case:
                     mask = active = [[random.random() < 0.6 for _ in row] for row in rows]
                 shape = (num_tokens,) if spec.mask == "tokens" else (num_tokens, self.top_k)
                 self.masks.append(torch.tensor(mask, dtype=torch.bool).reshape(shape) if self.present[index] else None)
-            ids = [[i if on else 0 for i, on in zip(*pair, strict=True)] for pair in zip(rows, active, strict=True)]
+            padded = (zip(row, on, strict=True) for row, on in zip(rows, active, strict=True))
+            ids = [[i if on or random.random() < 0.5 else 0 for i, on in pairs] for pairs in padded]
             tensor = torch.tensor(ids, dtype=torch.int32).reshape(num_tokens, self.top_k)
             self.ids.append(tensor if self.present[index] else None)
 

@@ -1,0 +1,328 @@
+"""Bugs planted one at a time: the checks below, small cousins of the suite's, must go red for every one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from tests.mutations import fails, mutated
+from tests.ops import test_disagreement as disagreement
+from tests.transport import test_contract as contract
+from tests.worlds import Case, Spec, assert_equal_worlds, assert_same_bits, run_rank, run_reference
+
+import evenmoe as em
+from evenmoe.ops.update_expert import prepare
+from evenmoe.reference.update_expert import update_expert as reference
+
+WORLDS = [
+    Spec(
+        seed=1,
+        shared_experts=2,
+        shared_ranks=4,
+        experts_per_rank=2,
+        top_k=3,
+        mask="entries",
+        hidden=17,
+        max_bs=6,
+        quant_mode=2,
+        smooth=True,
+        dtype="float32",
+    ),
+    Spec(seed=2, tp=2, moe_ranks=3, hidden=8, dtype="float16", max_bs=6, sizes="unequal", nums_type=0),
+    Spec(
+        seed=3,
+        experts_per_rank=3,
+        virtual=(1, 2, 2),
+        top_k=5,
+        hidden=24,
+        dtype="float32",
+        max_bs=6,
+        shared_x="flat",
+        mask="tokens",
+    ),
+    Spec(seed=4, moe_ranks=3, experts_per_rank=2, top_k=4, hidden=64, max_bs=6, comm_quant_mode=2, nums_type=0),
+    Spec(seed=5, moe_ranks=5, experts_per_rank=2, shared_ranks=2, top_k=3, max_bs=4, elastic="scaled"),
+    Spec(seed=6, tp=2, shared_ranks=2, max_bs=5, mask="tokens", hidden=8),
+    Spec(seed=9, virtual=(1, 2, 2), top_k=4, max_bs=6, mask="entries"),
+    Spec(seed=7, quant_mode=2, experts_per_rank=2, hidden=64, dtype="float16", max_bs=5, values="special"),
+    Spec(seed=8, hidden=200, dtype="float32", max_bs=6, roomy=True, strided=True, shared_x="cube", mask="entries"),
+]
+
+
+@cache
+def expected(spec: Spec) -> list:
+    return run_reference(Case(spec))
+
+
+def worlds() -> None:
+    """dispatch, combine and combine_add_rms_norm against the reference."""
+    for spec in WORLDS:
+        case = Case(spec)
+        with em.local_world(spec.ep, max(spec.tp, 1), timeout_s=5.0) as world:
+            results = world.run(lambda rank, case=case: run_rank(rank, case))
+        assert_equal_worlds(results, expected(spec))
+
+
+TABLE = torch.tensor([[2, 0, 1, 9], [3, 2, 3, 4], [1, 5, 9, 9], [3, 6, 7, 8]], dtype=torch.int32)
+
+
+def mapping() -> None:
+    """update_expert in both modes for growing and shrinking batches, prepared and not."""
+    by_token = prepare(TABLE, 0, 1, "token")
+    for num_tokens in (3, 9, 2, 4):
+        ids = torch.stack([torch.arange(num_tokens) % 4, (torch.arange(num_tokens) + 1) % 4], dim=1)
+        assert_same_bits(by_token(ids), reference(ids, TABLE, balance_mode=1)[0], "prepared, by token")
+        assert_same_bits(em.update_expert(ids, TABLE, balance_mode=1)[0], by_token(ids), "by token")
+        for rank in range(8):
+            want = reference(ids, TABLE, local_rank_id=rank, world_size=8)[0]
+            assert_same_bits(em.update_expert(ids, TABLE, rank, 8)[0], want, f"by rank, {rank}")
+    scales = torch.tensor([[0.5, 0.25, 0.25], [0.7, 0.2, 0.1], [0.4, 0.4, 0.2], [1.0, 2.0**-9, 2.0**-9]])
+    threshold, ids = torch.tensor([0.998, 0.25, 0.1]), torch.tensor([[0, 1, 2]] * 4)
+    for kind in (torch.bfloat16, torch.float32):
+        for share in (threshold, threshold.flip(0), torch.tensor([0.5, 0.25, 0.25])):
+            call = {"expert_scales": scales.to(kind), "pruning_threshold": share}
+            call |= {"active_mask": torch.tensor([True, True, False, True])}
+            want = reference(ids, TABLE, local_rank_id=0, world_size=4, **call)[1]
+            assert_same_bits(em.update_expert(ids, TABLE, 0, 4, **call)[1], want, "mask")
+    tiny = {"expert_scales": torch.tensor([[1.0, 2.0**-24, 2.0**-24]]), "pruning_threshold": torch.tensor([1.0, 0, 0])}
+    assert em.update_expert(ids[:1], TABLE, 0, 4, **tiny)[1].all()
+    own = TABLE.clone()
+    prepared = prepare(own, 0, 1, "token")
+    own.zero_()
+    assert_same_bits(prepared(ids), reference(ids, TABLE, balance_mode=1)[0], "a table of its own")
+
+
+def disagreements() -> None:
+    """A size that differs, a call that is refused, rows that the peers count differently: everybody raises."""
+    for shape, job, told in (
+        ((4, 1), lambda rank: disagreement.differ(rank, "dispatch", "hidden"), "`hidden size of x` is 3 on ranks 0"),
+        ((4, 1), lambda rank: disagreement.differ(rank, "combine", "wrong dtype"), "is refused there (`expert_scales`"),
+        ((2, 2), lambda rank: disagreement.differ(rank, "combine", "virtual experts"), "zero_expert_num"),
+        ((2, 2), lambda rank: disagreement.differ(rank, "dispatch", "a list"), "is refused there (`"),
+        ((2, 2), disagreement.miscount, "is refused there (`"),
+    ):
+        with em.local_world(*shape, timeout_s=5.0) as world:
+            results = world.run(job)
+            for kind, _, _ in results:
+                assert kind in {"RankDisagreementError", "ConstraintError", "UnsupportedTypeError"}
+            assert told in results[0][1]
+            assert all(world.run(disagreement.works))
+
+
+def transports() -> None:
+    """Rows between four ranks, between some of them under new numbers, and many exchanges in a row."""
+    counts = [[(s + 2 * d) % 4 for d in range(4)] for s in range(4)]
+    with em.local_world(4, timeout_s=5.0) as world:
+        assert all(world.run(lambda rank: contract.send_to_each(rank, counts, (3,), "int32")))
+        assert all(world.run(lambda rank: contract.transpose_counts(rank, 3)))
+        assert all(world.run(lambda rank: contract.send_renumbered(rank, [2, 0, 3], counts, "int32", 0)))
+        assert world.run(lambda rank: contract.exchange_many(rank, 20)) == [0] * 4
+
+
+OPS, TRANSPORT = "evenmoe.ops.", "evenmoe.transport."
+
+
+@dataclass(frozen=True)
+class Bug:
+    """`changes`: the source's text -> the mutant's."""
+
+    check: Callable[[], None]
+    module: str
+    changes: dict[str, str]
+
+
+def bug(check: Callable[[], None], module: str, *changes: str) -> Bug:
+    return Bug(check, module, dict(zip(changes[::2], changes[1::2], strict=True)))
+
+
+BUGS = {
+    # §1: ids and pruning
+    "replica of the next rank": bug(
+        mapping, OPS + "update_expert", "local_rank_id // ranks_per_replica", "(local_rank_id + 1) // ranks_per_replica"
+    ),
+    "floor for ceiling": bug(mapping, OPS + "update_expert", "-(-world_size // counts)", "world_size // counts"),
+    "replica 2 for token 0": bug(mapping, OPS + "update_expert", "row[None, :] %", "(row[None, :] + 1) %"),
+    "count for first slot": bug(mapping, OPS + "update_expert", "1 + replica.long()", "replica.long()"),
+    "lookup never grows": bug(
+        mapping, OPS + "update_expert", "self._lookup.numel() < rows * self.num_experts", "self._lookup.numel() == 0"
+    ),
+    "old lookup after growth": bug(mapping, OPS + "update_expert", "self._lookups.clear()", "pass"),
+    "old offsets for fewer tokens": bug(
+        mapping, OPS + "update_expert", "self._row_offsets.shape[0] != num", "self._row_offsets.shape[0] < num"
+    ),
+    "period one too long": bug(mapping, OPS + "update_expert", "% self._period", "% (self._period + 1)"),
+    "table shared with its owner": bug(
+        mapping, OPS + "update_expert", 'given["eplb_table"].clone()', 'given["eplb_table"]'
+    ),
+    "strict threshold": bug(mapping, OPS + "update_expert", "scales >= threshold", "scales > threshold"),
+    "active mask ignored": bug(mapping, OPS + "update_expert", "keep & active_mask[:, None]", "keep"),
+    "total in descending k": bug(
+        mapping, OPS + "update_expert", "in range(scales.shape[1])", "in reversed(range(scales.shape[1]))"
+    ),
+    "total in bfloat16": bug(mapping, OPS + "update_expert", "scales = scales.float()", "pass"),
+    # §2.5, §2.6, §2.9: who sends what where
+    "mask ignored": bug(worlds, OPS + "routing", "sent = sent & active_entries(expert_ids, x_active_mask)", "pass"),
+    "one token too many": bug(
+        worlds, OPS + "routing", "(tokens < x_active_mask.sum())", "(tokens <= x_active_mask.sum())"
+    ),
+    "entries at home sent to expert 0": bug(
+        worlds, OPS + "routing", "torch.where(sent, expert_ids, physical)", "torch.where(sent, expert_ids, 0)"
+    ),
+    "wrong copy of a shared expert": bug(
+        worlds, OPS + "routing", "layout.rank % layout.ranks_per_shared", "layout.rank // layout.ranks_per_shared"
+    ),
+    "k of a shared expert": bug(worlds, OPS + "routing", "[top_k + shared_per_entry, k]", "[shared_per_entry, k]"),
+    "smooth scale of a shared expert": bug(worlds, OPS + "routing", "expert + layout.shared_experts", "expert"),
+    "shared only if all entries are active": bug(worlds, OPS + "routing", "mask.any(dim=1)", "mask.all(dim=1)"),
+    "rows stay ordered by source": bug(
+        worlds, OPS + "routing", "lengths = counts.T.flatten()", "lengths = counts.flatten()"
+    ),
+    # one row per rank on the wire
+    "one smooth scale for all experts": bug(worlds, OPS + "exchange", "if rows_differ_by_expert:", "if False:"),
+    "position behind its block": bug(
+        worlds, OPS + "exchange", "- (wire_counts.cumsum(0) - wire_counts)[dest", "- (wire_counts.cumsum(0))[dest"
+    ),
+    "last row lost": bug(worlds, OPS + "exchange", "entries[:, 2].long() + 1", "entries[:, 2].long()"),
+    # §2.7, §2.12: what dispatch returns
+    "exclusive prefix sums": bug(worlds, OPS + "dispatch", "= ordered.cumsum(0)", "= ordered.cumsum(0) - ordered"),
+    "counts by source": bug(worlds, OPS + "dispatch", "received.counts.T.flatten()", "received.counts.flatten()"),
+    "peer's sums go on": bug(worlds, OPS + "dispatch", "peer.ep_counts.cumsum(0)", "peer.ep_counts.cumsum(0) + own"),
+    "peer's rows first": bug(worlds, OPS + "dispatch", "[received.rows, peer.rows]", "[peer.rows, received.rows]"),
+    "peer's rows not counted": bug(worlds, OPS + "dispatch", "per_expert + len(peer.rows)", "per_expert"),
+    "own rows counted for TP rank 0": bug(
+        worlds, OPS + "dispatch", 'tp_recv_counts[given["tp_rank_id"]]', "tp_recv_counts[0]"
+    ),
+    "counts for sums": bug(
+        worlds, OPS + "dispatch", '["expert_token_nums_type"] == 1', '["expert_token_nums_type"] == 0'
+    ),
+    # §2.8, §3.5: int8
+    "scale not a reciprocal": bug(worlds, OPS + "quantise", "torch.ones_like(factor) / factor", "largest / 127.0"),
+    "smooth scale forgotten": bug(worlds, OPS + "quantise", "values * smooth", "values"),
+    "truncation": bug(worlds, OPS + "quantise", "scaled.round()", "scaled"),
+    "no step through float16": bug(worlds, OPS + "quantise", "quotient.half().round()", "quotient.round()"),
+    "division by the rounded scale": bug(
+        worlds, OPS + "quantise", "blocks / scale[:, :, None]", "blocks / scale[:, :, None].to(rows.dtype).float()"
+    ),
+    # §3.3: the way home
+    "own rows for the peer's": bug(worlds, OPS + "homecoming", "expand_x[own : own + theirs]", "expand_x[:theirs]"),
+    "no sum over the peers": bug(worlds, OPS + "homecoming", "(rows.float() + received.float())", "rows.float()"),
+    "places without shared experts": bug(
+        worlds, OPS + "homecoming", "triples[:, 1] * places +", "triples[:, 1] * layout.top_k +"
+    ),
+    "rows of the first expert only": bug(
+        worlds, OPS + "homecoming", "layout.ep * layout.local_experts - 1", "layout.ep - 1"
+    ),
+    "one peer checks alone": bug(disagreements, OPS + "homecoming", "or theirs != held", "or False"),
+    "rows lent to the peer": bug(
+        disagreement.test_the_caller_may_reuse_expert_out_while_its_peer_still_reads,
+        OPS + "homecoming",
+        "clone(memory_format=torch.contiguous_format)",
+        "contiguous()",
+    ),
+    # §3.4: the sum
+    "descending k": bug(worlds, OPS + "weighted_sum", "in range(top_k):", "in reversed(range(top_k)):"),
+    "shared experts first": bug(
+        worlds,
+        OPS + "weighted_sum",
+        "        for e in range(layout.shared_experts):",
+        "        for e in range(0):",
+        "        for k in range(top_k):",
+        "        for e in range(layout.shared_experts):\n"
+        "            add_rows(part, rows, place[tokens, top_k + e], active[tokens])\n"
+        "        for k in range(top_k):",
+    ),
+    "shared experts backwards": bug(
+        worlds, OPS + "weighted_sum", "in range(layout.shared_experts):", "in reversed(range(layout.shared_experts)):"
+    ),
+    "no shared_expert_x": bug(worlds, OPS + "weighted_sum", 'if given["shared_expert_x"] is not None:', "if False:"),
+    "masked virtual experts count": bug(worlds, OPS + "weighted_sum", "torch.where(mask[tokens, k], ids, -1)", "ids"),
+    "a const expert copies": bug(worlds, OPS + "weighted_sum", "(ids < copies)", "(ids <= copies)"),
+    "const experts unweighted": bug(worlds, OPS + "weighted_sum", "weights[where] * mixed", "mixed"),
+    "torch's order in const experts": bug(
+        worlds, OPS + "weighted_sum", "first = tree_sum(", "first = (lambda t: t.sum(-1))("
+    ),
+    "neighbours added first": bug(
+        worlds, OPS + "numerics", "values[..., :width] + values[..., width:]", "values[..., ::2] + values[..., 1::2]"
+    ),
+    "inactive tokens get shared_expert_x": bug(
+        worlds, OPS + "combine", "torch.where(active[:, None], total, 0.0)", "total"
+    ),
+    # §4: the norm
+    "residual after rounding": bug(
+        worlds, OPS + "combine_add_rms_norm", "x32 = total +", "x32 = total.to(dtype).float() +"
+    ),
+    "norm of the rounded sum": bug(
+        worlds, OPS + "combine_add_rms_norm", "(x32 * rstd[:, None])", "(x32.to(dtype).float() * rstd[:, None])"
+    ),
+    "one rounding for two": bug(
+        worlds, OPS + "combine_add_rms_norm", "(x32 * rstd[:, None]).to(dtype)", "x32 * rstd[:, None]"
+    ),
+    "torch's order in the mean": bug(
+        worlds, OPS + "combine_add_rms_norm", "tree_sum(x32 * x32", "torch.sum(dim=-1, input=x32 * x32"
+    ),
+    "no epsilon": bug(worlds, OPS + "combine_add_rms_norm", 'mean_square + given["norm_eps"]', "mean_square"),
+    "one rounding in the reciprocal root": bug(
+        worlds, OPS + "numerics", "torch.ones_like(root) / root", "(1.0 / values.double().sqrt()).float()"
+    ),
+    # ranks that differ
+    "sizes not compared": bug(disagreements, TRANSPORT + "agreement", "if len(set(values.values())) > 1:", "if False:"),
+    "refusal without a status": bug(disagreements, TRANSPORT + "agreement", "error.status\n", "0\n"),
+    "refusal untold": bug(disagreements, OPS + "groups", "            if group is not None:", "            if False:"),
+    "peers not told before rows are": bug(
+        disagreements, OPS + "groups", 'if operator == "dispatch" else', "if True else"
+    ),
+    # how bytes cross
+    "exchanges share a number": bug(transports, TRANSPORT + "local", "self._meeting += 1", "self._meeting = 1"),
+    "everybody reads the first rows": bug(
+        transports, TRANSPORT + "local", "start = sum(counts[: self._rank])", "start = 0"
+    ),
+    "columns for rows": bug(transports, TRANSPORT + "local", "theirs[self._rank]", "theirs[source]"),
+    "old run's departures": bug(disagreements, TRANSPORT + "world", "board.return_all()", "pass"),
+    "blocks sent in new order": bug(
+        transports, TRANSPORT + "renumbered", "key=self._old_rank_of.__getitem__", "key=lambda new: new"
+    ),
+    "blocks kept in old order": bug(
+        transports,
+        TRANSPORT + "renumbered",
+        "[self._members.index(old) for old in self._old_rank_of]",
+        "list(range(len(in_old_order)))",
+    ),
+    "counts under old numbers": bug(
+        transports, TRANSPORT + "renumbered", "full[self._old_rank_of] = counts", "full[: len(counts)] = counts"
+    ),
+}
+
+
+@pytest.mark.parametrize("check", [worlds, mapping, disagreements, transports])
+def test_the_checks_pass_without_a_bug(check):
+    check()
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_the_bug_is_found(name):
+    planted = BUGS[name]
+    with mutated(planted.module, planted.changes):
+        assert fails(planted.check), f"no check noticed: {name}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"no such text": "x"}, "has 0 times, not once"),
+        ({"layout": "x"}, "times, not once"),
+        ({'"""Which rows a rank sends where': '"""'}, "runs the same"),
+        ({"token: torch.Tensor\n    k:": "token: int\n    k:"}, "runs the same"),
+    ],
+)
+def test_a_mutation_that_tests_nothing_is_refused(changes, reason):
+    with pytest.raises(AssertionError, match=reason), mutated(OPS + "routing", changes):
+        pass
+
+
+def test_a_mutant_is_gone_afterwards():
+    with mutated(OPS + "routing", {"lengths = counts.T.flatten()": "lengths = counts.flatten()"}):
+        assert fails(worlds)
+    assert not fails(worlds)
