@@ -37,11 +37,11 @@ class Calls:
     def __init__(self, runtime: Runtime, memory: Memory, communicators: Communicators) -> None:
         self._runtime, self._memory, self._communicators = runtime, memory, communicators
         self.tensors: Handles[TensorDescription] = Handles(
-            4, "aclTensor", "aclCreateTensor", status.PARAM_INVALID, status.PARAM_NULLPTR
+            4, "an aclTensor", "aclCreateTensor", status.PARAM_INVALID, status.PARAM_NULLPTR
         )
         self.executors: Handles[Call] = Handles(
-            5, "executor", "the first stage", status.INNER, status.PARAM_NULLPTR
-        )  # fmt: skip
+            5, "an executor", "the first stage", status.INNER, status.PARAM_NULLPTR, "used or destroyed"
+        )
 
     def first_stage(self, operator: str, arguments: Sequence[object]) -> tuple[int, int]:
         """(workspace size, executor) of a call whose arguments are in C order.

@@ -29,7 +29,7 @@ class Communicators:
 
     def __init__(self) -> None:
         self.handles: Handles[Communicator] = Handles(
-            3, "communicator", "HcclCommInitAll", refusals.HCCL_PARA, refusals.HCCL_PTR
+            3, "a communicator", "HcclCommInitAll", refusals.HCCL_PARA, refusals.HCCL_PTR
         )
         self._numbers = itertools.count()
 

@@ -20,14 +20,21 @@ class Handles(Generic[Thing]):
 
     A handle is never given out twice. `_BASE` + kind · 2^48 + number · 16 tells which kind it once was.
 
-    >>> streams: Handles[str] = Handles(1, "stream", "aclrtCreateStream", 107003, 107003)
+    >>> streams: Handles[str] = Handles(1, "a stream", "aclrtCreateStream", 107003, 107003)
     >>> handle = streams.add("a")
     >>> streams.get("stream", handle)
     'a'
+
+    Args:
+        kind: a number of its own for each kind.
+        noun: what one of them is called, with its article.
+        maker: the function that makes them.
+        code, null_code: statuses for a handle that is none, and for a null one.
+        ended: what has happened to one that is no more.
     """
 
-    def __init__(self, kind: int, noun: str, maker: str, code: int, null_code: int) -> None:
-        self.noun, self._maker, self._code, self._null_code = noun, maker, code, null_code
+    def __init__(self, kind: int, noun: str, maker: str, code: int, null_code: int, ended: str = "destroyed") -> None:
+        self._noun, self._maker, self._code, self._null_code, self._ended = noun, maker, code, null_code, ended
         self._first = _BASE + (kind << 48)
         self._issued = 0
         self._live: dict[int, Thing] = {}
@@ -84,5 +91,6 @@ class Handles(Generic[Thing]):
             return null(self._null_code, argument)
         number, odd = divmod(handle - self._first, _STEP)
         known = odd == 0 and 0 < number <= self._issued
-        value = f"{handle:#x}, " + (f"a {self.noun} that has been given back" if known else f"no {self.noun}")
-        return refusal(self._code, argument, value, f"must be a live {self.noun}", f"pass one of {self._maker}")
+        bare = self._noun.split(" ", 1)[1]
+        value = f"{handle:#x}, " + (f"{self._noun} that was {self._ended}" if known else f"no {bare}")
+        return refusal(self._code, argument, value, f"must be a live {bare}", f"pass one of {self._maker}")

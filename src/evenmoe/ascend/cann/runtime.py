@@ -46,10 +46,10 @@ class Runtime:
 
     def __init__(self) -> None:
         self.contexts: Handles[Context] = Handles(
-            1, "context", "aclrtCreateContext", status.RT_PARAM_INVALID, status.RT_PARAM_INVALID
+            1, "a context", "aclrtCreateContext", status.RT_PARAM_INVALID, status.RT_PARAM_INVALID
         )
         self.streams: Handles[DeviceStream] = Handles(
-            2, "stream", "aclrtCreateStream", refusals.RT_STREAM_CONTEXT, refusals.RT_STREAM_CONTEXT
+            2, "a stream", "aclrtCreateStream", refusals.RT_STREAM_CONTEXT, refusals.RT_STREAM_CONTEXT
         )
         self._devices: dict[int, Device] = {}
         self._lock = threading.RLock()

@@ -34,10 +34,12 @@ HcclResult rank_value(const char *function, HcclComm comm, uint32_t *out)
 HcclResult HcclCommInitAll(uint32_t ndev, int32_t *devices, HcclComm *comms)
 {
     std::vector<int64_t> wide;
+    wide.reserve(1);  // so that an empty list is none at a null pointer
     if (devices != nullptr && ndev <= kMostDevices) {
         wide.assign(devices, devices + ndev);
     }
-    const Reply reply = ask("hccl_init_all", {ndev, Value(devices == nullptr ? nullptr : wide.data(), wide.size()), comms});
+    const Value list(devices == nullptr ? nullptr : wide.data(), wide.size());
+    const Reply reply = ask("hccl_init_all", {ndev, list, comms});
     for (size_t i = 0; i < reply.numbers.size(); i++) {
         comms[i] = reinterpret_cast<HcclComm>(reply.numbers[i]);
     }
