@@ -44,7 +44,8 @@ def same(trace: Trace, name: str, load: np.ndarray, routing: np.ndarray | None) 
 def test_what_is_written_is_read(tmp_path_factory, shape, dtype, fortran, version, compression, seed):
     rng = np.random.default_rng(seed)
     load = rng.integers(0, 100, shape).astype(dtype, order="F" if fortran else "C")
-    routing = rng.integers(0, shape[2], (rng.integers(1, 5), shape[1], 2)).astype(dtype)
+    tokens, top_k = rng.integers(1, 5), rng.integers(1, shape[2] + 1)
+    routing = rng.permuted(np.tile(np.arange(shape[2]), (tokens, shape[1], 1)), axis=2)[:, :, :top_k].astype(dtype)
     members = {"load.npy": npy(load, version), "routing.npy": npy(routing, version), "else.npy": b"not looked at"}
     path = at(tmp_path_factory.getbasetemp() / "a trace.npz", archive(members, compression=compression))
     same(load_trace(path), "a trace", load, routing)
@@ -143,6 +144,11 @@ REFUSALS = {
     "routing beyond": (
         npz(load=LOAD, routing=ROUTING + 1),
         "`routing` with ids from 1 to 4: it must hold experts, 0 to 3; record ids of the same model as `load`.",
+    ),
+    "an expert twice": (
+        npz(load=LOAD, routing=np.where(np.arange(30).reshape(5, 3, 2) == 15, 2, ROUTING)),
+        "`routing` with expert 2 twice for token 2, layer 1: it must hold distinct experts per token and layer; "
+        "record the top-k as the model chose them.",
     ),
     "routing below": (
         npz(load=LOAD, routing=ROUTING - 1),

@@ -2,7 +2,7 @@
 
 The file is a numpy .npz without pickled objects:
     load      integers (T, L, E), tokens per window, layer and expert; or (L, E) for one window. Required.
-    routing   integers (tokens, L, K), the experts of every token. Optional.
+    routing   integers (tokens, L, K), the K distinct experts of every token. Optional.
     seq_start integers (requests + 1,), where each request's tokens begin in `routing`. Optional.
 Other arrays are left alone.
 """
@@ -131,6 +131,16 @@ def _check_routing(
             f"`routing` with ids from {routing.min()} to {routing.max()}",
             f"must hold experts, 0 to {experts - 1}",
             "record ids of the same model as `load`",
+        )
+    in_order = np.sort(routing, axis=2)
+    twice = in_order[:, :, 1:] == in_order[:, :, :-1]
+    if twice.any():
+        token, layer, place = np.argwhere(twice)[0]
+        raise _refuse(
+            path,
+            f"`routing` with expert {in_order[token, layer, place]} twice for token {token}, layer {layer}",
+            "must hold distinct experts per token and layer",
+            "record the top-k as the model chose them",
         )
     return routing.astype(np.int64) if len(routing) else None
 
