@@ -157,7 +157,7 @@ def _sizes(x: torch.Tensor, layout: Layout, given: dict[str, Any]) -> dict[str, 
         "presence of `scales`": given["scales"] is not None,
         "presence of `x_active_mask`": given["x_active_mask"] is not None,
         "tensor-parallel world size": given["tp_world_size"],
-        "digest of `elastic_info`": digest(layout.survivors),
+        "digest of `elastic_info`": digest((layout.num_experts, *layout.survivors)),
     }
 
 

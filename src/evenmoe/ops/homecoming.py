@@ -166,5 +166,5 @@ def _sizes(rows: torch.Tensor, layout: Layout, given: Mapping[str, Any]) -> dict
         "`const_expert_num`": given["const_expert_num"],
         "presence of `x_active_mask`": given["x_active_mask"] is not None,
         "tensor-parallel world size": given["tp_world_size"],
-        "digest of `elastic_info`": digest(layout.survivors),
+        "digest of `elastic_info`": digest((layout.num_experts, *layout.survivors)),
     }
