@@ -249,6 +249,31 @@ def test_a_wrong_count_of_peer_rows_is_refused_by_both_peers(run):
     assert "is [4, 4] with 4 rows of this rank, 4 of its peer and 5 offered by it" in results[3][1]
 
 
+# Rank 3 of four is gone; the odd rank has other numbers for those that are left, or another number of experts.
+VECTORS = {
+    "honest": [1, 3, 0, 3, 0, 1, 2, -1, 0, 1, 2, -1],
+    "numbers": [1, 3, 0, 3, 1, 0, 2, -1, 1, 0, 2, -1],
+    "experts": [1, 3, 0, 6, 0, 1, 2, -1, 0, 1, 2, -1],
+}
+
+
+def scale_down(rank: Rank, name: str) -> tuple[str, str, float]:
+    if rank.index == 3:
+        return "gone", "", 0.0
+    vector = torch.tensor(VECTORS[name if rank.index == ODD else "honest"], dtype=torch.int32)
+    return timed(lambda: em.dispatch(**honest(rank, "dispatch") | {"elastic_info": vector, "num_experts": 8}))
+
+
+@pytest.mark.parametrize("name", ["numbers", "experts"])
+def test_another_view_of_who_is_left(run, name):
+    results = run((4, 1), scale_down, name)
+    assert [kind for kind, _, _ in results] == ["RankDisagreementError"] * 3 + ["gone"]
+    for _, text, seconds in results[:3]:
+        assert "digest of elastic_info" in text
+        assert seconds < PATIENCE_S
+    assert [kind for kind, _, _ in run((4, 1), scale_down, "honest")] == ["none"] * 3 + ["gone"]
+
+
 def dispatch_without_tp(rank: Rank) -> tuple[str, str, float]:
     call = honest(rank, "dispatch")
     return timed(lambda: em.dispatch(**call | ({"tp": None} if rank.index == ODD else {})))
