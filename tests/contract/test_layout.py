@@ -45,10 +45,16 @@ def test_the_demo_of_the_first_page():
     assert layout.expand_scales_length == 64
 
 
-def test_without_room_for_a_row_the_triples_still_cover_the_tokens():
-    """§5: max(Bs·K, 128·A); A is 0 only where no rank has a token, so Bs·K never exceeds 128·A in practice."""
+def test_a_world_of_one_rank_without_tokens():
+    """§5: max(Bs·K, 128·A)."""
     layout = make_layout(ep=1, rank=0, num_experts=1, num_tokens=0, hidden=1, top_k=1)
     assert (layout.capacity, layout.assist_info_length, layout.ep_recv_counts_length) == (0, 0, 1)
+    assert (layout.tp, layout.tp_rank, layout.tp_recv_counts_length) == (0, 0, 0)
+
+
+def test_one_shared_expert_is_the_default():
+    layout = make_layout(ep=4, rank=0, num_experts=2, num_tokens=1, hidden=1, top_k=1, shared_ranks=2)
+    assert (layout.shared_experts, layout.ranks_per_shared, layout.capacity) == (1, 2, 2)
 
 
 @st.composite
