@@ -142,6 +142,27 @@ def pick(operator: str, values: dict[str, Any]) -> dict[str, Any]:
     return {name: values.get(name) for name in SIGNATURES[operator].arguments}
 
 
+def valid_calls(rank: Rank) -> dict[str, dict[str, Any]]:
+    """Operator -> arguments in C order that its first stage takes, of one rank of a world of two."""
+    chain = Chain()
+    out = chain.outputs(rank)
+    values = chain.inputs(rank) | chain.attributes(rank) | out
+    back = {
+        "expand_x": out["expand_x"],
+        "assist_info_for_combine": out["assist_info_for_combine"],
+        "ep_send_counts": torch.zeros(4, dtype=torch.int32),
+        "tp_send_counts": torch.zeros(0, dtype=torch.int32),
+        "expand_scales": None,
+    }
+    calls = {}
+    for operator, signature in SIGNATURES.items():
+        changes = {"expert_scales": None} if signature.family == "update_expert" else {}
+        if signature.family.startswith("combine"):
+            changes = back | {"x_out": chain.x_out(with_norm="AddRmsNorm" in operator)}
+        calls[operator] = pick(operator, values | changes)
+    return calls
+
+
 def expected(chain: Chain, rank: Rank, given: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
     """The same chain by the package's own operators: {operator family: outputs}."""
     attributes = chain.attributes(rank)

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from tests.ascend.calls import HIDDEN, UNTOUCHED, Chain, pick
+from tests.ascend.calls import HIDDEN, UNTOUCHED, Chain, pick, valid_calls
 
 import evenmoe as em
 from evenmoe.ascend import aclnn
@@ -76,25 +76,8 @@ def test_every_version_is_there():
 
 @pytest.fixture(scope="module")
 def valid():
-    """Operator -> the valid arguments of rank 0 of two, whose world stays open."""
-    chain = Chain()
     with em.local_world(2) as world:
-        rank = world.ranks[0]
-        out = chain.outputs(rank)
-        values = chain.inputs(rank) | chain.attributes(rank) | out
-        back = {
-            "expand_x": out["expand_x"],
-            "assist_info_for_combine": out["assist_info_for_combine"],
-            "ep_send_counts": torch.zeros(4, dtype=torch.int32),
-            "tp_send_counts": torch.zeros(0, dtype=torch.int32),
-        }
-        calls = {}
-        for operator, signature in SIGNATURES.items():
-            changes = {"expert_scales": None} if signature.family == "update_expert" else {}
-            if signature.family.startswith("combine"):
-                changes = back | {"x_out": chain.x_out(with_norm="AddRmsNorm" in operator), "expand_scales": None}
-            calls[operator] = pick(operator, values | changes)
-        yield calls
+        yield valid_calls(world.ranks[0])
 
 
 def first_stage(operator, arguments):
@@ -311,10 +294,10 @@ def demo_rank(rank, stream, one):
     return balanced, expand_x, triples, nums, counts, tp_counts, y, rstd, x_out
 
 
-# The page's literal 1 as bf16 bits is 2⁻¹³³, so sums stay subnormal (xOut 0x0003, y 0); 0x3F80 is a true 1.0, whose sum
-# is 2.6 = 3·0.1·2 + 1 + 1. Of rstd = 1/√(mean + 1e-6): the sum takes 5 roundings, the square 1 more, its scale 2 and the
-# tree over 7168 columns 13, so the mean is off by 2·5 + 16 halves of a last place at most, and the root halves that; with
-# the addition, the root and the division of their own, 13 + 3 of 2⁻²⁴ = 2⁻²⁰.
+# The page's literal 1 as bf16 bits is 2⁻¹³³, so sums stay subnormal (xOut 0x0003, y 0); 0x3F80 is a true 1.0, whose
+# sum is 2.6 = 3·0.1·2 + 1 + 1. Of rstd = 1/√(mean + 1e-6): the sum takes 5 roundings, the square 1 more, its scale 2
+# and the tree over 7168 columns 13, so the mean is off by 2·5 + 16 halves of a last place at most, and the root halves
+# that; with the addition, the root and the division of their own, 13 + 3 of 2⁻²⁴ = 2⁻²⁰.
 @pytest.mark.parametrize(
     ("one", "x_bits", "y_bits", "rstd"), [(0x0001, 0x0003, 0x0000, 1e3), (0x3F80, 0x4026, 0x3F80, 6.760001**-0.5)]
 )
