@@ -1,0 +1,187 @@
+"""`evenmoe demo`: its numbers, from outside and recomputed by loops."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.cli.running import DEMO, SMALL
+from tests.traces.npz import at, npz
+
+import evenmoe as em
+from evenmoe.errors import ConstraintError
+from evenmoe.traces.small import small_trace
+from evenmoe.traces.trace import Trace
+
+PAGE_RANKS, TRACE_TOKENS = 16, SMALL["TRACE_TOKENS"]
+KEYS = [
+    "trace",
+    "layers",
+    "experts",
+    "ranks",
+    "slots",
+    "tokens",
+    "peak_to_average_identity",
+    "peak_to_average_plan",
+    "worlds",
+    "within_rounding",
+]
+
+
+def dull_par(load: np.ndarray, slot_to_expert: list[int], ranks: int) -> float:
+    """The busiest rank's tokens over the mean rank's, of one layer, every replica taking an even share."""
+    per_rank, tokens = len(slot_to_expert) // ranks, [0.0] * ranks
+    for slot, expert in enumerate(slot_to_expert):
+        tokens[slot // per_rank] += int(load[expert]) / slot_to_expert.count(expert)
+    return max(tokens) / (sum(tokens) / ranks)
+
+
+def check(summary: dict, load: np.ndarray, name: str, ranks: int, top_k: int, seed: int = 0) -> None:
+    assert list(summary) == KEYS
+    layers, experts = load.shape[1:]
+    slots = experts + ranks
+    assert (summary["trace"], summary["layers"], summary["experts"]) == (name, layers, experts)
+    assert (summary["ranks"], summary["slots"]) == (ranks, slots)
+    total = load.sum(axis=0)
+    assert summary["tokens"] == int(total.sum()) // layers
+    planned = em.plan(total, num_ranks=ranks, num_slots=slots, seed=seed).slot_to_expert.tolist()
+    for key, held in (("identity", [list(range(experts))] * layers), ("plan", planned)):
+        pars = [dull_par(total[layer], held[layer], ranks) for layer in range(layers)]
+        # Sums of at most 264 slots and the mean of at most 58 layers, each sum rounded at most 2⁻⁵³ per term.
+        given = summary[f"peak_to_average_{key}"]
+        assert given["worst"] == pytest.approx(max(pars), rel=1e-13)
+        assert given["mean"] == pytest.approx(sum(pars) / layers, rel=1e-13)
+        if key == "identity":
+            worst = pars.index(max(pars))
+    page, loaded, plan = summary["worlds"]
+    hidden = SMALL["PAGE_HIDDEN"]
+    assert page["world"] == f"published demo's world: 8 EP x 2 TP ranks, 3 tokens each, H {hidden}, K 3"
+    assert page["values_compared"] == 2 * PAGE_RANKS * SMALL["PAGE_TOKENS"] * hidden  # of y and of x
+    assert sum(page["rows_per_rank"]) == PAGE_RANKS * SMALL["PAGE_TOKENS"] * 3
+    assert len(page["rows_per_rank"]) == 8
+    title = f"{experts} experts, K {top_k}, {ranks} ranks, layer {worst}"
+    for world, kind in ((loaded, "as loaded"), (plan, "planned")):
+        assert world["world"] == f"{title}, {kind}"
+        assert world["values_compared"] == 2 * ranks * TRACE_TOKENS * SMALL["TRACE_HIDDEN"]
+        assert len(world["rows_per_rank"]) == ranks
+        assert sum(world["rows_per_rank"]) == ranks * TRACE_TOKENS * top_k
+    for world in summary["worlds"]:
+        # Rounding to bfloat16 shows, and stays below what it can explain.
+        assert world["largest_difference"] > 0.0
+        assert 0.05 < world["largest_difference_over_bound"] <= 1.0
+        assert world["seconds"] >= 0
+    assert summary["within_rounding"] is True
+
+
+def test_without_a_file(small_demo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = small_demo("--json")
+    assert done.code == 0
+    check(json.loads(done.out), small_trace().load, "a small synthetic trace", ranks=8, top_k=4)
+    assert done.err == ""
+    assert list(tmp_path.iterdir()) == []  # nothing is left behind
+
+
+def test_the_seed_makes_tokens_weights_and_trace(small_demo):
+    first, again, other = (json.loads(small_demo("--json", "--seed", seed).out) for seed in (5, 5, 6))
+    for summary in (first, again, other):
+        for world in summary["worlds"]:
+            del world["seconds"]
+    assert first == again
+    assert first["worlds"][0]["largest_difference"] != other["worlds"][0]["largest_difference"]
+    check_load = small_trace(5).load.sum(axis=0)
+    worst = max(dull_par(load, list(range(32)), 8) for load in check_load)
+    assert first["peak_to_average_identity"]["worst"] == pytest.approx(worst, rel=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("experts", "asked", "ranks"), [(32, 5, 4), (6, 1000, 6), (7, 3, 1), (7, 7, 7), (1, 8, 1), (12, 8, 6)]
+)
+def test_ranks_that_do_not_divide(small_demo, tmp_path, experts, asked, ranks):
+    """The most ranks that divide the experts, up to those asked for."""
+    load = np.random.default_rng(experts).integers(1, 100, (2, 3, experts))
+    path = at(tmp_path / "some.npz", npz(load=load))
+    done = small_demo("--json", "--trace", path, "--ranks", asked)
+    assert done.code == 0
+    check(json.loads(done.out), load, "some", ranks, top_k=min(4, experts))
+
+
+def test_processes_that_do_not_divide():
+    """Threads come in any number, but a process that torchrun started cannot be left out."""
+    trace = Trace("seven", np.ones((1, 2, 7), np.int64))
+    assert DEMO._fitting_ranks(trace, 7, exact=True) == 7
+    with pytest.raises(ConstraintError) as caught:
+        DEMO._fitting_ranks(trace, 4, exact=True)
+    assert str(caught.value) == "`--nproc-per-node` is 4: it must divide the 7 experts of seven; use 1."
+
+
+def test_one_window_of_a_load(small_demo, tmp_path):
+    load = np.random.default_rng(1).integers(0, 9, (3, 16))
+    done = small_demo("--json", "--trace", at(tmp_path / "one.npz", npz(load=load)))
+    assert done.code == 0
+    check(json.loads(done.out), load[None], "one", ranks=8, top_k=4)
+
+
+def test_recorded_tokens_are_used(small_demo, tmp_path):
+    """Every recorded token of layer 1 picks experts 0 and 5, so their ranks compute everything."""
+    load = np.array([[[9, 9, 9, 9, 9, 9], [90, 1, 1, 1, 1, 30]]])
+    routing = np.array([[[1, 2], [0, 5]]] * 3)
+    done = small_demo("--json", "--ranks", 3, "--trace", at(tmp_path / "hot.npz", npz(load=load, routing=routing)))
+    summary = json.loads(done.out)
+    check(summary, load, "hot", ranks=3, top_k=2)
+    all_tokens = 3 * TRACE_TOKENS
+    assert summary["worlds"][1]["rows_per_rank"] == [all_tokens, 0, all_tokens]
+    # Expert 0 has most of the load, so it gets replicas, which share its tokens.
+    assert max(summary["worlds"][2]["rows_per_rank"]) < 2 * all_tokens
+
+
+def test_a_trace_without_load(small_demo, tmp_path):
+    """Perfect by definition, and still run."""
+    done = small_demo("--json", "--trace", at(tmp_path / "zero.npz", npz(load=np.zeros((1, 2, 8), int))))
+    summary = json.loads(done.out)
+    assert done.code == 0
+    assert summary["peak_to_average_identity"] == {"mean": 1.0, "worst": 1.0}
+    assert summary["peak_to_average_plan"] == {"mean": 1.0, "worst": 1.0}
+
+
+def test_text(small_demo):
+    done, summary = small_demo(), json.loads(small_demo("--json").out)
+    assert done.code == 0
+    lines = done.out.splitlines()
+    assert lines[0] == "a small synthetic trace: 4 layers, 32 experts, 8,192 expert picks per layer; 8 ranks"
+    for name, key, slots in (("as loaded", "identity", 32), ("planned", "plan", 40)):
+        par = summary[f"peak_to_average_{key}"]
+        shown = next(line for line in lines if line.startswith("│ " + name))
+        assert [cell.strip() for cell in shown.strip("│").split("│")] == [
+            name,
+            str(slots),
+            f"{par['mean']:.3f}",
+            f"{par['worst']:.3f}",
+        ]
+    for world in summary["worlds"]:
+        at_line = lines.index(world["world"])
+        rows = np.array(world["rows_per_rank"])
+        assert lines[at_line + 1] == (
+            f"  busiest rank {rows.max():,} of {rows.sum():,} rows ({rows.max() / rows.mean():.2f} x mean)"
+        )
+        assert lines[at_line + 2].startswith(
+            f"  {world['values_compared']:,} values against the dense model: largest difference "
+            f"{world['largest_difference']:.3g}, {world['largest_difference_over_bound']:.0%} of what rounding can "
+            "explain ("
+        )
+    assert lines[-1] == "the chain equals the dense model"
+
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "traces"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the measured traces are not beside this checkout")
+def test_a_real_trace(small_demo):
+    """DeepSeek-V2-Lite's routing of legal texts, by the model's own authors."""
+    path = SHARED / "deepseek_v2_lite_esft_law.npz"
+    done = small_demo("--json", "--trace", path)
+    assert done.code == 0
+    with np.load(path, allow_pickle=False) as file:
+        check(json.loads(done.out), file["load"], path.stem, ranks=8, top_k=6)
