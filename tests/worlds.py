@@ -18,6 +18,7 @@ from evenmoe.reference.dispatch import dispatch as reference_dispatch
 from evenmoe.transport.world import Rank
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+CONST_EXPERTS = ("const_expert_alpha_1", "const_expert_alpha_2", "const_expert_v")
 _AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -130,7 +131,7 @@ class Case:
         hidden, const = spec.hidden, spec.virtual[2]
         self.x = self._per_rank(lambda n: self._values(n, hidden))
         self.scales = self._factors(spec, physical) if spec.smooth else None
-        self.weights = self._per_rank(lambda n: torch.rand((n, self.top_k), generator=self.torch_random) - 0.1)
+        self.weights = self._per_rank(lambda n: self._values(n, self.top_k, dtype=torch.float32))
         self.shared_x = None
         if spec.shared_x != "none":
             shape = (lambda n: (n, 1, hidden) if n % 2 else (n // 2, 2, hidden)) if spec.shared_x == "cube" else None
@@ -225,20 +226,43 @@ class Case:
         shared = spec.shared_experts if spec.shared_ranks else 0
         return torch.rand((shared + physical, spec.hidden), generator=self.torch_random) - 0.3
 
-    def _values(self, *shape: int, generator: torch.Generator | None = None) -> torch.Tensor:
-        generator = generator or self.torch_random
-        values = torch.randn(shape, generator=generator).to(self.dtype)
+    def _values(
+        self, *shape: int, dtype: torch.dtype | None = None, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        generator, dtype = generator or self.torch_random, dtype or self.dtype
+        values = torch.randn(shape, generator=generator).to(dtype)
         if self.spec.values == "special" and values.numel():
-            info = torch.finfo(self.dtype)
+            info = torch.finfo(dtype)
             special = [0.0, -0.0, info.max, -info.max, math.inf, -math.inf, math.nan, info.tiny]
             # The specification leaves int8 blocks of nothing but float32 subnormals open (their quotients overflow).
-            if self.dtype != torch.float32 or self.spec.comm_quant_mode == 0:
+            if dtype != torch.float32 or self.spec.comm_quant_mode == 0:
                 special += [info.smallest_normal / 2, -info.smallest_normal / 64]
             chosen = torch.randint(len(special), shape, generator=generator)
             replaced = torch.rand(shape, generator=generator) < 0.06
             replaced |= torch.rand(shape[0], generator=generator)[:, None].expand(shape) < 0.05
-            values = torch.where(replaced, torch.tensor(special).to(self.dtype)[chosen], values)
+            values = torch.where(replaced, torch.tensor(special).to(dtype)[chosen], values)
         return values
+
+
+class Lent:
+    """Copies of tensors for one call, overwritten once it has returned: nobody may read or hand them out later."""
+
+    def __init__(self, case: Case, index: int) -> None:
+        self._copy = strided if case.spec.strided else torch.clone
+        self._index, self._copies = index, []
+
+    def __call__(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        self._copies.append(self._copy(tensor))
+        return self._copies[-1]
+
+    def mine(self, per_rank: list[torch.Tensor | None] | None) -> torch.Tensor | None:
+        return None if per_rank is None else self(per_rank[self._index])
+
+    def take_back(self) -> None:
+        for copy in self._copies:
+            copy.zero_()
 
 
 def run_rank(rank: Rank, case: Case) -> tuple | None:
@@ -246,41 +270,51 @@ def run_rank(rank: Rank, case: Case) -> tuple | None:
     spec, i = case.spec, rank.index
     if not case.present[i]:
         return None
-    place = strided if spec.strided else (lambda tensor: tensor)
-    given = lambda per_rank: None if per_rank is None else place(per_rank[i])  # noqa: E731
-    shared = {
-        "ep": rank.ep,
-        "tp": rank.tp if spec.tp else None,
-        "x_active_mask": given(case.masks),
-        "elastic_info": None if case.elastic_info is None else place(case.elastic_info),
-        "check_values": spec.seed % 3 > 0,
-        **case.sizes,
-    }
+    lent = Lent(case, i)
     dispatched = em.dispatch(
-        given(case.x),
-        given(case.ids),
-        scales=None if case.scales is None else place(case.scales),
+        lent.mine(case.x),
+        lent.mine(case.ids),
+        scales=lent(case.scales),
         quant_mode=spec.quant_mode,
         expert_token_nums_type=spec.nums_type,
-        **shared,
+        **_shared(rank, case, lent),
     )
-    rows = place(case.expert_out(i, len(dispatched.expand_x)))
-    passed = replace(dispatched, **{name: place(tensor) for name, tensor in outputs_of(dispatched).items()})
-    constants = [None if tensor is None else place(tensor) for tensor in case.const]
-    shared |= {
-        "shared_expert_x": given(case.shared_x),
-        "ori_x": given(case.ori_x),
-        **dict(zip(("const_expert_alpha_1", "const_expert_alpha_2", "const_expert_v"), constants, strict=True)),
-        "comm_quant_mode": spec.comm_quant_mode,
-    }
-    if spec.seed % 2:
-        del shared["num_experts"]  # the dispatch knows it
-    arguments = (rows, given(case.ids), passed, given(case.weights))
-    y = em.combine(*arguments, **shared)
-    normed = em.combine_add_rms_norm(
-        *arguments, given(case.residual), given(case.gamma), norm_eps=case.norm_eps, **shared
-    )
+    lent.take_back()
+    rows = case.expert_out(i, len(dispatched.expand_x))
+    lent, arguments, keywords = _combining(rank, case, rows, dispatched)
+    y = em.combine(*arguments, **keywords)
+    lent.take_back()
+    lent, arguments, keywords = _combining(rank, case, rows, dispatched)
+    norm = (lent.mine(case.residual), lent.mine(case.gamma))
+    normed = em.combine_add_rms_norm(*arguments, *norm, norm_eps=case.norm_eps, **keywords)
+    lent.take_back()
     return dispatched, y, normed
+
+
+def _shared(rank: Rank, case: Case, lent: Lent) -> dict[str, Any]:
+    return {
+        "ep": rank.ep,
+        "tp": rank.tp if case.spec.tp else None,
+        "x_active_mask": lent.mine(case.masks),
+        "elastic_info": lent(case.elastic_info),
+        "check_values": case.spec.seed % 3 > 0,
+        **case.sizes,
+    }
+
+
+def _combining(rank: Rank, case: Case, rows: torch.Tensor, dispatched: em.Dispatched) -> tuple[Lent, tuple, dict]:
+    lent = Lent(case, rank.index)
+    passed = replace(dispatched, **{name: lent(tensor) for name, tensor in outputs_of(dispatched).items()})
+    keywords = {
+        "shared_expert_x": lent.mine(case.shared_x),
+        "ori_x": lent.mine(case.ori_x),
+        **dict(zip(CONST_EXPERTS, map(lent, case.const), strict=True)),
+        "comm_quant_mode": case.spec.comm_quant_mode,
+        **_shared(rank, case, lent),
+    }
+    if case.spec.seed % 2:
+        del keywords["num_experts"]  # the dispatch knows it
+    return lent, (lent(rows), lent.mine(case.ids), passed, lent.mine(case.weights)), keywords
 
 
 def run_reference(case: Case) -> list[tuple | None]:
@@ -304,7 +338,7 @@ def run_reference(case: Case) -> list[tuple | None]:
     shared |= {
         "shared_expert_x": case.shared_x,
         "ori_x": case.ori_x,
-        **dict(zip(("const_expert_alpha_1", "const_expert_alpha_2", "const_expert_v"), case.const, strict=True)),
+        **dict(zip(CONST_EXPERTS, case.const, strict=True)),
         "comm_quant_mode": spec.comm_quant_mode,
     }
     y = reference_combine(rows, case.ids, dispatched, case.weights, **shared)

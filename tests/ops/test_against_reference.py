@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.hesitant import hesitate
 from tests.worlds import Case, Spec, assert_equal_worlds, run_rank, run_reference, specs
 
 import evenmoe as em
@@ -27,6 +28,19 @@ def test_threads(spec):
 @given(specs(elastic=True))
 def test_threads_with_ranks_that_are_gone(spec):
     assert_equal_worlds(run_in_threads(spec), run_reference(Case(spec)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(specs(), st.randoms(use_true_random=False))
+def test_threads_that_lag(spec, random):
+    """Every input is overwritten as soon as its call has returned, while slower ranks still read."""
+    case = Case(spec)
+    with em.local_world(spec.ep, max(spec.tp, 1), timeout_s=60.0) as world:
+        for rank in world.ranks:
+            hesitate(rank.ep, random.choice([0.0, 0.001, 0.004]))
+            hesitate(rank.tp, random.choice([0.0, 0.001, 0.004]))
+        results = world.run(lambda rank: run_rank(rank, case))
+    assert_equal_worlds(results, run_reference(Case(spec)))
 
 
 def in_process(rank: Rank, spec: Spec) -> tuple | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.hesitant import hesitate
 
 import evenmoe as em
 from evenmoe.errors import (
@@ -22,7 +23,6 @@ from evenmoe.errors import (
     RankDisagreementError,
     UnsupportedTypeError,
 )
-from evenmoe.transport.local import LocalTransport
 from evenmoe.transport.world import Rank
 
 ODD = 2
@@ -288,18 +288,6 @@ def test_one_rank_without_its_peer():
     assert "rank 0" in results[3][1]
 
 
-class SlowReader(LocalTransport):
-    """Reads what the others posted only a while after they may have gone on."""
-
-    def exchange_rows(self, rows, *counts):
-        meet = self._meet
-        self._meet = lambda *values: (meet(*values), time.sleep(0.2))[0]
-        try:
-            return super().exchange_rows(rows, *counts)
-        finally:
-            del self._meet
-
-
 def test_the_caller_may_reuse_expert_out_while_its_peer_still_reads():
     def reuse(rank: Rank) -> torch.Tensor:
         call = honest(rank, "combine")
@@ -309,5 +297,5 @@ def test_the_caller_may_reuse_expert_out_while_its_peer_still_reads():
 
     with em.local_world(2, 2, timeout_s=60.0) as world:
         for rank in (world.ranks[1], world.ranks[3]):
-            rank.tp.__class__ = SlowReader
+            hesitate(rank.tp, 0.2)
         assert all((y == 2.0).all() for y in world.run(reuse))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.worlds import Case, Spec, assert_same_bits, outputs_of, run_rank
+from tests.worlds import CONST_EXPERTS, Case, Spec, assert_same_bits, outputs_of, run_rank
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import evenmoe as em
@@ -45,12 +45,11 @@ def calls_on_one_rank(rank: Rank, case: Case) -> dict[str, dict[str, Any]]:
     shared = {"ep": rank.ep, "x_active_mask": None if case.masks is None else case.masks[0], **case.sizes}
     sending = {"scales": case.scales, "quant_mode": spec.quant_mode, **shared}
     dispatched = em.dispatch(case.x[0], case.ids[0], **sending)
-    names = ("const_expert_alpha_1", "const_expert_alpha_2", "const_expert_v")
     returning = {
         "shared_expert_x": None if case.shared_x is None else case.shared_x[0],
         "ori_x": None if case.ori_x is None else case.ori_x[0],
         "comm_quant_mode": spec.comm_quant_mode,
-        **dict(zip(names, case.const, strict=True)),
+        **dict(zip(CONST_EXPERTS, case.const, strict=True)),
         **shared,
     }
     rows = (case.expert_out(0, len(dispatched.expand_x)), case.ids[0], dispatched, case.weights[0])
