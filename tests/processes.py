@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import shutil
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ class Processes:
         self.count, self.worlds, self.timeout_s = count, list(worlds), timeout_s
         self.children: list[Any] = []
         self._pipes: list[Connection] = []
+        self._directory = ""
 
     def run(self, world: tuple[int, int], job: Callable[..., Any], *arguments: Any, patience_s: float = 90.0) -> list:
         """Results in rank order; an exception that a job raised stands in its place. A child that ended gives None.
@@ -71,14 +74,16 @@ class Processes:
                 child.join()
         for pipe in self._pipes:
             pipe.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
         self.children, self._pipes = [], []
 
     def _start(self) -> None:
         context = multiprocessing.get_context("fork")
-        directory = tempfile.mkdtemp()
+        import_module("torch._dynamo")  # the first call of an operator imports it; once here, not in every child
+        self._directory = tempfile.mkdtemp()
         for index in range(self.count):
             ours, theirs = context.Pipe()
-            arguments = (index, self.count, self.worlds, self.timeout_s, str(Path(directory) / "store"), theirs)
+            arguments = (index, self.count, self.worlds, self.timeout_s, str(Path(self._directory) / "store"), theirs)
             child = context.Process(target=_serve, args=arguments, daemon=True)
             with warnings.catch_warnings():
                 # Python 3.12 warns of fork in a process with threads; the children use none of them.
@@ -93,7 +98,7 @@ def _serve(
     index: int, count: int, worlds: Sequence[tuple[int, int]], timeout_s: float, store_path: str, pipe: Connection
 ) -> None:
     torch.set_num_threads(1)  # first of all: the parent's thread pool does not exist here
-    timeout = timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=60.0)
     store = dist.FileStore(store_path, count)
     dist.init_process_group("gloo", store=store, rank=index, world_size=count, timeout=timeout)
     ranks = {shape: em.process_world(*shape, timeout_s=timeout_s) for shape in worlds}

@@ -155,6 +155,7 @@ def run(request: pytest.FixtureRequest, processes: Any) -> Callable[..., list]:
     if request.param == "processes":
 
         def in_processes(shape: tuple[int, int], job: Callable, *arguments: object) -> list:
+            assert processes.run(shape, works) == [True] * 4  # the first call of all imports half of torch
             results = processes.run(shape, job, *arguments)
             assert processes.run(shape, works) == [True] * 4
             return results
@@ -163,6 +164,7 @@ def run(request: pytest.FixtureRequest, processes: Any) -> Callable[..., list]:
 
     def in_threads(shape: tuple[int, int], job: Callable, *arguments: object) -> list:
         with em.local_world(*shape, timeout_s=60.0) as world:
+            assert world.run(works) == [True] * 4
             results = world.run(lambda rank: job(rank, *arguments))
             assert world.run(works) == [True] * 4
         return results

@@ -99,16 +99,11 @@ def test_a_rank_that_returns_early_is_named():
 
 
 def test_ranks_that_stay_away_are_named_after_the_timeout():
-    away = threading.Event()
+    over = threading.Barrier(4)  # they must not end before, or their end would be the reason
 
     def step(rank: Rank) -> LostRankError | None:
-        if rank.index in (1, 3):
-            away.wait(20.0)
-            return None
-        error = lost(rank)
-        if rank.index == 0:
-            time.sleep(0.2)  # the other one must not take this rank's end for the reason
-            away.set()
+        error = lost(rank) if rank.index in (0, 2) else None
+        over.wait(20.0)
         return error
 
     with em.local_world(4, timeout_s=0.3) as world:
@@ -122,18 +117,22 @@ def test_ranks_that_stay_away_are_named_after_the_timeout():
 
 
 def test_a_rank_that_comes_too_late_learns_who_gave_up():
+    given_up = threading.Event()
+
     def step(rank: Rank) -> LostRankError | None:
-        if rank.index == 1:
-            time.sleep(0.6)
-            rank.ep.exchange_counts(torch.zeros((2, 1), dtype=torch.int64))  # rank 0 had posted before it gave up
-            return lost(rank)
+        if rank.index == 0:
+            error = lost(rank)
+            given_up.set()
+            return error
+        given_up.wait(20.0)
+        rank.ep.exchange_counts(torch.zeros((2, 1), dtype=torch.int64))  # rank 0 had posted before it gave up
         return lost(rank)
 
     with em.local_world(2, timeout_s=0.2) as world:
         zero, one = world.run(step)
     assert zero.ranks == (1,)
     assert one.ranks == (0,)
-    assert "rank 0, which" in str(one)
+    assert str(one).endswith("for rank 0, which gave up after 0.2 s of waiting for ranks [1]")
 
 
 def test_a_closed_transport_is_missed():

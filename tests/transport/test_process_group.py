@@ -50,7 +50,7 @@ def test_a_process_that_is_killed(mortal_processes):
 
 def stay_away(rank: Rank) -> str:
     if rank.index == 0:
-        time.sleep(2.5)
+        time.sleep(4.0)
         return ""
     try:
         rank.ep.exchange_counts(torch.zeros((2, 1), dtype=torch.int64))
@@ -60,7 +60,7 @@ def stay_away(rank: Rank) -> str:
 
 
 def test_a_process_that_stays_away():
-    pool = Processes(2, [(2, 1)], timeout_s=1.0)
+    pool = Processes(2, [(2, 1)], timeout_s=2.0)
     try:
         away, waiting = pool.run((2, 1), stay_away, patience_s=30.0)
     finally:
