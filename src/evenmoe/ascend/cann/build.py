@@ -130,11 +130,14 @@ def _libpython() -> Path:
     )
 
 
-def _python_home(libpython: Path) -> str:
-    # Where the packages of this run came from, should the site packages of that Python not have them.
+def package_homes() -> list[str]:
+    """Where the packages of this run came from, should the site packages of its Python not have them later."""
     specs = [importlib.util.find_spec(package) for package in ("evenmoe", "torch", "numpy")]
-    homes = dict.fromkeys(str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin)
-    paths = ", ".join(map(_c_string, homes))
+    return list(dict.fromkeys(str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin))
+
+
+def _python_home(libpython: Path) -> str:
+    paths = ", ".join(map(_c_string, package_homes()))
     return (
         f"constexpr const char *kPython = {_c_string(sys.executable)};\n"
         f"constexpr const char *kLibpython = {_c_string(str(libpython))};\n"

@@ -165,6 +165,6 @@ def _ranks(given: Mapping[str, Any]) -> list[tuple[str, str, int]]:
 
 def _in_c_names(error: EvenmoeError, names: Mapping[str, str]) -> AclError:
     """The same refusal, in the words of the C functions."""
-    words = {name: c_name for name, c_name in names.items() if "_" in name}
-    pattern = r"\b(" + "|".join(sorted(words, key=len, reverse=True)) + r")\b"
-    return AclError(error.status, re.sub(pattern, lambda match: words[match[1]], str(error)))
+    # A name of one word is also English, so it is taken for a name only between backquotes.
+    patterns = [rf"\b{name}\b" if "_" in name else f"(?<=`){name}(?=`)" for name in names]
+    return AclError(error.status, re.sub("|".join(patterns), lambda match: names[match[0]], str(error)))

@@ -33,6 +33,15 @@ void launch(const Chain &chain, int rank)
 }
 
 
+void until_waiting_for_rank_1()
+{
+    const char *message = "";
+    while (message != nullptr && std::strstr(message, "waits for rank 1") == nullptr) {
+        NEED(aclrtSynchronizeStreamWithTimeout(streams[0], 20) == ACL_ERROR_RT_STREAM_SYNC_TIMEOUT ? 0 : 1);
+        message = aclGetRecentErrMsg();
+    }
+}
+
 // One host thread launches on both ranks, then waits: the second stages return at once.
 void in_turn(const Chain &first, const Chain &second)
 {
@@ -59,7 +68,8 @@ void destroyed_context(const Chain &first, const Chain &second)
 {
     void *flag = device_bytes(4, 0);
     const int32_t one = 1;
-    launch(first, 0);  // waits for rank 1
+    launch(first, 0);
+    until_waiting_for_rank_1();
     launch(first, 0);
     NEED(aclrtMemcpyAsync(flag, 4, &one, 4, ACL_MEMCPY_HOST_TO_DEVICE, streams[0]));
     report("destroyed", aclrtDestroyContext(contexts[0]));

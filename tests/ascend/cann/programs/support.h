@@ -29,7 +29,7 @@ using Shape = std::vector<int64_t>;
 
 inline void report(const char *label, int status)
 {
-    const char *message = aclGetRecentErrMsg();
+    const char *message = status == 0 ? nullptr : aclGetRecentErrMsg();
     std::printf("%s\t%d\t%s\n", label, status, message == nullptr ? "" : message);
     std::fflush(stdout);
 }
