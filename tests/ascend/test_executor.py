@@ -157,45 +157,67 @@ def test_pruning_writes_the_mask_and_its_absence_does_not():
         assert not out["balanced_active_mask"].any()  # it was given full of False
 
 
+# Of four ranks with two experts each rank 1 is lost: 3 ranks and 6 experts are left, none of them shared (§2.11).
+SCALED_DOWN = torch.tensor([1, 3, 0, 6, 0, -1, 1, 2, 0, 2, 3, -1], dtype=torch.int32)
+LEFT = [0, 2, 3]
+
+
+def scaled_down_inputs(chain, rank):
+    given = chain.inputs(rank) | {"elastic_info": SCALED_DOWN}
+    # Two distinct experts of the six for every token.
+    given["expert_ids"] = given["expert_ids"] % 3 + torch.tensor([0, 3], dtype=torch.int32)
+    return given
+
+
+def launch_scaled_down(chain, rank, stream):
+    out = chain.outputs(rank)
+    launch(
+        first_stage(NEWEST["dispatch"], scaled_down_inputs(chain, rank) | chain.attributes(rank) | out),
+        stream,
+    )
+    return out
+
+
 def test_one_rank_of_four_is_gone():
-    """A scaled-down world: the survivors' outputs are the operators', and only they take part (§2.11)."""
-    chain = Chain(ep=4, experts_per_rank=2)
-    info = torch.tensor([1, 3, 0, 6, 0, -1, 1, 2, 0, 2, 3, -1], dtype=torch.int32)  # rank 1 is lost
-    left = [0, 2, 3]
-
-    def arguments(rank):
-        given = chain.inputs(rank) | {"elastic_info": info}
-        given["expert_ids"] = given["expert_ids"] % 3 + torch.tensor([0, 3], dtype=torch.int32)  # six experts are left
-        return given
-
+    """The survivors' outputs are the operator's, and only they take part."""
+    chain = Chain(ep=4)
     with em.local_world(4, timeout_s=30) as world:
-        streams = {index: Stream() for index in left}
-        outs = {}
-        for index in left:
-            rank = world.ranks[index]
-            outs[index] = chain.outputs(rank)
-            launch(
-                first_stage(NEWEST["dispatch"], arguments(rank) | chain.attributes(rank) | outs[index]), streams[index]
-            )
-        for stream in streams.values():
+        streams = [Stream() for _ in LEFT]
+        launched = [
+            launch_scaled_down(chain, world.ranks[index], stream) for index, stream in zip(LEFT, streams, strict=True)
+        ]
+        for stream in streams:
             stream.synchronize(60)
-    with em.local_world(4, timeout_s=30) as world:
-        want = world.run(
-            lambda rank: (
-                rank.index in left
-                and em.dispatch(
-                    *(arguments(rank)[name] for name in ("x", "expert_ids")),
-                    ep=rank.ep,
-                    num_experts=8,
-                    elastic_info=info,
-                )
+            stream.destroy()
+
+    def step(rank):
+        if rank.index in LEFT:
+            given = scaled_down_inputs(chain, rank)
+            return em.dispatch(
+                given["x"], given["expert_ids"], ep=rank.ep, num_experts=8, elastic_info=given["elastic_info"]
             )
-        )
-    for index in left:
+
+    with em.local_world(4, timeout_s=30) as world:
+        want = world.run(step)
+    for index, out in zip(LEFT, launched, strict=True):
         own = int(want[index].ep_recv_counts[5])
         assert own > 0
-        assert_written(outs[index]["expand_x"], want[index].expand_x[:own], "expand_x")
-        assert_written(outs[index]["ep_recv_counts"], want[index].ep_recv_counts[:6], "ep_recv_counts")
+        assert_written(out["expand_x"], want[index].expand_x[:own], "expand_x")
+        assert_written(out["ep_recv_counts"], want[index].ep_recv_counts[:6], "ep_recv_counts")
+
+
+def test_in_a_scaled_down_world_nobody_waits_for_the_lost_rank():
+    chain = Chain(ep=4)
+    with em.local_world(4, timeout_s=30) as world:
+        streams = [Stream() for _ in LEFT]
+        launch_scaled_down(chain, world.ranks[0], streams[0])
+        launch_scaled_down(chain, world.ranks[2], streams[1])
+        message = refused(status.RT_STREAM_SYNC_TIMEOUT, streams[0].synchronize, 0.3)
+        assert "waits for rank 3 of group" in message  # by its old number, as the group knows it
+        launch_scaled_down(chain, world.ranks[3], streams[2])
+        for stream in streams:
+            stream.synchronize(30)
+            stream.destroy()
 
 
 # The executor itself -------------------------------------------------------------------------------------------------
