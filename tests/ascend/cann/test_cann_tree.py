@@ -41,8 +41,8 @@ DISPATCH_V2 = """x expertIds scalesOptional xActiveMaskOptional expertScalesOpti
     epRecvCountsOut tpRecvCountsOut expandScalesOut"""
 COMBINE_V2 = """expandX expertIds assistInfoForCombine epSendCounts expertScales tpSendCountsOptional
     xActiveMaskOptional activationScaleOptional weightScaleOptional groupListOptional expandScalesOptional
-    sharedExpertXOptional groupEp epWorldSize epRankId moeExpertNum groupTp tpWorldSize tpRankId expertShardType sharedExpertNum
-    sharedExpertRankNum globalBs outDtype commQuantMode groupListType commAlg xOut"""
+    sharedExpertXOptional groupEp epWorldSize epRankId moeExpertNum groupTp tpWorldSize tpRankId expertShardType
+    sharedExpertNum sharedExpertRankNum globalBs outDtype commQuantMode groupListType commAlg xOut"""
 
 
 @pytest.mark.parametrize(
