@@ -24,7 +24,11 @@ class Signature:
     arguments: dict[str, Kind]
 
     def names(self, *kinds: Kind) -> list[str]:
-        """The arguments of these kinds, in order."""
+        """The arguments of these kinds, in order.
+
+        >>> SIGNATURES["MoeEPLBUpdateExpert"].names("tensor", "int", "output")
+        ['expert_ids', 'eplb_table', 'local_rank_id', 'world_size', 'balance_mode', 'balanced_expert_ids']
+        """
         return [name for name, kind in self.arguments.items() if kind in kinds]
 
 
@@ -110,12 +114,3 @@ SIGNATURES: dict[str, Signature] = {
     "MoeDistributeCombineAddRmsNormV2": Signature("combine_add_rms_norm", _NORM_V2),
 }
 """Every operator by its name behind `aclnn`."""
-
-
-def arguments_of(operator: str, *kinds: Kind) -> list[str]:
-    """Names of the arguments of these kinds, in C order.
-
-    >>> arguments_of("MoeEPLBUpdateExpert", "tensor", "int", "output")
-    ['expert_ids', 'eplb_table', 'local_rank_id', 'world_size', 'balance_mode', 'balanced_expert_ids']
-    """
-    return SIGNATURES[operator].names(*kinds)
