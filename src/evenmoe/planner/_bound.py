@@ -10,168 +10,149 @@ from numba import njit
 
 
 class Least(NamedTuple):
-    """What every placement within the peak must have at least, and the sums that the tests read off it."""
+    """Scratch: what every placement within the peak has at least, and the sums that the tests read off it."""
 
     counts: npt.NDArray[np.int64]  # (E,) replicas that each expert needs
-    share: npt.NDArray[np.float64]  # (E,) tokens per replica at these counts
-    parts: npt.NDArray[np.int64]  # (E,) pieces, scratch of `lightest_experts`
-    replica: npt.NDArray[np.float64]  # (S,) shares of all replicas, ascending; the last entries unused
+    parts: npt.NDArray[np.int64]  # (E,) pieces of the lightest company
+    replica: npt.NDArray[np.float64]  # (S,) tokens per replica at these counts, ascending
     lightest: npt.NDArray[np.float64]  # (S + 1,) sum of the n lightest replicas
-    touched: npt.NDArray[np.int64]  # (S + 1,) replicas of the n experts that have most
+    touched: npt.NDArray[np.int64]  # (E + 1,) no n experts have more replicas than this
 
 
-@njit(cache=True, nogil=True)
-def lower_bounds(loads, num_ranks, width, peaks):
-    """Fill `peaks` (L,) with tokens that the busiest rank of no placement of the row (L, E) can undercut."""
-    least = new_least(loads.shape[1], num_ranks * width)
-    for row in range(loads.shape[0]):
-        low = loads[row].sum() / num_ranks
-        if low > 0 and width < loads.shape[1] and not may_fit(loads[row], num_ranks, width, low, least):
-            high = 2 * low
-            while not may_fit(loads[row], num_ranks, width, high, least):
-                low, high = high, 2 * high
-            while high - low > low * 1e-10:
-                middle = (low + high) / 2
-                if may_fit(loads[row], num_ranks, width, middle, least):
-                    high = middle
-                else:
-                    low = middle
-        peaks[row] = low
-
-
-@njit(cache=True, nogil=True)
-def may_be_within(loads, num_ranks, width, peak):
-    """False only if no placement of `loads` (E,) keeps every rank within `peak` tokens."""
-    return may_fit(loads, num_ranks, width, peak, new_least(loads.size, num_ranks * width))
-
-
-@njit(cache=True, nogil=True)
-def new_least(num_experts, num_slots):
+def scratch(num_experts: int, num_slots: int) -> Least:
+    """The arrays that `lower_bounds` works in."""
     return Least(
-        np.empty(num_experts, np.int64),
-        np.empty(num_experts, np.float64),
-        np.empty(num_experts, np.int64),
-        np.empty(num_slots, np.float64),
-        np.zeros(num_slots + 1, np.float64),
-        np.zeros(num_slots + 1, np.int64),
+        np.zeros(num_experts, np.int64),
+        np.zeros(num_experts, np.int64),
+        np.zeros(num_slots),
+        np.zeros(num_slots + 1),
+        np.zeros(num_experts + 1, np.int64),
     )
 
 
 @njit(cache=True, nogil=True)
-def may_fit(loads, num_ranks, width, peak, least):
-    """As `may_be_within`, with the scratch given."""
-    spare = least_counts(loads, num_ranks, width, peak, least)
-    if spare < 0:
-        return False
-    while True:
-        tabulate(num_ranks * width - spare, least)
-        raised = raise_counts(loads, num_ranks, width, peak, spare, least)
-        if raised == 0:
-            break
-        spare -= raised
-        if spare < 0:
-            return False
-    return not crowded(num_ranks, width, peak, spare, least)
+def lower_bounds(loads, num_ranks, width, least, peaks):
+    """Replace `peaks` (L,) by tokens that the busiest rank of no placement of the row (L, E) can undercut.
+
+    Rows of `loads` descend. `peaks` comes with the highest value of interest: a row whose bound is as high keeps it.
+    """
+    for row in range(loads.shape[0]):
+        low, high = 0.0, peaks[row]
+        for expert in range(loads.shape[1]):
+            low += loads[row, expert] / num_ranks
+        if low >= high or low == 0.0:
+            peaks[row] = min(low, high)
+            continue
+        if width >= loads.shape[1] or may_fit(loads[row], num_ranks, width, low, least):
+            peaks[row] = low
+            continue
+        if not may_fit(loads[row], num_ranks, width, high, least):
+            continue
+        while high - low > low * 1e-10:
+            middle = (low + high) / 2 if high <= 2 * low else 2 * low
+            if may_fit(loads[row], num_ranks, width, middle, least):
+                high = middle
+            else:
+                low = middle
+        peaks[row] = low
 
 
 @njit(cache=True, nogil=True)
-def least_counts(loads, num_ranks, width, peak, least):
-    """Counts that leave room beside each replica for the lightest company it can have; return the spare replicas."""
-    num_experts = loads.size
-    room, spare = peak, -1
-    while True:
+def may_fit(loads, num_ranks, width, peak, least):
+    """False only if no placement of `loads` (E,) keeps every rank within `peak`."""
+    counts, num_experts = least.counts, loads.size
+    room, spare = peak, num_experts
+    while True:  # the lighter the company can be, the more replicas can be spared, and the reverse
         before, spare = spare, num_ranks * width - num_experts
         for expert in range(num_experts):
-            count = max(1, int(np.ceil(loads[expert] / room * (1 - 1e-14))))
-            spare -= count - 1
-            if count > num_ranks or spare < 0:
-                return -1
-            least.counts[expert] = count
-            least.share[expert] = loads[expert] / count
+            counts[expert] = max(1, int(np.ceil(loads[expert] / room * (1 - 1e-14))))
+            spare -= counts[expert] - 1
+            if counts[expert] > num_ranks or spare < 0:
+                return False
         if spare == before:
-            return spare
-        room = peak - lightest_experts(width - 1, spare, least)
+            break
+        room = peak - lightest_company(loads, width - 1, spare, least)
         if room <= 0:
-            return -1
+            return False
+    while True:
+        number = ascend(loads, True, least)
+        for i in range(number):
+            least.lightest[i + 1] = least.lightest[i] + least.replica[i]
+        before = spare
+        for expert in range(num_experts):
+            company = least.lightest[max(0, counts[expert] * (width - 1) - before)]
+            if loads[expert] + company > counts[expert] * peak * (1 + 1e-14):
+                counts[expert] += 1
+                spare -= 1
+                if counts[expert] > num_ranks or spare < 0:
+                    return False
+        if spare == before:
+            return not crowded(num_ranks, width, peak * (1 + 1e-14), spare, least)
 
 
 @njit(cache=True, nogil=True)
-def lightest_experts(number, spare, least):
+def ascend(loads, every, least):
+    """Fill `least.replica` with each expert's share, once or `every` replica's, ascending; return how many."""
+    size = 0
+    for expert in range(loads.size - 1, -1, -1):  # unsplit experts come in order, so little is moved
+        share = loads[expert] / least.counts[expert]
+        copies = least.counts[expert] if every else 1
+        at = size
+        while at > 0 and least.replica[at - 1] > share:
+            least.replica[at + copies - 1] = least.replica[at - 1]
+            at -= 1
+        for i in range(copies):
+            least.replica[at + i] = share
+        size += copies
+    return size
+
+
+@njit(cache=True, nogil=True)
+def lightest_company(loads, number, spare, least):
     """The least that `number` different experts can weigh when `spare` replicas more are dealt out among them."""
-    share = np.sort(least.share)[:number]
-    parts = least.parts
-    parts[:number] = 1
+    ascend(loads, False, least)
+    for i in range(number):
+        least.parts[i] = 1
     for _ in range(spare if number > 0 else 0):
         best, gain = 0, -1.0
         for i in range(number):
-            saved = share[i] / (parts[i] * (parts[i] + 1))
+            saved = least.replica[i] / (least.parts[i] * (least.parts[i] + 1))
             if saved > gain:
                 best, gain = i, saved
-        parts[best] += 1
-    return (share / parts[:number]).sum()
-
-
-@njit(cache=True, nogil=True)
-def tabulate(number, least):
-    """Fill the sums for the `number` replicas of the least counts."""
-    at = 0
-    for expert in range(least.counts.size):
-        for _ in range(least.counts[expert]):
-            least.replica[at] = least.share[expert]
-            at += 1
-    least.replica[:number].sort()
+        least.parts[best] += 1
+    weight = 0.0
     for i in range(number):
-        least.lightest[i + 1] = least.lightest[i] + least.replica[i]
-    most = np.sort(least.counts)[::-1]
-    for i in range(most.size):
-        least.touched[i + 1] = least.touched[i] + most[i]
-
-
-@njit(cache=True, nogil=True)
-def raise_counts(loads, num_ranks, width, peak, spare, least):
-    """Raise the counts of experts whose replicas cannot all have company light enough; return by how much."""
-    raised = 0
-    for expert in range(loads.size):
-        count = least.counts[expert]
-        company = least.lightest[max(0, count * (width - 1) - spare)]
-        if loads[expert] + company > count * peak * (1 + 1e-14):
-            raised += 1 if count < num_ranks else spare + 1
-            least.counts[expert] = count + 1
-            least.share[expert] = loads[expert] / (count + 1)
-    return raised
+        weight += least.replica[i] / least.parts[i]
+    return weight
 
 
 @njit(cache=True, nogil=True)
 def crowded(num_ranks, width, peak, spare, least):
     """Whether the heaviest replicas cannot all find ranks, however the spare replicas are dealt out."""
-    number = num_ranks * width - spare
-    most_cuts = min(spare, least.counts.size)
-    for top in range(1, min(number, num_ranks + 1 + least.touched[most_cuts]) + 1):
+    number, cuts = num_ranks * width - spare, min(spare, least.counts.size)
+    most = 0
+    for expert in range(least.counts.size - 1, -1, -1):  # counts descend but for those raised last: their envelope
+        most = max(most, least.counts[expert])
+        least.touched[expert + 1] = most
+    for expert in range(least.counts.size):
+        least.touched[expert + 1] += least.touched[expert]
+    for top in range(1, min(number, num_ranks + 1 + least.touched[cuts]) + 1):
+        lightest_top = least.replica[number - top]
+        may_share = width > 1 and 2 * lightest_top + least.lightest[max(0, width - 2 - spare)] <= peak
         fits = False
-        for cuts in range(most_cuts + 1):
-            left = top - least.touched[cuts]  # replicas among the top ones that no spare replica has made lighter
-            if left < 1 or fits_apart(left, top, num_ranks, width, peak * (1 + 1e-14), spare, least):
+        for cut in range(cuts + 1):
+            left = top - least.touched[cut]  # replicas among the top ones that no spare replica has made lighter
+            if left < 1 or (left > 1 and may_share):
+                fits = True
+                break
+            company = left * (width - 1) - spare
+            weight = least.lightest[number - top + left] - least.lightest[number - top]
+            if left > num_ranks or weight + least.lightest[max(0, company)] > left * peak:
+                continue
+            pair = company - least.touched[cuts] if width == 2 else 0
+            if pair < 1 or lightest_top + least.replica[pair - 1] <= peak:
                 fits = True
                 break
         if not fits:
             return True
     return False
-
-
-@njit(cache=True, nogil=True)
-def fits_apart(left, top, num_ranks, width, peak, spare, least):
-    """Whether `left` of the `top` heaviest replicas can have ranks with company light enough."""
-    number = num_ranks * width - spare
-    lightest_top = least.replica[number - top]
-    if left > 1 and width > 1 and 2 * lightest_top + least.lightest[max(0, width - 2 - spare)] <= peak:
-        return True  # two may share a rank: nothing follows
-    if left > num_ranks:
-        return False
-    weight = least.lightest[number - top + left] - least.lightest[number - top]
-    company = left * (width - 1)
-    if weight + least.lightest[max(0, company - spare)] > left * peak:
-        return False
-    if width == 2:
-        place = company - spare - least.touched[min(spare, least.counts.size)]
-        return place < 1 or lightest_top + least.replica[place - 1] <= peak
-    return True

@@ -46,7 +46,7 @@ def search(loads, cap, nodes, slots):
     left = np.zeros(num_experts, np.int64)  # replicas still to place
     least = np.empty(num_experts, np.int64)  # replicas without which a replica alone exceeds the cap
     most = np.zeros(num_experts + 1, np.float64)  # heaviest replica that this expert or a later one can have
-    chosen = np.full(num_ranks * width, -1)  # expert of each slot, -1 before the first try
+    chosen = np.zeros(num_ranks * width, np.int64) - 1  # expert of each slot, -1 before the first try
     decides = np.zeros(num_ranks * width, np.bool_)  # whether that choice decided the expert's count
     filled = np.zeros(num_ranks * width, np.float64)  # tokens of the rank up to this slot
     packed = np.zeros(num_ranks + 1, np.float64)  # tokens of all ranks before this one
@@ -104,7 +104,8 @@ def search(loads, cap, nodes, slots):
             packed[rank + 1], peak[rank + 1] = packed[rank] + now, max(peak[rank], now)
             if rank == num_ranks - 1:
                 best = peak[num_ranks]
-                slots[:] = chosen.reshape(num_ranks, width)
+                for each in range(num_ranks * width):
+                    slots[each // width, each % width] = chosen[each]
                 cap = best * (1 - 1e-9)
                 spare = set_cap(loads, cap, counts, least, most, num_ranks * width)
                 continue

@@ -88,10 +88,11 @@ def replicate(loads, spare, most, queue, counts, share):
 def pack(queue, counts, share, bins):
     """Heaviest replica first, onto the lightest ranks that have a free slot; an expert's replicas at once, apart."""
     num_ranks, width = bins.held.shape
-    heap = np.arange(num_ranks)  # ranks with a free slot, a binary heap on (load, rank)
+    heap = np.empty(num_ranks, np.int64)  # ranks with a free slot, a binary heap on (load, rank)
     taken = np.empty(num_ranks, np.int64)
-    free = num_ranks
-    for expert in queue:
+    free = refill(heap, bins)
+    for place in range(queue.size):
+        expert = queue[place]
         if counts[expert] == 1 and free > 0:
             rank = heap[0]
             append(rank, expert, share[expert], bins)
@@ -108,15 +109,24 @@ def pack(queue, counts, share, bins):
             sift_down(heap, free, bins.load)
         for i in range(apart):
             append(taken[i], expert, share[expert], bins)
+            if bins.used[taken[i]] < width:
+                sift_up(heap, free, taken[i], bins.load)
+                free += 1
         for _ in range(counts[expert] - apart):
             make_room(expert, share, bins)
-        if apart < counts[expert]:
-            free, apart = 0, num_ranks
-            taken[:] = np.arange(num_ranks)
-        for rank in taken[:apart]:
-            if bins.used[rank] < width:
-                sift_up(heap, free, rank, bins.load)
-                free += 1
+            free = refill(heap, bins)
+
+
+@njit(cache=True, nogil=True)
+def refill(heap, bins):
+    """Fill the heap with all ranks that have a free slot; return how many."""
+    num_ranks, width = bins.held.shape
+    free = 0
+    for rank in range(num_ranks):
+        if bins.used[rank] < width:
+            sift_up(heap, free, rank, bins.load)
+            free += 1
+    return free
 
 
 @njit(cache=True, nogil=True)

@@ -23,58 +23,8 @@ class Layer(NamedTuple):
     line: npt.NDArray[np.int64]  # (G,) ranks, lightest first; `even_out` keeps it
 
 
-@njit(cache=True, nogil=True)
-def even_layers(loads, tolerance, slots, peaks):
-    """Even out every row of `slots` (L, G, width) under `loads` (L, E), descending; fill `peaks` (L,), tokens.
-
-    A layer is finished once its busiest rank is within `tolerance` of the mean or of the heaviest replica.
-    """
-    num_rows, num_ranks, width = slots.shape
-    layer = new_layer(loads.shape[1], num_ranks, width)
-    for row in range(num_rows):
-        load_layer(loads[row], slots[row], layer)
-        mean = loads[row].sum() / num_ranks
-        even_out(max(mean, layer.share[:, 0].max()) * (1 + tolerance), layer)
-        peaks[row] = layer.load[layer.line[num_ranks - 1]]
-        slots[row] = layer.held
-
-
-@njit(cache=True, nogil=True)
-def refine(loads, goal, tries, seed, slots):
-    """Search on from `slots` (S,), a placement of one row, until its peak is within `goal` tokens; return the peak.
-
-    Iterated local search: change one or two replicas at random, even the ranks out, keep what is no worse. On few
-    slots per rank this halves the gap of simulated annealing in a tenth of its time, because evening out is cheap.
-    """
-    num_ranks, width = slots.shape
-    layer = new_layer(loads.size, num_ranks, width)
-    load_layer(loads, slots, layer)
-    even_out(goal, layer)
-    best = new_layer(loads.size, num_ranks, width)
-    copy_layer(layer, best)
-    peak = layer.load.max()
-    random = np.array([np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x2545F4914F6CDD1D)])
-    for _ in range(tries):
-        if peak <= goal:
-            break
-        for _ in range(1 + draw(random, 2)):
-            if loads.size < num_ranks * width and draw(random, 4) > 0:
-                change_count(loads, random, layer)
-            else:
-                change_places(random, layer)
-        even_out(goal, layer)
-        reached = layer.load.max()
-        if reached <= peak:
-            peak = reached
-            copy_layer(layer, best)
-        else:
-            copy_layer(best, layer)
-    slots[:] = best.held
-    return peak
-
-
-@njit(cache=True, nogil=True)
-def new_layer(num_experts, num_ranks, width):
+def scratch(num_experts: int, num_ranks: int, width: int) -> Layer:
+    """The arrays that `even_layers` and `refine` work in."""
     return Layer(
         np.empty((num_ranks, width), np.int64),
         np.empty((num_ranks, width), np.float64),
@@ -85,19 +35,74 @@ def new_layer(num_experts, num_ranks, width):
 
 
 @njit(cache=True, nogil=True)
-def copy_layer(source, target):
-    target.held[:] = source.held
-    target.share[:] = source.share
-    target.load[:] = source.load
-    target.counts[:] = source.counts
-    target.line[:] = source.line
+def even_layers(loads, tolerance, layer, slots, peaks):
+    """Even out every row of `slots` (L, G, width) under `loads` (L, E), descending; fill `peaks` (L,), tokens.
+
+    A layer is finished once its busiest rank is within `tolerance` of the mean or of the heaviest replica.
+    """
+    num_rows, num_ranks, _ = slots.shape
+    for row in range(num_rows):
+        load_layer(loads[row], slots[row], layer)
+        least = 0.0
+        for expert in range(loads.shape[1]):
+            least += loads[row, expert] / num_ranks
+        for rank in range(num_ranks):
+            least = max(least, layer.share[rank, 0])
+        even_out(least * (1 + tolerance), layer)
+        peaks[row] = peak_of(layer)
+        store(layer, slots[row])
+
+
+@njit(cache=True, nogil=True)
+def refine(loads, goal, tries, random, layer, slots):
+    """Search on from `slots` (S,), a placement of one row, until its peak is within `goal` tokens; return the peak.
+
+    Iterated local search: change one or two replicas at random, even the ranks out, keep what is no worse. On few
+    slots per rank this halves the gap of simulated annealing in a tenth of its time, because evening out is cheap.
+    `random` uint64 (1,) is the state of the generator, not 0.
+    """
+    num_ranks, width = slots.shape
+    load_layer(loads, slots, layer)
+    even_out(goal, layer)
+    peak = peak_of(layer)
+    store(layer, slots)
+    for _ in range(tries):
+        if peak <= goal:
+            break
+        for _ in range(1 + draw(random, 2)):
+            if loads.size < num_ranks * width and draw(random, 4) > 0:
+                change_count(loads, random, layer)
+            else:
+                change_places(random, layer)
+        even_out(goal, layer)
+        if peak_of(layer) <= peak:
+            peak = peak_of(layer)
+            store(layer, slots)
+        else:
+            load_layer(loads, slots, layer)
+    return peak
+
+
+@njit(cache=True, nogil=True)
+def peak_of(layer):
+    """Tokens of the busiest rank, after `even_out`."""
+    return layer.load[layer.line[layer.line.size - 1]]
+
+
+@njit(cache=True, nogil=True)
+def store(layer, slots):
+    num_ranks, width = slots.shape
+    for rank in range(num_ranks):
+        for slot in range(width):
+            slots[rank, slot] = layer.held[rank, slot]
 
 
 @njit(cache=True, nogil=True)
 def load_layer(loads, slots, layer):
     """Fill `layer` from the experts in `slots` (G, width)."""
     num_ranks, width = slots.shape
-    layer.counts[:] = 0
+    for expert in range(loads.size):
+        layer.counts[expert] = 0
     for rank in range(num_ranks):
         for slot in range(width):
             layer.counts[slots[rank, slot]] += 1

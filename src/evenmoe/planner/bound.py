@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.metrics import FloatArray, as_load
-from evenmoe.planner._bound import lower_bounds
+from evenmoe.planner._bound import lower_bounds, scratch
 from evenmoe.planner._exact import improve
 from evenmoe.planner._groups import MOST_PACKINGS, all_packings, best_packings, count_packings
 from evenmoe.planner._shape import Shape, check_shape
@@ -55,8 +55,8 @@ def lower_bound(
        heaviest of n companions, beside at least the lightest of the n, is within T.
     5. *Exhaustion.* Up to 24 slots, caps just above the bound are searched exhaustively; one without a placement
        is a bound, and the best placement below a cap is the optimum.
-    6. *Nodes.* Each node is a problem of its own, with its groups, G / nodes ranks and S / nodes slots. The bound is the
-       least over all packings of groups into nodes of the largest bound of a node. Where there are more than 20,000
+    6. *Nodes.* Each node is a problem of its own, with its groups, G / nodes ranks and S / nodes slots. The bound is
+       the least over all packings of groups into nodes of the largest bound of a node. Where there are more than 20,000
        packings: the heaviest group has the lightest others beside it, and the bound across nodes holds as well.
 
     Two ranks of two slots: expert 0 alone has 6 of 8 tokens, but two ranks can halve it; without a spare slot it cannot
@@ -82,8 +82,8 @@ def _floors(load: FloatArray, num_ranks: int, num_slots: int) -> FloatArray:
     """Tokens (n,) that the busiest rank of each row cannot undercut."""
     width = num_slots // num_ranks
     loads = -np.sort(-load, axis=1)
-    floors = np.empty(len(loads))
-    lower_bounds(loads, num_ranks, width, floors)
+    floors = np.full(len(loads), np.inf)
+    lower_bounds(loads, num_ranks, width, scratch(load.shape[1], num_slots), floors)
     if num_slots <= SMALL_SLOTS and 1 < width < load.shape[1]:
         slots = np.empty((num_ranks, width), np.int64)
         for row in np.flatnonzero(floors > 0):

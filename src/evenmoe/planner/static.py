@@ -7,7 +7,8 @@ import numpy.typing as npt
 
 from evenmoe.metrics import FloatArray
 from evenmoe.placement import IntArray
-from evenmoe.planner._bound import lower_bounds, may_be_within
+from evenmoe.planner import _bound, _search
+from evenmoe.planner._bound import lower_bounds
 from evenmoe.planner._exact import improve
 from evenmoe.planner._greedy import pack_layers
 from evenmoe.planner._search import even_layers, refine
@@ -16,6 +17,8 @@ from evenmoe.planner._search import even_layers, refine
 NEAR = 3e-4
 # Beyond this, a layer is worth a longer search: of DeepSeek-V3's shape on Zipf loads no layer is.
 FAR = 5e-4
+# Two sums of the same tokens in different order differ by less; nearer than this is the same.
+EXACT = 1e-9
 # Replicas changed in a longer search, over the slots: 50 to 400 tries, 1-4 ms a layer on every shape measured.
 EFFORT = 20_000
 # Slots up to which the exhaustive search proves an optimum in 3 million nodes, 0.1 s (16 experts on 8 ranks of 3
@@ -61,23 +64,28 @@ def plan_peaks(
     pack_layers(np.ascontiguousarray(load), order, slots)
     loads = np.take_along_axis(load, order, axis=1)
     peaks = np.empty(num_layers)
-    even_layers(loads, NEAR, slots, peaks)
+    even_layers(loads, NEAR, _search.scratch(num_experts, num_ranks, width), slots, peaks)
     wanted = mean if enough is None else np.maximum(mean, enough)
-    for layer in np.flatnonzero(peaks > wanted * (1 + FAR)):
-        peaks[layer] = _search_on(loads[layer], slots[layer], float(peaks[layer]), float(wanted[layer]), seed)
+    far = EXACT if num_slots <= PROVABLE else FAR
+    for layer in np.flatnonzero(peaks > wanted * (1 + far)):
+        peaks[layer] = _search_on(loads[layer], slots[layer], float(peaks[layer]), float(wanted[layer]), far, seed)
     return np.take_along_axis(order, slots.reshape(num_layers, num_slots), axis=1).astype(np.int32), peaks
 
 
-def _search_on(loads: FloatArray, slots: npt.NDArray[np.int64], peak: float, wanted: float, seed: int) -> float:
+def _search_on(
+    loads: FloatArray, slots: npt.NDArray[np.int64], peak: float, wanted: float, far: float, seed: int
+) -> float:
     """Improve `slots` (G, width) of one difficult layer in place; return the tokens of its busiest rank."""
     num_ranks, width = slots.shape
-    if not may_be_within(loads, num_ranks, width, peak / (1 + FAR)):
+    floor = np.array([peak / (1 + far)])
+    lower_bounds(loads[None], num_ranks, width, _bound.scratch(loads.size, slots.size), floor)
+    if floor[0] >= peak / (1 + far):
         return peak
-    floor = np.empty(1)
-    lower_bounds(loads[None], num_ranks, width, floor)
     tries = 20 if slots.size <= PROVABLE else min(max(EFFORT // slots.size, 50), 400)
-    peak = refine(loads, max(floor[0], wanted) * (1 + NEAR), tries, seed, slots)
-    if slots.size <= SMALL and peak > wanted:
+    random = np.array([(seed * 0x9E3779B97F4A7C15 + 0x2545F4914F6CDD1D) % 2**64 or 1], np.uint64)  # spread small seeds
+    goal = max(floor[0], wanted) * (1 + NEAR)
+    peak = refine(loads, goal, tries, random, _search.scratch(loads.size, *slots.shape), slots)
+    if slots.size <= SMALL and peak > wanted * (1 + far):
         nodes = 3_000_000 if slots.size <= PROVABLE else 300_000
         peak, _ = improve(loads, floor[0], peak, nodes, slots)
     return peak
