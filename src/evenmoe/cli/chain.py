@@ -12,7 +12,7 @@ import torch
 
 import evenmoe as em
 from evenmoe.cli.ranks import run_world
-from evenmoe.reference.dense import Experts, dense_add_rms_norm, dense_moe, make_experts
+from evenmoe.reference.dense import FP32, Experts, dense_add_rms_norm, dense_moe, make_experts
 from evenmoe.transport.world import Rank
 
 NORM_EPS = 1e-6
@@ -114,6 +114,7 @@ def expect(layer: Layer) -> Expected:
     total, bound = dense_moe(x, topk_ids, scales, layer.experts, shards=layer.tp_size)
     hidden = layer.x.shape[-1]
     total = total + layer.shared.reshape(-1, hidden).double()
+    bound = bound + 2 * FP32 * (total.abs() + bound)  # its float32 sum, doubled for the higher terms
     return Expected(*dense_add_rms_norm(total, bound, layer.residual.reshape(-1, hidden), layer.gamma, NORM_EPS))
 
 
