@@ -45,9 +45,9 @@ def dense_moe(
     Returns:
         float64 (T, H) sums; float64 (T, H) bounds on |chain − sum|, before the chain's last rounding.
 
-    The bound, elementwise, with u = 2⁻⁸ and v = 2⁻²⁴, |·| taken of every factor, and n·v for a float32 sum of n
-    exact products in any order (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.5, with
-    n·v < 0.01 absorbed by the factor 1.01):
+    The bound, elementwise and as long as nothing overflows or underflows, with u = 2⁻⁸ and v = 2⁻²⁴, |·| taken of
+    every factor, and n·v for a float32 sum of n exact products in any order (Higham, Accuracy and Stability of
+    Numerical Algorithms, 2nd ed., eq. 3.5; for n·v < 0.005 the factor 1.01 absorbs the higher terms, u·n·v too):
         inner:  δh ≤ u·|h| + 1.01·H·v·|up|·|x|          (relu does not enlarge it, nor does it round)
         part:   δp ≤ |down|·δh + 1.01·F·v·|down|·(|h| + δh) + u·(|p| + |down|·δh)
         shards: δy ≤ Σ δp + (shards > 1)·u·(|y| + Σ δp)
