@@ -95,7 +95,7 @@ def specs(draw: st.DrawFn, ep: int | None = None, tp: int | None = None, elastic
         top_k=draw(st.integers(1, min(6, moe_ranks * experts_per_rank + sum(virtual)))),
         hidden=draw(st.sampled_from([1, 3, 8, 17, 24])),
         dtype=draw(st.sampled_from(list(DTYPES))),
-        max_bs=draw(st.integers(0, 6)),
+        max_bs=draw(st.sampled_from([1, 2, 3, 4, 5, 6, 0])),
         sizes=draw(st.sampled_from(["equal", "unequal", "one"])) if mask == "none" else "equal",
         mask=mask,
         hot=draw(st.booleans()),
