@@ -74,9 +74,9 @@ NEGATIVE = [
     ({"const_expert_num": -1}, 561002, "const_expert_num", "must be at least 0"),
 ]
 MINUS_ONE = [
-    ({"zero_expert_num": -1}, 561002, "zero_expert_num", "must not be -1"),
-    ({"copy_expert_num": -1}, 561002, "copy_expert_num", "must not be -1"),
-    ({"const_expert_num": -1}, 561002, "const_expert_num", "must not be -1"),
+    ({"zero_expert_num": -1}, 561002, "zero_expert_num", "is -1: it must not be -1"),
+    ({"copy_expert_num": -1}, 561002, "copy_expert_num", "is -1: it must not be -1"),
+    ({"const_expert_num": -1}, 561002, "const_expert_num", "is -1: it must not be -1"),
 ]
 ATTRIBUTES = [
     ({"zero_expert_num": INT32_MAX, "moe_expert_num": 16}, 561002, "moe_expert_num", f"at most {INT32_MAX}"),
@@ -178,7 +178,9 @@ CONSISTENCY = [
     ({"global_bs": 65}, 561002, "global_bs", "multiple of ep_world_size 8"),
     ({"global_bs": 72, "x_active_mask": VALID["x_active_mask"]}, 561002, "x_active_mask", "with global_bs 72"),
     ({"ori_x": None, "copy_expert_num": 1}, 561002, "ori_x", "must be given for copy and const experts"),
-    ({"ori_x": None, "const_expert_num": 3}, 561002, "ori_x", "must be given for copy and const experts"),
+    ({"ori_x": None, "copy_expert_num": 1, "const_expert_num": 0}, 561002, "ori_x", "given for copy and const experts"),
+    ({"ori_x": None, "copy_expert_num": 0, "const_expert_num": 1}, 561002, "ori_x", "given for copy and const experts"),
+    ({"const_expert_alpha_1": None, "const_expert_num": 1}, 561002, "const_expert_alpha_1", "given for const experts"),
     ({"const_expert_alpha_1": None, "const_expert_num": 3}, 561002, "const_expert_alpha_1", "given for const experts"),
     ({"const_expert_alpha_2": None, "const_expert_num": 3}, 561002, "const_expert_alpha_2", "given for const experts"),
     ({"const_expert_v": None, "const_expert_num": 3}, 561002, "const_expert_v", "given for const experts"),
@@ -456,3 +458,4 @@ def test_the_signature_shows_the_documented_arguments_and_defaults():
     assert combine["shared_expert_num"].default == 1
     assert combine["x_out"].default is ALLOCATED
     assert combine["tp_send_counts"].default is None
+    assert [combine[name].default for name in ("out_dtype", "comm_quant_mode", "group_list_type")] == [0, 0, 0]

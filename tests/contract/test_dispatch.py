@@ -93,7 +93,7 @@ VIOLATIONS = [
     ({"expert_token_nums_type": 2}, 561002, "expert_token_nums_type", "must be 0 or 1"),
     ({"comm_alg": "hierarchy"}, 561002, "comm_alg", 'is \'hierarchy\': it must be "", "fullmesh_v1"'),
     # static quant, scales
-    ({"quant_mode": 1}, 561002, "quant_mode", "static quantisation is not supported"),
+    ({"quant_mode": 1}, 561002, "quant_mode", "is 1: it must be 0 or 2, static quantisation is not supported"),
     ({"quant_mode": 0, "scales": VALID["scales"]}, 561002, "scales", "must be None under quant_mode 0"),
     # tensor ranks
     ({"x": TensorSpec((8, 1, 1024), "bfloat16")}, 561002, "x", r"must be 2-D, \(tokens, hidden\)"),
@@ -207,6 +207,15 @@ def test_the_documented_order(earlier_wins):
     earlier_wins(check_dispatch, VALID, VIOLATIONS)
 
 
+OUTPUTS = (
+    "expand_x",
+    "dynamic_scales",
+    "assist_info_for_combine",
+    "expert_token_nums",
+    "ep_recv_counts",
+    "tp_recv_counts",
+    "expand_scales",
+)
 ACCEPTED = [
     {},
     {"x.dtype": "float16"},
@@ -276,19 +285,29 @@ def test_full_mesh_v2_is_accepted_at_its_edge():
     assert layout.capacity == 4096
 
 
-def test_full_mesh_v2_blocks_carry_480_bytes():
-    """H = 7168: 14380 bytes are 29 blocks of 512 when full, but 30 of 480."""
+@pytest.mark.parametrize(
+    ("hidden", "comm_alg", "sent", "returned"),
+    [
+        (3104, "", 13 * 512, 13 * 512),  # 2·3104 + 44 = 6252 bytes: 13 blocks of 512
+        (3104, "fullmesh_v2", 14 * 512, 13 * 512),  # but 14 when a block carries 480
+        (1249, "", 6 * 512, 5 * 512),  # 2498 bytes, rounded up to a multiple of 32, + 44 = 2572
+    ],
+)
+def test_the_buffer_of_each_transport(hidden, comm_alg, sent, returned):
+    """Two ranks of one expert, one token each to one expert (§2.2)."""
     call = {
-        "x": TensorSpec((1, 7168), "float16"),
+        "x": TensorSpec((1, hidden), "float16"),
         "expert_ids": TensorSpec((1, 1), "int32"),
         "group_ep": "ep",
         "ep_world_size": 2,
         "ep_rank_id": 0,
         "moe_expert_num": 2,
+        "comm_alg": comm_alg,
     }
-    check_dispatch(**call, hccl_buffer_bytes=2 * (29 * 512 * 2 + 14336))
-    with pytest.raises(ConstraintError, match=f"at least {2 * (30 * 512 * 2 + 14336)} "):
-        check_dispatch(**call, comm_alg="fullmesh_v2", hccl_buffer_bytes=2 * (29 * 512 * 2 + 14336))
+    need = 2 * (sent * 2 + returned)
+    check_dispatch(**call, hccl_buffer_bytes=need)
+    with pytest.raises(ConstraintError, match=f"at least {need} for the EP group"):
+        check_dispatch(**call, hccl_buffer_bytes=need - 1)
 
 
 # The world of the operator's first page (§7): 8 EP ranks of one expert, two TP ranks, 8 tokens each to 3 experts.
@@ -321,8 +340,8 @@ def test_the_demo_of_the_first_page_is_accepted_and_allocated_alike():
     layout = check_dispatch(**DEMO)
     assert layout.capacity == 64
     inferred = infer_dispatch(layout, "bfloat16", 0)
-    assert inferred == {name: DEMO[name] for name in inferred}
-    assert len(inferred) == 7
+    assert inferred == {name: DEMO[name] for name in OUTPUTS}
+    assert tuple(inferred) == OUTPUTS
 
 
 @pytest.mark.parametrize(
@@ -340,7 +359,12 @@ def test_the_demo_of_the_first_page_is_accepted_and_allocated_alike():
             "at least 128",
         ),
         # td = al(14336 + 44, 512) = 14848, tc = 14336: EP 2·(8·14848·8 + 8·14336·3) = 2588672 < TP 2·64·(td + tc).
-        ({"hccl_buffer_bytes": 3735551}, 561002, "hccl_buffer_bytes", "at least 3735552 for the TP group"),
+        (
+            {"hccl_buffer_bytes": 3735551},
+            561002,
+            "hccl_buffer_bytes",
+            "at least 3735552 for the TP group; use HCCL_BUFFSIZE 4 ",
+        ),
         ({"hccl_buffer_bytes": 2588671}, 561002, "hccl_buffer_bytes", "at least 2588672 for the EP group"),
     ],
     ids=lambda v: v[2],
@@ -379,6 +403,8 @@ def test_a_shared_rank_has_its_own_sizes(refuses):
         ({"ep_recv_counts.0": 7}, 561002, "ep_recv_counts", "at least 8"),
         ({"expert_token_nums.0": 2}, 561002, "expert_token_nums", r"\(1,\)"),
         ({"scales.0": 8}, 561002, "scales", r"\(10, 1024\)"),
+        # td = 2560, tc = 2048 as above: 2·(3·2560·8·2 + 3·2048·(2 + 2)); rows return to K + Sn places.
+        ({"hccl_buffer_bytes": 294911}, 561002, "hccl_buffer_bytes", "at least 294912 "),
         # The same outputs on a MoE rank: A = 24·min(2, 2) = 48.
         ({"ep_rank_id": 4}, 561002, "expand_x", "at least 48"),
         # elastic_info: the larger of both kinds, on every rank (§2.4).
@@ -447,19 +473,26 @@ def test_float32_comes_back_as_float32():
 def test_the_signature_shows_the_documented_arguments_and_defaults():
     parameters = inspect.signature(check_dispatch).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items()}
-    assert defaults["shared_expert_num"] == 1
-    assert defaults["expert_token_nums_type"] == 1
-    assert defaults["comm_alg"] == ""
-    assert defaults["expand_x"] is ALLOCATED
-    assert defaults["limits"] is ATLAS_A3
-    assert all(
-        defaults[name] == 0
-        for name in (
-            "tp_world_size",
-            "tp_rank_id",
-            "shared_expert_rank_num",
-            "quant_mode",
-            "global_bs",
-            "zero_expert_num",
-        )
+    required = {"x", "expert_ids", "group_ep", "ep_world_size", "ep_rank_id", "moe_expert_num"}
+    assert {name for name, default in defaults.items() if default is inspect.Parameter.empty} == required
+    tensors = ("scales", "x_active_mask", "expert_scales", "elastic_info", "performance_info", "hccl_buffer_bytes")
+    attributes = {
+        "shared_expert_num": 1,
+        "expert_token_nums_type": 1,
+        "comm_alg": "",
+        "group_tp": "",
+        "limits": ATLAS_A3,
+    }
+    zeros = (
+        "tp_world_size",
+        "tp_rank_id",
+        "expert_shard_type",
+        "shared_expert_rank_num",
+        "quant_mode",
+        "global_bs",
+        "zero_expert_num",
+        "copy_expert_num",
+        "const_expert_num",
     )
+    expected = dict.fromkeys(tensors) | dict.fromkeys(OUTPUTS, ALLOCATED) | dict.fromkeys(zeros, 0) | attributes
+    assert {name: default for name, default in defaults.items() if name not in required} == expected

@@ -19,6 +19,8 @@ def test_the_worked_example_with_one_shared_rank():
     assert [layout.is_shared for layout in layouts] == [True, False, False, False]
     assert [layout.local_experts for layout in layouts] == [1, 2, 2, 2]
     assert [layout.capacity for layout in layouts] == [8, 16, 16, 16]
+    assert [layout.expand_x_rows for layout in layouts] == [8, 16, 16, 16]
+    assert [layout.dynamic_scales_length for layout in layouts] == [8, 16, 16, 16]
     assert [layout.ep_recv_counts_length for layout in layouts] == [4, 8, 8, 8]
     assert [layout.expert_token_nums_length for layout in layouts] == [1, 2, 2, 2]
     assert [layouts[3].rank_of_expert(expert) for expert in range(6)] == [1, 1, 2, 2, 3, 3]
@@ -171,11 +173,12 @@ def elastic_info(ep=4, shared=2, experts=4, table1=(0, 1, 2, -1, 3), table2=(0, 
         (elastic_info(ep=0), 0, "is epNew 0: it must leave 1 to 5 ranks"),
         (elastic_info(ep=6), 0, "is epNew 6: it must leave 1 to 5 ranks"),
         (elastic_info(shared=-1), 0, "is SrNew -1 of epNew 4: it must leave at least one rank for MoE experts"),
-        (elastic_info(shared=4), 0, "is SrNew 4 of epNew 4"),
+        (elastic_info(shared=4), 0, "is SrNew 4 of epNew 4: .* use 0 to 3"),
         (elastic_info(shared=0), 0, "is SrNew 0: it must leave each of the 1 shared experts equally many ranks"),
         (elastic_info(experts=0), 0, "is MNew 0: it must be at least 1 and divide by the 2 ranks"),
         (elastic_info(experts=5), 0, "is MNew 5: .* use a multiple of 2"),
         (elastic_info(experts=6), 0, "is MNew 6: it must leave at most 2 experts per rank, .* use at most 4"),
+        (elastic_info(ep=5, experts=9), 0, "is MNew 9: .* use at most 6"),
         (elastic_info(table2=(0, 1, 2, 5, -1)), 0, r"is table2\[3\] = 5: it must name an old rank, 0 to 4"),
         (elastic_info(table2=(0, 1, -1, 4, -1)), 0, r"is table2\[2\] = -1: it must name an old rank"),
         (elastic_info(table2=(0, 1, 3, 4, -1)), 0, r"is table2\[2\] = 3 but table1\[3\] = -1: .* set table1\[3\] to 2"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
 from evenmoe.contract.limits import ATLAS_A3, LAPTOP, UNLIMITED
@@ -203,6 +205,17 @@ def test_only_unlimited_takes_more_than_the_chip():
         check_update_expert(**call, limits=UNLIMITED)
         with pytest.raises(ConstraintError, match='limits="unlimited"'):
             check_update_expert(**call, limits=LAPTOP)
+
+
+def test_rank_and_world_must_be_said_by_rank():
+    """Their defaults are -1 (§1.2), which only mode 1 takes."""
+    parameters = inspect.signature(check_update_expert).parameters
+    defaults = [parameters[name].default for name in ("local_rank_id", "world_size", "balance_mode")]
+    assert defaults == [-1, -1, 0]
+    ids, table = TensorSpec((4, 1), "int32"), TensorSpec((4, 2), "int32")
+    check_update_expert(expert_ids=ids, eplb_table=table, balance_mode=1)
+    with pytest.raises(ConstraintError, match="`world_size` is -1"):
+        check_update_expert(expert_ids=ids, eplb_table=table)
 
 
 def test_inference_looks_at_nothing_but_the_dims():

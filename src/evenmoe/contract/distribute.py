@@ -76,9 +76,9 @@ class DistributeCall:
     const_expert_num: int = 0
     hccl_buffer_bytes: int | None = None
     limits: Limits = ATLAS_A3
-    tokens: int = field(init=False, default=0)
-    hidden: int = field(init=False, default=0)
-    top_k: int = field(init=False, default=0)
+    tokens: int = field(init=False)
+    hidden: int = field(init=False)
+    top_k: int = field(init=False)
     layout: Layout = field(init=False)
 
     @property
