@@ -11,7 +11,7 @@ from evenmoe.placement import Placement
 def random_placement(rng: np.random.Generator, layers: int, experts: int, ranks: int, per_rank: int) -> Placement:
     """Every expert somewhere, the other slots at random, the replicas of an expert in any order in its table row."""
     slots = ranks * per_rank
-    held = np.array([rng.permutation([*range(experts), *rng.integers(0, experts, slots - experts)])] * layers)
+    held = np.array([[*range(experts), *rng.integers(0, experts, slots - experts)] for _ in range(layers)])
     held = rng.permuted(held, axis=1)
     order = np.zeros_like(held)
     for layer, expert in np.ndindex(layers, experts):
