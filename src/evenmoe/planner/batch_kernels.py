@@ -1,0 +1,352 @@
+"""The compiled part of planning for the `batch` rule: peaks after the best splits, and moves worth trying.
+
+Loads are in units of the mean rank load, so 1.0 is the peak that nothing can beat. N scenarios, E experts, G ranks with
+n slots each. A set of ranks is *closed* if the experts with tokens on it have no host outside it: however a batch is
+split, its busiest rank has at least the set's mean. The best split's peak is the largest such mean (max-flow min-cut),
+and the ranks that the busiest ones can still send tokens to are a set that attains it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+# A peak counts as the best once no rank that the busiest can send to is emptier by more than this.
+_TOLERANCE = 2e-4
+# Sweeps of water-filling before levelling, and rounds of that at most: a split that needs more stays above its best.
+_SWEEPS = 3
+_ROUNDS = 100
+
+
+@njit(cache=True, nogil=True)
+def _hosts(held, num_experts):
+    """The experts with a choice of rank, as rows of hosts.
+
+    Returns:
+        row_of: int64 (E,), the row of each expert, or −1 if one rank holds it.
+        first: int64 (R + 1,), the hosts of row r are first[r] … first[r + 1] − 1.
+        rank_of, row_of_host: int64 (H,), the rank and the row of each host.
+        first_at: int64 (G + 1,) and at: int64 (H,), the hosts on each rank.
+    """
+    num_ranks, width = held.shape
+    count = np.zeros(num_experts, np.int64)
+    last = np.full(num_experts, -1, np.int64)
+    for rank in range(num_ranks):
+        for slot in range(width):
+            expert = held[rank, slot]
+            if last[expert] != rank:
+                last[expert] = rank
+                count[expert] += 1
+    row_of = np.full(num_experts, -1, np.int64)
+    first = np.zeros(held.size + 1, np.int64)
+    rows = 0
+    for expert in range(num_experts):
+        if count[expert] > 1:
+            row_of[expert] = rows
+            first[rows + 1] = first[rows] + count[expert]
+            rows += 1
+    rank_of = np.empty(first[rows], np.int64)
+    row_of_host = np.empty(first[rows], np.int64)
+    first_at = np.zeros(num_ranks + 1, np.int64)
+    at = np.empty(first[rows], np.int64)
+    filled = first.copy()
+    hosts = 0
+    for rank in range(num_ranks):
+        for slot in range(width):
+            row = row_of[held[rank, slot]]
+            if row >= 0 and (filled[row] == first[row] or rank_of[filled[row] - 1] != rank):
+                host = filled[row]
+                rank_of[host] = rank
+                row_of_host[host] = row
+                at[hosts] = host
+                filled[row] += 1
+                hosts += 1
+        first_at[rank + 1] = hosts
+    return row_of, first[: rows + 1], rank_of, row_of_host, first_at, at
+
+
+@njit(cache=True, nogil=True)
+def _pour(begin, end, rank_of, flow, load):
+    """Take one expert's tokens away and pour them back onto its hosts up to a common level."""
+    tokens = 0.0
+    total = 0.0
+    for host in range(begin, end):
+        tokens += flow[host]
+        load[rank_of[host]] -= flow[host]
+        total += load[rank_of[host]]
+    count = end - begin
+    level = (total + tokens) / count
+    while True:
+        kept = 0
+        total = tokens
+        for host in range(begin, end):
+            if load[rank_of[host]] < level:
+                kept += 1
+                total += load[rank_of[host]]
+        if kept >= count or kept == 0:
+            break
+        count = kept
+        level = total / count
+    for host in range(begin, end):
+        flow[host] = max(level - load[rank_of[host]], 0.0)
+        load[rank_of[host]] += flow[host]
+
+
+@njit(cache=True, nogil=True)
+def _spread(first, rank_of, row_of_host, first_at, at, flow, load, closed, queue, via):
+    """Mark in `closed` the ranks that the busiest can send tokens to; returns how many they are.
+
+    `queue` lists them, nearest first; via[rank] is the host that gives and the host that takes on the last step to it.
+    """
+    seen = np.zeros(first.size, np.bool_)
+    peak = load.max()
+    size = 0
+    for rank in range(load.size):
+        closed[rank] = load[rank] >= peak - 0.5 * _TOLERANCE
+        if closed[rank]:
+            via[rank, 0] = -1
+            queue[size] = rank
+            size += 1
+    head = 0
+    while head < size:
+        rank = queue[head]
+        head += 1
+        for i in range(first_at[rank], first_at[rank + 1]):
+            give = at[i]
+            row = row_of_host[give]
+            if seen[row] or flow[give] < 1e-7:
+                continue
+            seen[row] = True
+            for take in range(first[row], first[row + 1]):
+                if not closed[rank_of[take]]:
+                    closed[rank_of[take]] = True
+                    via[rank_of[take], 0] = give
+                    via[rank_of[take], 1] = take
+                    queue[size] = rank_of[take]
+                    size += 1
+    return size
+
+
+@njit(cache=True, nogil=True)
+def _settle(first, rank_of, row_of_host, first_at, at, flow, load, closed, queue, via):
+    """Lower the peak of one scenario to its best, starting from any split; returns it."""
+    for _ in range(_SWEEPS):
+        for row in range(first.size - 1):
+            _pour(first[row], first[row + 1], rank_of, flow, load)
+        if load.max() < 1.0 + _TOLERANCE:
+            closed[:] = True
+            return max(load.max(), 1.0)
+    for _ in range(_ROUNDS):
+        size = _spread(first, rank_of, row_of_host, first_at, at, flow, load, closed, queue, via)
+        goal = 0.0
+        low = load[queue[0]]
+        for i in range(size):
+            goal += load[queue[i]]
+            low = min(low, load[queue[i]])
+        if low >= load.max() - _TOLERANCE:
+            return load.max()
+        goal /= size
+        for i in range(size - 1, -1, -1):
+            rank = queue[i]
+            give, take = via[rank]
+            if give >= 0:
+                amount = min(max(load[rank] - goal, -flow[give]), flow[take])
+                flow[take] -= amount
+                flow[give] += amount
+                load[rank] -= amount
+                load[rank_of[give]] += amount
+        for row in range(first.size - 1):
+            _pour(first[row], first[row + 1], rank_of, flow, load)
+    return load.max()
+
+
+@njit(cache=True, nogil=True)
+def evaluate(held, tokens, limit):
+    """Peak of every scenario after its best split.
+
+    Args:
+        held: int64 (G, n), the expert in each slot.
+        tokens: float64 (N, E), mean rank load 1 in every scenario.
+        limit: stop as soon as the sum of the peaks must exceed this.
+
+    Returns:
+        total: the sum of the peaks, or infinity if stopped.
+        peaks: float64 (N,).
+        closed: bool (N, G), a set of ranks whose mean is the peak; all of them where the peak is 1.
+        load: float64 (N, G), rank loads after the split; those below the peak are not minimised.
+    """
+    num_scenarios = tokens.shape[0]
+    num_ranks, width = held.shape
+    row_of, first, rank_of, row_of_host, first_at, at = _hosts(held, tokens.shape[1])
+    load = np.zeros((num_scenarios, num_ranks))
+    closed = np.ones((num_scenarios, num_ranks), np.bool_)
+    peaks = np.ones(num_scenarios)
+    flow = np.empty(rank_of.size)
+    queue = np.empty(num_ranks, np.int64)
+    via = np.empty((num_ranks, 2), np.int64)
+    total = 0.0
+    for scenario in range(num_scenarios):
+        here = load[scenario]
+        for rank in range(num_ranks):
+            for slot in range(width):
+                if row_of[held[rank, slot]] < 0:
+                    here[rank] += tokens[scenario, held[rank, slot]]
+            for i in range(first_at[rank], first_at[rank + 1]):
+                flow[at[i]] = 0.0
+        for rank in range(num_ranks):
+            for slot in range(width):
+                row = row_of[held[rank, slot]]
+                if row >= 0:
+                    flow[first[row]] = tokens[scenario, held[rank, slot]]
+        for row in range(first.size - 1):
+            here[rank_of[first[row]]] += flow[first[row]]
+        peaks[scenario] = _settle(first, rank_of, row_of_host, first_at, at, flow, here, closed[scenario], queue, via)
+        total += peaks[scenario]
+        if total + (num_scenarios - 1 - scenario) > limit:
+            return np.inf, peaks, closed, load
+    return total, peaks, closed, load
+
+
+@njit(cache=True, nogil=True)
+def _cut(held, tokens, closed, load):
+    """What a move's bound is made of.
+
+    Returns:
+        hosts: int64 (E,), the ranks that hold each expert.
+        outside: int64 (E, N), how many of them are not in the scenario's closed set.
+        fixed: float64 (G, N), tokens of experts that only this rank holds.
+        cut: float64 (2, N), load and size of the closed set.
+    """
+    num_experts, num_scenarios = tokens.shape
+    num_ranks, width = held.shape
+    hosts = np.zeros(num_experts, np.int64)
+    outside = np.zeros((num_experts, num_scenarios), np.int64)
+    fixed = np.zeros((num_ranks, num_scenarios))
+    cut = np.zeros((2, num_scenarios))
+    for rank in range(num_ranks):
+        for slot in range(width):
+            hosts[held[rank, slot]] += 1
+            for s in range(num_scenarios):
+                outside[held[rank, slot], s] += not closed[s, rank]
+    for rank in range(num_ranks):
+        for slot in range(width):
+            if hosts[held[rank, slot]] == 1:
+                for s in range(num_scenarios):
+                    fixed[rank, s] += tokens[held[rank, slot], s]
+        for s in range(num_scenarios):
+            if closed[s, rank]:
+                cut[0, s] += load[s, rank]
+                cut[1, s] += 1.0
+    return hosts, outside, fixed, cut
+
+
+@njit(cache=True, nogil=True)
+def _bound_of_swap(a, b, i, j, tokens, closed, hosts, outside, fixed, cut, limit):
+    """Lower bound on the sum of the peaks when rank i gives expert a to rank j for expert b; stops above `limit`."""
+    total = float(cut.shape[1])
+    for s in range(cut.shape[1]):
+        inside = cut[0, s]
+        of_i, of_j = fixed[i, s], fixed[j, s]
+        if hosts[a] == 1:
+            of_i -= tokens[a, s]
+            of_j += tokens[a, s]
+        if hosts[b] == 1:
+            of_i += tokens[b, s]
+            of_j -= tokens[b, s]
+        if closed[s, i] and not closed[s, j]:
+            inside -= tokens[a, s] if outside[a, s] == 0 else 0.0
+            inside += tokens[b, s] if outside[b, s] == 1 else 0.0
+        elif closed[s, j] and not closed[s, i]:
+            inside += tokens[a, s] if outside[a, s] == 1 else 0.0
+            inside -= tokens[b, s] if outside[b, s] == 0 else 0.0
+        total += max(1.0, inside / cut[1, s], of_i, of_j) - 1.0
+        if total > limit:
+            break
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _bound_of_change(a, b, i, j, tokens, closed, hosts, outside, fixed, cut, limit):
+    """Lower bound on the sum of the peaks when rank j holds expert a, which rank i holds too, in the place of b."""
+    total = float(cut.shape[1])
+    for s in range(cut.shape[1]):
+        inside = cut[0, s]
+        of_i = fixed[i, s]
+        if hosts[a] == 1:
+            of_i -= tokens[a, s]
+        if closed[s, j]:
+            inside -= tokens[b, s] if outside[b, s] == 0 and hosts[b] == 1 else 0.0
+        else:
+            inside -= tokens[a, s] if outside[a, s] == 0 else 0.0
+            inside += tokens[b, s] if outside[b, s] == 1 else 0.0
+        total += max(1.0, inside / cut[1, s], of_i) - 1.0
+        if total > limit:
+            break
+    return total
+
+
+@njit(cache=True, nogil=True)
+def candidates(held, tokens, closed, load, kept, hot, copies, price, limit, moves):
+    """Moves that may lower the peaks where rank `hot` is among the busiest, the most promising first.
+
+    Args:
+        held: int64 (G, n).
+        tokens: float64 (E, N), one row per expert.
+        closed, load: of `evaluate` for `held`.
+        kept: bool (G, E), experts that cost no copy on a rank.
+        hot: the rank.
+        copies: copies that may be spent.
+        price: what a copy must gain, in the sum of the peaks.
+        limit: the sum of the peaks that a move has to get below.
+        moves: int64 (M, 5), filled with rows (slot of `hot`, other rank, its slot, whether `hot` keeps its expert,
+            copies): the two slots are exchanged, or the other rank's becomes a replica of `hot`'s.
+
+    Returns:
+        The number of moves found.
+    """
+    num_ranks, width = held.shape
+    hosts, outside, fixed, cut = _cut(held, tokens, closed, load)
+    has = np.zeros((num_ranks, hosts.size), np.bool_)
+    for rank in range(num_ranks):
+        for slot in range(width):
+            has[rank, held[rank, slot]] = True
+    bounds = np.full(moves.shape[0], limit)
+    found = 0
+    for mine in range(width):
+        a = held[hot, mine]
+        for rank in range(num_ranks):
+            if has[rank, a]:
+                continue
+            for theirs in range(width):
+                b = held[rank, theirs]
+                for keeps in range(2):
+                    cost = np.int64(kept[rank, b]) - np.int64(kept[rank, a])
+                    if keeps == 0:
+                        cost += np.int64(kept[hot, a]) - np.int64(kept[hot, b])
+                        if has[hot, b]:
+                            continue
+                    elif hosts[b] == 1:
+                        continue
+                    if cost > copies:
+                        continue
+                    fee = price * max(cost, 0)
+                    below = bounds[-1] - fee
+                    if keeps == 0:
+                        bound = _bound_of_swap(a, b, hot, rank, tokens, closed, hosts, outside, fixed, cut, below)
+                    else:
+                        bound = _bound_of_change(a, b, hot, rank, tokens, closed, hosts, outside, fixed, cut, below)
+                    if bound >= below:
+                        continue
+                    place = min(found, moves.shape[0] - 1)
+                    found = min(found + 1, moves.shape[0])
+                    while place > 0 and bounds[place - 1] > bound + fee:
+                        bounds[place] = bounds[place - 1]
+                        moves[place] = moves[place - 1]
+                        place -= 1
+                    bounds[place] = bound + fee
+                    moves[place, 0] = mine
+                    moves[place, 1] = rank
+                    moves[place, 2] = theirs
+                    moves[place, 3] = keeps
+                    moves[place, 4] = cost
+    return found
