@@ -19,6 +19,7 @@ from evenmoe.ascend.cann.memory import Memory, check_copy
 from evenmoe.ascend.cann.refusals import refusal
 from evenmoe.ascend.cann.runtime import NUM_DEVICES, Runtime, check_out
 from evenmoe.ascend.cann.tensors import DTYPES, describe_tensor
+from evenmoe.ascend.executor import stage_one as stage_one_of_operator
 from evenmoe.ascend.status import AclError
 
 Answer = tuple[int, str | None, Sequence[int | str]]
@@ -79,11 +80,24 @@ def _end_everything() -> None:
 shutdown = _aclnn(_end_everything)
 
 
+def _warm_up() -> None:
+    """Call one operator, since torch imports 800 modules at the first call.
+
+    That is 2 s of CPU time, on an idle machine. It belongs into aclInit, not under the timeout of the first
+    synchronisation, nor into 16 streams' threads at once.
+    """
+    ids, table = torch.zeros((1, 1), dtype=torch.int32), torch.tensor([[1, 0]], dtype=torch.int32)
+    attributes = {"local_rank_id": 0, "world_size": 2, "balance_mode": 0}
+    tensors = {"expert_ids": ids, "eplb_table": table}
+    stage_one_of_operator("MoeEPLBUpdateExpert", tensors, attributes, {"balanced_expert_ids": ids.clone()}).run()
+
+
 def _init() -> None:
     global _initialized  # noqa: PLW0603  the C program's state is the process's
     if _initialized:
         code = refusals.ACL_REPEAT_INITIALIZE
         raise refusal(code, "aclInit", "called again", "must be called once", "call aclFinalize before")
+    _warm_up()
     _initialized = True
 
 
