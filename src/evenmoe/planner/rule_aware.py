@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from evenmoe.errors import ConstraintError
 from evenmoe.metrics import FloatArray
 from evenmoe.placement import Placement
@@ -35,11 +37,11 @@ def plan_for_rule(
         from evenmoe.planner.batch import plan_batch
 
         slots = plan_batch(load, num_ranks, num_slots, previous, max_copies, seed)
-        return Placement(slots, num_ranks, num_experts=load.shape[-1])
+        return _in_the_slots_of(previous, Placement(slots, num_ranks, num_experts=load.shape[-1]))
     if rule == "rank":
         from evenmoe.planner.rank_rule import plan_rank_rule
 
-        return plan_rank_rule(load, num_ranks, num_slots, previous, max_copies)
+        return _in_the_slots_of(previous, plan_rank_rule(load, num_ranks, num_slots, previous, max_copies))
     if rule in ("even", "token", "occurrence"):
         from evenmoe.planner.plan import plan  # which comes here only for the other rules
 
@@ -50,3 +52,21 @@ def plan_for_rule(
         'must be "even", "rank", "token", "occurrence" or "batch"',
         "use the rule that update_expert will be called with",
     )
+
+
+def _in_the_slots_of(previous: Placement | None, placement: Placement) -> Placement:
+    """The same placement with every expert that stays on its rank in the slot where it was."""
+    if previous is None:
+        return placement
+    slots, index = placement.slot_to_expert.copy(), placement.replica_index.copy()
+    width = placement.slots_per_rank
+    for layer in range(placement.num_layers):
+        before = previous.slot_to_expert[layer]
+        for slot in np.flatnonzero(slots[layer] != before):
+            rank = slice(slot // width * width, (slot // width + 1) * width)
+            there = np.flatnonzero((slots[layer, rank] == before[slot]) & (slots[layer, rank] != before[rank]))
+            if there.size:
+                pair, swapped = [slot, rank.start + there[0]], [rank.start + there[0], slot]
+                slots[layer, pair] = slots[layer, swapped]
+                index[layer, pair] = index[layer, swapped]
+    return Placement(slots, placement.num_ranks, num_experts=placement.num_experts, replica_index=index)
