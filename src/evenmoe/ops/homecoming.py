@@ -58,6 +58,13 @@ def bring_home(prepare: Callable[[], Layout], given: Mapping[str, Any]) -> tuple
 def _own_rows(layout: Layout, given: Mapping[str, Any]) -> int:
     """The last of this rank's own prefix sums (§3.3)."""
     last = layout.ep * layout.local_experts - 1
+    if last >= len(given["ep_send_counts"]):  # which the chip's own check lets through without TP (§3.2)
+        raise ConstraintError(
+            "ep_send_counts",
+            f"of length {len(given['ep_send_counts'])}",
+            f"must hold {last + 1} counts, one per local expert and source rank",
+            "pass the ep_recv_counts that dispatch returned",
+        )
     num_rows = int(given["ep_send_counts"][last])
     if not 0 <= num_rows <= min(layout.capacity, len(given["expand_x"])):
         raise ConstraintError(

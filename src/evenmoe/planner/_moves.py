@@ -38,7 +38,9 @@ class Walk(NamedTuple):
     more: npt.NDArray[np.float64]  # (E,) scratch: gain from one replica more, its new rank aside
     slot_share: npt.NDArray[np.float64]  # (T, S) scratch: `share` by slot
     slot_load: npt.NDArray[np.float64]  # (T, S) scratch: load over the level of each slot's rank
+    base: npt.NDArray[np.float64]  # (S,) scratch: excess of the busiest rank, -1 where there is nothing to swap
     gain: npt.NDArray[np.float64]  # (S,) scratch: drop of squared excess by slot to swap with
+    cost: npt.NDArray[np.int64]  # (S,) scratch: copies that the busiest rank's side of a swap adds
     change: npt.NDArray[np.float64]  # (G,) scratch: what a move adds to each rank
     move: npt.NDArray[np.int64]  # (3,) the move found: kind, slot, other slot or expert
 
@@ -87,6 +89,8 @@ def _new_walk(num_windows, num_experts, num_ranks, num_slots):
         np.zeros((num_windows, num_slots)),
         np.zeros((num_windows, num_slots)),
         np.zeros(num_slots),
+        np.zeros(num_slots),
+        np.zeros(num_slots, np.int64),
         np.zeros(num_ranks),
         np.zeros(3, np.int64),
     )
@@ -151,34 +155,40 @@ def _find_swap(walk, level):
     num_windows, num_ranks = walk.load.shape
     width = len(walk.slots) // num_ranks
     hot = walk.excess.argmax()
-    for other in range(len(walk.slots)):
-        for window in range(num_windows):
-            walk.slot_share[window, other] = walk.share[window, walk.slots[other]]
-            walk.slot_load[window, other] = walk.load[window, other // width] - level
-    best = 0.0
     gain = walk.gain
+    for other in range(len(gain)):
+        rank, theirs = other // width, walk.slots[other]
+        walk.cost[other] = _new(walk, hot, theirs) - _new(walk, rank, theirs)
+        # What the busiest rank has already is no exchange: never worth it.
+        walk.base[other] = walk.excess[hot] if rank != hot and not walk.held[hot, theirs] else -1.0
+        for window in range(num_windows):
+            walk.slot_share[window, other] = walk.share[window, theirs]
+            walk.slot_load[window, other] = walk.load[window, rank] - level
+    best, least = 0.0, NOISE
     for slot in range(hot * width, (hot + 1) * width):
         mine = walk.slots[slot]
-        gain[:] = 0.0
+        gain[:] = walk.base
         for window in range(num_windows):
             here, share = walk.load[window, hot] - level, walk.share[window, mine]
             # No branch, so that the compiler takes several slots at a time.
             for other in range(len(gain)):
                 there = walk.slot_load[window, other]
                 shift = share - walk.slot_share[window, other]
-                before, after, kept = max(there, 0.0), max(there + shift, 0.0), max(here - shift, 0.0)
-                gain[other] += before * before - after * after - kept * kept
-        for other in range(len(gain)):
-            drop = gain[other] + walk.excess[hot]
-            if drop <= max(best * FREE, NOISE):
+                after, kept = there + shift, here - shift
+                there = there if there > 0.0 else 0.0
+                after = after if after > 0.0 else 0.0
+                kept = kept if kept > 0.0 else 0.0
+                gain[other] += there * there - after * after - kept * kept
+        back = _new(walk, hot, mine)
+        for rank in range(num_ranks):
+            if walk.held[rank, mine]:
                 continue
-            rank, theirs = other // width, walk.slots[other]
-            if rank == hot or walk.held[hot, theirs] or walk.held[rank, mine]:
-                continue
-            cost = _new(walk, hot, theirs) + _new(walk, rank, mine) - _new(walk, hot, mine) - _new(walk, rank, theirs)
-            if drop > best * _price(cost):
-                best = drop / _price(cost)
-                walk.move[0], walk.move[1], walk.move[2] = SWAP, slot, other
+            cost = _new(walk, rank, mine) - back
+            for other in range(rank * width, (rank + 1) * width):
+                if gain[other] > least and gain[other] > best * _price(cost + walk.cost[other]):
+                    best = gain[other] / _price(cost + walk.cost[other])
+                    least = max(best * FREE, NOISE)
+                    walk.move[0], walk.move[1], walk.move[2] = SWAP, slot, other
     return best
 
 
@@ -320,3 +330,33 @@ def _leave(walk, expert, rank):
         if walk.hosts[expert, i] == rank:
             walk.hosts[expert, i] = walk.hosts[expert, last]
             return
+
+
+@njit(cache=True, nogil=True)
+def keep_places(slots, num_ranks, ordered):
+    """Reorder each rank's experts of `slots` (L, S) so that those that stay keep their slot.
+
+    `ordered` (L, S) holds the placement in use, and afterwards the new one.
+    """
+    num_slots = slots.shape[1]
+    width = num_slots // num_ranks
+    arriving = np.empty(width, np.int64)
+    free = np.empty(width, np.int64)
+    for layer in range(len(slots)):
+        for first in range(0, num_slots, width):
+            arriving[:] = slots[layer, first : first + width]
+            num_free = 0
+            for slot in range(first, first + width):
+                stays = False
+                for i in range(width):
+                    if not stays and arriving[i] == ordered[layer, slot]:
+                        arriving[i] = -1
+                        stays = True
+                if not stays:
+                    free[num_free] = slot
+                    num_free += 1
+            taken = 0
+            for i in range(width):
+                if arriving[i] >= 0:
+                    ordered[layer, free[taken]] = arriving[i]
+                    taken += 1

@@ -55,7 +55,9 @@ def plan_incremental(
     # A new plan moves nine experts of ten, so below a quarter of the slots it is not worth the time.
     if behind.size and 4 * budget >= previous.num_slots:
         _try_new_plan(windows, previous, budget, seed, behind, peaks, slots)
-    return _in_place(slots, previous)
+    ordered = previous.slot_to_expert.astype(np.int64)
+    _moves.keep_places(slots, num_ranks, ordered)
+    return ordered.astype(np.int32)
 
 
 def _targets(
@@ -113,22 +115,3 @@ def _rename_ranks(new: IntArray, previous: Placement) -> IntArray:
                 placed[rank] = planned[taken]
                 common[rank], common[:, taken] = -1, -1
     return renamed
-
-
-def _in_place(slots: np.ndarray, previous: Placement) -> IntArray:
-    """Order each rank's experts so that those that stay keep their slot."""
-    width = previous.slots_per_rank
-    ordered = previous.slot_to_expert.copy()
-    changed = np.argwhere((slots != ordered).reshape(len(slots), -1, width).any(axis=2))
-    for layer, rank in changed:
-        mine = slice(rank * width, (rank + 1) * width)
-        arriving = slots[layer, mine].tolist()
-        free = []
-        for slot in range(mine.start, mine.stop):
-            expert = int(ordered[layer, slot])
-            if expert in arriving:
-                arriving.remove(expert)
-            else:
-                free.append(slot)
-        ordered[layer, free] = arriving
-    return ordered
