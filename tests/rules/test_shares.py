@@ -1,0 +1,107 @@
+"""The loads that a rule produces, against the operator itself run on every rank."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import evenmoe as em
+from evenmoe.errors import ConstraintError
+from evenmoe.metrics import rank_loads as even_rank_loads
+from evenmoe.reference import rules as reference_rules
+from evenmoe.reference.update_expert import update_expert
+from evenmoe.rules import rank, shares
+
+
+def placement_with(count, num_ranks, seed=0):
+    """Expert 0 in `count` slots on distinct ranks, its table row shuffled; the other slots have experts of their own."""
+    rng = np.random.default_rng(seed)
+    width = -(-count // num_ranks) + 1
+    slots = np.arange(num_ranks * width) + 1
+    slots[np.arange(count) % num_ranks * width + np.arange(count) // num_ranks] = 0
+    _, slots = np.unique(slots, return_inverse=True)
+    index = np.zeros(len(slots), int)
+    index[slots == 0] = rng.permutation(count)
+    return em.Placement([slots], num_ranks, replica_index=[index])
+
+
+@pytest.mark.parametrize("num_ranks", [1, 5, 6, 8, 16])
+def test_rank_shares_are_what_the_ranks_choose(num_ranks):
+    for count in range(1, num_ranks + 1):
+        placement = placement_with(count, num_ranks)
+        table = placement.eplb_table(0)
+        taken = np.zeros(placement.num_slots)
+        for source in range(num_ranks):
+            ids, _ = update_expert(torch.tensor([[0]]), table, local_rank_id=source, world_size=num_ranks)
+            taken[int(ids)] += 1
+        mine = placement.slot_to_expert[0] == 0
+        assert shares.slot_shares(placement, "rank")[0, mine].tolist() == (taken[mine] / num_ranks).tolist()
+        assert rank.reachable(count, num_ranks) == (taken > 0).sum()
+
+
+def test_reachable_counts_of_the_specification():
+    # §1.4, and the counts that lose replicas on 16, 32 and 64 ranks
+    assert rank.reachable([3, 5, 6, 7], 8).tolist() == [3, 4, 4, 4]
+    assert rank.reachable([4], 6) == 3
+    assert rank.reachable([5, 6, 7, *range(9, 16)], 16).tolist() == [4, 6, 6] + [8] * 7
+    assert rank.reachable([9, 10, 12, 15], 32).tolist() == [8, 8, 11, 11]
+    assert rank.reachable([9, 12, 11, 14, 15, 13], 64).tolist() == [8, 11, 11, 13, 13, 13]
+    assert rank.reachable([250], 384) == 192
+    for world in (288, 384):
+        assert rank.reachable(np.arange(1, 16), world).tolist() == list(range(1, 16))
+
+
+@pytest.mark.parametrize("rule", ["even", "rank", "token", "occurrence"])
+def test_shares_add_up(rule):
+    placement = placement_with(5, 8)
+    per_slot = shares.slot_shares(placement, rule)[0]
+    sums = np.bincount(placement.slot_to_expert[0], weights=per_slot)
+    np.testing.assert_allclose(sums, 1.0, rtol=1e-15 * 8)  # eight additions
+
+
+@pytest.mark.parametrize(("rule", "mode"), [("token", 1), ("rank", 0), ("occurrence", None)])
+def test_loads_are_those_of_many_tokens(rule, mode):
+    placement, num_ranks, tokens = placement_with(3, 6), 6, 40
+    table = placement.eplb_table(0)
+    ids = torch.zeros((tokens, 1), dtype=torch.int64)
+    taken = np.zeros(placement.num_slots)
+    for source in range(num_ranks):
+        if mode is None:
+            chosen = reference_rules.occurrence(ids, table, source)
+        else:
+            chosen, _ = update_expert(ids, table, local_rank_id=source, world_size=num_ranks, balance_mode=mode)
+        np.add.at(taken, chosen.numpy().reshape(-1), 1)
+    load = np.zeros((1, placement.num_experts))
+    load[0, 0] = num_ranks * tokens
+    # On each rank a replica is off its share by less than one token; by rank the shares are exact.
+    off = 0 if rule == "rank" else num_ranks
+    assert np.abs(shares.slot_loads(load, placement, rule)[0] - taken).max() <= off
+
+
+def test_even_loads_are_the_metric_and_batch_is_the_best_split():
+    rng = np.random.default_rng(0)
+    load = rng.integers(0, 100, (3, 2, 10)).astype(float)
+    placement = em.plan(load.mean(0), num_ranks=4, num_slots=16)
+    np.testing.assert_allclose(shares.rank_loads(load, placement, "even"), even_rank_loads(load, placement), rtol=1e-14)
+    best = shares.rank_loads(load, placement, "batch")
+    assert best.shape == (3, 2, 4)
+    assert (best.max(-1) <= even_rank_loads(load, placement).max(-1) + 1e-9).all()
+    for window in range(3):
+        whole = em.split_batch(load[window].astype(int), placement.slot_to_expert, 4).reshape(2, 4, 4).sum(-1)
+        assert (np.ceil(best[window].max(-1) - 1e-9) == whole.max(-1)).all()
+    np.testing.assert_allclose(best.sum(-1), load.sum(-1))
+
+
+def test_mistakes_are_named():
+    placement = placement_with(2, 4)
+    with pytest.raises(
+        ConstraintError, match='`rule` is \'batch\': it must be "even", "rank", "token" or "occurrence"'
+    ):
+        shares.slot_shares(placement, "batch")
+    with pytest.raises(
+        ConstraintError, match="`rule` is 'random': it must be one of even, rank, token, occurrence, batch"
+    ):
+        shares.slot_loads(np.ones((1, placement.num_experts)), placement, "random")
+    with pytest.raises(ConstraintError, match=r"`load` is an array of shape \(1, 2\): it must end in the placement's"):
+        shares.slot_loads(np.ones((1, 2)), placement, "even")
