@@ -59,21 +59,38 @@ def lower_bounds(loads, num_ranks, width, least, peaks):
 
 @njit(cache=True, nogil=True)
 def may_fit(loads, num_ranks, width, peak, least):
-    """False only if no placement of `loads` (E,) keeps every rank within `peak`."""
+    """False only if no placement of `loads` (E,), descending, keeps every rank within `peak`."""
+    start = 0
+    while start < loads.size:
+        on_every_rank = needs(loads[start:], num_ranks, width, peak, least)
+        if on_every_rank <= 0:
+            return on_every_rank == 0
+        for expert in range(start, start + on_every_rank):
+            peak -= loads[expert] / num_ranks
+        start += on_every_rank
+        width -= on_every_rank
+        if peak <= 0:
+            return start == loads.size or loads[start] == 0
+    return True
+
+
+@njit(cache=True, nogil=True)
+def needs(loads, num_ranks, width, peak, least):
+    """-1 if nothing fits, else the number of experts, the heaviest ones, that every rank must hold."""
     counts, num_experts = least.counts, loads.size
-    room, spare = peak, num_experts
-    while True:  # the lighter the company can be, the more replicas can be spared, and the reverse
-        before, spare = spare, num_ranks * width - num_experts
-        for expert in range(num_experts):
-            counts[expert] = max(1, int(np.ceil(loads[expert] / room * (1 - 1e-14))))
-            spare -= counts[expert] - 1
-            if counts[expert] > num_ranks or spare < 0:
-                return False
-        if spare == before:
-            break
+    spare, before = num_ranks * width - num_experts, -1
+    for expert in range(num_experts):
+        counts[expert] = 1
+    while spare != before:  # the fewer replicas are left to spare, the heavier the lightest company
+        before = spare
         room = peak - lightest_company(loads, width - 1, spare, least)
-        if room <= 0:
-            return False
+        for expert in range(num_experts):
+            needed = int(np.ceil(loads[expert] / room * (1 - 1e-14))) if room > 0 else num_ranks + 1
+            if needed > counts[expert]:
+                spare -= needed - counts[expert]
+                counts[expert] = needed
+                if needed > num_ranks or spare < 0:
+                    return -1
     while True:
         number = ascend(loads, True, least)
         for i in range(number):
@@ -85,9 +102,15 @@ def may_fit(loads, num_ranks, width, peak, least):
                 counts[expert] += 1
                 spare -= 1
                 if counts[expert] > num_ranks or spare < 0:
-                    return False
+                    return -1
         if spare == before:
-            return not crowded(num_ranks, width, peak * (1 + 1e-14), spare, least)
+            break
+    if crowded(loads.size, num_ranks, width, peak * (1 + 1e-14), spare, least):
+        return -1
+    full = 0
+    while full < num_experts and num_ranks > 1 and counts[full] == num_ranks:
+        full += 1
+    return full
 
 
 @njit(cache=True, nogil=True)
@@ -127,14 +150,14 @@ def lightest_company(loads, number, spare, least):
 
 
 @njit(cache=True, nogil=True)
-def crowded(num_ranks, width, peak, spare, least):
+def crowded(num_experts, num_ranks, width, peak, spare, least):
     """Whether the heaviest replicas cannot all find ranks, however the spare replicas are dealt out."""
-    number, cuts = num_ranks * width - spare, min(spare, least.counts.size)
+    number, cuts = num_ranks * width - spare, min(spare, num_experts)
     most = 0
-    for expert in range(least.counts.size - 1, -1, -1):  # counts descend but for those raised last: their envelope
+    for expert in range(num_experts - 1, -1, -1):  # counts descend but for those raised last: their envelope
         most = max(most, least.counts[expert])
         least.touched[expert + 1] = most
-    for expert in range(least.counts.size):
+    for expert in range(num_experts):
         least.touched[expert + 1] += least.touched[expert]
     for top in range(1, min(number, num_ranks + 1 + least.touched[cuts]) + 1):
         lightest_top = least.replica[number - top]

@@ -53,9 +53,11 @@ def lower_bound(
        m heaviest replicas remain as they were. If two of these cannot share a rank (2 × the lightest > T), they need n
        ranks, so n ≤ G, and with the lightest company (3) they weigh at most n T. With two slots a rank, also the
        heaviest of n companions, beside at least the lightest of the n, is within T.
-    5. *Exhaustion.* Up to 24 slots, caps just above the bound are searched exhaustively; one without a placement
+    5. *Everywhere.* An expert with b = G is on every rank: what is left is the problem without it, with w − 1 slots and
+       T − load / G tokens per rank.
+    6. *Exhaustion.* Up to 24 slots, caps just above the bound are searched exhaustively; one without a placement
        is a bound, and the best placement below a cap is the optimum.
-    6. *Nodes.* Each node is a problem of its own, with its groups, G / nodes ranks and S / nodes slots. The bound is
+    7. *Nodes.* Each node is a problem of its own, with its groups, G / nodes ranks and S / nodes slots. The bound is
        the least over all packings of groups into nodes of the largest bound of a node. Where there are more than 20,000
        packings: the heaviest group has the lightest others beside it, and the bound across nodes holds as well.
 

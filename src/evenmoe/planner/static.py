@@ -84,7 +84,7 @@ def _search_on(
     tries = 20 if slots.size <= PROVABLE else min(max(EFFORT // slots.size, 50), 400)
     random = np.array([(seed * 0x9E3779B97F4A7C15 + 0x2545F4914F6CDD1D) % 2**64 or 1], np.uint64)  # spread small seeds
     goal = max(floor[0], wanted) * (1 + NEAR)
-    peak = refine(loads, goal, tries, random, _search.scratch(loads.size, *slots.shape), slots)
+    peak = float(refine(loads, goal, tries, random, _search.scratch(loads.size, *slots.shape), slots))
     if slots.size <= SMALL and peak > wanted * (1 + far):
         nodes = 3_000_000 if slots.size <= PROVABLE else 300_000
         peak, _ = improve(loads, floor[0], peak, nodes, slots)

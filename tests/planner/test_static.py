@@ -1,0 +1,176 @@
+"""The static plan: valid on every shape, near the bound where the published planners are not, the same every time."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import evenmoe as em
+from evenmoe.planner.static import FAR, plan_static
+
+Load = npt.NDArray[np.float64]
+
+# What the quick search stops at, plus the rounding of loads summed in different orders.
+NEARLY = FAR + 1e-9
+
+
+def zipf(layers: int, experts: int, exponent: float, seed: int) -> Load:
+    """Permuted 1 / rank^s per layer times lognormal(0.1), 200,000 tokens, Poisson."""
+    random = np.random.default_rng(seed)
+    weight = random.permuted(np.tile(1 / np.arange(1, experts + 1) ** exponent, (layers, 1)), axis=1)
+    weight *= random.lognormal(0, 0.1, weight.shape)
+    return random.poisson(weight / weight.sum(axis=1, keepdims=True) * 200_000).astype(float)
+
+
+def lognormal(layers: int, experts: int, sigma: float, seed: int) -> Load:
+    random = np.random.default_rng(seed)
+    weight = random.lognormal(0, sigma, (layers, experts))
+    return random.poisson(weight / weight.sum(axis=1, keepdims=True) * 200_000).astype(float)
+
+
+def twins(slots: npt.NDArray[np.int32], num_ranks: int) -> int:
+    """Slots whose rank holds the same expert in an earlier slot."""
+    held = np.sort(slots.reshape(len(slots), num_ranks, -1), axis=2)
+    return int((held[:, :, 1:] == held[:, :, :-1]).sum())
+
+
+def check(load: Load, num_ranks: int, num_slots: int) -> Load:
+    """Plan, assert what always holds, and return the peak-to-average loads."""
+    slots = plan_static(load, num_ranks, num_slots, seed=3)
+    assert slots.dtype == np.int32
+    assert slots.shape == (len(load), num_slots)
+    assert slots.flags.c_contiguous
+    placement = em.Placement(slots, num_ranks, num_experts=load.shape[1])  # every expert has a slot, ranks are equal
+    if num_slots <= load.shape[1] * num_ranks:
+        assert placement.num_replicas.max() <= num_ranks
+        assert twins(slots, num_ranks) == 0
+    par = em.peak_to_average(load, placement)
+    bound = em.lower_bound(load, num_ranks=num_ranks, num_slots=num_slots)
+    assert (par >= bound * (1 - 1e-12)).all()
+    return par
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Load, int, int]:
+    num_experts = draw(st.integers(1, 40))
+    num_ranks = draw(st.integers(1, 20))
+    least = -(-num_experts // num_ranks)
+    width = draw(st.integers(least, least + draw(st.sampled_from([0, 1, 2, num_experts]))))
+    kind = draw(st.sampled_from(["zero", "equal", "one hot", "few", "ties", "spread"]))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    shape = (draw(st.integers(1, 3)), num_experts)
+    load = {
+        "zero": np.zeros(shape),
+        "equal": np.full(shape, 7.0),
+        "one hot": np.eye(1, num_experts).repeat(shape[0], axis=0) * 1000,
+        "few": random.poisson(0.3, shape).astype(float),
+        "ties": random.integers(0, 4, shape).astype(float),
+        "spread": random.lognormal(0, 1.5, shape),
+    }[kind]
+    return load, num_ranks, num_ranks * width
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems())
+def test_every_shape_gives_a_valid_plan(problem: tuple[Load, int, int]) -> None:
+    check(*problem)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "num_ranks", "num_slots"),
+    [(1, 1, 1), (1, 5, 5), (5, 1, 5), (7, 1, 9), (6, 6, 6), (6, 3, 6), (8, 8, 56), (8, 8, 64), (3, 2, 10), (31, 8, 40)],
+)
+@pytest.mark.parametrize("kind", ["zero", "one", "all"])
+def test_the_edges_of_the_shapes(num_experts: int, num_ranks: int, num_slots: int, kind: str) -> None:
+    load = {"zero": np.zeros, "one": lambda shape: np.eye(*shape), "all": np.ones}[kind]((2, num_experts))
+    check(load, num_ranks, num_slots)
+
+
+def test_a_layer_without_load_spreads_its_replicas() -> None:
+    # DeepSeek's planner gives every spare slot of such a layer to expert 0 (28 twins on 32 ranks).
+    placement = em.plan(np.zeros((1, 256)), num_ranks=32, num_slots=288)
+    assert placement.num_replicas.max() == 2
+
+
+@pytest.mark.parametrize("rest", ["equal", "lognormal"])
+def test_one_expert_with_nine_tenths_of_the_load(rest: str) -> None:
+    # Uncapped counts give it 33 replicas on 32 ranks, 1.94 times the bound. Held by all ranks, it leaves them 8 slots
+    # each, and a tenth of the load in 256 replicas: what the two heaviest of these have beside them can be the bound.
+    load = np.ones((4, 256)) if rest == "equal" else lognormal(4, 256, 0.7, seed=2)
+    load[:, 17] = 0
+    load[:, 17] = 9 * load.sum(axis=1)
+    np.testing.assert_allclose(check(load, 32, 288), em.lower_bound(load, num_ranks=32, num_slots=288), rtol=NEARLY)
+
+
+# The worst of the two loads below over three seeds leaves a third of each margin. REF is the best search published.
+@pytest.mark.parametrize(
+    ("layers", "shape", "loads", "over_bound"),
+    [
+        (58, (256, 32, 288), "zipf", 1.0005),  # the goal is 1.0008; DeepSeek's greedy 1.0071
+        (58, (256, 32, 288), "lognormal", 1.0005),
+        (58, (256, 32, 256), "lognormal", 1.001),  # no redundancy: the greedy 1.056, REF 1.018, the bound 1.018
+        (94, (128, 16, 144), "lognormal", 1.0005),  # the greedy 1.008
+        (24, (32, 8, 40), "zipf", 1.001),  # REF 1.002
+        (26, (64, 32, 96), "zipf", 1.008),
+        (8, (256, 128, 384), "zipf", 1.005),  # three slots a rank: the greedy 1.07
+        (12, (16, 8, 24), "zipf", 1.006),  # Llama-4: REF 1.019
+        (32, (8, 8, 16), "lognormal", 1.0001),  # Mixtral: REF 1.063; here the bound is the optimum
+    ],
+)
+def test_quality(layers: int, shape: tuple[int, int, int], loads: str, over_bound: float) -> None:
+    num_experts, num_ranks, num_slots = shape
+    load = zipf(layers, num_experts, 1.0, 11) if loads == "zipf" else lognormal(layers, num_experts, 0.7, 11)
+    par = check(load, num_ranks, num_slots)
+    bound = em.lower_bound(load, num_ranks=num_ranks, num_slots=num_slots)
+    assert np.mean(par / bound) <= over_bound
+
+
+def test_names_do_not_matter() -> None:
+    # 1.5 has no ties in float64, so there is one plan, whatever the experts are called.
+    load = np.random.default_rng(4).lognormal(0, 1.5, (3, 20))
+    names = np.random.default_rng(5).permutation(20)
+    for num_ranks, num_slots in [(4, 24), (8, 32), (20, 40), (5, 20)]:
+        plain = plan_static(load, num_ranks, num_slots)
+        renamed = np.empty_like(load)
+        renamed[:, names] = load
+        assert np.array_equal(plan_static(renamed, num_ranks, num_slots), names[plain])
+
+
+def test_the_same_seed_gives_the_same_plan_and_layers_do_not_meddle() -> None:
+    load = zipf(4, 24, 1.2, seed=6)
+    plan = plan_static(load, 12, 36, seed=9)
+    assert np.array_equal(plan_static(load, 12, 36, seed=9), plan)
+    assert np.array_equal(plan_static(load[[2]], 12, 36, seed=9), plan[[2]])
+    assert np.array_equal(plan_static(np.asfortranarray(load), 12, 36, seed=9), plan)
+    assert not np.array_equal(plan_static(load, 12, 36, seed=10), plan)  # these layers are difficult: the seed counts
+
+
+def test_the_load_is_left_alone_and_its_unit_does_not_matter() -> None:
+    load = zipf(2, 40, 1.0, seed=7)
+    before = load.copy()
+    plan = plan_static(load, 8, 48)
+    assert np.array_equal(load, before)
+    assert np.array_equal(plan_static(load / 1024, 8, 48), plan)  # a power of two: exact in float64
+
+
+@pytest.mark.parametrize(("num_experts", "num_ranks"), [(256, 32), (64, 8), (16, 8), (8, 4)])
+def test_more_slots_do_not_make_the_plan_worse(num_experts: int, num_ranks: int) -> None:
+    load = np.random.default_rng(8).lognormal(5, 0.8, (6, num_experts))
+    pars = [
+        check(load, num_ranks, num_slots).mean() for num_slots in range(num_experts, 2 * num_experts + 1, num_ranks)
+    ]
+    assert all(more <= fewer + NEARLY for fewer, more in pairwise(pars)), pars
+
+
+def test_a_slot_that_must_be_filled_can_hurt() -> None:
+    # Four slots divide 3 + 2 and 4 + 1 exactly. Six slots must hold two experts twice, on different ranks; whichever
+    # two are left whole, they differ by at least 1 of 5. So the law above is one of random loads, not of all.
+    load = np.array([[3.0, 2.0, 4.0, 1.0]])
+    assert check(load, 2, 4) == pytest.approx(1.0)
+    assert check(load, 2, 6) == pytest.approx(1.1)
+    assert em.lower_bound(load, num_ranks=2, num_slots=6) == pytest.approx(1.1)
