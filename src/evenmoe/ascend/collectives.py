@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 
@@ -19,13 +19,25 @@ class Membership:
 
 
 _lock = threading.Lock()
+_turns: defaultdict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)  # (group, rank) -> its calls' turn
 _begun: dict[str, Counter[int]] = {}  # group -> rank -> collectives begun
 _running: dict[tuple[str, int], Sequence[Membership]] = {}  # (group, rank) -> all groups of the call that runs there
 
 
 @contextmanager
 def taking_part(groups: Sequence[Membership]) -> Iterator[None]:
-    """A collective over these groups runs in the block."""
+    """A collective over these groups runs in the block.
+
+    A rank's calls on one group take turns, whatever streams they come from: its transport counts one exchange at a
+    time. Streams that order them differently on different ranks make the ranks disagree, which is an error on each.
+    """
+    with _lock:
+        turn = _turns[groups[0].name, groups[0].rank] if groups else nullcontext()
+    with turn:
+        yield from _counted(groups)
+
+
+def _counted(groups: Sequence[Membership]) -> Iterator[None]:
     with _lock:
         for group in groups:
             _begun.setdefault(group.name, Counter())[group.rank] += 1
