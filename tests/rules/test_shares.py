@@ -15,7 +15,7 @@ from evenmoe.rules import rank, shares
 
 
 def placement_with(count, num_ranks, seed=0):
-    """Expert 0 in `count` slots on distinct ranks, its table row shuffled; the other slots have experts of their own."""
+    """Expert 0 in `count` slots on distinct ranks, its table row shuffled; every other slot has its own expert."""
     rng = np.random.default_rng(seed)
     width = -(-count // num_ranks) + 1
     slots = np.arange(num_ranks * width) + 1

@@ -23,6 +23,7 @@ def _hosts(held, num_experts):
     """The experts with a choice of rank, as rows of hosts.
 
     Returns:
+        home: int64 (E,), the first rank that holds each expert.
         row_of: int64 (E,), the row of each expert, or −1 if one rank holds it.
         first: int64 (R + 1,), the hosts of row r are first[r] … first[r + 1] − 1.
         rank_of, row_of_host: int64 (H,), the rank and the row of each host.
@@ -30,12 +31,14 @@ def _hosts(held, num_experts):
     """
     num_ranks, width = held.shape
     count = np.zeros(num_experts, np.int64)
+    home = np.zeros(num_experts, np.int64)
     last = np.full(num_experts, -1, np.int64)
     for rank in range(num_ranks):
         for slot in range(width):
             expert = held[rank, slot]
             if last[expert] != rank:
                 last[expert] = rank
+                home[expert] = rank if count[expert] == 0 else home[expert]
                 count[expert] += 1
     row_of = np.full(num_experts, -1, np.int64)
     first = np.zeros(held.size + 1, np.int64)
@@ -62,7 +65,7 @@ def _hosts(held, num_experts):
                 filled[row] += 1
                 hosts += 1
         first_at[rank + 1] = hosts
-    return row_of, first[: rows + 1], rank_of, row_of_host, first_at, at
+    return home, row_of, first[: rows + 1], rank_of, row_of_host, first_at, at
 
 
 @njit(cache=True, nogil=True)
@@ -176,8 +179,8 @@ def evaluate(held, tokens, limit):
         load: float64 (N, G), rank loads after the split; those below the peak are not minimised.
     """
     num_scenarios = tokens.shape[0]
-    num_ranks, width = held.shape
-    row_of, first, rank_of, row_of_host, first_at, at = _hosts(held, tokens.shape[1])
+    num_ranks = held.shape[0]
+    home, row_of, first, rank_of, row_of_host, first_at, at = _hosts(held, tokens.shape[1])
     load = np.zeros((num_scenarios, num_ranks))
     closed = np.ones((num_scenarios, num_ranks), np.bool_)
     peaks = np.ones(num_scenarios)
@@ -187,19 +190,11 @@ def evaluate(held, tokens, limit):
     total = 0.0
     for scenario in range(num_scenarios):
         here = load[scenario]
-        for rank in range(num_ranks):
-            for slot in range(width):
-                if row_of[held[rank, slot]] < 0:
-                    here[rank] += tokens[scenario, held[rank, slot]]
-            for i in range(first_at[rank], first_at[rank + 1]):
-                flow[at[i]] = 0.0
-        for rank in range(num_ranks):
-            for slot in range(width):
-                row = row_of[held[rank, slot]]
-                if row >= 0:
-                    flow[first[row]] = tokens[scenario, held[rank, slot]]
-        for row in range(first.size - 1):
-            here[rank_of[first[row]]] += flow[first[row]]
+        flow[:] = 0.0
+        for expert in range(tokens.shape[1]):
+            here[home[expert]] += tokens[scenario, expert]
+            if row_of[expert] >= 0:
+                flow[first[row_of[expert]]] = tokens[scenario, expert]
         peaks[scenario] = _settle(first, rank_of, row_of_host, first_at, at, flow, here, closed[scenario], queue, via)
         total += peaks[scenario]
         if total + (num_scenarios - 1 - scenario) > limit:

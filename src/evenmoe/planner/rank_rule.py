@@ -9,6 +9,9 @@ from evenmoe.placement import Placement
 
 # What a copy must gain when starting from a placement in use, in mean rank loads: as for the other rules.
 _PRICE_OF_COPY = 5e-4
+# Replica counts are tried for the loads to these powers, until a mean peak is good. With many slots the first is.
+_POWERS = (1.0, 0.8, 1.25, 0.5, 0.0)
+_GOOD = 1.005
 
 
 def plan_rank_rule(
@@ -37,20 +40,39 @@ def plan_rank_rule(
         return _placement(slots, index, num_ranks, num_experts)
     for layer in range(num_layers):
         tokens = _scaled(windows[:, layer], num_ranks)
-        weight = tokens.mean(axis=0)
         if previous is None:
-            counts = rank_kernels.count_reachable(weight, num_slots, num_ranks)
-            rank_kernels.pack(weight, counts, slots[layer], index[layer])
-            kept, copies, price = np.ones((num_ranks, num_experts), np.bool_), 0, 0.0
+            _from_scratch(tokens, slots[layer], index[layer])
         else:
             slots[layer] = previous.slot_to_expert[layer].reshape(num_ranks, -1)
             index[layer] = previous.replica_index[layer].reshape(num_ranks, -1)
             counts = previous.num_replicas[layer].astype(np.int64)
             kept = np.zeros((num_ranks, num_experts), np.bool_)
             kept[np.arange(num_ranks)[:, None], slots[layer]] = True
-            copies, price = num_slots if max_copies is None else max_copies, _PRICE_OF_COPY
-        rank_kernels.improve(slots[layer], index[layer], counts, tokens, kept, copies, price)
+            copies = num_slots if max_copies is None else max_copies
+            rank_kernels.improve(slots[layer], index[layer], counts, tokens, kept, copies, _PRICE_OF_COPY)
     return _placement(slots, index, num_ranks, num_experts)
+
+
+def _from_scratch(tokens: FloatArray, held: np.ndarray, index: np.ndarray) -> None:
+    """Fill `held` and `index` (G, n) with the best of a few plans for `tokens` (T, E), whose replica counts differ."""
+    from evenmoe.planner import rank_kernels
+
+    num_ranks, num_experts = len(held), tokens.shape[1]
+    weight = tokens.mean(axis=0)
+    free = np.ones((num_ranks, num_experts), np.bool_)
+    loads = np.empty((len(tokens), num_ranks))
+    lowest = np.inf
+    for power in _POWERS:
+        trial, order = np.empty_like(held), np.empty_like(index)
+        counts = rank_kernels.count_reachable(weight**power, held.size, num_ranks)
+        rank_kernels.pack(weight, counts, trial, order)
+        rank_kernels.improve(trial, order, counts, tokens, free, 0, 0.0)
+        rank_kernels.rank_loads(trial, order, counts, tokens, loads)
+        peak = loads.max(axis=1).mean()
+        if peak < lowest:
+            held[:], index[:], lowest = trial, order, peak
+        if lowest < _GOOD:
+            return
 
 
 def _scaled(windows: FloatArray, num_ranks: int) -> FloatArray:
