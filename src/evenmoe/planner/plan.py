@@ -75,17 +75,17 @@ def plan(
     if shape.is_hierarchical:
         from evenmoe.planner.hierarchical import plan_hierarchical
 
-        mean = tokens.mean(axis=0) if tokens.ndim == 3 else tokens
-        slots = plan_hierarchical(mean, num_ranks, num_slots, num_nodes, num_groups, seed)
+        slots = plan_hierarchical(tokens, shape.num_ranks, shape.num_slots, shape.num_nodes, shape.num_groups, seed)
     elif tokens.ndim == 3:
+        from evenmoe.planner._names import by_load
         from evenmoe.planner.windows import plan_windows
 
-        slots = plan_windows(tokens, num_ranks, num_slots, seed)
+        slots = by_load(plan_windows, tokens, shape.num_ranks, shape.num_slots, seed)
     else:
         from evenmoe.planner.static import plan_static
 
-        slots = plan_static(tokens, num_ranks, num_slots, seed)
-    return Placement(slots, num_ranks, num_experts=shape.num_experts)
+        slots = plan_static(tokens, shape.num_ranks, shape.num_slots, seed)
+    return Placement(slots, shape.num_ranks, num_experts=shape.num_experts)
 
 
 def _plan_for_rule(

@@ -1,0 +1,177 @@
+"""`plan`, the entry: what it refuses, in which words, and that every mode keeps the contract."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import evenmoe as em
+from evenmoe.errors import ConstraintError
+
+LOAD = np.random.default_rng(0).lognormal(3, 1, (2, 24))
+USED = em.plan(LOAD, num_ranks=4, num_slots=28)
+PLAIN = {"num_ranks": 4, "num_slots": 28}
+
+
+@pytest.mark.parametrize(
+    ("changed", "argument", "says"),
+    [
+        (
+            {"num_slots": 20},
+            "num_slots",
+            "each of the 24 experts at least once .* 4 ranks; the nearest that works is 24",
+        ),
+        ({"num_slots": 30}, "num_slots", "the nearest that work are 28 and 32"),
+        ({"num_slots": 25}, "num_slots", "the nearest that work are 24 and 28"),
+        ({"num_ranks": 5, "num_slots": 24}, "num_slots", "the nearest that works is 25"),
+        ({"num_ranks": 0}, "num_ranks", "at least 1"),
+        ({"num_ranks": 4.0}, "num_ranks", "of type float: it must be a whole number"),
+        ({"num_slots": None}, "num_slots", "must be a whole number"),
+        ({"num_nodes": 3}, "num_nodes", "divide the 4 ranks evenly; the nearest that work are 2 and 4"),
+        (
+            {"num_nodes": 2, "num_groups": 3},
+            "num_groups",
+            "multiple of the 2 nodes .* the nearest that work are 2 and 4",
+        ),
+        ({"num_nodes": 2, "num_groups": 48}, "num_groups", "the nearest that works is 24"),
+        ({"num_nodes": 0}, "num_nodes", "at least 1"),
+        ({"num_groups": -1}, "num_groups", "at least 1"),
+        ({"seed": -1}, "seed", "at least 0"),
+        ({"rule": "random"}, "rule", "'random': it must be one of even, rank, token, occurrence, batch"),
+        ({"previous": [[0, 1]]}, "previous", "of type list: it must be a Placement"),
+        ({"previous": em.plan(LOAD, num_ranks=4, num_slots=32)}, "previous", "32 slots, 4 ranks: .* 28 slots, 4 ranks"),
+        ({"previous": USED, "max_copies": -1}, "max_copies", "at least 0"),
+        ({"previous": USED, "max_copies": 1.5}, "max_copies", "whole number"),
+        ({"max_copies": 3}, "max_copies", "needs `previous`"),
+        ({"target_par": 1.1}, "target_par", "needs `previous`"),
+        ({"previous": USED, "target_par": 0.9}, "target_par", "at least 1.0"),
+        ({"previous": USED, "target_par": float("nan")}, "target_par", "at least 1.0"),
+        ({"previous": USED, "target_par": 1.1, "rule": "rank"}, "target_par", 'needs rule="even"'),
+        (
+            {"rule": "rank", "num_nodes": 2, "num_groups": 4},
+            "rule",
+            'must be "even" where groups are kept inside nodes',
+        ),
+        ({"previous": USED, "num_nodes": 2, "num_groups": 4}, "previous", "None where groups are kept inside nodes"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(changed: dict[str, Any], argument: str, says: str) -> None:
+    with pytest.raises(ConstraintError, match=says) as caught:
+        em.plan(LOAD, **{**PLAIN, **changed})
+    assert caught.value.argument == argument
+
+
+def test_groups_that_no_count_can_save() -> None:
+    with pytest.raises(ConstraintError, match="23 experts have no such groups: use num_groups=1"):
+        em.plan(LOAD[:, :23], num_ranks=4, num_slots=28, num_nodes=2, num_groups=2)
+
+
+@pytest.mark.parametrize("load", [np.ones(3), np.ones((0, 3)), [[1, -1]], [[1, np.nan]], [[np.inf, 1]]])
+def test_loads_that_are_none(load: Any) -> None:
+    with pytest.raises(ConstraintError) as caught:
+        em.plan(load, num_ranks=1, num_slots=3)
+    assert caught.value.argument == "load"
+    with pytest.raises(ConstraintError):
+        em.lower_bound(load, num_ranks=1, num_slots=3)
+
+
+@pytest.mark.parametrize("changed", [{"num_slots": 30}, {"num_nodes": 3}, {"num_nodes": 2, "num_groups": 3}])
+def test_the_bound_refuses_what_the_plan_refuses(changed: dict[str, int]) -> None:
+    options = {**PLAIN, **changed}
+    with pytest.raises(ConstraintError) as of_plan:
+        em.plan(LOAD, **options)
+    with pytest.raises(ConstraintError) as of_bound:
+        em.lower_bound(LOAD, **options)
+    assert str(of_plan.value) == str(of_bound.value)
+
+
+def test_every_kind_of_number_and_load_is_taken() -> None:
+    plan = em.plan(LOAD, num_ranks=4, num_slots=28)
+    assert em.plan(LOAD, num_ranks=np.int64(4), num_slots=np.uint8(28), seed=np.int32(0)) == plan
+    whole = np.rint(LOAD * 1000)
+    assert em.plan(whole.astype(int).tolist(), num_ranks=4, num_slots=28) == em.plan(whole, num_ranks=4, num_slots=28)
+
+
+Mode = Callable[[np.ndarray, em.Placement, int], em.Placement]
+
+# Every way to ask for a plan of 8 ranks and 40 slots: of the windows, from the placement in use, with a seed.
+MODES: dict[str, Mode] = {
+    "static": lambda load, used, seed: em.plan(load.mean(axis=0), num_ranks=8, num_slots=40, seed=seed),
+    "windows": lambda load, used, seed: em.plan(load, num_ranks=8, num_slots=40, seed=seed),
+    "hierarchical": lambda load, used, seed: em.plan(
+        load.mean(axis=0), num_ranks=8, num_slots=40, num_nodes=2, num_groups=4, seed=seed
+    ),
+    "hierarchical windows": lambda load, used, seed: em.plan(
+        load, num_ranks=8, num_slots=40, num_nodes=2, num_groups=4, seed=seed
+    ),
+    "incremental": lambda load, used, seed: em.plan(
+        load.mean(axis=0), num_ranks=8, num_slots=40, previous=used, seed=seed
+    ),
+    "few copies": lambda load, used, seed: em.plan(
+        load, num_ranks=8, num_slots=40, previous=used, max_copies=4, seed=seed
+    ),
+    "target": lambda load, used, seed: em.plan(
+        load.mean(axis=0), num_ranks=8, num_slots=40, previous=used, target_par=1.1, seed=seed
+    ),
+    "rank rule": lambda load, used, seed: em.plan(load, num_ranks=8, num_slots=40, rule="rank", seed=seed),
+    "batch rule": lambda load, used, seed: em.plan(
+        load.mean(axis=0), num_ranks=8, num_slots=40, rule="batch", previous=used, max_copies=6, seed=seed
+    ),
+}
+
+
+def windows(kind: str, seed: int = 0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    return {
+        "spread": random.lognormal(3, 1, (3, 2, 32)),
+        "zero": np.zeros((3, 2, 32)),
+        "one hot": np.eye(1, 32)[None].repeat(3, axis=0).repeat(2, axis=1) * 100,
+        "ties": random.integers(0, 3, (3, 2, 32)).astype(float),
+    }[kind]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["spread", "zero", "one hot", "ties"])
+def test_every_mode_gives_a_valid_plan_and_the_same_twice(mode: str, kind: str) -> None:
+    load = windows(kind)
+    used = em.plan(windows("spread", seed=1).mean(axis=0), num_ranks=8, num_slots=40)
+    placement = MODES[mode](load, used, 2)
+    assert (placement.num_layers, placement.num_experts, placement.num_slots, placement.num_ranks) == (2, 32, 40, 8)
+    assert placement.num_replicas.max() <= 8
+    held = np.sort(placement.slot_to_expert.reshape(2, 8, 5), axis=2)
+    assert (held[:, :, 1:] != held[:, :, :-1]).all()  # no two replicas of an expert on one rank
+    assert MODES[mode](load, used, 2) == placement
+    if mode == "few copies":
+        assert em.count_copies(used, placement).max() <= 4
+    if mode == "batch rule":
+        assert em.count_copies(used, placement).max() <= 6
+
+
+@pytest.mark.parametrize("mode", ["static", "windows"])
+def test_names_do_not_matter(mode: str) -> None:
+    load = windows("spread")
+    names = np.random.default_rng(9).permutation(32)
+    renamed = np.empty_like(load)
+    renamed[:, :, names] = load
+    used = em.plan(load.mean(axis=0), num_ranks=8, num_slots=40)
+    plain = em.peak_to_average(load, MODES[mode](load, used, 0))
+    np.testing.assert_allclose(em.peak_to_average(renamed, MODES[mode](renamed, used, 0)), plain, rtol=1e-12)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_more_copies_never_make_the_plan_worse(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    used = em.plan(random.lognormal(3, 1, (2, 24)), num_ranks=4, num_slots=28)
+    load = random.lognormal(3, 1, (2, 24))
+    pars = [
+        em.peak_to_average(load, em.plan(load, **PLAIN, previous=used, max_copies=copies)) for copies in range(0, 29, 4)
+    ]
+    assert all((more <= fewer * (1 + 1e-12)).all() for fewer, more in itertools.pairwise(pars))
+    assert np.array_equal(pars[0], em.peak_to_average(load, used))
