@@ -87,5 +87,5 @@ def _search_on(
     peak = float(refine(loads, goal, tries, random, _search.scratch(loads.size, *slots.shape), slots))
     if slots.size <= SMALL and peak > wanted * (1 + far):
         nodes = 3_000_000 if slots.size <= PROVABLE else 300_000
-        peak, _ = improve(loads, floor[0], peak, nodes, slots)
+        peak = float(improve(loads, floor[0], peak, nodes, slots)[0])
     return peak
