@@ -1,6 +1,6 @@
 """evenmoe: expert-parallel load balancing for Mixture-of-Experts models, on any hardware PyTorch runs on.
 
-The public face is this list. A name is imported when it is first used, so `import evenmoe` loads neither torch nor numba.
+The public face is this list. A name is imported when first used, so `import evenmoe` is light: no torch, no numba.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _HOME = {
     "update_expert": "evenmoe.ops.update_expert",
 }
 
-__all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [*_HOME, "__version__"]  # noqa: PLE0604  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> object:

@@ -45,7 +45,7 @@ class ConstraintError(EvenmoeError):
 
 
 class RankDisagreementError(EvenmoeError):
-    """Ranks of one world called with sizes that must be equal everywhere, or one of them was refused (status 561002)."""
+    """Ranks called with sizes that must be equal everywhere, or one of them was refused (status 561002)."""
 
 
 class FileFormatError(EvenmoeError):

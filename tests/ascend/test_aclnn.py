@@ -7,11 +7,11 @@ import threading
 
 import pytest
 import torch
-from tests.ascend.calls import HIDDEN, UNTOUCHED, Chain, pick, valid_calls
 
 import evenmoe as em
 from evenmoe.ascend import aclnn
 from evenmoe.ascend.signatures import SIGNATURES
+from tests.ascend.calls import HIDDEN, UNTOUCHED, Chain, pick, valid_calls
 
 # The C functions' arguments, without the two pointers behind (§1.2, §2.1, §3.1, §4), restated.
 _EP_TP = (

@@ -7,8 +7,6 @@ import time
 
 import pytest
 import torch
-from tests.ascend.calls import CHAINS, HIDDEN, UNTOUCHED, Chain, expected, pick
-from tests.worlds import assert_same_bits, strided
 
 import evenmoe as em
 from evenmoe.ascend import status
@@ -17,6 +15,8 @@ from evenmoe.ascend.signatures import SIGNATURES
 from evenmoe.ascend.status import AclError
 from evenmoe.ascend.stream import Stream
 from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError, UnsupportedTypeError
+from tests.ascend.calls import CHAINS, HIDDEN, UNTOUCHED, Chain, expected, pick
+from tests.worlds import assert_same_bits, strided
 
 NEWEST = {
     "update_expert": "MoeUpdateExpert",

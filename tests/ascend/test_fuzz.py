@@ -13,11 +13,11 @@ from math import prod
 import numpy as np
 import pytest
 import torch
-from tests.ascend.calls import valid_calls
 
 import evenmoe as em
 from evenmoe.ascend import aclnn
 from evenmoe.ascend.signatures import SIGNATURES
+from tests.ascend.calls import valid_calls
 
 CALLS_PER_OPERATOR = 11_000  # of ten operators
 MESSAGE = re.compile(r"`(\w+)` is .*: it .*; .*\.", re.DOTALL)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tests.ascend.calls import CHAINS, HIDDEN, Chain, expected
-from tests.worlds import assert_same_bits
 
 import evenmoe as em
 from evenmoe.ascend import patch, torch_npu
 from evenmoe.ascend.torch_npu import NpuCallError
+from tests.ascend.calls import CHAINS, HIDDEN, Chain, expected
+from tests.worlds import assert_same_bits
 
 # The listing of §5, the newest signature of each function: positional arguments, then the keyword-only ones.
 _GROUP_KEYWORDS = (

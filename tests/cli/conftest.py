@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from tests.cli.running import DEMO, SMALL, Run, runner
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.traces.npz import archive, at, npy_claiming, npz
 
 import evenmoe as em
+from tests.traces.npz import archive, at, npy_claiming, npz
 
 LOAD = np.arange(1, 25).reshape(2, 3, 4)
 SCRIPT = Path(sys.executable).with_name("evenmoe")

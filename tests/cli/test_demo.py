@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.cli.running import DEMO, SMALL
-from tests.traces.npz import at, npz
 
 import evenmoe as em
 from evenmoe.errors import ConstraintError
 from evenmoe.traces.small import small_trace
 from evenmoe.traces.trace import Trace
+from tests.cli.running import DEMO, SMALL
+from tests.traces.npz import at, npz
 
 PAGE_RANKS, TRACE_TOKENS = 16, SMALL["TRACE_TOKENS"]
 KEYS = [

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.cli.running import DEMO
-from tests.traces.npz import at, npz
 
 import evenmoe as em
 from evenmoe.cli import chain
+from tests.cli.running import DEMO
+from tests.traces.npz import at, npz
 
 
 def other_replica(ids: torch.Tensor, mask: torch.Tensor, table: torch.Tensor) -> tuple:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+
 from tests.traces.npz import at, npz
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from tests.ground.placements import placements
 
 from evenmoe.errors import ConstraintError
 from evenmoe.placement import Placement, identity_placement
+from tests.ground.placements import placements
 
 REFUSALS = {
     "no array of two axes": (

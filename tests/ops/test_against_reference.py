@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.hesitant import hesitate
-from tests.worlds import Case, Spec, assert_equal_worlds, run_rank, run_reference, specs
 
 import evenmoe as em
 from evenmoe.transport.world import Rank
+from tests.hesitant import hesitate
+from tests.worlds import Case, Spec, assert_equal_worlds, run_rank, run_reference, specs
 
 
 def run_in_threads(spec: Spec) -> list:

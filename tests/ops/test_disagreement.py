@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hesitant import hesitate
 
 import evenmoe as em
 from evenmoe.errors import (
@@ -24,6 +23,7 @@ from evenmoe.errors import (
     UnsupportedTypeError,
 )
 from evenmoe.transport.world import Rank
+from tests.hesitant import hesitate
 
 ODD = 2
 PATIENCE_S = 5.0

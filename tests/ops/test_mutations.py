@@ -8,14 +8,14 @@ from functools import cache
 
 import pytest
 import torch
-from tests.mutations import fails, mutated
-from tests.ops import test_disagreement as disagreement
-from tests.transport import test_contract as contract
-from tests.worlds import Case, Spec, assert_equal_worlds, assert_same_bits, run_rank, run_reference
 
 import evenmoe as em
 from evenmoe.ops.update_expert import prepare
 from evenmoe.reference.update_expert import update_expert as reference
+from tests.mutations import fails, mutated
+from tests.ops import test_disagreement as disagreement
+from tests.transport import test_contract as contract
+from tests.worlds import Case, Spec, assert_equal_worlds, assert_same_bits, run_rank, run_reference
 
 WORLDS = [
     Spec(

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.worlds import CONST_EXPERTS, Case, Spec, assert_same_bits, outputs_of, run_rank
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import evenmoe as em
@@ -17,6 +16,7 @@ from evenmoe.ops.combine import combine_arguments
 from evenmoe.ops.groups import operator_arguments
 from evenmoe.ops.update_expert import update_expert
 from evenmoe.transport.world import Rank
+from tests.worlds import CONST_EXPERTS, Case, Spec, assert_same_bits, outputs_of, run_rank
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 TABLE = torch.tensor([[1, 0, 0, 0], [2, 1, 7, 0], [3, 2, 8, 13]], dtype=torch.int32)

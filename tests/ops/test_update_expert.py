@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.worlds import DTYPES, assert_same_bits, strided
 
 import evenmoe as em
 from evenmoe.ops.update_expert import prepare
 from evenmoe.reference.rules import occurrence as reference_occurrence
 from evenmoe.reference.update_expert import update_expert as reference
+from tests.worlds import DTYPES, assert_same_bits, strided
 
 MODES = {0: 0, "rank": 0, 1: 1, "token": 1, "occurrence": 2}
 

@@ -18,6 +18,7 @@ from scipy.optimize import linprog
 import evenmoe as em
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
 from evenmoe.planner.static import plan_static
+from evenmoe.rules import split_kernels
 from evenmoe.rules.split_batch import SplitPlan
 
 
@@ -150,6 +151,45 @@ def test_random_graphs_with_heavy_tails(num_ranks, num_experts, extra):
         per_slot = plan.split(tokens)
         check_conserved(tokens, slots, per_slot)
         check_optimal(slots, per_slot, num_ranks)
+
+
+def random_graph(seed):
+    rng = np.random.default_rng(seed)
+    num_ranks, width = int(rng.integers(3, 60)), int(rng.integers(2, 5))
+    num_experts = int(rng.integers(2, num_ranks * width))
+    more = rng.integers(0, num_experts, num_ranks * width - num_experts)
+    slots = rng.permutation(np.concatenate([np.arange(num_experts), more]))
+    tokens = [
+        (rng.pareto(power, num_experts).clip(0, 1e4) * rng.choice([1, 10, 100])).astype(np.int64)
+        for power in (0.3, 0.5, 1, 3)
+    ]
+    return tokens, slots, num_ranks
+
+
+# Graphs where the last chains run into experts with too few tokens: moving one too many there makes a slot negative.
+@pytest.mark.parametrize("seed", [144, 216, 282, 299, 415, 462, 499, 660, 708])
+def test_chains_take_no_more_than_there_is(seed):
+    batches, slots, num_ranks = random_graph(seed)
+    for tokens in batches:
+        per_slot = em.split_batch(tokens, slots, num_ranks)
+        check_conserved(tokens, slots, per_slot)
+        check_optimal(slots, per_slot, num_ranks)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_chains_alone_finish_too(seed, monkeypatch):
+    """After many rounds the kernel stops levelling; here it never starts, so chains do everything from a bare start."""
+    monkeypatch.setattr(split_kernels, "_LEVELLING_ROUNDS", 0)
+    monkeypatch.setattr(split_kernels, "_FIRST_SWEEPS", 2)  # one sweep, to put the tokens somewhere
+    batches, slots, num_ranks = random_graph(seed)
+    num_experts = len(batches[0])
+    graph = split_kernels.graphs_of(slots[None], num_ranks, num_experts)[0]
+    sections = split_kernels._sections(graph, num_experts, len(slots), num_ranks)
+    for tokens in batches:
+        flow, load = np.zeros(len(slots), np.int64), np.zeros(num_ranks, np.int64)
+        split_kernels._balance.py_func(tokens, sections, flow, load)
+        best = rank_loads(em.split_batch(tokens, slots, num_ranks), num_ranks)
+        assert sorted(load.tolist()) == sorted(best.tolist())
 
 
 def lowest_peak(tokens, slots, num_ranks):

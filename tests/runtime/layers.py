@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from tests.ground.placements import random_placement
 
 import evenmoe as em
 from evenmoe.placement import Placement
 from evenmoe.runtime.replica_choice import RULES
 from evenmoe.transport.world import Rank
+from tests.ground.placements import random_placement
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

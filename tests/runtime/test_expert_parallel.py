@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
-from tests.runtime.layers import FLOATS, Layer, Spec, expected_slots, expected_sums, in_process, one_rank, specs
-from tests.worlds import assert_same_bits
 
 import evenmoe as em
 from evenmoe.runtime.replica_choice import RULES
+from tests.runtime.layers import FLOATS, Layer, Spec, expected_slots, expected_sums, in_process, one_rank, specs
+from tests.worlds import assert_same_bits
 
 
 def in_threads(spec: Spec) -> list:

@@ -7,10 +7,10 @@ import zipfile
 from collections import Counter
 
 import numpy as np
-from tests.traces.npz import archive, npy, npz
 
 from evenmoe.errors import FileFormatError
 from evenmoe.traces.trace import Trace, load_trace
+from tests.traces.npz import archive, npy, npz
 
 LOAD = np.arange(24).reshape(2, 3, 4)
 ROUTING = np.arange(30).reshape(5, 3, 2) % 4

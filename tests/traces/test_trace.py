@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.traces.npz import archive, at, npy, npy_claiming, npz
 
 from evenmoe.errors import FileFormatError
 from evenmoe.traces.trace import Trace, load_trace
+from tests.traces.npz import archive, at, npy, npy_claiming, npz
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "traces"
 LOAD = np.arange(24).reshape(2, 3, 4)

@@ -10,12 +10,12 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from tests.processes import Processes
 
 import evenmoe as em
 from evenmoe.errors import ConstraintError, LostRankError
 from evenmoe.transport import registry
 from evenmoe.transport.world import Rank
+from tests.processes import Processes
 
 
 @pytest.fixture

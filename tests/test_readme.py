@@ -1,0 +1,35 @@
+"""The README's example prints what the README says, and its picture is what its script draws."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_example_prints_its_output(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text()
+    code, printed = re.search(r"```python\n(.*?)```\n+```\n(.*?)```", text, re.DOTALL).groups()
+    script = tmp_path / "example.py"
+    script.write_text(code)
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, timeout=120)
+    assert run.stdout == printed
+
+
+def test_picture_is_up_to_date(tmp_path: Path) -> None:
+    script = tmp_path / "picture.py"
+    script.write_text((ROOT / "docs" / "picture.py").read_text())
+    runpy.run_path(str(script), run_name="__main__")
+    assert (tmp_path / "ranks.svg").read_bytes() == (ROOT / "docs" / "ranks.svg").read_bytes()
+
+
+def test_its_commands_are_the_ones_that_ci_runs() -> None:
+    commands = re.search(r"```\n(make demo.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    assert [line.split("#")[0].strip() for line in commands.splitlines()] == ["make demo", "make test"]
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "\nmake test\n" in ci
+    assert "\nmake demo\n" in ci
