@@ -35,8 +35,10 @@ class Strength(NamedTuple):
     independence: float
 
 
-# What to use unless the history clearly shows another to be better, and what to try. On gpt-oss-20b, DeepSeek-V2-Lite and
-# Mixtral-8x7B topics and on synthetic factors, 2 to 60 windows, held-out peaks hardly change from sharpness 1.5 to 5 and
+# What to use unless the history clearly shows another to be better, and what to try. On gpt-oss-20b,
+# DeepSeek-V2-Lite and
+# Mixtral-8x7B topics and on synthetic factors, 2 to 60 windows, held-out peaks hardly change from sharpness 1.5 to 5
+# and
 # independence 0 to 0.5; sharpness 24 costs 2-6 % and independence 1 costs 10 % there. Loads that vary independently
 # gain 1-2 % from independence 1.
 USUAL = Strength(3.0, 0.2)
