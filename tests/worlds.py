@@ -173,6 +173,9 @@ class Case:
         per_rank = self.random.randint(1, spec.experts_per_rank)
         if any(old < spec.shared_ranks for old in survivors[shared_new:]):
             per_rank = 1
+        if spec.smooth:  # every expert needs its row of `scales`, of which there are as many as the world had experts
+            keep = shared_new + min(left - shared_new, self.physical)
+            survivors, left = survivors[:keep], keep
         self.physical = per_rank * (left - shared_new)
         new_rank = [survivors.index(old) if old in survivors else -1 for old in range(spec.ep)]
         old_rank = survivors + [-1] * (spec.ep - left)

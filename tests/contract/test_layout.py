@@ -210,3 +210,11 @@ def test_shared_ranks_cannot_appear_from_nowhere():
     world = WORLD | {"shared_experts": 0, "shared_ranks": 0, "num_experts": 10}
     with pytest.raises(ConstraintError, match="SrNew 1: it must be 0"):
         scale_down(make_layout(**world, rank=0, elastic=True), elastic_info(shared=1, experts=3))
+
+
+def test_every_expert_left_needs_its_row_of_smooth_scales():
+    layout = make_layout(**WORLD | {"num_experts": 3}, rank=1, elastic=True)
+    grown = elastic_info(ep=5, shared=1, experts=4, table1=(0, 1, 2, 3, 4), table2=(0, 1, 2, 3, 4))
+    assert scale_down(layout, grown).num_experts == 4
+    with pytest.raises(ConstraintError, match="MNew 4: it must be at most 3, the MoE experts that have a row in `sc"):
+        scale_down(layout, grown, smooth_scales=True)

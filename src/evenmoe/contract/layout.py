@@ -154,7 +154,7 @@ def make_layout(
     )
 
 
-def scale_down(layout: Layout, elastic_info: Sequence[int]) -> Layout:
+def scale_down(layout: Layout, elastic_info: Sequence[int], smooth_scales: bool = False) -> Layout:
     """The layout of the ranks that are left, on the buffers of the original one (specification §2.11).
 
     Args:
@@ -162,6 +162,7 @@ def scale_down(layout: Layout, elastic_info: Sequence[int]) -> Layout:
         elastic_info: 4 + 2·ep ints: [is scaled down, epNew, SrNew, MNew, table1 (ep), table2 (ep)].
             table1[old rank] is the new rank, or −1 for a lost one; table2[new rank] is the old rank, for the first
             epNew entries. When the first int is 0, the others mean nothing and the layout is returned as it is.
+        smooth_scales: bool, whether `scales` is given, which has a row for each of the original M experts and no more.
 
     Raises:
         ConstraintError: a length, a count or a table that contradicts the others; more experts per rank than there is
@@ -184,6 +185,13 @@ def scale_down(layout: Layout, elastic_info: Sequence[int]) -> Layout:
         return layout
     table1, table2 = tables[:ep], tables[ep:]
     _check_scaled_sizes(layout, ep_new, shared_new, experts_new)
+    if smooth_scales and experts_new > layout.num_experts:
+        # A rank that hosted a shared expert may become a MoE rank, so that MNew can exceed M where no scale is needed.
+        raise _refuse(
+            f"MNew {experts_new}",
+            f"must be at most {layout.num_experts}, the MoE experts that have a row in `scales`",
+            f"leave at most {layout.num_experts} MoE experts, or drop `scales`",
+        )
     _check_tables(table1, table2[:ep_new])
     rank = table1[layout.rank]
     if rank < 0:

@@ -111,7 +111,7 @@ def _run(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     with refusing_together(x, waiting):
         layout = _layout(given)
         if scaled_down:
-            layout = scale_down(layout, given["elastic_info"].tolist())
+            layout = scale_down(layout, given["elastic_info"].tolist(), smooth_scales=given["scales"] is not None)
         if given["check_values"]:
             _check_values(expert_ids, layout, given)
     with refusing_together(x, waiting[1:]):

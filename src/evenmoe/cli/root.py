@@ -1,0 +1,27 @@
+"""The command line's root: `app`, to which every file of `commands` adds one command."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from evenmoe import __version__
+
+app = typer.Typer(
+    help="Expert-parallel load balancing for Mixture-of-Experts models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+@app.callback(invoke_without_command=True)
+def _common(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit

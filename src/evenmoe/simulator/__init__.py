@@ -1,0 +1,1 @@
+"""Replay a trace under placements and rules, without a GPU."""
