@@ -12,9 +12,11 @@ demo: $(VENV)/installed
 	$(BIN)/evenmoe demo
 
 test: $(VENV)/installed-test
+	.ci/system-packages
 	$(RUN) pytest -n 2 -q
 
 doctest: $(VENV)/installed-test
+	.ci/system-packages
 	$(RUN) pytest -q --doctest-modules src/evenmoe
 
 lint: $(VENV)/installed-lint
