@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # One thread per process: the suite runs processes of its own, and idle OpenMP threads spin.
 RUN := OMP_NUM_THREADS=1 $(BIN)/python -m
 
-.PHONY: demo test doctest lint format types bench clean
+.PHONY: demo test fuzz doctest lint format types bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/evenmoe demo
@@ -14,6 +14,10 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test
 	.ci/system-packages
 	$(RUN) pytest -n 2 -q
+
+# New random examples at every call, which the suite does not try.
+fuzz: $(VENV)/installed-test
+	$(RUN) pytest -n 2 -q --hypothesis-profile default
 
 doctest: $(VENV)/installed-test
 	.ci/system-packages
