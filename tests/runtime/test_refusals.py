@@ -275,8 +275,8 @@ UNLIKE = {
     ),
 }
 STARTS = {
-    "rule": "`rule` is ",
-    "batch and another rule": "`rule` is ",
+    "rule": "`rule` is occurrence on ranks 0, 1, 3 and token on rank 2: ",
+    "batch and another rule": "`rule` is occurrence on ranks 0, 1, 3 and batch on rank 2: ",
     "tables": "`digest of the EPLB table` is ",
     "order of the replicas": "`digest of the EPLB table` is ",
 }

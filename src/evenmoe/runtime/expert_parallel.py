@@ -127,7 +127,7 @@ class ExpertParallel:
             else:
                 routing = route(self._slots(topk_ids, counted), layout, None)
                 mine = routing.counts
-        counts = exchange_counts(self._ep, _DISPATCH, self._sizes(x, topk_ids), mine)
+        counts = exchange_counts(self._ep, _DISPATCH, self._sizes(x, topk_ids), mine, {"`rule`": RULES})
         if routing is None:
             by_rank = counts.cpu().numpy()
             routing = route(self._slots(topk_ids, counted, by_rank), layout, None)

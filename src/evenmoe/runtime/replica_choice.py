@@ -11,10 +11,10 @@ import torch
 
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
 from evenmoe.ops.update_expert import check_table, prepare
-from evenmoe.rules import batch, occurrence
+from evenmoe.rules import batch, occurrence, shares
 from evenmoe.rules.split_batch import SplitPlan
 
-RULES = ("rank", "token", "occurrence", "batch")
+RULES = shares.RULES[1:]  # all but "even", which only a plan can assume
 IntArray = npt.NDArray[np.int64]
 
 

@@ -9,7 +9,7 @@ disagreement and raises the same error, before any row has moved. It costs no co
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -91,6 +91,7 @@ def exchange_counts(
     operator: str,
     sizes: Mapping[str, int],
     counts: torch.Tensor,
+    choices: Mapping[str, Sequence[str]] | None = None,
 ) -> torch.Tensor:
     """Exchange `counts` between ranks that agree on `sizes`; raise the same error on every rank if they do not.
 
@@ -98,6 +99,7 @@ def exchange_counts(
         operator: a key of `OPERATORS`.
         sizes: {name: value} for every name of that operator.
         counts: int64 (W, n); row d goes to rank d.
+        choices: {name: words} for names whose values are positions in a list of words, for the error.
 
     Returns:
         int64 (W, n), row s from rank s.
@@ -114,7 +116,7 @@ def exchange_counts(
     header[:, 3 : 3 + len(sizes)] = counts.new_tensor(list(sizes.values()))
     message[:, _HEADER : _HEADER + min(counts.shape[1], fitting)] = counts[:, :fitting]
     received = transport.exchange_counts(message)
-    _check_headers(received[:, :_HEADER].cpu().numpy())
+    _check_headers(received[:, :_HEADER].cpu().numpy(), choices or {})
     first = received[:, _HEADER : _HEADER + min(counts.shape[1], fitting)]
     if counts.shape[1] <= fitting:
         return first
@@ -160,7 +162,7 @@ def _message(transport: Transport, counts: torch.Tensor) -> torch.Tensor:
     return counts.new_zeros((transport.world_size, _HEADER + _fitting(transport)))
 
 
-def _check_headers(headers: np.ndarray) -> None:
+def _check_headers(headers: np.ndarray, choices: Mapping[str, Sequence[str]]) -> None:
     ranks = range(len(headers))
     for rank in ranks:
         if headers[rank, 1]:
@@ -181,7 +183,7 @@ def _check_headers(headers: np.ndarray) -> None:
         )
     names = OPERATORS[operators[ranks[0]]]
     for word, name in enumerate(names):
-        values = {rank: _readable(name, int(headers[rank, 3 + word])) for rank in ranks}
+        values = {rank: _readable(name, int(headers[rank, 3 + word]), choices) for rank in ranks}
         if len(set(values.values())) > 1:
             raise RankDisagreementError(
                 name.replace("`", ""),
@@ -191,7 +193,9 @@ def _check_headers(headers: np.ndarray) -> None:
             )
 
 
-def _readable(name: str, value: int) -> str:
+def _readable(name: str, value: int, choices: Mapping[str, Sequence[str]]) -> str:
+    if name in choices:
+        return choices[name][value]
     if name.startswith("dtype"):
         return DTYPES[value] if value < len(DTYPES) else "another dtype"
     if name.startswith("presence"):
