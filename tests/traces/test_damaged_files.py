@@ -127,7 +127,7 @@ def outcome(path) -> str:
     assert trace.load.size > 0
     assert trace.load.min() >= 0
     if trace.routing is not None:
-        assert trace.routing.dtype == np.int64
+        assert trace.routing.dtype == np.uint16
         assert trace.routing.shape[1] == trace.num_layers
         assert 0 <= trace.routing.min() <= trace.routing.max() < trace.num_experts
     return "read"

@@ -28,7 +28,7 @@ def same(trace: Trace, name: str, load: np.ndarray, routing: np.ndarray | None) 
     assert (trace.num_layers, trace.num_experts) == load.shape[1:]
     assert (trace.routing is None) == (routing is None)
     if routing is not None:
-        assert trace.routing.dtype == np.int64
+        assert trace.routing.dtype == np.uint16
         assert trace.routing.tolist() == routing.tolist()
 
 
@@ -186,7 +186,7 @@ def test_refusals(tmp_path, mistake):
 
 def test_more_numbers_than_fit(tmp_path, monkeypatch):
     """int8 takes a byte in the file and eight as int64, so a small archive of zeros could fill the memory."""
-    monkeypatch.setattr("evenmoe.traces.trace._LARGEST_BYTES", 8 * 24)
+    monkeypatch.setattr("evenmoe.traces.npz._LARGEST_BYTES", 8 * 24)
     path = at(tmp_path / "bomb.npz", npz(load=LOAD.astype(np.int8)))
     assert load_trace(path).load.tolist() == LOAD.tolist()
     at(path, npz(load=np.zeros((1, 1, 25), np.int8)))

@@ -1,8 +1,9 @@
 """The compiled part of planning for the `rank` rule: replicas with unequal shares, packed and exchanged.
 
-W ranks are both the world and the homes of the slots. Replica k of `count` gets the tokens of the ranks from
-k · ceil(W / count) on, so all replicas get ceil(W / count) ranks but the last reachable one, which may get fewer, and
-those behind it, which get none (specification §1.4). Loads are in mean rank loads: 1.0 is the peak nothing can beat.
+The tokens come from a world of W ranks; the slots are on all of them, or on those of one node. Replica k of `count`
+gets the tokens of the ranks from k · ceil(W / count) on, so all replicas get ceil(W / count) ranks but the last
+reachable one, which may get fewer, and those behind it, which get none (specification §1.4). Loads are in mean rank
+loads: 1.0 is the peak nothing can beat.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ _SQUARES = 0.01
 # What a move must gain, in mean rank loads per window, and moves at most.
 _GAIN = 5e-5
 _MOVES = 300
+NO_MOVE = 99
 
 
 @njit(cache=True, nogil=True)
@@ -25,8 +27,30 @@ def share_of(count, replica, world):
 
 
 @njit(cache=True, nogil=True)
-def count_reachable(weight, num_slots, world):
-    """Replicas int64 (E,) that the rule reaches all of, so that the largest load of a replica is least.
+def _next_count(count, world):
+    """The fewest replicas whose largest share is below that of `count`; `count` itself where there are none."""
+    width = -(-world // count)
+    return -(-world // (width - 1)) if width > 1 else count
+
+
+@njit(cache=True, nogil=True)
+def wasted(counts, most, world):
+    """Replicas that no rank can choose, and the fewest more that would lower some expert's shares (a large number
+    where nobody may have so many: `most` per expert)."""
+    idle, step = 0, np.int64(2**62)
+    for expert in range(counts.size):
+        width = -(-world // counts[expert])
+        chosen = -(-world // width)
+        idle += counts[expert] - chosen
+        following = _next_count(chosen, world)
+        if chosen < following <= most:
+            step = min(step, following - chosen)
+    return idle, step
+
+
+@njit(cache=True, nogil=True)
+def count_reachable(weight, num_slots, most, world):
+    """Replicas int64 (E,), at most `most`, that the rule reaches all of, so that the largest load of one is least.
 
     From the largest load per replica down, each expert goes on to the next count that lowers its own, if the slots
     left suffice. Slots that suffice for nobody (8 ranks, 4 replicas: the next count is 8) become replicas that no
@@ -39,18 +63,19 @@ def count_reachable(weight, num_slots, world):
         heaviest = -1.0
         for expert in range(weight.size):
             width = -(-world // counts[expert])
-            if width > 1 and -(-world // (width - 1)) - counts[expert] <= left and weight[expert] * width > heaviest:
+            following = _next_count(counts[expert], world)
+            if counts[expert] < following <= min(most, counts[expert] + left) and weight[expert] * width > heaviest:
                 best = expert
                 heaviest = weight[expert] * width
         if best < 0:
             break
-        following = -(-world // (-(-world // counts[best]) - 1))
+        following = _next_count(counts[best], world)
         left -= following - counts[best]
         counts[best] = following
     while left > 0:
         best = -1
         for expert in range(weight.size):
-            if counts[expert] < world and (best < 0 or weight[expert] < weight[best]):
+            if counts[expert] < most and (best < 0 or weight[expert] < weight[best]):
                 best = expert
         counts[best] += 1
         left -= 1
@@ -58,7 +83,7 @@ def count_reachable(weight, num_slots, world):
 
 
 @njit(cache=True, nogil=True)
-def pack(weight, counts, held, index):
+def pack(weight, counts, held, index, world):
     """Fill `held` and `index` (G, n), the expert and its replica number in each slot: heaviest first, lightest rank."""
     num_ranks, width = held.shape
     pieces = np.empty((held.size, 2), np.int64)
@@ -68,7 +93,7 @@ def pack(weight, counts, held, index):
         for replica in range(counts[expert]):
             pieces[at, 0] = expert
             pieces[at, 1] = replica
-            heavy[at] = weight[expert] * share_of(counts[expert], replica, num_ranks)
+            heavy[at] = weight[expert] * share_of(counts[expert], replica, world)
             at += 1
     used = np.zeros(num_ranks, np.int64)
     load = np.zeros(num_ranks)
@@ -85,7 +110,7 @@ def pack(weight, counts, held, index):
                 load[rank] = 0.0
                 for slot in range(used[rank]):
                     other = held[rank, slot]
-                    load[rank] += weight[other] * share_of(counts[other], index[rank, slot], num_ranks)
+                    load[rank] += weight[other] * share_of(counts[other], index[rank, slot], world)
         held[best, used[best]] = expert
         index[best, used[best]] = pieces[piece, 1]
         used[best] += 1
@@ -122,7 +147,7 @@ def _make_room(expert, held, index, used, has):
 
 
 @njit(cache=True, nogil=True)
-def rank_loads(held, index, counts, tokens, loads):
+def rank_loads(held, index, counts, tokens, loads, world):
     """Fill `loads` (T, G) for `tokens` (T, E); returns the goal: peaks, and a little of the squares."""
     num_ranks, width = held.shape
     loads[:] = 0.0
@@ -130,7 +155,7 @@ def rank_loads(held, index, counts, tokens, loads):
     for rank in range(num_ranks):
         for slot in range(width):
             expert = held[rank, slot]
-            share = share_of(counts[expert], index[rank, slot], num_ranks)
+            share = share_of(counts[expert], index[rank, slot], world)
             for window in range(tokens.shape[0]):
                 loads[window, rank] += share * tokens[window, expert]
     for window in range(tokens.shape[0]):
@@ -187,16 +212,17 @@ def replicate(held, index, counts, a, rank, slot):
 
 
 @njit(cache=True, nogil=True)
-def _best_exchange(hot, held, index, counts, tokens, loads, has, kept, copies, price):
+def _best_exchange(hot, held, index, counts, tokens, loads, has, kept, copies, price, world, node_ranks):
     """The best exchange of a slot of `hot`: (change of the goal and price, slot, rank, slot, copies)."""
-    num_ranks, width = held.shape
+    width = held.shape[1]
+    node = hot // node_ranks * node_ranks
     others = np.empty((tokens.shape[0], 5))
     _busiest_three(loads, others)
     best = (0.0, -1, -1, -1, 0)
     for mine in range(width):
         a = held[hot, mine]
-        a_share = share_of(counts[a], index[hot, mine], num_ranks)
-        for rank in range(num_ranks):
+        a_share = share_of(counts[a], index[hot, mine], world)
+        for rank in range(node, node + node_ranks):
             for theirs in range(width):
                 b = held[rank, theirs]
                 if rank == hot or (a != b and (has[rank, a] or has[hot, b])):
@@ -206,7 +232,7 @@ def _best_exchange(hot, held, index, counts, tokens, loads, has, kept, copies, p
                     cost = np.int64(kept[hot, a]) + kept[rank, b] - np.int64(kept[hot, b]) - kept[rank, a]
                 if cost > copies:
                     continue
-                b_share = share_of(counts[b], index[rank, theirs], num_ranks)
+                b_share = share_of(counts[b], index[rank, theirs], world)
                 change = _change_of_exchange(hot, rank, a, b, a_share, b_share, tokens, loads, others)
                 if change + price * max(cost, 0) < best[0]:
                     best = (change + price * max(cost, 0), mine, rank, theirs, cost)
@@ -214,7 +240,7 @@ def _best_exchange(hot, held, index, counts, tokens, loads, has, kept, copies, p
 
 
 @njit(cache=True, nogil=True)
-def _goal_with_replica(a, b, rank, replica_at, counts, tokens, loads):
+def _goal_with_replica(a, b, rank, replica_at, counts, tokens, loads, world):
     """The goal if `rank` held one more replica of `a` in the place of its replica of `b`."""
     num_windows, num_ranks = loads.shape
     more = np.zeros(num_ranks)
@@ -223,13 +249,13 @@ def _goal_with_replica(a, b, rank, replica_at, counts, tokens, loads):
     for other in range(num_ranks):
         replica = replica_at[other, a]
         if replica >= 0:
-            more[other] = share_of(counts[a] + 1, replica, num_ranks) - share_of(counts[a], replica, num_ranks)
+            more[other] = share_of(counts[a] + 1, replica, world) - share_of(counts[a], replica, world)
         replica = replica_at[other, b]
         if replica >= 0:
-            less[other] = -share_of(counts[b], replica, num_ranks)
+            less[other] = -share_of(counts[b], replica, world)
             if other != rank:
-                less[other] += share_of(counts[b] - 1, replica - (replica > gone), num_ranks)
-    more[rank] = share_of(counts[a] + 1, counts[a], num_ranks)
+                less[other] += share_of(counts[b] - 1, replica - (replica > gone), world)
+    more[rank] = share_of(counts[a] + 1, counts[a], world)
     goal = 0.0
     for window in range(num_windows):
         peak = 0.0
@@ -243,9 +269,21 @@ def _goal_with_replica(a, b, rank, replica_at, counts, tokens, loads):
 
 
 @njit(cache=True, nogil=True)
-def _best_replica(hot, held, index, counts, tokens, loads, goal, kept, copies, price):
+def _wastes(a, b, counts, most, world, idle):
+    """Whether one replica of `b` less and of `a` more leaves more idle than `idle`, and somebody had use for them."""
+    counts[a] += 1
+    counts[b] -= 1
+    now, step = wasted(counts, most, world)
+    counts[a] -= 1
+    counts[b] += 1
+    return now > idle and now >= step
+
+
+@njit(cache=True, nogil=True)
+def _best_replica(hot, held, index, counts, tokens, loads, goal, kept, copies, price, world, node_ranks):
     """The best new replica of an expert of `hot`: (change of the goal and price, slot, rank, slot, copies)."""
     num_ranks, width = held.shape
+    node = hot // node_ranks * node_ranks
     replica_at = np.full((num_ranks, counts.size), -1, np.int64)
     twins = np.zeros(counts.size, np.bool_)  # twice on a rank, as a placement in use may be; they can be exchanged
     for rank in range(num_ranks):
@@ -253,31 +291,73 @@ def _best_replica(hot, held, index, counts, tokens, loads, goal, kept, copies, p
             expert = held[rank, slot]
             twins[expert] |= replica_at[rank, expert] >= 0
             replica_at[rank, expert] = index[rank, slot]
+    idle, _ = wasted(counts, node_ranks, world)
     best = (0.0, -1, -1, -1, 0)
     for mine in range(width):
         a = held[hot, mine]
-        if counts[a] >= num_ranks or -(-num_ranks // (counts[a] + 1)) == -(-num_ranks // counts[a]):
+        if counts[a] >= node_ranks or _next_count(counts[a], world) != counts[a] + 1:
             continue  # one more would not lower any replica's share
-        for rank in range(num_ranks):
+        for rank in range(node, node + node_ranks):
             for theirs in range(width):
                 b = held[rank, theirs]
                 cost = np.int64(kept[rank, b]) - np.int64(kept[rank, a])
                 if replica_at[rank, a] >= 0 or counts[b] == 1 or cost > copies or twins[a] or twins[b]:
                     continue
-                change = _goal_with_replica(a, b, rank, replica_at, counts, tokens, loads) - goal
-                if change + price * max(cost, 0) < best[0]:
+                change = _goal_with_replica(a, b, rank, replica_at, counts, tokens, loads, world) - goal
+                if change + price * max(cost, 0) < best[0] and not _wastes(a, b, counts, node_ranks, world, idle):
                     best = (change + price * max(cost, 0), mine, rank, theirs, cost)
     return best
 
 
 @njit(cache=True, nogil=True)
-def improve(held, index, counts, tokens, kept, copies, price):
-    """Exchange slots and make replicas, in place, until no move of a busiest rank pays.
+def _step(held, index, counts, tokens, loads, has, kept, copies, price, world, node_ranks):
+    """Make the best move of a busiest rank, in place, for at most `copies` more; returns its copies, or 99 for none."""
+    num_windows, num_ranks = loads.shape
+    goal = rank_loads(held, index, counts, tokens, loads, world)
+    blame = np.zeros(num_ranks)
+    for window in range(num_windows):
+        peak = loads[window].max()
+        for rank in range(num_ranks):
+            if loads[window, rank] > peak - 1e-9:
+                blame[rank] += loads[window, rank] - 1.0
+    fee = price * num_windows
+    while blame.max() > 5e-4:
+        hot = np.argmax(blame)
+        blame[hot] = 0.0
+        swap = _best_exchange(hot, held, index, counts, tokens, loads, has, kept, copies, fee, world, node_ranks)
+        exchange = swap[0] < -_GAIN * num_windows
+        if not exchange:  # only then, since a new replica takes longer to judge
+            swap = _best_replica(
+                hot, held, index, counts, tokens, loads, goal, kept, copies, fee, world, node_ranks
+            )
+        change, mine, rank, theirs, cost = swap
+        if change > -_GAIN * num_windows:
+            continue
+        a, b = held[hot, mine], held[rank, theirs]
+        if exchange:
+            held[hot, mine], held[rank, theirs] = b, a
+            index[hot, mine], index[rank, theirs] = index[rank, theirs], index[hot, mine]
+        else:
+            replicate(held, index, counts, a, rank, theirs)
+        for changed in (hot, rank):
+            has[changed, a] = (held[changed] == a).any()
+            has[changed, b] = (held[changed] == b).any()
+        return cost
+    return NO_MOVE
+
+
+@njit(cache=True, nogil=True)
+def improve(held, index, counts, tokens, kept, copies, price, world, node_ranks):
+    """Exchange slots and make replicas, in place, until no move of a busiest rank pays; returns the mean peak.
+
+    The budget opens by one copy at a time and then the next moves are those within it, so the plan of a smaller
+    budget is a stop on the way of every larger one. The best stop is kept: more copies are never worse.
 
     Args:
         held, index: int64 (G, n). counts: int64 (E,). tokens: float64 (T, E), mean rank load 1 in every window.
         kept: bool (G, E), experts that cost no copy on a rank.
         copies: copies that may be spent. price: what a copy must gain, in mean rank loads per window.
+        world: ranks that the tokens come from. node_ranks: experts stay in their node, so many ranks in a row.
     """
     num_windows = tokens.shape[0]
     num_ranks, width = held.shape
@@ -286,35 +366,29 @@ def improve(held, index, counts, tokens, kept, copies, price):
     for rank in range(num_ranks):
         for slot in range(width):
             has[rank, held[rank, slot]] = True
+    rank_loads(held, index, counts, tokens, loads, world)
+    best, best_held, best_index, best_counts = mean_peak(loads), held.copy(), index.copy(), counts.copy()
+    opened = spent = 0
     for _ in range(_MOVES):
-        goal = rank_loads(held, index, counts, tokens, loads)
-        blame = np.zeros(num_ranks)
-        for window in range(num_windows):
-            for rank in range(num_ranks):
-                if loads[window, rank] > loads[window].max() - 1e-9:
-                    blame[rank] += loads[window, rank] - 1.0
-        moved = False
-        while not moved and blame.max() > 5e-4:
-            hot = np.argmax(blame)
-            blame[hot] = 0.0
-            fee = price * num_windows
-            swap = _best_exchange(hot, held, index, counts, tokens, loads, has, kept, copies, fee)
-            exchange = swap[0] < -_GAIN * num_windows
-            if not exchange:  # only then, since a new replica takes longer to judge
-                swap = _best_replica(hot, held, index, counts, tokens, loads, goal, kept, copies, fee)
-            change, mine, rank, theirs, cost = swap
-            if change > -_GAIN * num_windows:
-                continue
-            a, b = held[hot, mine], held[rank, theirs]
-            if exchange:
-                held[hot, mine], held[rank, theirs] = b, a
-                index[hot, mine], index[rank, theirs] = index[rank, theirs], index[hot, mine]
-            else:
-                replicate(held, index, counts, a, rank, theirs)
-            for changed in (hot, rank):
-                has[changed, a] = (held[changed] == a).any()
-                has[changed, b] = (held[changed] == b).any()
-            copies -= cost
-            moved = True
-        if not moved:
-            return
+        cost = _step(held, index, counts, tokens, loads, has, kept, opened - spent, price, world, node_ranks)
+        while cost == NO_MOVE and opened < min(copies, spent + 2):  # no move costs more than two
+            opened += 1
+            cost = _step(held, index, counts, tokens, loads, has, kept, opened - spent, price, world, node_ranks)
+        if cost == NO_MOVE:
+            break
+        spent += cost
+        rank_loads(held, index, counts, tokens, loads, world)
+        if mean_peak(loads) < best:
+            best = mean_peak(loads)
+            best_held[:], best_index[:], best_counts[:] = held, index, counts
+    held[:], index[:], counts[:] = best_held, best_index, best_counts
+    return best
+
+
+@njit(cache=True, nogil=True)
+def mean_peak(loads):
+    """The mean over the windows of the largest rank load."""
+    total = 0.0
+    for window in range(loads.shape[0]):
+        total += loads[window].max()
+    return total / loads.shape[0]

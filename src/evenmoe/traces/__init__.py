@@ -1,1 +1,35 @@
-"""Routing traces: load and synthesise."""
+"""Routing traces: what they hold, the file they live in, made-up ones, and the statistics that compare them.
+
+A name is imported when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evenmoe.traces.trace import Trace as Trace
+    from evenmoe.traces.trace import load_trace as load_trace
+    from evenmoe.traces.trace import save_trace as save_trace
+
+_HOME = {
+    "Trace": "evenmoe.traces.trace",
+    "load_trace": "evenmoe.traces.trace",
+    "save_trace": "evenmoe.traces.trace",
+}
+
+__all__ = list(_HOME)  # noqa: PLE0605  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'evenmoe.traces' has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

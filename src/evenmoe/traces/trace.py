@@ -1,40 +1,67 @@
-"""`Trace`: recorded routing, and the npz file that holds it.
+"""`Trace`: routing of one model, recorded or made up, and the npz file that holds it.
 
-The file is a numpy .npz without pickled objects:
-    load      integers (T, L, E), tokens per window, layer and expert; or (L, E) for one window. Required.
-    routing   integers (tokens, L, K), the K distinct experts of every token. Optional.
-    seq_start integers (requests + 1,), where each request's tokens begin in `routing`. Optional.
-Other arrays are left alone.
+The file is a numpy .npz without pickled objects. T windows, L layers, E experts, K experts per token, R source ranks:
+
+    array         type                    meaning
+    load          integers (T, L, E)      tokens per window, layer and expert; (L, E) is one window. Required
+    routing       integers (tokens, L, K) the K distinct experts that every token chose, in order of arrival
+    seq_start     integers (requests+1,)  where each request's tokens begin in `routing`; the first is 0, the last `tokens`
+    load_by_rank  integers (T, R, L, E)   `load` by the rank that owned the tokens; (R, L, E) if `load` is (L, E)
+    layer_ids     integers (L,)           the model's own number of each layer
+    metadata      text ()                 a flat JSON object of texts and finite numbers
+
+Integers are of any width and byte order. Arrays of other names are left alone. What a window is (a request, a step, a
+thousand steps) is the recorder's choice; `metadata` may say it under "window". `evenmoe` itself writes the keys "model",
+"source", "tokens_per_window", "window" and "seed" where it knows them.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from evenmoe.errors import FileFormatError
+from evenmoe.traces.npz import Refuse, Scalar, archive_bytes, check_metadata, read_integers, read_metadata
 
-_LARGEST_BYTES = 1 << 32  # of an array as int64, 4 GiB: a hundred times the largest trace that we know of
 _MOST_TOKENS = 1 << 62  # in a file, so that no sum overflows
+_TOKENS_AT_ONCE = 1 << 12  # of `routing`, checked together: 58 layers with top-8 are then 4 MB
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace:
     """Routing of one model, as recorded or made up.
 
     Attributes:
         name: where it comes from, for titles.
         load: int64 (T, L, E), tokens per window, layer and expert.
-        routing: int64 (tokens, L, K), the experts that every token chose in every layer, or None.
+        routing: uint16 (int32 from 65,537 experts on, or int64) (tokens, L, K), the experts that every token chose in
+            every layer, distinct; or None.
+        seq_start: int64 (requests + 1,), the first token of each request in `routing` and, last, the number of tokens;
+            or None. Only with `routing`.
+        load_by_rank: int64 (T, R, L, E), `load` split over the source ranks; or None.
+        layer_ids: int64 (L,), the model's own layer numbers; or None for 0 to L - 1.
+        metadata: texts and finite numbers by name, such as "model" or "tokens_per_window".
     """
 
     name: str
     load: npt.NDArray[np.int64]
-    routing: npt.NDArray[np.int64] | None = None
+    routing: npt.NDArray[np.integer] | None = None
+    seq_start: npt.NDArray[np.int64] | None = None
+    load_by_rank: npt.NDArray[np.int64] | None = None
+    layer_ids: npt.NDArray[np.int64] | None = None
+    metadata: Mapping[str, Scalar] = field(default_factory=dict)
+
+    @property
+    def num_windows(self) -> int:
+        return self.load.shape[0]
 
     @property
     def num_layers(self) -> int:
@@ -44,9 +71,14 @@ class Trace:
     def num_experts(self) -> int:
         return self.load.shape[2]
 
+    @property
+    def top_k(self) -> int | None:
+        """K, where the tokens are known."""
+        return None if self.routing is None else self.routing.shape[2]
+
 
 def load_trace(path: str | Path) -> Trace:
-    """Read a trace file.
+    """Read a trace file; its name without the ending becomes the trace's.
 
     Raises:
         FileFormatError: the file cannot be read, is not an .npz, or its arrays are not those of a trace; the message
@@ -56,94 +88,220 @@ def load_trace(path: str | Path) -> Trace:
     try:
         file = path.open("rb")
     except OSError as error:
-        raise _refuse(path, f"not readable ({error.strerror})", "must be an existing file", "check the path") from error
+        raise FileFormatError(
+            str(path), f"not readable ({error.strerror})", "must be an existing file", "check the path"
+        ) from error
     with file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                load, routing = _read(archive, path, "load"), _read(archive, path, "routing")
-                names = ", ".join(sorted(name.removesuffix(".npy") for name in archive.namelist())) or "nothing"
-        except FileFormatError:
-            raise
-        except Exception as error:  # damaged bytes make zipfile, zlib and numpy's header parser raise eleven types
-            reason = str(error) or type(error).__name__
-            raise _refuse(
-                path, f"not an intact .npz file ({reason})", "must be a numpy .npz", "write it with numpy.savez"
-            ) from error
+        return read_trace(file, path.stem, str(path))
+
+
+def read_trace(file: BinaryIO, name: str, place: str) -> Trace:
+    """As `load_trace`, from an open seekable file; `place` is what errors call it."""
+
+    def refuse(value: str, rule: str, fix: str) -> FileFormatError:
+        return FileFormatError(place, value, rule, fix)
+
+    try:
+        with zipfile.ZipFile(file) as archive:
+            arrays = {
+                array: read_integers(archive, array, refuse)
+                for array in ("load", "routing", "seq_start", "load_by_rank", "layer_ids")
+            }
+            metadata = read_metadata(archive, refuse)
+            names = ", ".join(sorted(member.removesuffix(".npy") for member in archive.namelist())) or "nothing"
+    except FileFormatError:
+        raise
+    except Exception as error:  # damaged bytes make zipfile, zlib and numpy's header parser raise eleven types
+        reason = str(error) or type(error).__name__
+        raise refuse(
+            f"not an intact .npz file ({reason})", "must be a numpy .npz", "write it with numpy.savez"
+        ) from error
+    load = arrays.pop("load")
     if load is None:
-        raise _refuse(path, f"a file of {names}", "must hold `load`", "record loads first")
-    return Trace(path.stem, _check_load(path, load), None if routing is None else _check_routing(path, routing, load))
+        raise refuse(f"a file of {names}", "must hold `load`", "record loads first")
+    return _checked(name, load, **arrays, metadata=metadata, refuse=refuse)
 
 
-def _read(archive: zipfile.ZipFile, path: Path, name: str) -> npt.NDArray[np.integer] | None:
-    if f"{name}.npy" not in archive.namelist():
-        return None
-    info = archive.getinfo(f"{name}.npy")
-    with archive.open(info) as stream:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(stream)
-        if dtype.kind not in "iu":
-            raise _refuse(path, f"`{name}` of dtype {dtype}", "must hold integers", "convert it with .astype(np.int64)")
-        # Before anything is allocated: a header may claim any size.
-        count = int(np.prod(shape, dtype=object))
-        if count * dtype.itemsize != info.file_size - stream.tell() or 8 * count > _LARGEST_BYTES:
-            raise _refuse(
-                path,
-                f"`{name}` of shape {shape} in {info.file_size} bytes",
-                f"must hold as many bytes as its shape says, and at most {_LARGEST_BYTES // 8} numbers",
-                "write it again",
-            )
-        data = stream.read()
-    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+def save_trace(path: str | Path, trace: Trace) -> None:
+    """Write a trace file, compressed; the same trace gives the same bytes.
+
+    The file appears at once or not at all, and replaces one that is there. The name is not stored: a trace is called
+    after its file.
+
+    Raises:
+        FileFormatError: the trace's arrays do not fit each other, in the words of `load_trace`; nothing is written.
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    data = trace_bytes(trace, str(path))
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.write_bytes(data)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
-def _check_load(path: Path, load: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+def trace_bytes(trace: Trace, place: str) -> bytes:
+    """The file that `save_trace` writes; `place` is what errors call it."""
+
+    def refuse(value: str, rule: str, fix: str) -> FileFormatError:
+        return FileFormatError(place, value, rule, fix)
+
+    arrays = {
+        name: np.asarray(getattr(trace, name))
+        for name in ("load", "routing", "seq_start", "load_by_rank", "layer_ids")
+        if getattr(trace, name) is not None
+    }
+    for name, array in arrays.items():
+        if array.dtype.kind not in "iu":
+            raise refuse(f"`{name}` of dtype {array.dtype}", "must hold integers", "convert it with .astype(np.int64)")
+    checked = _checked(trace.name, **arrays, metadata=trace.metadata, refuse=refuse)
+    stored = {
+        name: array if name == "routing" or array.max(initial=0) >= 1 << 31 else array.astype(np.int32)
+        for name in arrays
+        if (array := getattr(checked, name)) is not None
+    }
+    if checked.metadata:
+        stored["metadata"] = np.array(json.dumps(checked.metadata))
+    return archive_bytes(stored)
+
+
+def _checked(
+    name: str,
+    load: npt.NDArray[np.integer],
+    routing: npt.NDArray[np.integer] | None = None,
+    seq_start: npt.NDArray[np.integer] | None = None,
+    load_by_rank: npt.NDArray[np.integer] | None = None,
+    layer_ids: npt.NDArray[np.integer] | None = None,
+    *,
+    metadata: object,
+    refuse: Refuse,
+) -> Trace:
+    """The trace of these arrays, or the first thing that is wrong with them."""
+    if load_by_rank is not None and load.ndim == 2 and load_by_rank.ndim == 3:
+        load_by_rank = load_by_rank[None]
+    load = _check_load(load, refuse)
+    chosen = None if routing is None else _check_routing(routing, load, refuse)
+    if seq_start is not None:
+        seq_start = _check_seq_start(seq_start, None if routing is None else len(routing), refuse)
+    return Trace(
+        name,
+        load,
+        chosen,
+        None if chosen is None else seq_start,
+        None if load_by_rank is None else _check_load_by_rank(load_by_rank, load, refuse),
+        None if layer_ids is None else _check_layer_ids(layer_ids, load.shape[1], refuse),
+        check_metadata(metadata, refuse),
+    )
+
+
+def _check_load(load: npt.NDArray[np.integer], refuse: Refuse) -> npt.NDArray[np.int64]:
     if load.ndim == 2:
         load = load[None]
     if load.ndim != 3 or load.size == 0:
-        raise _refuse(
-            path,
+        raise refuse(
             f"`load` of shape {load.shape}",
             "must be (windows, layers, experts), no axis empty",
             "record one row of experts per window and layer",
         )
     if load.min() < 0 or load.sum(dtype=np.float64) >= _MOST_TOKENS:
-        raise _refuse(
-            path,
+        raise refuse(
             f"`load` with counts from {load.min()} to {load.max()}",
             "must hold token counts, not negative, fewer than 2**62 together",
             "check how it was recorded",
         )
-    return load.astype(np.int64)
+    return load.astype(np.int64, copy=False)
 
 
 def _check_routing(
-    path: Path, routing: npt.NDArray[np.integer], load: npt.NDArray[np.integer]
-) -> npt.NDArray[np.int64] | None:
+    routing: npt.NDArray[np.integer], load: npt.NDArray[np.int64], refuse: Refuse
+) -> npt.NDArray[np.integer] | None:
     layers, experts = load.shape[-2:]
     if routing.ndim != 3 or routing.shape[1] != layers or routing.shape[2] < 1:
-        raise _refuse(
-            path, f"`routing` of shape {routing.shape}", f"must be (tokens, {layers}, k)", "record one row per token"
+        raise refuse(
+            f"`routing` of shape {routing.shape}", f"must be (tokens, {layers}, k)", "record one row per token"
         )
     if routing.size and (routing.min() < 0 or routing.max() >= experts):
-        raise _refuse(
-            path,
+        raise refuse(
             f"`routing` with ids from {routing.min()} to {routing.max()}",
             f"must hold experts, 0 to {experts - 1}",
             "record ids of the same model as `load`",
         )
-    in_order = np.sort(routing, axis=2)
-    twice = in_order[:, :, 1:] == in_order[:, :, :-1]
-    if twice.any():
-        token, layer, place = np.argwhere(twice)[0]
-        raise _refuse(
-            path,
-            f"`routing` with expert {in_order[token, layer, place]} twice for token {token}, layer {layer}",
-            "must hold distinct experts per token and layer",
-            "record the top-k as the model chose them",
+    for start in range(0, len(routing), _TOKENS_AT_ONCE):
+        in_order = np.sort(routing[start : start + _TOKENS_AT_ONCE], axis=2)
+        twice = in_order[:, :, 1:] == in_order[:, :, :-1]
+        if twice.any():
+            token, layer, place = np.argwhere(twice)[0]
+            raise refuse(
+                f"`routing` with expert {in_order[token, layer, place]} twice for token {start + token}, layer {layer}",
+                "must hold distinct experts per token and layer",
+                "record the top-k as the model chose them",
+            )
+    return routing.astype(np.uint16 if experts <= 1 << 16 else np.int32, copy=False) if len(routing) else None
+
+
+def _check_seq_start(seq_start: npt.NDArray[np.integer], tokens: int | None, refuse: Refuse) -> npt.NDArray[np.int64]:
+    if tokens is None:
+        raise refuse("`seq_start` without `routing`", "must split the tokens of `routing`", "leave it out")
+    if seq_start.ndim != 1 or len(seq_start) < 1 or seq_start[0] != 0 or seq_start[-1] != tokens:
+        ends = f" from {seq_start[0]} to {seq_start[-1]}" if seq_start.ndim == 1 and len(seq_start) else ""
+        raise refuse(
+            f"`seq_start` of shape {seq_start.shape}{ends}",
+            f"must be one row from 0 to the {tokens} tokens of `routing`",
+            "record the first token of every request and, last, the number of tokens",
         )
-    return routing.astype(np.int64) if len(routing) else None
+    falls = seq_start[1:] < seq_start[:-1]  # a difference of unsigned integers would wrap
+    if falls.any():
+        request = int(falls.argmax())
+        raise refuse(
+            f"`seq_start` with {seq_start[request + 1]} after {seq_start[request]} at request {request}",
+            "must not fall",
+            "order the requests as their tokens are",
+        )
+    return seq_start.astype(np.int64, copy=False)
 
 
-def _refuse(path: Path, value: str, rule: str, fix: str) -> FileFormatError:
-    return FileFormatError(str(path), value, rule, fix)
+def _check_load_by_rank(
+    by_rank: npt.NDArray[np.integer], load: npt.NDArray[np.int64], refuse: Refuse
+) -> npt.NDArray[np.int64]:
+    windows, layers, experts = load.shape
+    if by_rank.ndim != 4 or by_rank.size == 0 or (by_rank.shape[0], *by_rank.shape[2:]) != load.shape:
+        raise refuse(
+            f"`load_by_rank` of shape {by_rank.shape}",
+            f"must be ({windows}, ranks, {layers}, {experts}), as `load` is",
+            "record the ranks' loads of the same windows",
+        )
+    if by_rank.min() < 0 or by_rank.sum(dtype=np.float64) >= _MOST_TOKENS:
+        raise refuse(
+            f"`load_by_rank` with counts from {by_rank.min()} to {by_rank.max()}",
+            "must hold token counts, not negative, fewer than 2**62 together",
+            "check how it was recorded",
+        )
+    by_rank = by_rank.astype(np.int64, copy=False)
+    together = by_rank.sum(axis=1)
+    if (together != load).any():
+        window, layer, expert = np.argwhere(together != load)[0]
+        raise refuse(
+            f"`load_by_rank` with {together[window, layer, expert]} tokens over the ranks where `load` has "
+            f"{load[window, layer, expert]} (window {window}, layer {layer}, expert {expert})",
+            "must sum to `load` over the ranks",
+            "record both from the same tokens",
+        )
+    return by_rank
+
+
+def _check_layer_ids(layer_ids: npt.NDArray[np.integer], layers: int, refuse: Refuse) -> npt.NDArray[np.int64]:
+    if layer_ids.shape != (layers,):
+        raise refuse(
+            f"`layer_ids` of shape {layer_ids.shape}",
+            f"must be ({layers},)",
+            "give one number to every layer of `load`",
+        )
+    if layer_ids.min() < 0 or layer_ids.max() > np.iinfo(np.int64).max or len(set(layer_ids.tolist())) < layers:
+        raise refuse(
+            f"`layer_ids` {layer_ids.tolist()[:64]}",
+            "must be distinct and not negative",
+            "use the model's own layer numbers, or leave it out",
+        )
+    return layer_ids.astype(np.int64, copy=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tree as `evenmoe cann` writes it."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ on this machine")
+    if not sysconfig.get_config_var("Py_ENABLE_SHARED"):
+        pytest.skip("this Python was built without a shared library, which a C++ program needs to embed it")
     return build_tree(tmp_path_factory.mktemp("cann_env"))
 
 
