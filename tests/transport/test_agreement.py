@@ -86,7 +86,7 @@ def test_dtypes_are_told_apart():
     kinds = [torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]
     assert len({agreement.dtype_code(kind) for kind in kinds}) == len(kinds)
     other = agreement.dtype_code(torch.complex64)
-    assert agreement._readable("dtype of `x`", other) == "another dtype"
+    assert agreement._readable("dtype of `x`", other, {}) == "another dtype"
 
 
 def test_digests_tell_order_and_length_apart():
