@@ -35,6 +35,20 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class Details:
+    """Every step and layer of one policy, kept on request.
+
+    Attributes:
+        rank_loads: int64 (N, L, G), rows that each rank computed.
+        rows: float64 (N, L, 4), rows on the wire in the order of `Traffic`'s fields; whole numbers where the trace
+            says which expert every token chose, else the last two are expected values.
+    """
+
+    rank_loads: IntArray
+    rows: FloatArray
+
+
+@dataclass(frozen=True)
 class PolicyResult:
     """One policy over all steps.
 
@@ -53,6 +67,7 @@ class PolicyResult:
         memory_per_rank: int, bytes of expert weights on a rank, all layers.
         break_even_steps: float, steps after which a mean refresh has paid for its copies, compared with the identity
             placement; inf when it never does, 0.0 when nothing is copied.
+        details: or None where they were not asked for.
     """
 
     name: str
@@ -69,6 +84,7 @@ class PolicyResult:
     final: Placement
     memory_per_rank: int
     break_even_steps: float
+    details: Details | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +99,7 @@ class Simulation:
         tokens: int64 (N,), tokens of each step over all ranks.
         load: int64 (L, E), rows per logical expert, all steps together.
         policies: the first one is the static baseline, "identity".
+        notes: sentences on what is exact and what is drawn or expected, to be shown with the numbers.
     """
 
     trace: str
@@ -94,3 +111,4 @@ class Simulation:
     tokens: IntArray
     load: IntArray
     policies: tuple[PolicyResult, ...]
+    notes: tuple[str, ...] = ()
