@@ -19,7 +19,7 @@ _HOME = {
     "save_trace": "evenmoe.traces.trace",
 }
 
-__all__ = list(_HOME)  # noqa: PLE0605  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> object:

@@ -5,14 +5,14 @@ The file is a numpy .npz without pickled objects. T windows, L layers, E experts
     array         type                    meaning
     load          integers (T, L, E)      tokens per window, layer and expert; (L, E) is one window. Required
     routing       integers (tokens, L, K) the K distinct experts that every token chose, in order of arrival
-    seq_start     integers (requests+1,)  where each request's tokens begin in `routing`; the first is 0, the last `tokens`
+    seq_start     integers (requests+1,)  the first token of each request in `routing` and, last, `tokens`
     load_by_rank  integers (T, R, L, E)   `load` by the rank that owned the tokens; (R, L, E) if `load` is (L, E)
     layer_ids     integers (L,)           the model's own number of each layer
     metadata      text ()                 a flat JSON object of texts and finite numbers
 
 Integers are of any width and byte order. Arrays of other names are left alone. What a window is (a request, a step, a
-thousand steps) is the recorder's choice; `metadata` may say it under "window". `evenmoe` itself writes the keys "model",
-"source", "tokens_per_window", "window" and "seed" where it knows them.
+thousand steps) is the recorder's choice. `evenmoe synthesise` writes the keys "model", "source", "tokens_per_window",
+"top_k" and "seed" into `metadata`.
 """
 
 from __future__ import annotations
