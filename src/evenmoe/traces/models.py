@@ -1,0 +1,153 @@
+"""Shapes of published Mixture-of-Experts models, as their configurations state them."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from evenmoe.errors import ConstraintError
+
+_BF16, _FP8 = 2.0, 1.0
+_MXFP4 = 17 / 32  # 32 weights of 4 bits share a scale of 8 bits
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """One model's MoE layers.
+
+    Attributes:
+        name: as `--model` takes it.
+        num_layers: L, MoE layers; `num_experts`: E, routed experts per layer; `top_k`: K, of them per token.
+        hidden: width of a token; `intermediate`: inner width of one routed expert.
+        shared_experts: experts that every token passes besides.
+        num_groups, top_groups: a token's experts come from so many of so many equal runs of ids; 1, 1 without groups.
+        first_layer: number of the first MoE layer in the model's own numbering, from 0; `layer_step`: to the next.
+        weight_bytes: bytes of one weight of a routed expert as published, scales of whole blocks left out.
+        source: whose configuration states it.
+
+    DeepSeek-V3: three matrices of 7,168 × 2,048 weights of one byte are 44,040,192 bytes an expert, and two FLOPs per
+    weight and token are 88,080,384.
+
+    >>> shape = find_model("DeepSeek-R1")
+    >>> shape.name, shape.expert_bytes, shape.expert_flops_per_token
+    ('deepseek-v3', 44040192, 88080384)
+    >>> shape.layer_ids[0], shape.layer_ids[-1]
+    (3, 60)
+    """
+
+    name: str
+    num_layers: int
+    num_experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    shared_experts: int = 0
+    num_groups: int = 1
+    top_groups: int = 1
+    first_layer: int = 0
+    layer_step: int = 1
+    weight_bytes: float = _BF16
+    source: str = ""
+
+    @property
+    def layer_ids(self) -> range:
+        """The model's own numbers of its MoE layers."""
+        return range(self.first_layer, self.first_layer + self.layer_step * self.num_layers, self.layer_step)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one routed expert's three matrices in one layer: what one copy moves."""
+        return round(3 * self.hidden * self.intermediate * self.weight_bytes)
+
+    @property
+    def expert_flops_per_token(self) -> int:
+        """FLOPs of one routed expert for one token: three matrices, two per multiply-add."""
+        return 2 * 3 * self.hidden * self.intermediate
+
+
+_DEEPSEEK_V3 = {
+    "num_layers": 58,
+    "num_experts": 256,
+    "top_k": 8,
+    "hidden": 7168,
+    "intermediate": 2048,
+    "shared_experts": 1,
+    "num_groups": 8,
+    "top_groups": 4,
+    "first_layer": 3,
+    "weight_bytes": _FP8,
+}
+
+#: By name. Every figure is from the `config.json` of the repository on huggingface.co that `source` names.
+MODELS: dict[str, ModelShape] = {
+    shape.name: shape
+    for shape in (
+        ModelShape("deepseek-v2-lite", 26, 64, 6, 2048, 1408, 2, first_layer=1, source="deepseek-ai/DeepSeek-V2-Lite"),
+        ModelShape("deepseek-v3", **_DEEPSEEK_V3, source="deepseek-ai/DeepSeek-V3"),
+        ModelShape("deepseek-v3.2", **_DEEPSEEK_V3, source="deepseek-ai/DeepSeek-V3.2-Exp"),
+        ModelShape("glm-4.5", 89, 160, 8, 5120, 1536, 1, first_layer=3, source="zai-org/GLM-4.5"),
+        ModelShape("gpt-oss-20b", 24, 32, 4, 2880, 2880, weight_bytes=_MXFP4, source="openai/gpt-oss-20b"),
+        ModelShape("gpt-oss-120b", 36, 128, 4, 2880, 2880, weight_bytes=_MXFP4, source="openai/gpt-oss-120b"),
+        ModelShape(
+            "kimi-k2", 60, 384, 8, 7168, 2048, 1, first_layer=1, weight_bytes=_FP8, source="moonshotai/Kimi-K2-Instruct"
+        ),
+        ModelShape("llama-4-scout", 48, 16, 1, 5120, 8192, 1, source="meta-llama/Llama-4-Scout-17B-16E"),
+        ModelShape(
+            "llama-4-maverick",
+            24,
+            128,
+            1,
+            5120,
+            8192,
+            1,
+            first_layer=1,
+            layer_step=2,
+            source="meta-llama/Llama-4-Maverick-17B-128E",
+        ),
+        ModelShape("mixtral-8x7b", 32, 8, 2, 4096, 14336, source="mistralai/Mixtral-8x7B-v0.1"),
+        ModelShape("olmoe-1b-7b", 16, 64, 8, 2048, 1024, source="allenai/OLMoE-1B-7B-0924"),
+        ModelShape("qwen3-30b-a3b", 48, 128, 8, 2048, 768, source="Qwen/Qwen3-30B-A3B"),
+        ModelShape("qwen3-235b-a22b", 94, 128, 8, 4096, 1536, source="Qwen/Qwen3-235B-A22B"),
+    )
+}
+
+#: Other names of the same shapes.
+ALIASES: dict[str, str] = {
+    "deepseek-r1": "deepseek-v3",
+    "deepseek-v3-r1": "deepseek-v3",
+    "dsv3": "deepseek-v3",
+    "deepseek-v3.2-exp": "deepseek-v3.2",
+    "gpt-oss": "gpt-oss-20b",
+    "kimi": "kimi-k2",
+    "llama-4": "llama-4-maverick",
+    "maverick": "llama-4-maverick",
+    "scout": "llama-4-scout",
+    "mixtral": "mixtral-8x7b",
+    "olmoe": "olmoe-1b-7b",
+    "qwen3-30b": "qwen3-30b-a3b",
+    "qwen3-235b": "qwen3-235b-a22b",
+}
+
+
+def find_model(name: str) -> ModelShape:
+    """The shape of this name or alias; case and underscores do not matter.
+
+    Raises:
+        ConstraintError: no such model; the text names the nearest and all that there are.
+
+    >>> find_model("Mixtral").num_experts
+    8
+    >>> find_model("mixtrall")
+    Traceback (most recent call last):
+    ...
+    evenmoe.errors.ConstraintError: `model` is 'mixtrall': it must be one of deepseek-v2-lite, deepseek-v3, \
+deepseek-v3.2, glm-4.5, gpt-oss-20b, gpt-oss-120b, kimi-k2, llama-4-scout, llama-4-maverick, mixtral-8x7b, \
+olmoe-1b-7b, qwen3-30b-a3b, qwen3-235b-a22b; the nearest is mixtral.
+    """
+    wanted = name.strip().lower().replace("_", "-").rpartition("/")[2]
+
+    shape = MODELS.get(ALIASES.get(wanted, wanted))
+    if shape is None:
+        near = difflib.get_close_matches(wanted, [*MODELS, *ALIASES], n=1, cutoff=0)
+        raise ConstraintError("model", repr(name), f"must be one of {', '.join(MODELS)}", f"the nearest is {near[0]}")
+    return shape
