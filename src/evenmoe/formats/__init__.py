@@ -1,0 +1,43 @@
+"""Other tools' files: expert placements and recorded loads, read and written.
+
+A name is imported when first used, so that the command line's help needs no numpy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evenmoe.formats.catalogue import FORMATS as FORMATS
+    from evenmoe.formats.catalogue import Format as Format
+    from evenmoe.formats.check import check as check
+    from evenmoe.formats.contents import Contents as Contents
+    from evenmoe.formats.findings import Finding as Finding
+    from evenmoe.formats.reading import read as read
+    from evenmoe.formats.writing import write as write
+
+_HOME = {
+    "FORMATS": "evenmoe.formats.catalogue",
+    "Contents": "evenmoe.formats.contents",
+    "Finding": "evenmoe.formats.findings",
+    "Format": "evenmoe.formats.catalogue",
+    "check": "evenmoe.formats.check",
+    "read": "evenmoe.formats.reading",
+    "write": "evenmoe.formats.writing",
+}
+
+__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'evenmoe.formats' has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,155 @@
+"""The expert map of vllm-ascend, MindIE and verl.
+
+    {"moe_layer_count": L, "layer_list": [{"layer_id": i, "device_count": D,
+        "device_list": [{"device_id": d, "device_expert": [logical ids in slot order]}]}]}
+
+Layer ids count MoE layers from 0; an entry with id L is the MTP layer. Devices that hold only the shared expert come
+first, with [0]. verl adds `strategy_version`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from evenmoe.formats.contents import IntArray, Options, RawMap, WriteOptions
+from evenmoe.formats.document import Document
+from evenmoe.formats.findings import Finding
+from evenmoe.formats.json_output import json_bytes
+from evenmoe.formats.values import slots_of
+from evenmoe.placement import Placement
+
+_SHARED = "shared_expert_devices"
+
+
+def matches(document: Document) -> bool:
+    return "layer_list" in document.fields
+
+
+def read(document: Document, options: Options) -> RawMap:
+    entries = _objects(document, document.fields.get("layer_list"), "`layer_list`")
+    findings: list[Finding] = []
+    layers: dict[int, list[IntArray]] = {}
+    for place, entry in enumerate(entries):
+        number = document.integer(entry.get("layer_id"), f"`layer_list[{place}].layer_id`")
+        if number in layers:
+            raise document.refuse(f"with `layer_id` {number} twice", "must name every layer once", "correct the ids")
+        layers[number] = _devices(document, entry, number, findings)
+    count = document.integer(document.fields.get("moe_layer_count", len(layers)), "`moe_layer_count`")
+    mtp = layers.pop(count, None) if len(layers) > 1 and count == max(layers) and count == len(layers) - 1 else None
+    raw = RawMap([], [], findings=findings)
+    findings.extend(_numbering(sorted(layers), count))
+    ordered = [layers[number] for number in sorted(layers)]
+    shared = _shared_devices(document, ordered, options)
+    if shared:
+        raw.metadata[_SHARED] = shared
+        raw.notes.append(f"left out the first {shared} devices, which hold the shared expert")
+    for devices in ordered:
+        raw.slots.append(np.concatenate(devices[shared:]))
+        assert raw.rank_sizes is not None
+        raw.rank_sizes.append([len(experts) for experts in devices[shared:]])
+    if mtp is not None:
+        raw.metadata["mtp_layer"] = [experts.tolist() for experts in mtp]
+        raw.notes.append(f"left out layer {count}, the MTP layer")
+    if "strategy_version" in document.fields:
+        raw.metadata["strategy_version"] = document.fields["strategy_version"]
+    return raw
+
+
+def write(value: Placement, options: WriteOptions) -> bytes:
+    slots = slots_of(value, options).reshape(value.num_layers, value.num_ranks, value.slots_per_rank)
+    shared = int(options.metadata.get(_SHARED, 0))
+    layers = [[[0]] * shared + layer.tolist() for layer in slots]
+    mtp = options.metadata.get("mtp_layer")
+    if mtp is not None and len(mtp) == value.num_ranks + shared:
+        layers.append(mtp)
+    content: dict[str, Any] = {"moe_layer_count": value.num_layers, "layer_list": []}
+    if "strategy_version" in options.metadata:
+        content = {"strategy_version": options.metadata["strategy_version"], **content}
+    for number, devices in enumerate(layers):
+        listed = [{"device_id": device, "device_expert": experts} for device, experts in enumerate(devices)]
+        content["layer_list"].append({"layer_id": number, "device_count": len(devices), "device_list": listed})
+    return json_bytes(content)
+
+
+def _objects(document: Document, value: Any, where: str) -> list[Mapping[str, Any]]:
+    if not isinstance(value, list) or not value or not all(isinstance(item, Mapping) for item in value):
+        raise document.refuse(f"with {where} that is no list of objects", "must be an expert map", "write it again")
+    return value
+
+
+def _devices(document: Document, entry: Mapping[str, Any], layer: int, findings: list[Finding]) -> list[IntArray]:
+    listed = _objects(document, entry.get("device_list"), f"`device_list` of layer {layer}")
+    devices: dict[int, IntArray] = {}
+    for place, device in enumerate(listed):
+        number = document.integer(device.get("device_id", place), f"`device_id` of layer {layer}")
+        if number in devices:
+            raise document.refuse(
+                f"with device {number} twice in layer {layer}", "must name every device once", "correct the ids"
+            )
+        experts = device.get("device_expert")
+        empty = isinstance(experts, np.ndarray) and experts.ndim == 1 and not experts.size
+        where = f"`device_expert` of layer {layer}, device {number}"
+        devices[number] = experts if empty else document.numbers(experts, where, (1,), integers=True)
+    if sorted(devices) != list(range(len(devices))):
+        text = f"devices {min(devices)} to {max(devices)}, {len(devices)} of them, in layer {layer}"
+        fix = "number them without gaps"
+        findings.append(Finding("error", "device-numbering", text, "should number devices from 0", fix, layer=layer))
+    stated = entry.get("device_count", len(devices))
+    if document.integer(stated, f"`device_count` of layer {layer}") != len(devices):
+        text = f"`device_count` {stated} and {len(devices)} devices in layer {layer}"
+        findings.append(Finding("error", "device-count", text, "should count its devices", "correct it", layer=layer))
+    return [devices[number] for number in sorted(devices)]
+
+
+def _numbering(numbers: list[int], count: int) -> list[Finding]:
+    found = []
+    if count != len(numbers):
+        text = f"`moe_layer_count` {count} and {len(numbers)} layers"
+        found.append(Finding("error", "layer-count", text, "should count its layers", "add those missing"))
+    if numbers[0] > 0 and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+        text = f"layers {numbers[0]} to {numbers[-1]}, which look like the model's own numbers"
+        rule = "should count MoE layers only, from 0"
+        fix = f"subtract {numbers[0]} from every layer_id"
+        found.append(Finding("error", "layer-numbering", text, rule, fix, layer=numbers[0]))
+        return found
+    for expected, number in enumerate(numbers):
+        if number != expected:
+            text = f"layer {number} where layer {expected} should be"
+            rule = "should count MoE layers from 0 without gaps"
+            found.append(Finding("error", "layer-gap", text, rule, "add the layer, or renumber", layer=number))
+            break
+    return found
+
+
+def _shared_devices(document: Document, layers: list[list[IntArray]], options: Options) -> int:
+    """Devices that hold only the shared expert: the same number in every layer, first, each with [0]."""
+    if options.shared_devices is not None:
+        if not 0 <= options.shared_devices < min(len(devices) for devices in layers):
+            raise document.refuse(
+                f"read with {options.shared_devices} shared devices", "must have more devices", "check --shared-devices"
+            )
+        return options.shared_devices
+    leading = min(_leading(devices) for devices in layers)
+    if not leading:
+        return 0
+    single = all(len(experts) == 1 for devices in layers for experts in devices)
+    if not single and leading < min(len(devices) for devices in layers):
+        return leading
+    # One expert a device: [0] first may be expert 0 itself. Only more than one of them in every layer is a question.
+    if leading == 1:
+        return 0
+    raise document.refuse(
+        f"with [0] on the first {leading} devices, and one expert on every device",
+        "must tell devices of the shared expert from replicas of expert 0",
+        f"pass shared_devices (--shared-devices), {leading} or {leading - 1}, or 0 for none",
+    )
+
+
+def _leading(devices: list[IntArray]) -> int:
+    count = 0
+    while count < len(devices) and devices[count].tolist() == [0]:
+        count += 1
+    return count

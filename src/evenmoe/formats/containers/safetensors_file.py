@@ -1,0 +1,74 @@
+"""safetensors: a JSON header of dtypes, shapes and places, then the bytes; every place checked against the file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from evenmoe.formats.containers.json_text import JsonError, parse_json
+
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+}
+
+
+class SafetensorsError(ValueError):
+    """What is wrong with which tensor."""
+
+
+def parse_safetensors(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Tensors by name, views of `data`, and the metadata. Raises `SafetensorsError`."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > len(data) - 8:
+        raise SafetensorsError(f"with a header of {length} bytes in a file of {len(data)}")
+    try:
+        header = parse_json(data[8 : 8 + length])
+    except JsonError as error:
+        raise SafetensorsError(f"with a damaged header ({error})") from None
+    if not isinstance(header, dict):
+        raise SafetensorsError("with a header that is no object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise SafetensorsError("with metadata that is no object of text")
+    body = memoryview(data)[8 + length :]
+    places: list[tuple[int, int]] = []
+    tensors = {name: _tensor(name, entry, body, places) for name, entry in header.items()}
+    end = 0
+    for start, stop in sorted(places):  # tensors that share bytes are how a small file becomes a huge one
+        if start != end:
+            raise SafetensorsError(f"with a gap or an overlap at byte {start} of the data")
+        end = stop
+    if end != len(body):
+        raise SafetensorsError(f"with {len(body)} bytes of data for tensors of {end}")
+    return tensors, metadata
+
+
+def _tensor(name: str, entry: Any, body: memoryview, places: list[tuple[int, int]]) -> np.ndarray:
+    fields = entry if isinstance(entry, dict) else {}
+    shape, offsets, dtype = fields.get("shape"), fields.get("data_offsets"), fields.get("dtype")
+    if not all(isinstance(part, np.ndarray) and part.dtype == np.int64 and part.ndim == 1 for part in (shape, offsets)):
+        raise SafetensorsError(f"with {name[:60]!r} without a shape and data_offsets")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise SafetensorsError(f"with {name[:60]!r} of dtype {str(dtype)[:20]}; readable are {', '.join(_DTYPES)}")
+    count = 1
+    for size in shape.tolist():
+        count *= size
+    span = offsets.tolist()
+    itemsize = np.dtype(_DTYPES[dtype]).itemsize
+    if len(span) != 2 or not 0 <= span[0] <= span[1] <= len(body) or span[1] - span[0] != count * itemsize or count < 0:
+        raise SafetensorsError(f"with {name[:60]!r} of shape {shape.tolist()} in bytes {span}, which does not fit")
+    if shape.size > 8 or (shape < 0).any():
+        raise SafetensorsError(f"with {name[:60]!r} of shape {shape.tolist()}")
+    places.append((span[0], span[1]))
+    return np.frombuffer(body[span[0] : span[1]], np.dtype(_DTYPES[dtype]).newbyteorder("<")).reshape(shape)

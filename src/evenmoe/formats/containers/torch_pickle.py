@@ -1,0 +1,179 @@
+"""What a .pt file's pickle would build, walked before torch is let near it.
+
+`torch.load(weights_only=True)` runs no foreign code, but it believes sizes: a storage said to be larger than its record
+is read past its end, a view said to be larger than its storage is allocated. Here every size is held against the zip.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from evenmoe.formats.document import ALLOWANCE_BYTES
+
+_ITEM_BYTES = {
+    "torch DoubleStorage": 8,
+    "torch LongStorage": 8,
+    "torch FloatStorage": 4,
+    "torch IntStorage": 4,
+    "torch HalfStorage": 2,
+    "torch BFloat16Storage": 2,
+    "torch ShortStorage": 2,
+    "torch CharStorage": 1,
+    "torch ByteStorage": 1,
+    "torch BoolStorage": 1,
+}
+_REBUILD, _ORDERED = "torch._utils _rebuild_tensor_v2", "collections OrderedDict"
+_LARGEST_BYTES = 32 << 20  # pickletools walks a million operations a second
+_TENSOR_BYTES = 1500  # of Python and C++ objects for one tensor and its storage
+_PUSHED_BYTES = {"EMPTY_DICT": 80, "EMPTY_LIST": 72, "EMPTY_TUPLE": 8, "NONE": 8, "NEWTRUE": 8, "NEWFALSE": 8}
+_NUMBERS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
+_TEXTS = {"BINUNICODE", "SHORT_BINUNICODE"}
+
+
+class PickleError(ValueError):
+    """What the pickle asks for that no file of ours needs, and where."""
+
+
+@dataclass(frozen=True)
+class _Global:
+    name: str
+
+
+@dataclass(frozen=True)
+class _Storage:
+    count: int
+    item_bytes: int
+
+
+_MARK, _OPAQUE = object(), object()
+
+
+def check_pickle(data: bytes, record_bytes: Callable[[str], int | None], file_bytes: int) -> None:
+    """Walk the pickle; `record_bytes(key)` is the size of a storage's record, None where there is none.
+
+    Raises:
+        PickleError: an operation, a name or a size that no saved dictionary of tensors has.
+    """
+    if len(data) > _LARGEST_BYTES:
+        raise PickleError(f"a pickle of {len(data)} bytes, more than {_LARGEST_BYTES}")
+    walk = _Walk(record_bytes, 8 * file_bytes + ALLOWANCE_BYTES)
+    try:
+        for operation, argument, position in pickletools.genops(data):
+            walk.position = position or 0
+            walk.step(operation.name, argument)
+    except PickleError:
+        raise
+    except Exception as error:  # genops: ValueError, UnicodeDecodeError, …; an empty stack: IndexError
+        raise PickleError(f"a damaged pickle ({str(error)[:80] or type(error).__name__})") from None
+
+
+class _Walk:
+    def __init__(self, record_bytes: Callable[[str], int | None], budget: int) -> None:
+        self.record_bytes, self.left, self.position = record_bytes, budget, 0
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def step(self, name: str, argument: Any) -> None:
+        self.spend(16)
+        if name in ("PROTO", "STOP", "FRAME"):
+            return
+        if name == "MARK":
+            self.stack.append(_MARK)
+        elif name in _PUSHED_BYTES:
+            self.spend(_PUSHED_BYTES[name])
+            self.stack.append(() if name == "EMPTY_TUPLE" else _OPAQUE)
+        elif name in _NUMBERS or name in _TEXTS:
+            self.spend(40 + (2 * len(argument) if isinstance(argument, str) else 0))
+            self.stack.append(argument)
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self.spend(100)
+            self.memo[len(self.memo) if name == "MEMOIZE" else argument] = self.stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            self.stack.append(self.memo[argument])
+        elif name == "GLOBAL":
+            self.stack.append(self.known(argument))
+        elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+            items = self.pop_marked() if name == "TUPLE" else self.pop(int(name[-1]))
+            self.spend(56 + 8 * len(items))
+            self.stack.append(tuple(items))
+        elif name in ("APPEND", "SETITEM"):
+            self.pop(1 if name == "APPEND" else 2)
+            self.grow(64)
+        elif name in ("APPENDS", "SETITEMS"):
+            self.grow(64 * len(self.pop_marked()))
+        elif name == "BINPERSID":
+            self.stack.append(self.storage(self.stack.pop()))
+        elif name == "REDUCE":
+            arguments, function = self.stack.pop(), self.stack.pop()
+            self.stack.append(self.call(function, arguments))
+        else:
+            raise self.wrong(f"the operation {name}")
+
+    def known(self, name: str) -> _Global:
+        if name not in _ITEM_BYTES and name not in (_REBUILD, _ORDERED):
+            raise self.wrong(f"the name `{name[:80]}`, which is code")
+        return _Global(name)
+
+    def storage(self, reference: Any) -> _Storage:
+        if not (isinstance(reference, tuple) and len(reference) == 5 and reference[0] == "storage"):
+            raise self.wrong("a reference that is no storage")
+        _, kind, key, _, count = reference
+        if not isinstance(kind, _Global) or kind.name not in _ITEM_BYTES or type(count) is not int or count < 0:
+            raise self.wrong("a storage without a type or a size")
+        item_bytes = _ITEM_BYTES[kind.name]
+        stored = self.record_bytes(key) if isinstance(key, str) else None
+        if stored != count * item_bytes:
+            raise self.wrong(f"a storage {str(key)[:20]!r} of {count * item_bytes} bytes whose record has {stored}")
+        return _Storage(count, item_bytes)
+
+    def call(self, function: Any, arguments: Any) -> Any:
+        if function == _Global(_ORDERED) and arguments == ():
+            self.spend(150)
+            return _OPAQUE
+        if function != _Global(_REBUILD) or not isinstance(arguments, tuple) or len(arguments) not in (6, 7):
+            raise self.wrong("a call of something else than a tensor's making")
+        storage, offset, shape, stride = arguments[:4]
+        lengths = (*shape, *stride, offset) if isinstance(shape, tuple) and isinstance(stride, tuple) else (None,)
+        if not isinstance(storage, _Storage) or any(type(n) is not int or n < 0 for n in lengths):
+            raise self.wrong("a tensor without a storage, a shape or strides")
+        if len(shape) != len(stride) or len(shape) > 8:
+            raise self.wrong(f"a tensor of {len(shape)} dimensions and {len(stride)} strides")
+        count = 1
+        for length in shape:
+            count *= length
+        last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+        if count and last >= storage.count:
+            raise self.wrong(f"a tensor of shape {shape} that reaches {last} in a storage of {storage.count}")
+        if count > storage.count:  # an expanded view: as large as it says once it is an array
+            self.spend(count * storage.item_bytes)
+        self.spend(_TENSOR_BYTES)
+        return _OPAQUE
+
+    def pop(self, count: int) -> list[Any]:
+        items = self.stack[-count:]
+        if len(items) < count or any(item is _MARK for item in items):
+            raise self.wrong("a stack that is too short")
+        del self.stack[-count:]
+        return items
+
+    def pop_marked(self) -> list[Any]:
+        items = []
+        while (item := self.stack.pop()) is not _MARK:
+            items.append(item)
+        return items[::-1]
+
+    def grow(self, count: int) -> None:
+        if not self.stack or self.stack[-1] is not _OPAQUE:
+            raise self.wrong("items for something that is no list and no dictionary")
+        self.spend(count)
+
+    def spend(self, count: int) -> None:
+        self.left -= count
+        if self.left < 0:
+            raise self.wrong("more than a file of its size may hold in memory")
+
+    def wrong(self, what: str) -> PickleError:
+        return PickleError(f"{what}, at byte {self.position} of its pickle")

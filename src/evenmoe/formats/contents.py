@@ -1,0 +1,102 @@
+"""`Contents`: what a file held; and the raw forms that readers hand over before anything is judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from evenmoe.formats.catalogue import Kind
+from evenmoe.placement import Placement
+
+if TYPE_CHECKING:
+    from evenmoe.formats.findings import Finding
+
+Load = npt.NDArray[Any]  # int64 or float64
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file held.
+
+    Attributes:
+        kind: "placement" or "load".
+        format: name in `FORMATS`.
+        placement: of a placement file; of a load file the one it was recorded under, where the file tells; or None.
+        load: tokens, int64 or float64 (T, L, E), of a load file; or None.
+        layer_ids: the model's own number of every row, dense layers counted, where the file tells them; or None where
+            rows merely count MoE layers. `write` takes them.
+        metadata: what else the file says and `write` puts back: SGLang's num_hidden_layers, verl's strategy_version, …
+        notes: one sentence for everything that was dropped or assumed.
+    """
+
+    kind: Kind
+    format: str
+    placement: Placement | None = None
+    load: Load | None = None
+    layer_ids: tuple[int, ...] | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a reader is told beside the file: sizes, None where the file must say; `placement` for loads per slot."""
+
+    num_ranks: int | None = None
+    num_experts: int | None = None
+    num_layers: int | None = None
+    num_slots: int | None = None
+    shared_devices: int | None = None
+    placement: Placement | None = None
+
+
+@dataclass
+class RawMap:
+    """A placement as the file has it, right or wrong.
+
+    Attributes:
+        slots: per layer, int64 (slots of that layer,): the logical expert of each slot; -1 is an empty slot.
+        rank_sizes: per layer, how many of its slots each rank holds, in slot order; None where the file does not tell.
+        layer_ids: as in `Contents`.
+        replica_index: per layer, int64 like `slots`, as in `Placement`; None for ascending.
+        num_experts: where the file says it.
+        findings: what the reader saw that `slots` no longer shows: gaps in layer numbers, tables that disagree.
+    """
+
+    slots: list[IntArray]
+    rank_sizes: list[list[int]] | None = None
+    layer_ids: tuple[int, ...] | None = None
+    replica_index: list[IntArray] | None = None
+    num_experts: int | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+
+@dataclass
+class RawLoad:
+    """A load as the file has it: `load` (T, L, E), counts per logical expert; the rest as in `RawMap`."""
+
+    load: Load
+    layer_ids: tuple[int, ...] | None = None
+    placement: Placement | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+
+Raw = RawMap | RawLoad
+
+
+@dataclass
+class WriteOptions:
+    """What a writer is told beside the value; to `notes` it adds what it left out or rounded."""
+
+    container: str
+    layer_ids: tuple[int, ...] | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)

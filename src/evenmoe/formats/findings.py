@@ -1,0 +1,265 @@
+"""`Finding`: one thing wrong with a file; and the rules for placements and loads, whatever format they came in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from evenmoe.formats.contents import IntArray, RawLoad, RawMap
+
+_MOST_TOKENS = 2.0**62  # in a file, so that no sum overflows int64
+_INT32 = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing wrong, or worth knowing, about a file.
+
+    Attributes:
+        severity: "error", or "warning" for what may be meant so.
+        kind: short name of the rule, such as "missing-expert".
+        text: what is there, with its place.
+        rule, fix: what should be there, and what to do.
+        layer, rank, slot, expert: the place; None where the finding has none. `layer` is the model's number where the
+            file has it, otherwise the row.
+        fatal: whether no `Placement` or load can be made of the file.
+    """
+
+    severity: Literal["error", "warning"]
+    kind: str
+    text: str
+    rule: str
+    fix: str
+    layer: int | None = None
+    rank: int | None = None
+    slot: int | None = None
+    expert: int | None = None
+    fatal: bool = False
+
+
+def inspect_map(raw: RawMap, num_ranks: int | None, num_experts: int | None) -> Iterator[Finding]:
+    """Every finding of a placement, layer by layer; those of its reader first."""
+    yield from raw.findings
+    yield from _shapes(raw, num_ranks)
+    widest = max(len(slots) for slots in raw.slots)
+    experts = num_experts or raw.num_experts or _experts(raw.slots, widest)
+    for row, slots in enumerate(raw.slots):
+        layer = raw.layer_ids[row] if raw.layer_ids else row
+        sizes = _rank_sizes(raw, row, num_ranks)
+        ranks = np.repeat(np.arange(len(sizes)), sizes) if sizes else None
+        yield from _ids(slots, ranks, layer, experts)
+        if ranks is not None:
+            yield from _twins(slots, ranks, layer)
+            yield from _unreachable(
+                slots, ranks, layer, len(sizes), raw.replica_index[row] if raw.replica_index else None
+            )
+
+
+def inspect_load(raw: RawLoad) -> Iterator[Finding]:
+    """Every finding of a load; those of its reader first."""
+    yield from raw.findings
+    load = raw.load
+    wrong = ~np.isfinite(load) if load.dtype.kind == "f" else np.zeros(load.shape, bool)
+    kinds = (
+        (wrong, "not-a-number", "check how it was recorded"),
+        (load < 0, "negative", "check for an int32 overflow"),
+    )
+    for places, kind, fix in kinds:
+        for window, row, expert in np.argwhere(places)[:1000].tolist():
+            layer = raw.layer_ids[row] if raw.layer_ids else row
+            yield Finding(
+                "error",
+                kind,
+                f"{load[window, row, expert]} in window {window}, layer {layer}, expert {expert}",
+                "must hold token counts, finite and not negative",
+                fix,
+                layer=layer,
+                expert=expert,
+                fatal=True,
+            )
+    if wrong.any():
+        return
+    if load.sum(dtype=np.float64) >= _MOST_TOKENS:
+        yield Finding(
+            "error",
+            "overflow",
+            f"{load.sum(dtype=np.float64):.3g} tokens together",
+            "must hold fewer than 2**62 tokens, or sums overflow",
+            "divide them, or keep fewer windows",
+            fatal=True,
+        )
+    summed = load.sum(axis=0, dtype=np.float64)
+    for row in np.flatnonzero(summed.sum(axis=1) == 0).tolist():
+        layer = raw.layer_ids[row] if raw.layer_ids else row
+        yield Finding(
+            "warning",
+            "zero-layer",
+            f"no tokens in layer {layer}",
+            "should hold tokens in every layer",
+            "leave the layer out if it is dense, with --layers",
+            layer=layer,
+        )
+    for row, expert in np.argwhere(summed > _INT32)[:1000].tolist():
+        layer = raw.layer_ids[row] if raw.layer_ids else row
+        yield Finding(
+            "warning",
+            "int32-overflow",
+            f"{summed[row, expert]:.0f} tokens in layer {layer}, expert {expert}, over all windows",
+            "should stay below 2**31 for tools that sum in int32",
+            "sum fewer windows",
+            layer=layer,
+            expert=expert,
+        )
+    yield from number_gaps(raw.layer_ids)
+
+
+def number_gaps(layer_ids: tuple[int, ...] | None) -> Iterator[Finding]:
+    """Warnings where the model's layer numbers skip; every second layer, as in some models, is regular."""
+    if not layer_ids or len(layer_ids) < 3:
+        return
+    steps = np.diff(np.array(layer_ids))
+    usual = int(np.bincount(np.clip(steps, 0, 1000)).argmax())
+    for row in np.flatnonzero(steps != usual)[:1000].tolist():
+        yield Finding(
+            "warning",
+            "layer-gap",
+            f"layer {layer_ids[row + 1]} after layer {layer_ids[row]}",
+            f"should number its layers in steps of {usual}",
+            "check that no layer was left out",
+            layer=layer_ids[row + 1],
+        )
+
+
+def _experts(slots: list[IntArray], widest: int) -> int:
+    # Every expert needs a slot, so an id beyond the slots is a mistake and not a sign of more experts.
+    return 1 + max((int(row[row < widest].max(initial=-1)) for row in slots), default=-1)
+
+
+def _rank_sizes(raw: RawMap, row: int, num_ranks: int | None) -> list[int] | None:
+    if raw.rank_sizes is not None:
+        return raw.rank_sizes[row]
+    slots = len(raw.slots[row])
+    return [slots // num_ranks] * num_ranks if num_ranks and slots % num_ranks == 0 else None
+
+
+def _shapes(raw: RawMap, num_ranks: int | None) -> Iterator[Finding]:
+    widths = [len(slots) for slots in raw.slots]
+    for row, width in enumerate(widths):
+        layer = raw.layer_ids[row] if raw.layer_ids else row
+        if width != widths[0] or not width:
+            text = f"{width} slots in layer {layer}, {widths[0]} in the first"
+            yield _fatal("slot-count", text, "must have equally many slots in every layer", "pad it", layer=layer)
+        sizes = raw.rank_sizes[row] if raw.rank_sizes else []
+        if raw.rank_sizes and len(sizes) != len(raw.rank_sizes[0]):
+            text = f"{len(sizes)} devices in layer {layer}, {len(raw.rank_sizes[0])} in the first"
+            yield _fatal(
+                "device-count", text, "must name every device in every layer", "add those missing", layer=layer
+            )
+        for rank, size in enumerate(sizes):
+            if size != sizes[0]:
+                text = f"{size} slots on rank {rank} in layer {layer}, {sizes[0]} on rank 0"
+                rule = "must have equally many slots on every rank"
+                yield _fatal("uneven-ranks", text, rule, "move or add experts", layer=layer, rank=rank)
+    if raw.rank_sizes is not None:
+        if num_ranks is not None and num_ranks != len(raw.rank_sizes[0]):
+            text = f"{len(raw.rank_sizes[0])} ranks"
+            yield _fatal("device-count", text, f"must have the {num_ranks} that were asked for", "leave --ranks out")
+    elif num_ranks is not None and widths[0] % num_ranks:
+        text = f"{widths[0]} slots"
+        rule = f"must have a number of slots that divides by {num_ranks} ranks"
+        yield _fatal("divisibility", text, rule, "add redundant experts, or check --ranks")
+
+
+def _ids(slots: IntArray, ranks: IntArray | None, layer: int, experts: int) -> Iterator[Finding]:
+    for slot in np.flatnonzero((slots < 0) | (slots >= experts))[:1000].tolist():
+        rank = None if ranks is None else int(ranks[slot])
+        where = f"layer {layer}, {'' if rank is None else f'rank {rank}, '}slot {slot}"
+        value = int(slots[slot])
+        if value == -1:
+            yield _fatal(
+                "empty-slot",
+                f"an empty slot in {where}",
+                "must give every slot an expert",
+                "put an expert into it",
+                layer=layer,
+                rank=rank,
+                slot=slot,
+            )
+            continue
+        yield _fatal(
+            "int-overflow" if abs(value) > _INT32 else "expert-range",
+            f"expert {value} in {where}",
+            f"must hold experts 0 to {experts - 1}, a slot for each",
+            "correct the id; with more experts than the file shows, pass --experts",
+            layer=layer,
+            rank=rank,
+            slot=slot,
+            expert=value,
+        )
+    inside = slots[(slots >= 0) & (slots < experts)]
+    if experts > 4 * len(slots) + 1000:  # a wrong --experts: one finding, not a million
+        text, rule = f"{len(slots)} slots for {experts} experts in layer {layer}", "must have a slot for every expert"
+        yield _fatal("missing-expert", text, rule, "check --experts", layer=layer)
+        return
+    for expert in np.setdiff1d(np.arange(experts), inside).tolist():
+        yield _fatal(
+            "missing-expert",
+            f"no slot for expert {expert} in layer {layer}",
+            "must give every expert a slot",
+            "a token routed to it has nowhere to go: add a slot for it",
+            layer=layer,
+            expert=expert,
+        )
+
+
+def _twins(slots: IntArray, ranks: IntArray, layer: int) -> Iterator[Finding]:
+    order = np.lexsort((np.arange(len(slots)), slots, ranks))
+    same = (slots[order][1:] == slots[order][:-1]) & (ranks[order][1:] == ranks[order][:-1]) & (slots[order][1:] >= 0)
+    for first, second in zip(order[:-1][same].tolist(), order[1:][same].tolist(), strict=True):
+        expert, rank = int(slots[first]), int(ranks[first])
+        yield Finding(
+            "error",
+            "twins",
+            f"expert {expert} in slots {first} and {second} of rank {rank} in layer {layer}",
+            "should hold an expert once on a rank",
+            "one of the slots balances nothing: give it to another expert",
+            layer=layer,
+            rank=rank,
+            slot=second,
+            expert=expert,
+        )
+
+
+def _unreachable(
+    slots: IntArray, ranks: IntArray, layer: int, num_ranks: int, replica_index: IntArray | None
+) -> Iterator[Finding]:
+    """Replicas that Ascend's mode 0 never picks: source rank r goes to replica r // ceil(W / c) of c."""
+    experts, inverse, counts = np.unique(slots, return_inverse=True, return_counts=True)
+    for which in np.flatnonzero(counts > 1).tolist():
+        count = int(counts[which])
+        reached = -(-num_ranks // -(-num_ranks // count))
+        if reached == count or experts[which] < 0:
+            continue
+        held = np.flatnonzero(inverse == which)
+        position = np.arange(count) if replica_index is None else replica_index[held]
+        idle = held[position >= reached]
+        slot, rank = int(idle[0]), int(ranks[idle[0]])
+        yield Finding(
+            "warning",
+            "unreachable",
+            f"{count} replicas of expert {experts[which]} in layer {layer}: slot {slot} of rank {rank}"
+            + (f" and {len(idle) - 1} more" if len(idle) > 1 else ""),
+            f"should have no replica that the rank rule leaves idle; over {num_ranks} ranks it reaches {reached}",
+            f"use {reached} replicas, or another rule",
+            layer=layer,
+            rank=rank,
+            slot=slot,
+            expert=int(experts[which]),
+        )
+
+
+def _fatal(kind: str, text: str, rule: str, fix: str, **place: int | None) -> Finding:
+    return Finding("error", kind, text, rule, fix, fatal=True, **place)

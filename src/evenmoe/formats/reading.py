@@ -1,0 +1,177 @@
+"""`read`: any file → `Contents`; and `open_raw`, the part of it that also `check` needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from evenmoe.errors import ConstraintError, FileFormatError
+from evenmoe.formats.catalogue import FORMATS, Format
+from evenmoe.formats.containers.npz_file import NpyError
+from evenmoe.formats.contents import Contents, Options, Raw, RawMap
+from evenmoe.formats.document import Document
+from evenmoe.formats.findings import Finding, inspect_load, inspect_map
+from evenmoe.formats.source import open_document
+from evenmoe.placement import Placement
+
+
+def read(
+    source: str | Path,
+    *,
+    format: str | None = None,
+    num_ranks: int | None = None,
+    num_experts: int | None = None,
+    num_layers: int | None = None,
+    num_slots: int | None = None,
+    shared_devices: int | None = None,
+    layers: str | None = None,
+    placement: Placement | None = None,
+) -> Contents:
+    """Read a placement or a load.
+
+    Args:
+        source: a path; a folder (TensorRT-LLM statistics, MindIE CSV); "-" for standard input; JSON text that begins
+            with "{"; or "trivial", slot i → expert i mod E, which needs all four sizes.
+        format: name in `FORMATS`; None to tell by content.
+        num_ranks: ranks that share the slots, where the file does not say (`Format.stores_ranks`).
+        num_experts: logical experts; default: the largest id + 1. Needed where the last experts may be missing.
+        num_layers: MoE layers, where a file appends dump after dump or keeps one list for all layers.
+        num_slots: slots of "trivial"; default: one per expert.
+        shared_devices: devices of an Ascend map that hold only the shared expert; default: told by content.
+        layers: "first:end" or a number: only these layers, in the file's numbering, `end` left out.
+        placement: the one in use when a load per slot was recorded, where the file does not hold it.
+
+    Raises:
+        FileFormatError: not readable, damaged, of no known format or of several, or no placement or load can be made of
+            it. `check` lists everything that is wrong.
+        ConstraintError: an argument that no file fits.
+
+    >>> contents = read('{"physical_to_logical_map": [[0, 1, 0, 2]]}', num_ranks=2)
+    >>> contents.format, contents.placement.num_replicas.tolist()
+    ('sglang-location', [[2, 1, 1]])
+    """
+    options = Options(num_ranks, num_experts, num_layers, num_slots, shared_devices, placement)
+    document, entry, raw = open_raw(source, format, options, layers)
+    for finding in inspect(raw, options):
+        if finding.fatal:
+            raise refusal(document, finding)
+    if isinstance(raw, RawMap):
+        return _placement_contents(document, entry, raw, options)
+    return Contents("load", entry.name, raw.placement, raw.load, raw.layer_ids, dict(raw.metadata), tuple(raw.notes))
+
+
+def open_raw(
+    source: str | Path, format: str | None, options: Options, layers: str | None = None
+) -> tuple[Document, Format, Raw]:
+    """The file as it is, its format, and what it holds before it is judged."""
+    for name in ("num_ranks", "num_experts", "num_layers", "num_slots"):
+        value = getattr(options, name)
+        if value is not None and not 1 <= value < 2**31:
+            raise ConstraintError(name, value, "must be at least 1 and fit int32", "pass the model's own number")
+    document = open_document(source)
+    try:
+        entry = _named(document, format) if format else _detect(document)
+        raw = _module(entry).read(document, options)
+    except NpyError as error:  # an .npz unpacks when it is asked for an array
+        raise document.refuse(error, "must be an intact .npz file", "write or download it again") from None
+    return document, entry, select_layers(document, raw, layers) if layers else raw
+
+
+def inspect(raw: Raw, options: Options):
+    """Iterator of `Finding`s."""
+    if isinstance(raw, RawMap):
+        return inspect_map(raw, options.num_ranks, options.num_experts)
+    return inspect_load(raw)
+
+
+def refusal(document: Document, finding: Finding) -> FileFormatError:
+    return document.refuse(f"with {finding.text}", finding.rule, f"{finding.fix} (evenmoe check lists all findings)")
+
+
+def select_layers(document: Document, raw: Raw, layers: str) -> Raw:
+    """Only the layers "first:end" of the file's own numbering."""
+    first, colon, end = layers.partition(":")
+    try:
+        start = int(first) if first or not colon else 0
+        stop = start + 1 if not colon else int(end) if end else 2**62
+    except ValueError:
+        raise ConstraintError("layers", repr(layers), "must be first:end or a number", "write 3:61, 3: or 3") from None
+    count = len(raw.slots) if isinstance(raw, RawMap) else raw.load.shape[1]
+    numbers = raw.layer_ids or tuple(range(count))
+    kept = [row for row, number in enumerate(numbers) if start <= number < stop]
+    if not kept:
+        raise document.refuse(
+            f"of layers {numbers[0]} to {numbers[-1]}", f"must have a layer in {layers}", "check --layers"
+        )
+    if len(kept) < count:
+        raw.notes.append(f"kept {len(kept)} of {count} layers, {numbers[kept[0]]} to {numbers[kept[-1]]}")
+    layer_ids = None if raw.layer_ids is None else tuple(numbers[row] for row in kept)
+    if isinstance(raw, RawMap):
+        return dataclasses.replace(
+            raw,
+            slots=[raw.slots[row] for row in kept],
+            rank_sizes=raw.rank_sizes and [raw.rank_sizes[row] for row in kept],
+            replica_index=raw.replica_index and [raw.replica_index[row] for row in kept],
+            layer_ids=layer_ids,
+        )
+    return dataclasses.replace(raw, load=raw.load[:, kept], layer_ids=layer_ids)
+
+
+def _placement_contents(document: Document, entry: Format, raw: RawMap, options: Options) -> Contents:
+    num_ranks = options.num_ranks or (len(raw.rank_sizes[0]) if raw.rank_sizes else None)
+    if num_ranks is None:
+        raise document.refuse(
+            f"a {entry.name} file, which says nothing of ranks",
+            "must be read with their number",
+            "pass num_ranks (--ranks)",
+        )
+    placement = Placement(
+        np.stack(raw.slots),
+        num_ranks,
+        num_experts=options.num_experts or raw.num_experts,
+        replica_index=None if raw.replica_index is None else np.stack(raw.replica_index),
+    )
+    return Contents("placement", entry.name, placement, None, raw.layer_ids, dict(raw.metadata), tuple(raw.notes))
+
+
+def _module(entry: Format) -> ModuleType:
+    return import_module(entry.module)
+
+
+def _named(document: Document, format: str) -> Format:
+    entry = FORMATS.get(format)
+    if entry is None:
+        raise ConstraintError("format", repr(format), "must be a name in FORMATS", f"use one of {', '.join(FORMATS)}")
+    if document.container not in entry.containers:
+        raise document.refuse(
+            f"a {document.container} file",
+            f"must be {' or '.join(entry.containers)} to be {format}",
+            "leave the format out to have it told by content",
+        )
+    return entry
+
+
+def _detect(document: Document) -> Format:
+    fitting = [
+        entry
+        for entry in FORMATS.values()
+        if entry.reads and document.container in entry.containers and _module(entry).matches(document)
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    names = ", ".join(entry.name for entry in fitting)
+    if fitting:
+        raise document.refuse(
+            f"a {document.container} file whose content fits {names}",
+            "must be of one format",
+            "say which with format (--format, --from)",
+        )
+    raise document.refuse(
+        f"a {document.container} file of no known format",
+        "must be of a format in FORMATS",
+        "see evenmoe convert --list-formats; name it with format (--format, --from) to be told what is missing",
+    )

@@ -1,0 +1,64 @@
+"""SGLang's --init-expert-location: {"physical_to_logical_map": (L, P)} as .json or .pt; or the word `trivial`.
+
+Every hidden layer has a row. A row may repeat slot i → expert i mod E, which is also what a dense layer gets.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from evenmoe.formats.containers.torch_file import torch_bytes
+from evenmoe.formats.contents import Options, RawMap, WriteOptions
+from evenmoe.formats.document import Document
+from evenmoe.formats.hidden_layers import slots_with_dense
+from evenmoe.formats.json_output import json_bytes
+from evenmoe.formats.rows import slot_rows
+from evenmoe.formats.values import slots_of
+from evenmoe.placement import Placement
+
+
+def matches(document: Document) -> bool:
+    return document.value == "trivial" if document.container == "text" else _MAP in document.fields
+
+
+_MAP = "physical_to_logical_map"
+
+
+def read(document: Document, options: Options) -> RawMap:
+    if document.container == "text":
+        return _trivial(document, options)
+    if _MAP not in document.fields:
+        raise document.refuse("without `physical_to_logical_map`", "must hold it", "see sglang-logical-count for loads")
+    slots = slot_rows(document, document.fields[_MAP], f"`{_MAP}`")
+    raw = RawMap(slots, layer_ids=tuple(range(len(slots))))
+    dense = 0
+    while dense < len(slots) and _is_trivial(slots[dense]):
+        dense += 1
+    if 0 < dense < len(slots):
+        raw.notes.append(
+            f"layers 0 to {dense - 1} have the trivial map, as dense layers do: --layers {dense}: drops them"
+        )
+    return raw
+
+
+def write(value: Placement, options: WriteOptions) -> bytes:
+    slots_of(value, options)
+    slots = slots_with_dense(value, options)
+    return torch_bytes({_MAP: slots.astype(np.int64)}) if options.container == "pt" else json_bytes({_MAP: slots})
+
+
+def _trivial(document: Document, options: Options) -> RawMap:
+    layers, experts = options.num_layers, options.num_experts
+    if layers is None or experts is None:
+        raise document.refuse(
+            "the word `trivial`", "must come with sizes", "pass num_layers and num_experts (--num-layers, --experts)"
+        )
+    slots = options.num_slots or experts
+    if layers * slots > 1 << 26:
+        raise document.refuse(f"{layers} layers of {slots} slots", "must have at most 2**26 slots", "check the sizes")
+    row = np.arange(slots, dtype=np.int64) % experts
+    return RawMap([row] * layers, layer_ids=tuple(range(layers)), num_experts=experts)
+
+
+def _is_trivial(slots: np.ndarray) -> bool:
+    return np.array_equal(slots, np.arange(len(slots)) % (1 + slots.max(initial=0)))

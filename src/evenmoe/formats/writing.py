@@ -1,0 +1,171 @@
+"""`write`: a placement or a load → a file; the old file stays until the new one is complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from evenmoe.errors import ConstraintError
+from evenmoe.formats.catalogue import FORMATS, Format
+from evenmoe.formats.contents import Load, WriteOptions
+from evenmoe.placement import Placement
+
+_BY_SUFFIX = {
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".yaml": "yaml",
+    ".yml": "yaml",
+    ".csv": "csv",
+    ".npy": "npy",
+    ".npz": "npz",
+    ".pt": "pt",
+    ".pth": "pt",
+    ".safetensors": "safetensors",
+}
+
+
+def write(
+    target: str | Path,
+    value: Placement | npt.ArrayLike,
+    *,
+    format: str,
+    layer_ids: Sequence[int] | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> tuple[str, ...]:
+    """Write a placement or a load.
+
+    The new file is completed beside the old one and then takes its name, so a failure leaves the old one as it was.
+
+    Args:
+        target: a path, whose suffix chooses among the format's file types; "-" for standard output.
+        value: a `Placement`; or tokens, integers or floats (T, L, E) or (L, E).
+        format: name in `FORMATS`.
+        layer_ids: the model's own number of every row, dense layers counted, as `Contents.layer_ids`. Formats that
+            number the model's layers (`Format.model_layers`) need it, the others leave it out.
+        metadata: as `Contents.metadata`; what the format does not know is left out.
+
+    Returns:
+        One sentence for everything that was left out, summed or rounded.
+
+    Raises:
+        ConstraintError: a value of the other kind, or one that the format cannot hold.
+        OSError: the target cannot be written.
+    """
+    entry = FORMATS.get(format)
+    if entry is None or not entry.writes:
+        names = ", ".join(name for name, known in FORMATS.items() if known.writes)
+        raise ConstraintError("format", repr(format), "must be a name in FORMATS", f"use one of {names}")
+    checked = _checked(value, entry)
+    rows = checked.num_layers if isinstance(checked, Placement) else checked.shape[1]
+    options = WriteOptions(_container(target, entry), _checked_layer_ids(layer_ids, rows, entry), dict(metadata or {}))
+    content = import_module(entry.module).write(checked, options)
+    if isinstance(content, dict):
+        _write_folder(target, content)
+    elif str(target) == "-":
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+    else:
+        _write_file(Path(target), content)
+    return tuple(options.notes)
+
+
+def _checked(value: Placement | npt.ArrayLike, entry: Format) -> Placement | Load:
+    kind = "placement" if isinstance(value, Placement) else "load"
+    if kind != entry.kind:
+        raise ConstraintError(
+            "format",
+            entry.name,
+            f"must hold a {kind}, for that is the value, and holds a {entry.kind}",
+            f"use one of {', '.join(name for name, known in FORMATS.items() if known.kind == kind)}",
+        )
+    if isinstance(value, Placement):
+        return value
+    load = np.asarray(value)
+    if load.ndim == 2:
+        load = load[None]
+    if load.ndim != 3 or load.size == 0 or load.dtype.kind not in "iuf":
+        raise ConstraintError(
+            "value",
+            f"an array of dtype {load.dtype}, shape {load.shape}",
+            "must hold numbers, (windows, layers, experts) or (layers, experts), no axis empty",
+            "pass tokens per expert, one row per layer",
+        )
+    load = load.astype(np.float64 if load.dtype.kind == "f" else np.int64)
+    wrong = ~np.isfinite(load) | (load < 0)
+    if wrong.any():
+        index = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise ConstraintError(
+            "value", f"{load[index]} at {index}", "must hold token counts, finite and not negative", "check the load"
+        )
+    return load
+
+
+def _checked_layer_ids(layer_ids: Sequence[int] | None, rows: int, entry: Format) -> tuple[int, ...] | None:
+    if layer_ids is None:
+        if entry.model_layers:
+            raise ConstraintError(
+                "layer_ids",
+                "not given",
+                f"must say the model's own number of each of the {rows} rows: {entry.name} counts dense layers, too",
+                "pass layer_ids (--first-layer), for example 3 for DeepSeek-V3, 0 for a model without dense layers",
+            )
+        return None
+    numbers = tuple(int(number) for number in layer_ids)
+    if len(numbers) != rows or any(b <= a for a, b in pairwise(numbers)) or numbers[0] < 0:
+        raise ConstraintError(
+            "layer_ids",
+            f"{len(numbers)} numbers for {rows} rows",
+            "must number every row, ascending from 0 or more",
+            "pass as many numbers as layers",
+        )
+    return numbers
+
+
+def _container(target: str | Path, entry: Format) -> str:
+    asked = _BY_SUFFIX.get(Path(target).suffix.lower())
+    return asked if asked in entry.containers else entry.containers[0]
+
+
+def _write_file(target: Path, content: bytes) -> None:
+    path = Path(os.path.realpath(target))  # a link stays a link
+    if path.exists() and not path.is_file():  # a pipe or a device has no old content to lose
+        path.write_bytes(content)
+        return
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with beside.open("xb") as file:
+            file.write(content)
+        if path.exists():
+            shutil.copymode(path, beside)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def _write_folder(target: str | Path, files: dict[str, bytes]) -> None:
+    if str(target) == "-":
+        raise ConstraintError("target", "-", "must be a folder for this format", "name a folder")
+    path = Path(target)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ConstraintError(
+            "target", path, "must be a new or an empty folder", "remove it, or name another: nothing is overwritten"
+        )
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        beside.mkdir()
+        for name, content in files.items():
+            (beside / name).write_bytes(content)
+        beside.replace(path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
