@@ -47,8 +47,9 @@ WORLDS = [
     Spec(seed=5, moe_ranks=5, experts_per_rank=2, shared_ranks=2, top_k=3, max_bs=4, elastic="scaled"),
     Spec(seed=6, tp=2, shared_ranks=2, max_bs=5, mask="tokens", hidden=8),
     Spec(seed=9, virtual=(1, 2, 2), top_k=4, max_bs=6, mask="entries"),
-    # 65536 / 8192 = 8 tokens at a time are summed on a CPU, so ten take two turns.
-    Spec(seed=11, hidden=8192, max_bs=10, virtual=(0, 1, 1), top_k=3, mask="entries", shared_x="flat"),
+    Spec(seed=12, dtype="float16", moe_ranks=3, experts_per_rank=2, top_k=4, max_bs=6, hidden=64),
+    # 65536 / 8192 = 8 tokens of float16 at a time are summed on a CPU, so ten take two turns.
+    Spec(seed=11, dtype="float16", hidden=8192, max_bs=10, virtual=(0, 1, 1), top_k=3, mask="entries", shared_x="flat"),
     Spec(seed=7, quant_mode=2, experts_per_rank=2, hidden=64, dtype="float16", max_bs=5, values="special"),
     Spec(seed=8, hidden=200, dtype="float32", max_bs=6, roomy=True, strided=True, shared_x="cube", mask="entries"),
 ]
@@ -225,23 +226,27 @@ BUGS = {
         "contiguous()",
     ),
     # §3.4: the sum
-    "descending k": bug(worlds, OPS + "weighted_sum", "in range(top_k):", "in reversed(range(top_k)):"),
+    "descending k": bug(
+        worlds,
+        OPS + "weighted_sum",
+        "place.contiguous(), weights.contiguous()",
+        "place.flip(1).contiguous(), weights.flip(1).contiguous()",
+    ),
+    "descending k in float16": bug(
+        worlds, OPS + "weighted_sum", "in range(place.shape[1]):", "in reversed(range(place.shape[1])):"
+    ),
+    "descending k with virtual experts": bug(
+        worlds, OPS + "weighted_sum", "in range(top_k):", "in reversed(range(top_k)):"
+    ),
     "shared experts first": bug(
         worlds,
         OPS + "weighted_sum",
-        "        for e in range(layout.shared_experts):",
-        "        for e in range(0):",
-        "        for k in range(top_k):",
-        "        for e in range(layout.shared_experts):\n"
-        "            add_rows(part, rows, place[tokens, top_k + e], active[tokens])\n"
-        "        for k in range(top_k):",
-    ),
-    "shared experts backwards": bug(
-        worlds, OPS + "weighted_sum", "in range(layout.shared_experts):", "in reversed(range(layout.shared_experts)):"
+        "    add_rows(total, rows, place, weights)\n",
+        "    add_rows(total, rows, place.roll(layout.shared_experts, 1), weights.roll(layout.shared_experts, 1))\n",
     ),
     "first tokens twice": bug(worlds, OPS + "weighted_sum", "slice(start, min(", "slice(0, min("),
     "no shared_expert_x": bug(worlds, OPS + "weighted_sum", 'if given["shared_expert_x"] is not None:', "if False:"),
-    "masked virtual experts count": bug(worlds, OPS + "weighted_sum", "torch.where(mask[tokens, k], ids, -1)", "ids"),
+    "masked virtual experts count": bug(worlds, OPS + "weighted_sum", "torch.where(mask[:, k], ids, -1)", "ids"),
     "a const expert copies": bug(worlds, OPS + "weighted_sum", "(ids < copies)", "(ids <= copies)"),
     "const experts unweighted": bug(worlds, OPS + "weighted_sum", "weights[where] * mixed", "mixed"),
     "torch's order in const experts": bug(

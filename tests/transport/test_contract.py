@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 
 import evenmoe as em
 from evenmoe.transport.contract import Transport
+from evenmoe.transport.local import LocalTransport
 from evenmoe.transport.renumbered import RenumberedTransport
 from evenmoe.transport.world import Rank
+from tests.hesitant import hesitate
 
 DTYPES = ["uint8", "int8", "bool", "int32", "int64", "float16", "bfloat16", "float32", "float64"]
 DTYPES += ["float8_e4m3fn", "float8_e5m2"]
@@ -135,6 +137,29 @@ def send_odd_strides(rank: Rank) -> bool:
 
 def test_contiguous_rows_with_odd_strides(run):
     assert run(send_odd_strides) == [True] * SIZE
+
+
+def lend_and_borrow(rank: Rank) -> bool:
+    """Exchanges of growing and shrinking rows, out of the transport's memory and into it, each read at once."""
+    transport = rank.ep
+    if isinstance(transport, LocalTransport) and transport.rank == 0:
+        hesitate(transport, 0.02)  # by then the others have filled what they send next
+    right = []
+    for step, (each, width, dtype) in enumerate(
+        [(3, 4, "float32"), (9, 40, "bfloat16"), (0, 4, "int8"), (1, 2, "int64")]
+    ):
+        mine = transport.rows_to_send((SIZE * each, width), torch.zeros(0, dtype=getattr(torch, dtype)))
+        mine.copy_(make_rows(step + transport.rank, SIZE * each, (width,), dtype))
+        counts = [each] * SIZE
+        received = transport.exchange_rows(mine, counts, counts, into_scratch=True)
+        me = slice(transport.rank * each, (transport.rank + 1) * each)
+        expected = [make_rows(step + source, SIZE * each, (width,), dtype)[me] for source in range(SIZE)]
+        right.append(same(received, torch.cat(expected)))
+    return all(right)
+
+
+def test_memory_that_is_used_again(run):
+    assert run(lend_and_borrow) == [True] * SIZE
 
 
 def transpose_counts(rank: Rank, width: int) -> bool:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 
 from evenmoe.contract.dispatch import check_dispatch
 from evenmoe.contract.layout import Layout, scale_down
 from evenmoe.contract.limits import resolve_limits
 from evenmoe.dispatched import Dispatched
-from evenmoe.ops.exchange import Received, exchange
+from evenmoe.ops.exchange import Received, copy_rows, exchange
 from evenmoe.ops.groups import exchanges, find_groups, operator_arguments, refusing_together, survivors, tp_step
 from evenmoe.ops.quantise import quantise_rows, reinterpret
 from evenmoe.ops.registration import CHECKS, GROUPS, VIRTUAL, register
@@ -27,6 +29,8 @@ from evenmoe.transport.agreement import digest, dtype_code, exchange_counts
 from evenmoe.transport.contract import Transport
 
 DYNAMIC_INT8 = 2  # quant_mode of §2.8
+_PAGES = 1 << 20  # bytes, from which numpy gets its zeros from the system's allocator
+Zeros = Callable[[torch.Tensor, tuple[int, ...], torch.dtype], torch.Tensor]
 
 
 def dispatch(
@@ -121,13 +125,24 @@ def _run(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     # A shared-expert rank has one local expert, and every source counts for it in column 0.
     counts = counts[:, : layout.local_experts]
     differ = given["scales"] is not None
-    received = exchange(group, routing, counts, x.shape[0], _row_maker(x, given), rows_differ_by_expert=differ)
+    outputs = _allocate(x, layout, given, _zeros)
+    # The rows go where they stay, unless their scales come beside them, or a peer reads them while the caller writes.
+    stay = given["quant_mode"] != DYNAMIC_INT8 and tp is None
+    received = exchange(
+        group,
+        routing,
+        counts,
+        x.shape[0],
+        _row_maker(group, x, given),
+        rows_differ_by_expert=differ,
+        allocate=(lambda n: outputs[0][:n]) if stay else None,
+    )
     peer = None if tp is None else _exchange_with_peer(received, tp, layout)
-    return _outputs(x, received, peer, layout, given)
+    return _fill(outputs, x, received, peer, given)
 
 
 def _fake(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    return _allocate(given["x"], _layout(given), given)
+    return _allocate(given["x"], _layout(given), given, _fake_zeros)
 
 
 def _layout(given: dict[str, Any]) -> Layout:
@@ -161,13 +176,15 @@ def _sizes(x: torch.Tensor, layout: Layout, given: dict[str, Any]) -> dict[str, 
     }
 
 
-def _row_maker(x: torch.Tensor, given: dict[str, Any]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def _row_maker(
+    group: Transport, x: torch.Tensor, given: dict[str, Any]
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Rows as they travel: of x, or under quant_mode 2 as bytes, H int8 and one float32 scale."""
 
     def make_rows(token: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
-        rows = x.index_select(0, token)
         if given["quant_mode"] != DYNAMIC_INT8:
-            return rows
+            return copy_rows(group, x, token)
+        rows = x.index_select(0, token)
         smooth = None if given["scales"] is None else given["scales"].index_select(0, expert)
         quantised, scale = quantise_rows(rows, smooth)
         return torch.cat([quantised.view(torch.uint8), reinterpret(scale[:, None], torch.uint8)], dim=1)
@@ -199,23 +216,34 @@ def _exchange_with_peer(received: Received, tp: Transport, layout: Layout) -> _P
     return _Peer(tp.exchange_rows(received.rows, send, recv), theirs)
 
 
-def _allocate(x: torch.Tensor, layout: Layout, given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+def _allocate(x: torch.Tensor, layout: Layout, given: dict[str, Any], zeros: Zeros) -> tuple[torch.Tensor, ...]:
     dtype = torch.int8 if given["quant_mode"] == DYNAMIC_INT8 else x.dtype
     return (
-        x.new_zeros((layout.expand_x_rows, x.shape[1]), dtype=dtype),
-        x.new_zeros(layout.dynamic_scales_length, dtype=torch.float32),
-        x.new_zeros(layout.assist_info_length, dtype=torch.int32),
-        x.new_zeros(layout.expert_token_nums_length, dtype=torch.int64),
-        x.new_zeros(layout.ep_recv_counts_length, dtype=torch.int32),
-        x.new_zeros(layout.tp_recv_counts_length, dtype=torch.int32),
-        x.new_zeros(layout.expand_scales_length, dtype=torch.float32),
+        zeros(x, (layout.expand_x_rows, x.shape[1]), dtype),
+        zeros(x, (layout.dynamic_scales_length,), torch.float32),
+        zeros(x, (layout.assist_info_length,), torch.int32),
+        zeros(x, (layout.expert_token_nums_length,), torch.int64),
+        zeros(x, (layout.ep_recv_counts_length,), torch.int32),
+        zeros(x, (layout.tp_recv_counts_length,), torch.int32),
+        zeros(x, (layout.expand_scales_length,), torch.float32),
     )
 
 
-def _outputs(
-    x: torch.Tensor, received: Received, peer: _Peer | None, layout: Layout, given: dict[str, Any]
+def _fake_zeros(x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return x.new_zeros(shape, dtype=dtype)
+
+
+def _zeros(x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros on the device of x. A CPU's own zero pages cost nothing until written: of A rows few are ever received."""
+    size = prod(shape) * dtype.itemsize
+    if x.device.type != "cpu" or size < _PAGES:
+        return x.new_zeros(shape, dtype=dtype)
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
+
+
+def _fill(
+    outputs: tuple[torch.Tensor, ...], x: torch.Tensor, received: Received, peer: _Peer | None, given: dict[str, Any]
 ) -> tuple[torch.Tensor, ...]:
-    outputs = _allocate(x, layout, given)
     expand_x, dynamic_scales, assist, token_nums, ep_recv_counts, tp_recv_counts, _ = outputs
     own = len(received.rows)
     rows = received.rows if peer is None else torch.cat([received.rows, peer.rows])
@@ -223,7 +251,8 @@ def _outputs(
         hidden = x.shape[1]
         dynamic_scales[: len(rows)] = reinterpret(rows[:, hidden:], torch.float32)[:, 0]
         rows = rows[:, :hidden].view(torch.int8)
-    expand_x[: len(rows)] = rows
+    if rows.data_ptr() != expand_x.data_ptr():
+        expand_x[: len(rows)] = rows
     assist[: 3 * own] = torch.stack([received.source, received.token, received.k], dim=1).flatten()
     ordered = received.counts.T.flatten()  # (local expert, source rank)
     ep_recv_counts[: len(ordered)] = ordered.cumsum(0)

@@ -38,14 +38,16 @@ def exchange(
     num_tokens: int,
     make_rows: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     rows_differ_by_expert: bool = False,
+    allocate: Callable[[int], torch.Tensor] | None = None,
 ) -> Received:
     """Send the entries of `routing` and return those sent here.
 
     Args:
         counts: int64 (W, L), entries that each source sends to each local expert of this rank.
         num_tokens: tokens on this rank.
-        make_rows: (token (n,), expert (n,)) -> the rows to send for them; called once.
+        make_rows: (token (n,), expert (n,)) -> the rows to send for them; called once, see `copy_rows`.
         rows_differ_by_expert: a token's rows for two experts of one rank differ (smooth scales), so each must travel.
+        allocate: N -> memory (N, …) for the rows received. None for new memory.
     """
     per_rank, recv_per_rank = routing.counts.sum(dim=1), counts.sum(dim=1)
     ranks = torch.arange(len(per_rank), device=per_rank.device)
@@ -65,9 +67,17 @@ def exchange(
     # Every row that travels serves some entry, so the entries tell how many rows each source sends.
     recv_wire = torch.zeros_like(recv_per_rank)
     recv_wire.scatter_reduce_(0, torch.repeat_interleave(ranks, recv_per_rank), entries[:, 2].long() + 1, "amax")
-    rows = ep.exchange_rows(make_rows(wire_token, routing.expert), wire_counts.tolist(), recv_wire.tolist())
+    rows = make_rows(wire_token, routing.expert)
+    rows = ep.exchange_rows(rows, wire_counts.tolist(), recv_wire.tolist(), into_scratch=True)
 
     source = torch.repeat_interleave(ranks.repeat(counts.shape[1]), counts.T.flatten())
     entries = entries[received_order(counts)]
     position = (recv_wire.cumsum(0) - recv_wire)[source] + entries[:, 2]
-    return Received(rows.index_select(0, position), source.int(), entries[:, 0], entries[:, 1], counts)
+    out = None if allocate is None else allocate(len(position))
+    rows = torch.index_select(rows, 0, position, out=out)
+    return Received(rows, source.int(), entries[:, 0], entries[:, 1], counts)
+
+
+def copy_rows(ep: Transport, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """rows[index], where `ep` wants rows that it is going to send."""
+    return torch.index_select(rows, 0, index, out=ep.rows_to_send((len(index), *rows.shape[1:]), rows))

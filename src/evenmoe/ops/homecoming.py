@@ -13,6 +13,7 @@ import torch
 
 from evenmoe.contract.layout import Layout
 from evenmoe.errors import ConstraintError
+from evenmoe.ops.exchange import copy_rows
 from evenmoe.ops.groups import exchanges, find_groups, refusing_together, survivors, tp_step
 from evenmoe.ops.quantise import pack_blocks, unpack_blocks
 from evenmoe.ops.routing import active_tokens, sent_entries
@@ -127,12 +128,12 @@ def _send_home(
     counts = torch.bincount(source, minlength=ep.world_size)[:, None]
     recv_counts = exchange_counts(ep, "combine", _sizes(rows, layout, given), counts)[:, 0].tolist()
     send_counts = counts[:, 0].tolist()
-    wire = rows.index_select(0, order)
+    wire = copy_rows(ep, rows, order)
     if given["comm_quant_mode"] == BLOCK_INT8:
         received = ep.exchange_rows(pack_blocks(wire), send_counts, recv_counts)
         received = unpack_blocks(received, layout.hidden, rows.dtype)
     else:
-        received = ep.exchange_rows(wire, send_counts, recv_counts)
+        received = ep.exchange_rows(wire, send_counts, recv_counts, into_scratch=True)
     sent_place = (triples[:, 1] * places + triples[:, 2])[order]
     slot = ep.exchange_rows(sent_place.int()[:, None], send_counts, recv_counts)[:, 0].long()
     place = torch.full((layout.num_tokens * places,), -1, dtype=torch.int64, device=rows.device)

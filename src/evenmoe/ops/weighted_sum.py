@@ -31,43 +31,44 @@ def accumulate(
     home = sent_entries(expert_ids, layout, given["x_active_mask"])
     has_virtual = (given["zero_expert_num"] + given["copy_expert_num"] + given["const_expert_num"]) > 0
     total = torch.zeros((num_tokens, layout.hidden), dtype=torch.float32, device=rows.device)
-    for tokens in chunks(num_tokens, layout.hidden, rows.device):
-        part = total[tokens]
+    place = torch.where(torch.cat([home, active[:, None].expand(-1, layout.shared_experts)], dim=1), place, -1)
+    weights = torch.cat([scales.float(), scales.new_ones((num_tokens, layout.shared_experts))], dim=1)
+    if has_virtual:  # their terms stand between those of the rows, by k
         for k in range(top_k):
-            add_rows(part, rows, place[tokens, k], home[tokens, k], scales[tokens, k])
-            if has_virtual:
-                _add_virtual(part, tokens, k, layout, given)
-        for e in range(layout.shared_experts):
-            add_rows(part, rows, place[tokens, top_k + e], active[tokens])
-        if given["shared_expert_x"] is not None:
-            part += given["shared_expert_x"].reshape(num_tokens, layout.hidden)[tokens].float()
+            add_rows(total, rows, place[:, k : k + 1], weights[:, k : k + 1])
+            _add_virtual(total, k, layout, given)
+        place, weights = place[:, top_k:], weights[:, top_k:]
+    add_rows(total, rows, place, weights)
+    if given["shared_expert_x"] is not None:
+        total += given["shared_expert_x"].reshape(num_tokens, layout.hidden).float()
     return total, active
 
 
-def add_rows(
-    part: torch.Tensor,
-    rows: torch.Tensor,
-    place: torch.Tensor,
-    present: torch.Tensor,
-    weights: torch.Tensor | None = None,
-) -> None:
-    """part[i] += weights[i] · rows[place[i]] where present[i]; the product rounded to float32 first.
+def add_rows(total: torch.Tensor, rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor) -> None:
+    """total[t] += weights[t, k] · rows[place[t, k]] for ascending k, each product rounded to float32 first.
 
     Args:
-        part: float32 (n, H), changed in place.
-        rows: (N, H) of any float dtype; N may be 0 when nothing is present.
-        place: int64 (n,). What it holds where nothing is present does not matter.
-        present: bool (n,).
-        weights: float (n,), or None to add the rows as they are.
+        total: float32 (T, H), contiguous, changed in place.
+        rows: (N, H) of any float dtype.
+        place: int64 (T, K), −1 where there is no row.
+        weights: float32 (T, K); what they hold where there is no row does not matter.
     """
-    if bool(present.all()) and len(part):
-        term = rows.index_select(0, place).float()
-        part += term if weights is None else term.mul_(weights[:, None])
+    if rows.device.type == "cpu" and rows.dtype in (torch.bfloat16, torch.float32):
+        from evenmoe.ops import sum_kernels
+
+        rows, place, weights = rows.contiguous(), place.contiguous(), weights.contiguous()
+        add = sum_kernels.add_float32
+        if rows.dtype == torch.bfloat16:
+            rows, add = rows.view(torch.uint16), sum_kernels.add_bfloat16
+        add(total.numpy(), rows.numpy(), place.numpy(), weights.numpy())
         return
-    where = present.nonzero().flatten()
-    if where.numel():
-        term = rows.index_select(0, place[where]).float()
-        part[where] += term if weights is None else term.mul_(weights[where, None])
+    for tokens in chunks(len(total), max(total.shape[1], 1), rows.device):
+        part = total[tokens]
+        for k in range(place.shape[1]):
+            where = (place[tokens, k] >= 0).nonzero().flatten()
+            if where.numel():
+                term = rows.index_select(0, place[tokens, k][where]).float()
+                part[where] += term.mul_(weights[tokens, k][where, None])
 
 
 def chunks(num_tokens: int, hidden: int, device: torch.device) -> list[slice]:
@@ -76,23 +77,23 @@ def chunks(num_tokens: int, hidden: int, device: torch.device) -> list[slice]:
     return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
 
-def _add_virtual(part: torch.Tensor, tokens: slice, k: int, layout: Layout, given: Mapping[str, Any]) -> None:
+def _add_virtual(total: torch.Tensor, k: int, layout: Layout, given: Mapping[str, Any]) -> None:
     """Copy and const experts, computed where the token lives (§2.10, §3.4); zero experts add nothing."""
-    ids = given["expert_ids"][tokens, k].long() - layout.num_experts - given["zero_expert_num"]
+    ids = given["expert_ids"][:, k].long() - layout.num_experts - given["zero_expert_num"]
     mask = given["x_active_mask"]
     if mask is not None and mask.dim() == 2:
-        ids = torch.where(mask[tokens, k], ids, -1)
-    weights = given["expert_scales"][tokens, k, None]
+        ids = torch.where(mask[:, k], ids, -1)
+    weights = given["expert_scales"][:, k, None]
     copies = given["copy_expert_num"]
     where = ((ids >= 0) & (ids < copies)).nonzero().flatten()
     if where.numel():
-        part[where] += weights[where] * given["ori_x"][tokens][where].float()
+        total[where] += weights[where] * given["ori_x"][where].float()
     where = (ids >= copies).nonzero().flatten()
     if where.numel():
         which = ids[where] - copies
-        x = given["ori_x"][tokens][where].float()
+        x = given["ori_x"][where].float()
         first = tree_sum(given["const_expert_alpha_1"][which].float() * x)
         second = tree_sum(given["const_expert_alpha_2"][which].float() * x)
         p1, p2 = softmax_of_two(first, second)
         mixed = p1[:, None] * x + p2[:, None] * given["const_expert_v"][which].float()
-        part[where] += weights[where] * mixed
+        total[where] += weights[where] * mixed

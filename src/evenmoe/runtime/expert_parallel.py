@@ -14,10 +14,10 @@ import torch
 
 from evenmoe.contract.layout import Layout, make_layout
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
-from evenmoe.ops.exchange import exchange
+from evenmoe.ops.exchange import copy_rows, exchange
 from evenmoe.ops.groups import refusing_together
 from evenmoe.ops.routing import Routing, route
-from evenmoe.ops.weighted_sum import add_rows, chunks
+from evenmoe.ops.weighted_sum import add_rows
 from evenmoe.runtime.replica_choice import RULES, ReplicaChoice, refuse_other_types
 from evenmoe.transport.agreement import digest, dtype_code, exchange_counts
 from evenmoe.transport.contract import Transport
@@ -134,7 +134,7 @@ class ExpertParallel:
             first = layout.rank * layout.experts_per_rank
             to_slots = self._choice.slot_counts(by_rank)[:, first : first + layout.experts_per_rank]
             counts = torch.from_numpy(to_slots.copy()).to(x.device)
-        received = exchange(self._ep, routing, counts, x.shape[0], lambda token, _: x.index_select(0, token))
+        received = exchange(self._ep, routing, counts, x.shape[0], lambda token, _: copy_rows(self._ep, x, token))
         self._step += 1
         return DispatchedRows(
             received.rows,
@@ -181,7 +181,8 @@ class ExpertParallel:
         }
         home = exchange_counts(self._ep, _COMBINE, sizes, back)[:, 0]
         order = torch.sort(dispatched.source_rank, stable=True).indices
-        rows = self._ep.exchange_rows(expert_out.index_select(0, order), back[:, 0].tolist(), home.tolist())
+        rows = copy_rows(self._ep, expert_out, order)
+        rows = self._ep.exchange_rows(rows, back[:, 0].tolist(), home.tolist(), into_scratch=True)
         return _weighted_sum(rows, dispatched.routing, dispatched.topk_weights)
 
     @contextmanager
@@ -257,11 +258,8 @@ def _weighted_sum(rows: torch.Tensor, routing: Routing, topk_weights: torch.Tens
     num_tokens, top_k = topk_weights.shape
     place = torch.full((num_tokens, top_k), -1, dtype=torch.int64, device=rows.device)
     place[routing.token, routing.k] = torch.arange(len(rows), device=rows.device)
-    present, weights = place >= 0, topk_weights.float()
     total = torch.zeros((num_tokens, rows.shape[1]), dtype=torch.float32, device=rows.device)
-    for tokens in chunks(num_tokens, max(rows.shape[1], 1), rows.device):
-        for k in range(top_k):
-            add_rows(total[tokens], rows, place[tokens, k], present[tokens, k], weights[tokens, k])
+    add_rows(total, rows, place, topk_weights.float())
     return total.to(rows.dtype)
 
 

@@ -55,6 +55,7 @@ class Transport(Protocol):
         send_counts: Sequence[int],
         recv_counts: Sequence[int],
         members: Sequence[int] | None = None,
+        into_scratch: bool = False,
     ) -> torch.Tensor:
         """Send the first `send_counts[0]` rows to rank 0, the next to rank 1, and so on; return the rows sent here.
 
@@ -62,12 +63,20 @@ class Transport(Protocol):
             rows: any dtype, (sum(send_counts), …), contiguous. It belongs to the exchange: do not write to it again.
             send_counts, recv_counts: W row counts each; `recv_counts[s]` is what rank s sends here.
             members: ranks that take part, ascending; None for all.
+            into_scratch: the result may lie in memory that the next such exchange of this rank overwrites.
 
         Returns:
             A tensor (sum(recv_counts), …) of the same dtype, ordered by source rank.
 
         Raises:
             LostRankError: a rank failed or ended instead of taking part.
+        """
+        ...
+
+    def rows_to_send(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        """An uninitialised tensor of `shape`, with dtype and device of `like`, to be filled and given to exchange_rows.
+
+        Where the other ranks have read the rows when exchange_rows returns, the next call may give the same memory.
         """
         ...
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from evenmoe.errors import LostRankError
+from evenmoe.transport.scratch import Scratch
 
 
 class Board:
@@ -77,6 +78,7 @@ class LocalTransport:
     def __init__(self, board: Board, rank: int, on_close: Callable[[], None] | None = None) -> None:
         self._board, self._rank, self._on_close = board, rank, on_close
         self._meeting = 0
+        self._scratch = Scratch()
 
     @property
     def name(self) -> str:
@@ -103,6 +105,7 @@ class LocalTransport:
         send_counts: Sequence[int],
         recv_counts: Sequence[int],
         members: Sequence[int] | None = None,
+        into_scratch: bool = False,
     ) -> torch.Tensor:
         assert sum(send_counts) == rows.shape[0], (send_counts, rows.shape)
         parts = []
@@ -110,10 +113,17 @@ class LocalTransport:
             assert counts[self._rank] == recv_counts[source], (source, counts, recv_counts)
             start = sum(counts[: self._rank])
             parts.append(theirs[start : start + counts[self._rank]])
-        return torch.cat(parts)
+        if not into_scratch:
+            return torch.cat(parts)
+        received = self._scratch.take("received", (sum(recv_counts), *rows.shape[1:]), rows)
+        return torch.cat(parts, out=received)
+
+    def rows_to_send(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        return like.new_empty(shape)  # slower ranks may still read those of the last exchange
 
     def close(self) -> None:
         self._board.leave(self._rank, "closed its transport")
+        self._scratch.clear()
         if self._on_close is not None:
             self._on_close()
 

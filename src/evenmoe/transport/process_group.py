@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from evenmoe.errors import LostRankError
+from evenmoe.transport.scratch import Scratch
 
 
 class ProcessGroupTransport:
@@ -21,6 +22,7 @@ class ProcessGroupTransport:
 
     def __init__(self, group: dist.ProcessGroup, on_close: Callable[[], None] | None = None) -> None:
         self._group, self._on_close = group, on_close
+        self._scratch = Scratch()
 
     @property
     def name(self) -> str:
@@ -44,13 +46,19 @@ class ProcessGroupTransport:
         send_counts: Sequence[int],
         recv_counts: Sequence[int],
         members: Sequence[int] | None = None,
+        into_scratch: bool = False,
     ) -> torch.Tensor:
-        received = rows.new_empty((sum(recv_counts), *rows.shape[1:]))
+        shape = (sum(recv_counts), *rows.shape[1:])
+        received = self._scratch.take("received", shape, rows) if into_scratch else rows.new_empty(shape)
         if prod(rows.shape[1:]):
             self._exchange(_as_bytes(rows), _as_bytes(received), list(send_counts), list(recv_counts), members)
         return received
 
+    def rows_to_send(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        return self._scratch.take("sent", shape, like)
+
     def close(self) -> None:
+        self._scratch.clear()
         if self._on_close is not None:
             self._on_close()
 

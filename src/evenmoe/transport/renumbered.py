@@ -45,16 +45,20 @@ class RenumberedTransport:
         send_counts: Sequence[int],
         recv_counts: Sequence[int],
         members: Sequence[int] | None = None,
+        into_scratch: bool = False,
     ) -> torch.Tensor:
         assert members is None, "a renumbered group is not narrowed again"
         by_old_rank = self._reordered(
             rows, send_counts, sorted(range(len(send_counts)), key=self._old_rank_of.__getitem__)
         )
         received = self._transport.exchange_rows(
-            by_old_rank, self._spread(send_counts), self._spread(recv_counts), self._members
+            by_old_rank, self._spread(send_counts), self._spread(recv_counts), self._members, into_scratch
         )
         in_old_order = [recv_counts[self._old_rank_of.index(old)] for old in self._members]
         return self._reordered(received, in_old_order, [self._members.index(old) for old in self._old_rank_of])
+
+    def rows_to_send(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        return self._transport.rows_to_send(shape, like)
 
     def close(self) -> None:
         self._transport.close()
