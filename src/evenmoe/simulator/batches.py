@@ -1,0 +1,173 @@
+"""The batches of a replay: what every source rank's tokens pick, step by step.
+
+`RoutedBatches` deals recorded tokens, so every pick is known. `DrawnBatches` draws counts of picks from loads.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from evenmoe.metrics import FloatArray
+from evenmoe.simulator.world import World
+from evenmoe.traces.trace import Trace
+
+Counts = npt.NDArray[np.int32]
+
+
+class Batches(Protocol):
+    """Batches of all steps, in order.
+
+    Attributes:
+        notes: sentences on how they come about.
+    """
+
+    notes: tuple[str, ...]
+
+    def advance(self) -> None:
+        """Go to the next step; the first call goes to step 0."""
+        ...
+
+    def experts(self, layer: int) -> npt.NDArray[np.integer] | None:
+        """The experts of every token in this step, (G, B, K); None where only counts are known."""
+        ...
+
+    def count(self, layer: int, counts: Counts) -> None:
+        """Fill `counts` (E, G) with this step's picks of each expert on each source rank."""
+        ...
+
+
+def new_batches(trace: Trace, world: World, num_steps: int, top_k: int, seed: int, chunk: int) -> Batches:
+    """The batches of a trace: its own tokens where it has them, else drawn ones."""
+    if trace.routing is not None:
+        return RoutedBatches(trace, world, chunk)
+    return DrawnBatches(trace, world, num_steps, top_k, seed)
+
+
+class RoutedBatches:
+    """Recorded tokens, dealt to the source ranks request by request.
+
+    Every rank has B / chunk lanes, each of which gives `chunk` consecutive tokens of one request to every step
+    (`deal_kernels.deal_tokens`). With chunk = B a rank works through one request after the other, as in prefill; with
+    chunk = 1 each of its B requests advances by one token a step, as in decode. A trace without `seq_start` counts as
+    requests of one token.
+    """
+
+    def __init__(self, trace: Trace, world: World, chunk: int) -> None:
+        assert trace.routing is not None
+        self._routing = trace.routing
+        self._world = world
+        starts = np.arange(len(trace.routing) + 1) if trace.seq_start is None else trace.seq_start
+        self._starts = np.ascontiguousarray(starts, np.int64)
+        lanes = world.num_ranks * world.tokens_per_rank // chunk
+        self._position, self._end = np.zeros(lanes, np.int64), np.zeros(lanes, np.int64)
+        self._following = 0
+        self._tokens = np.empty((lanes, chunk), np.int64)
+        self._batch: npt.NDArray[np.integer] | None = None
+        self.notes: tuple[str, ...] = (
+            "Every pick is the recorded one: rank loads, rows and copies are exact.",
+            f"Requests are dealt to source ranks in the order of the trace, {chunk} tokens of one request at a time; "
+            "after the last request comes the first again.",
+        )
+
+    def advance(self) -> None:
+        from evenmoe.simulator import deal_kernels  # not at the top: importing numba takes 0.3 s
+
+        self._following = deal_kernels.deal_tokens(
+            self._starts, self._tokens.shape[1], self._position, self._end, self._following, self._tokens
+        )
+        chosen = self._routing[self._tokens.reshape(self._world.num_ranks, -1)]
+        self._batch = np.ascontiguousarray(chosen.transpose(2, 0, 1, 3))
+
+    def experts(self, layer: int) -> npt.NDArray[np.integer]:
+        assert self._batch is not None
+        return self._batch[layer]
+
+    def count(self, layer: int, counts: Counts) -> None:
+        from evenmoe.simulator import share_kernels
+
+        share_kernels.count_picks(self.experts(layer), counts)
+
+
+class DrawnBatches:
+    """Counts drawn from loads, because no token is known.
+
+    Step n of N takes the windows from n × T // N on, up to those of step n + 1 and at least one, added up: a short
+    trace is stretched over the steps and a long one condensed. Each of a source rank's B tokens picks expert e with
+    the chance K × load / total load of the layer, at most 1, independently; so a token picks K experts on average.
+    Where the trace knows loads by source rank they give every rank its own chances: source rank g of G takes recorded
+    rank g × R // G, or with G < R the sum of the ranks from there to (g + 1) × R // G.
+    """
+
+    def __init__(self, trace: Trace, world: World, num_steps: int, top_k: int, seed: int) -> None:
+        load = trace.load[:, None] if trace.load_by_rank is None else trace.load_by_rank
+        self._load = load
+        self._world = world
+        self._num_steps = num_steps
+        self._top_k = top_k
+        self._seed = seed
+        self._step = -1
+        self._window: tuple[int, int] = (0, 0)
+        self._chances: FloatArray = np.zeros((0, 0, 0))
+        by_rank = "" if trace.load_by_rank is None else " of its own"
+        self.notes: tuple[str, ...] = (
+            f"The trace has no tokens: every source rank draws its counts of picks from the windows' loads{by_rank}, "
+            "each token picking each expert independently. Rank loads and rows per expert follow from the counts as "
+            "the rule works; by token, the rows that pick an expert are drawn too.",
+            "Rows once per rank are expected values: a rank's tokens are taken to combine their picks independently.",
+        )
+
+    def advance(self) -> None:
+        self._step += 1
+        windows = len(self._load)
+        begin = self._step * windows // self._num_steps
+        end = max(begin + 1, (self._step + 1) * windows // self._num_steps)
+        if (begin, end) != self._window:
+            self._window = (begin, end)
+            load = self._load[begin:end].sum(axis=0, dtype=np.float64)
+            if len(load) > 1:
+                load = _fit_ranks(load, self._world.num_ranks)
+            # (L, E, R), as the draws go through it
+            self._chances = np.ascontiguousarray(pick_chances(load, self._top_k).transpose(1, 2, 0))
+
+    def experts(self, layer: int) -> None:
+        return None
+
+    def count(self, layer: int, counts: Counts) -> None:
+        from evenmoe.simulator import draw_kernels
+
+        draw_kernels.draw_counts(
+            self._chances[layer], self._world.tokens_per_rank, self._seed, self._step, layer, counts
+        )
+
+
+def pick_chances(load: FloatArray, top_k: int) -> FloatArray:
+    """The chance that a token picks each expert: load float64 (…, E) -> float64 (…, E), of sum K where any has load.
+
+    In proportion to the load. An expert whose chance would exceed 1 gets 1, and the others share the rest in
+    proportion; with K or fewer experts that have load, all of those get 1.
+
+    >>> pick_chances(np.array([6.0, 1.0, 1.0, 0.0]), 2).tolist()
+    [1.0, 0.5, 0.5, 0.0]
+    """
+    chances = np.zeros_like(load)
+    certain = np.zeros(load.shape, bool)
+    while True:
+        open_load = np.where(certain, 0.0, load)
+        total = open_load.sum(axis=-1, keepdims=True)
+        left = top_k - certain.sum(axis=-1, keepdims=True)
+        chances = np.where(certain, 1.0, np.divide(open_load * left, total, out=np.zeros_like(load), where=total > 0))
+        beyond = (chances > 1.0) & ~certain
+        if not beyond.any():
+            return chances
+        certain |= beyond
+
+
+def _fit_ranks(load: FloatArray, num_ranks: int) -> FloatArray:
+    """Loads of the recorded ranks (R, L, E) as loads of the source ranks (G, L, E)."""
+    recorded = len(load)
+    begin = np.arange(num_ranks) * recorded // num_ranks
+    end = np.maximum(begin + 1, (np.arange(num_ranks) + 1) * recorded // num_ranks)
+    return np.stack([load[first:last].sum(axis=0) for first, last in zip(begin, end, strict=True)])

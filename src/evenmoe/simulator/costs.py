@@ -1,0 +1,118 @@
+"""What rows, weights and copies cost in time: a model of few stated figures, all of which can be given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from evenmoe.errors import ConstraintError
+from evenmoe.metrics import FloatArray
+
+IntArray = npt.NDArray[np.int64]
+
+MICROSECONDS = 1e6
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Figures of one rank and its links. Everything outside the MoE layers' experts and their wire is left out.
+
+    Attributes:
+        expert_flops_per_token: FLOP of one expert on one row.
+        flops_per_s: FLOP/s that a rank achieves in experts (not its peak).
+        expert_bytes: bytes of one expert's weights, all of which a rank reads if the expert has any row.
+        memory_bytes_per_s: bytes/s at which a rank reads weights.
+        within_bytes_per_s: bytes/s that a rank sends, and at once receives, to ranks of its node.
+        between_bytes_per_s: the same to other nodes.
+        latency_us: microseconds of one exchange besides its bytes; a layer has two, dispatch and combine.
+        dispatch_row_bytes: bytes of one row on its way to an expert.
+        combine_row_bytes: bytes of one row on its way back.
+        copy_bytes: bytes that one copied expert sends.
+        one_row_per_rank: whether a token goes once to each destination rank; else once to each expert.
+
+    Raises:
+        ConstraintError: a figure that is negative or not finite, or a speed of zero.
+
+    The defaults are round figures of an H800 node and its network: half of 990 TFLOP/s dense bf16 is achieved, 3.35
+    TB/s memory, 160 GB/s NVLink and 50 GB/s network a GPU as DeepEP's README states for that machine, rows in bf16.
+    """
+
+    expert_flops_per_token: float
+    expert_bytes: float
+    dispatch_row_bytes: float
+    combine_row_bytes: float
+    copy_bytes: float
+    flops_per_s: float = 4.95e14
+    memory_bytes_per_s: float = 3.35e12
+    within_bytes_per_s: float = 1.6e11
+    between_bytes_per_s: float = 5e10
+    latency_us: float = 20.0
+    one_row_per_rank: bool = True
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = "more than 0" if field.name.endswith("_per_s") else "0 or more"
+            if not (np.isfinite(value) and (value > 0 if field.name.endswith("_per_s") else value >= 0)):
+                raise ConstraintError(field.name, value, f"must be finite and {least}", "state it in its unit")
+
+    @staticmethod
+    def for_expert(hidden: int, expert_bytes: float, expert_flops_per_token: float, **figures: Any) -> CostModel:
+        """The model for experts of this size: rows of `hidden` bf16 numbers, copies of all weights.
+
+        `figures` are further attributes, which come before these.
+
+        >>> CostModel.for_expert(7168, 88_080_384, 88_080_384).dispatch_row_bytes
+        14336.0
+        """
+        sizes: dict[str, Any] = {
+            "expert_flops_per_token": float(expert_flops_per_token),
+            "expert_bytes": float(expert_bytes),
+            "dispatch_row_bytes": 2.0 * hidden,
+            "combine_row_bytes": 2.0 * hidden,
+            "copy_bytes": float(figures.get("expert_bytes", expert_bytes)),
+        }
+        return CostModel(**(sizes | figures))
+
+    def layer_time(self, tokens: IntArray, busy: IntArray, sent: FloatArray, received: FloatArray) -> FloatArray:
+        """Microseconds of each layer, float64 (L,): the busiest rank's experts, then the busiest rank's wire.
+
+        A rank's experts take the longer of computing its rows and reading the weights of the slots that have any. A
+        rank's wire takes the longer of its two links, each of which sends and receives at once; dispatch and combine
+        follow each other.
+
+        Args:
+            tokens: int64 (L, G), rows that each rank computes.
+            busy: int64 (L, G), slots of each rank that have rows.
+            sent, received: float64 (L, 2, G), rows within and between nodes.
+
+        Two ranks of one node: 4 rows take 4 s, and reading 1 busy expert 2 s; 3 rows of 1 byte go each way at 1 byte/s:
+
+        >>> costs = CostModel(1, 2, 1, 1, 2, flops_per_s=1, memory_bytes_per_s=1, within_bytes_per_s=1, latency_us=0)
+        >>> sent = np.array([[[3.0, 0.0], [0.0, 0.0]]])
+        >>> costs.layer_time(np.array([[1, 4]]), np.array([[1, 1]]), sent, sent[:, :, ::-1]) / 1e6
+        array([10.])
+        """
+        compute = tokens * (self.expert_flops_per_token / self.flops_per_s)
+        read = busy * (self.expert_bytes / self.memory_bytes_per_s)
+        experts = np.maximum(compute, read).max(axis=1)
+        rows = np.maximum(sent, received)
+        per_row = self.dispatch_row_bytes + self.combine_row_bytes
+        links = np.array([self.within_bytes_per_s, self.between_bytes_per_s])
+        wire = (rows * (per_row / links)[:, None]).max(axis=(1, 2))
+        return (experts + wire) * MICROSECONDS + 2 * self.latency_us
+
+    def copy_time(self, sent: IntArray, received: IntArray) -> float:
+        """Microseconds of copies: experts sent and received, int64 (2, G) within and between nodes; 0.0 for none.
+
+        All copies run at once, so the busiest link of any rank decides, and one latency is added.
+        """
+        experts = np.maximum(sent, received)
+        if not experts.any():
+            return 0.0
+        links = np.array([self.within_bytes_per_s, self.between_bytes_per_s])
+        seconds = (experts * (self.copy_bytes / links)[:, None]).max()
+        return float(seconds) * MICROSECONDS + self.latency_us
