@@ -143,10 +143,10 @@ def lend_and_borrow(rank: Rank) -> bool:
     """Exchanges of growing and shrinking rows, out of the transport's memory and into it, each read at once."""
     transport = rank.ep
     if isinstance(transport, LocalTransport) and transport.rank == 0:
-        hesitate(transport, 0.02)  # by then the others have filled what they send next
+        hesitate(transport, 0.1)  # by then the others have filled what they send next
     right = []
     for step, (each, width, dtype) in enumerate(
-        [(3, 4, "float32"), (9, 40, "bfloat16"), (0, 4, "int8"), (1, 2, "int64")]
+        [(3, 4, "float32"), (9, 40, "bfloat16"), (9, 40, "bfloat16"), (0, 4, "int8"), (1, 2, "int64")]
     ):
         mine = transport.rows_to_send((SIZE * each, width), torch.zeros(0, dtype=getattr(torch, dtype)))
         mine.copy_(make_rows(step + transport.rank, SIZE * each, (width,), dtype))
