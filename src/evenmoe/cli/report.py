@@ -1,0 +1,88 @@
+"""`evenmoe report`: read a simulation, write the page, say what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from evenmoe.errors import ConstraintError
+from evenmoe.report import quantities, write_report
+from evenmoe.report.markup import shortened
+from evenmoe.report.quantities import BYTES, common_unit, significant
+from evenmoe.report.summary import Summary, best_policy, summarise
+from evenmoe.simulator.store import load_simulation
+
+
+def run_report(source: Path, output: Path, png: Path | None, command: list[str], *, as_json: bool) -> None:
+    """Write the page and print its headline; `command` is shown on the page."""
+    simulation = load_simulation(source)
+    if output.exists() and output.samefile(source):
+        raise ConstraintError("--output", output, "must not be the input", "name another file")
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    written = write_report(simulation, output, shlex.join(command), {str(source): digest}, png)
+    summaries = summarise(simulation)
+    if as_json:
+        print(json.dumps(_object(summaries, best_policy(simulation), written, {str(source): digest}), indent=2))
+        return
+    Console().print(_table(summaries))
+    for path in written:
+        print(f"{path}  {quantities.count(path.stat().st_size)} bytes")
+
+
+def _object(summaries: tuple[Summary, ...], best: int, written: list[Path], inputs: dict[str, str]) -> dict[str, Any]:
+    return {
+        "page": str(written[0]),
+        "pictures": [str(path) for path in written[1:]],
+        "page_bytes": written[0].stat().st_size,
+        "input_sha256": inputs,
+        "best_policy": summaries[best].name,
+        "policies": [
+            {
+                "name": summary.name,
+                "mean_par": summary.mean_par,
+                "worst_par": summary.worst_par,
+                "mean_step_us": summary.step_time,
+                "mean_copying_us_per_step": summary.copy_time,
+                "gain_percent": _number(summary.gain),
+                "copies_experts": summary.copies,
+                "refreshes": summary.refreshes,
+                "break_even_steps": _number(summary.break_even),
+                "memory_bytes_per_rank": summary.memory,
+                "extra_memory_bytes_per_rank": summary.extra_memory,
+            }
+            for summary in summaries
+        ],
+    }
+
+
+def _number(value: float) -> float | None:
+    """JSON has neither infinity (never) nor a number that does not exist."""
+    return value if math.isfinite(value) else None
+
+
+def _table(summaries: tuple[Summary, ...]) -> Table:
+    memory = common_unit([summary.memory for summary in summaries], BYTES)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("policy", overflow="fold")
+    for head in ("mean PAR", "worst PAR", "gain", "copies", "break-even\nsteps", f"memory\n{memory.name} per rank"):
+        table.add_column(head, justify="right")
+    for s in summaries:
+        table.add_row(
+            Text(shortened(s.name, 60)),
+            quantities.par(s.mean_par),
+            quantities.par(s.worst_par),
+            quantities.percent(s.gain),
+            quantities.count(s.copies),
+            quantities.steps(s.break_even),
+            significant(s.memory / memory.size),
+        )
+    return table

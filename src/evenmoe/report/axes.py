@@ -1,0 +1,131 @@
+"""Axes of drawings that are as wide as their box while their text keeps its size.
+
+Every x is a percentage of the drawing's width, every y a pixel; room for labels is a margin of the `<svg>`, into which
+it overflows. So one drawing is readable on a phone, on a wide screen and on paper, without a script.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from evenmoe.report.markup import Markup, element, join
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear axis.
+
+    Attributes:
+        low, high: its ends; high > low.
+        ticks: values that carry a label.
+        label: what it measures, with the unit.
+        text: how a tick is written.
+    """
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+    label: str
+    text: Callable[[float], str]
+
+    def share(self, value: float) -> float:
+        """Where `value` lies, 0.0 at the low end and 1.0 at the high one."""
+        return (value - self.low) / (self.high - self.low)
+
+
+def nice_step(span: float, at_most: int) -> float:
+    """The least of 1, 2, 5 times a power of ten that cuts `span` into at most `at_most` parts.
+
+    >>> nice_step(0.9, 5), nice_step(1000, 5)
+    (0.2, 200.0)
+    """
+    power = 10.0 ** math.floor(math.log10(span / at_most))
+    return next(f * power for f in (1.0, 2.0, 5.0, 10.0, 20.0) if span <= f * power * at_most * (1 + 1e-9))
+
+
+def value_axis(low: float, high: float, label: str, least: float, at_most: int = 5) -> Axis:
+    """An axis from the multiple of a nice step at or below `low` to the one at or above `high`.
+
+    Args:
+        least: the span it has at least, so that a flat line does not fill the drawing with noise; > 0.
+    """
+    step = nice_step(max(high - low, least), at_most)
+    first = math.floor(low / step + 1e-9)
+    last = max(math.ceil(high / step - 1e-9), first + 1)
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+
+    def text(value: float) -> str:
+        return f"{value:,.{decimals}f}".replace("-", "\u2212")
+
+    ticks = tuple(round(i * step, 12) for i in range(first, last + 1))
+    return Axis(ticks[0], ticks[-1], ticks, label, text)
+
+
+def par_axis(high: float) -> Axis:
+    """From 1.0, the best that there is, to above `high`."""
+    axis = value_axis(0.0, max(high - 1.0, 0.0), "PAR (busiest ÷ mean rank; 1 is perfect)", 0.05)
+    return Axis(1.0, 1.0 + axis.high, tuple(1.0 + tick for tick in axis.ticks), axis.label, axis.text)
+
+
+def index_axis(size: int, label: str, at_most: int = 5) -> Axis:
+    """An axis over the items 0…size−1, each with a width of one; ticks at the middle of whole items."""
+    step = max(1, round(nice_step(size, at_most) + 0.4))
+    ticks = tuple(i + 0.5 for i in range(0, size, step))
+    return Axis(0.0, float(size), ticks, label, lambda v: f"{round(v - 0.5):,}")
+
+
+def percentage(value: float) -> str:
+    """A share of the width for an SVG attribute."""
+    return f"{100 * value:.2f}%"
+
+
+def frame(x: Axis, y: Axis, height: float) -> Markup:
+    """Grid lines at the ticks of y, and the labels of both axes."""
+    parts = []
+    for tick in y.ticks:
+        at = f"{height * (1 - y.share(tick)):.1f}"
+        parts.append(element("line", class_="level", x1="0", x2="100%", y1=at, y2=at))
+        parts.append(element("text", y.text(tick), class_="tick end", x="-8", y=at, dy="4"))
+    return join(*parts, bottom_labels(x, height), element("text", y.label, class_="axis", x="0", y="-14"))
+
+
+def bottom_labels(x: Axis, height: float) -> Markup:
+    """The ticks and the label below a drawing."""
+    parts = []
+    for tick in x.ticks:
+        at = percentage(x.share(tick))
+        parts.append(element("line", class_="notch", x1=at, x2=at, y1=height, y2=height + 4))
+        parts.append(element("text", x.text(tick), class_="tick mid", x=at, y=height + 18))
+    return join(*parts, element("text", x.label, class_="axis mid", x="50%", y=height + 36))
+
+
+def drawing(
+    body: str, key: str, title: str, description: str, height: float, *, max_width: float | None = None, kind: str = ""
+) -> Markup:
+    """The `<svg>` with its text alternative; `key` is unique on the page."""
+    return element(
+        "svg",
+        element("title", title, id=f"{key}-t"),
+        element("desc", description, id=f"{key}-d"),
+        body,
+        class_=f"plot {kind}".strip(),
+        role="img",
+        aria_labelledby=f"{key}-t {key}-d",
+        height=f"{height:g}",
+        style=f"--w:{max_width:g}px" if max_width else None,
+    )
+
+
+def stretched(body: str, columns: float, rows: float, height: float) -> Markup:
+    """A part of a drawing whose own units are stretched over its whole width."""
+    return element(
+        "svg",
+        body,
+        width="100%",
+        height=f"{height:g}",
+        viewBox=f"0 0 {columns:g} {rows:g}",
+        preserveAspectRatio="none",
+        overflow="visible",
+    )

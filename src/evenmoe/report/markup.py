@@ -1,0 +1,87 @@
+"""HTML and SVG elements from Python, every text escaped."""
+
+from __future__ import annotations
+
+import html
+import re
+
+_VOID = {"meta", "br"}
+# Controls, lone surrogates and non-characters have no place in HTML and would make it unreadable or unwritable.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+
+
+class Markup(str):
+    """Text that is markup already and is not escaped again."""
+
+    __slots__ = ()
+
+
+def printable(text: str) -> str:
+    """`text` with every character that HTML may not hold replaced by U+FFFD.
+
+    >>> printable("a\\x00b")
+    'a�b'
+    """
+    return _UNPRINTABLE.sub("\ufffd", text)
+
+
+def escape(text: str) -> Markup:
+    """`text` as markup that shows it.
+
+    >>> escape("<b> & 'c'")
+    '&lt;b&gt; &amp; &#x27;c&#x27;'
+    """
+    return text if isinstance(text, Markup) else Markup(html.escape(printable(text), quote=True))
+
+
+def join(*parts: str) -> Markup:
+    """Parts behind each other, those escaped that are not markup yet."""
+    return Markup("".join(escape(part) for part in parts))
+
+
+def element(tag: str, *children: str, **attributes: str | int | float | bool | None) -> Markup:
+    """`<tag attributes>children</tag>`.
+
+    A trailing underscore of an attribute's name is dropped and the others become hyphens; None and False leave it out,
+    True leaves its value out.
+
+    >>> element("p", "1 < 2", class_="note", hidden=None)
+    '<p class="note">1 &lt; 2</p>'
+    """
+    parts = [f"<{tag}"]
+    for key, value in attributes.items():
+        if value is None or value is False:
+            continue
+        name = key.rstrip("_").replace("_", "-")
+        parts.append(f" {name}" if value is True else f' {name}="{escape(str(value))}"')
+    if tag in _VOID:
+        return Markup("".join([*parts, ">"]))
+    return Markup("".join([*parts, ">", join(*children), f"</{tag}>"]))
+
+
+def data(value: float, text: str) -> Markup:
+    """A shown number beside the full one, which a program can read: `<data value=…>`.
+
+    >>> data(1.23456, "1.23")
+    '<data value="1.23456">1.23</data>'
+    """
+    return element("data", text, value=repr(value))
+
+
+def name(text: str) -> Markup:
+    """A name that somebody else chose; isolated, so that its writing direction cannot spill over.
+
+    >>> name("<i>")
+    '<bdi>&lt;i&gt;</bdi>'
+    """
+    return element("bdi", text)
+
+
+def shortened(text: str, length: int) -> str:
+    """At most `length` characters, the last one an ellipsis if some are left out.
+
+    >>> shortened("identity", 5)
+    'iden…'
+    """
+    text = " ".join(printable(text).split())
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,0 +1,182 @@
+"""The page's pictures as PNGs, for slides and issues; matplotlib without pyplot, the same bytes for the same input."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context, rcdefaults, rcParams
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from evenmoe.report import palette
+from evenmoe.report.content import Content
+from evenmoe.report.markup import shortened
+from evenmoe.report.quantities import ROWS, TIMES, common_unit, significant
+from evenmoe.report.sections.load import EDGES, relative_load
+from evenmoe.report.sections.replicas import COLOURS, LABELS
+from evenmoe.report.sections.replicas import EDGES as REPLICAS
+
+INK, MUTED, RULE = "#1b2129", "#515b67", "#d5dae1"
+DPI = 160
+#: The user's own matplotlibrc must not change the bytes, nor may `$` in a name start a formula.
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "text.parse_math": False,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+}
+
+
+def write_pictures(content: Content, folder: Path) -> list[Path]:
+    """Write par.png, load.png, replicas.png, traffic.png and time.png into `folder`, which is made if needed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {"par": _par, "load": _load, "replicas": _replicas, "traffic": _traffic, "time": _time}
+    with rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn, which will do
+        rcdefaults()
+        rcParams.update(STYLE)
+        return [_write(draw, content, folder / f"{name}.png") for name, draw in pictures.items()]
+
+
+def _write(draw: Callable[[Figure, Content], None], content: Content, path: Path) -> Path:
+    figure = Figure(figsize=(9, 4.6), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    draw(figure, content)
+    figure.savefig(path, format="png", metadata={"Software": None})
+    return path
+
+
+def _labels(content: Content) -> list[str]:
+    # A zero-width space in front: matplotlib leaves labels that begin with an underscore out of legends.
+    return [f"\u200b{shortened(policy.name, 28)}" for policy in content.simulation.policies]
+
+
+def _par(figure: Figure, content: Content) -> None:
+    axes = figure.subplots()
+    steps = np.arange(content.num_steps)
+    highest = 1.0
+    for i, (policy, label) in enumerate(zip(content.simulation.policies, _labels(content), strict=True)):
+        median = np.median(policy.par, axis=1)
+        highest = max(highest, float(median.max()))
+        look = palette.style(i)
+        axes.plot(
+            steps,
+            median,
+            label=label,
+            color=palette.SERIES_LIGHT[look.colour],
+            linestyle=(0, tuple(part / 2 for part in look.dash)) if look.dash else "solid",
+            linewidth=1.8,
+            marker=look.marker.matplotlib,
+            markersize=5,
+            markevery=(i % 4 * max(1, len(steps) // 40), max(1, len(steps) // 8)) if len(steps) > 8 else None,
+        )
+    axes.set_ylim(1.0, 1.0 + max(highest - 1.0, 0.05) * 1.06)
+    axes.set_xlim(-0.5, max(len(steps) - 0.5, 0.5))
+    axes.set_title(f"Peak-to-average load of the median layer: {shortened(content.simulation.trace, 50)}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("PAR (busiest ÷ mean rank; 1 is perfect)")
+    axes.grid(axis="y", color=RULE, linewidth=0.6)
+    figure.legend(ncols=3, loc="outside lower left")
+
+
+def _load(figure: Figure, content: Content) -> None:
+    shown = [("Before", content.before), ("After", content.after)][: 2 if content.compares else 1]
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    colours = ListedColormap(palette.RAMP_LIGHT)
+    norm = BoundaryNorm(np.arange(len(palette.RAMP_LIGHT) + 1) - 0.5, len(palette.RAMP_LIGHT))
+    for axes, (when, policy) in zip(panels, shown, strict=True):
+        load = relative_load(policy)
+        levels = np.where(np.isnan(load), np.nan, np.searchsorted(EDGES, load, side="right"))
+        axes.imshow(levels, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+        _map_axes(axes, f"{when}: {shortened(policy.name, 28)}", "rank")
+    bar = figure.colorbar(
+        ScalarMappable(norm, colours),
+        ax=list(panels),
+        ticks=np.arange(len(EDGES)) + 0.5,
+        label="load ÷ mean rank of the layer",
+    )
+    bar.ax.set_yticklabels([f"{edge:g}" for edge in EDGES])
+
+
+def _replicas(figure: Figure, content: Content) -> None:
+    axes = figure.subplots()
+    counts = content.after.final.num_replicas
+    colours = ListedColormap([palette.RAMP_LIGHT[colour] for colour in COLOURS])
+    levels = np.searchsorted(REPLICAS, counts, side="right")
+    norm = BoundaryNorm(np.arange(len(COLOURS) + 1) - 0.5, len(COLOURS))
+    image = axes.imshow(levels, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+    _map_axes(axes, f"Replicas of every expert after the last step: {shortened(content.after.name, 28)}", "expert")
+    bar = figure.colorbar(image, ax=axes, ticks=np.arange(len(COLOURS)), label="replicas")
+    bar.ax.set_yticklabels(LABELS)
+
+
+def _map_axes(axes: Axes, title: str, across: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel(across)
+    axes.set_ylabel("layer")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    for spine in axes.spines.values():
+        spine.set_visible(True)
+        spine.set_color(MUTED)
+
+
+def _traffic(figure: Figure, content: Content) -> None:
+    rows = [summary.rows for summary in content.summaries]
+    within = [value for row in rows for value in (row.within_node, row.within_node_once)]
+    between = [value for row in rows for value in (row.between_nodes, row.between_nodes_once)]
+    unit = common_unit([a + b for a, b in zip(within, between, strict=True)], ROWS)
+    labels = [f"{label}, {kind}" for label in _labels(content) for kind in ("per expert", "per rank")]
+    axes = _bars(figure, labels, within, between, unit.size, ("within a node", "between nodes"))
+    axes.set_title("Rows that leave their rank, mean per step")
+    axes.set_xlabel(f"{unit.name} per step")
+
+
+def _time(figure: Figure, content: Content) -> None:
+    step = [summary.step_time for summary in content.summaries]
+    copying = [summary.copy_time for summary in content.summaries]
+    unit = common_unit([summary.time for summary in content.summaries], TIMES)
+    axes = _bars(figure, _labels(content), step, copying, unit.size, ("expert layers and wire", "copying experts"))
+    axes.set_title("Mean time per step, by the cost model")
+    axes.set_xlabel(unit.name)
+
+
+def _bars(
+    figure: Figure, labels: list[str], first: list[float], second: list[float], size: float, parts: tuple[str, str]
+) -> Axes:
+    """Horizontal bars of a filled and an outlined part, with their sums at the end."""
+    figure.set_figheight(1.7 + 0.38 * len(labels))
+    axes = figure.subplots()
+    place = np.arange(len(labels))
+    left = np.array(first) / size
+    axes.barh(place, left, height=0.62, color=palette.SERIES_LIGHT[1], label=parts[0])
+    axes.barh(
+        place, np.array(second) / size, left=left, height=0.62, facecolor="white",
+        edgecolor=palette.SERIES_LIGHT[1], linewidth=1.2, label=parts[1],
+    )  # fmt: skip
+    for at, (a, b) in enumerate(zip(first, second, strict=True)):
+        axes.text((a + b) / size, at, f" {significant((a + b) / size)}", va="center", color=INK)
+    axes.set_yticks(place, labels)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(max(a + b for a, b in zip(first, second, strict=True)) / size, 1e-9) * 1.12)
+    axes.tick_params(axis="y", length=0)
+    figure.legend(ncols=2, loc="outside lower left")
+    return axes

@@ -1,0 +1,45 @@
+"""`write_report`: the page and its pictures on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from evenmoe.report.content import Content
+from evenmoe.report.page import page
+from evenmoe.simulator.result import Simulation
+
+
+def write_report(
+    simulation: Simulation,
+    path: str | Path,
+    command: str,
+    inputs: Mapping[str, str] | None = None,
+    png_dir: str | Path | None = None,
+) -> list[Path]:
+    """Write one self-contained HTML page about a replay and, on request, its pictures as PNGs.
+
+    The same arguments give the same bytes. The page asks for nothing outside itself and runs no script.
+
+    Args:
+        simulation: what was found; its first policy is the baseline.
+        path: of the page; a file there is replaced.
+        command: the command line that made it, shown as it is.
+        inputs: SHA-256 in hexadecimal of every file that was read, by path.
+        png_dir: folder for the PNGs, made if it is not there; None for none.
+
+    Returns:
+        The files written, the page first.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    content = Content(simulation, command, dict(inputs or {}))
+    path = Path(path)
+    path.write_bytes(page(content).encode("utf-8"))
+    written = [path]
+    if png_dir is not None:
+        from evenmoe.report.pictures import write_pictures  # imports matplotlib, 0.4 s that the page does not need
+
+        written += write_pictures(content, Path(png_dir))
+    return written
