@@ -22,7 +22,7 @@ from evenmoe.simulator.track import Track
 from evenmoe.simulator.world import World
 from evenmoe.traces.trace import Trace
 
-Progress = Callable[[int], None]
+Progress = Callable[[int, int], None]
 
 
 def simulate(
@@ -63,7 +63,7 @@ def simulate(
         seed: of draws and planners, 0 or more.
         workers: threads. Default: one per processor. The result does not depend on it.
         details: whether to keep the loads of every rank in every step and layer.
-        progress: called with the steps that are done, after every step.
+        progress: called after every step with the steps that are done and all of them.
 
     Raises:
         ConstraintError: counts that do not go together, or a policy that cannot be.
@@ -106,7 +106,7 @@ def simulate(
         for step in range(num_steps):
             run.advance(step)
             if progress is not None:
-                progress(step + 1)
+                progress(step + 1, num_steps)
     return Simulation(
         trace=trace.name,
         settings=describe_settings(trace, world, costs, num_slots, num_groups, num_steps, refresh, window, chunk, seed),

@@ -1,0 +1,303 @@
+"""`evenmoe simulate`: from options to a replay, its table and its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from evenmoe.errors import ConstraintError, MissingArgumentError
+from evenmoe.simulator.costs import CostModel
+from evenmoe.simulator.policies import DEFAULT
+from evenmoe.simulator.replay import simulate
+from evenmoe.simulator.result import PolicyResult, Simulation
+from evenmoe.simulator.store import save_simulation
+from evenmoe.simulator.world import World
+from evenmoe.traces.models import MODELS, ModelShape, find_model
+from evenmoe.traces.trace import Trace, load_trace
+
+SYNTHETIC = "synthetic:"
+_SYNTHETIC_WINDOWS, _REQUEST_WINDOWS = 100, 4
+_RANKS_PER_NODE = 8
+_NEEDED = {"expert_flops_per_token": "--expert-flops", "expert_bytes": "--expert-bytes"}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The options of one call; None where the default depends on others."""
+
+    trace: str
+    model: str | None
+    ranks: int
+    nodes: int | None
+    tokens_per_rank: int
+    chunk: int | None
+    top_k: int | None
+    steps: int | None
+    policies: tuple[str, ...]
+    slots: int | None
+    groups: int
+    refresh: int | None
+    window: int | None
+    hidden: int | None
+    figures: dict[str, float]
+    row_per_expert: bool
+    out: Path | None
+    report: Path | None
+    details: bool
+    seed: int
+    workers: int | None
+    command: tuple[str, ...]
+
+
+def run_simulation(choices: Choices, *, as_json: bool) -> None:
+    """Replay, write the files that were asked for, and print the table or the object."""
+    nodes = choices.nodes
+    if nodes is None:
+        nodes = choices.ranks // _RANKS_PER_NODE if choices.ranks % _RANKS_PER_NODE == 0 else 1
+    world = World(choices.ranks, nodes, choices.tokens_per_rank)
+    _check_outputs(choices)
+    trace = _open_trace(choices, world)
+    model = _find_shape(trace, choices.model)
+    top_k = choices.top_k
+    if top_k is None and trace.routing is None and "top_k" not in trace.metadata and model is not None:
+        top_k = model.top_k
+    costs = _cost_model(choices, model)
+    with progress_bar("replaying") as progress:
+        simulation = simulate(
+            trace,
+            choices.policies or DEFAULT,
+            world=world,
+            costs=costs,
+            num_slots=choices.slots,
+            num_groups=choices.groups,
+            num_steps=choices.steps,
+            refresh=choices.refresh,
+            window=choices.window,
+            chunk=choices.chunk,
+            top_k=top_k,
+            seed=choices.seed,
+            workers=choices.workers,
+            details=choices.details,
+            progress=progress,
+        )
+    digests = _digests(choices.trace)
+    simulation = _with_origin(simulation, choices, model, digests)
+    if choices.out is not None:
+        save_simulation(choices.out, simulation)
+    if choices.report is not None:
+        from evenmoe.report import write_report
+
+        write_report(simulation, choices.report, shlex.join(choices.command), digests)
+    if as_json:
+        print(json.dumps(describe(simulation), indent=2))
+    else:
+        _print(simulation)
+
+
+def _check_outputs(choices: Choices) -> None:
+    """Refuse to overwrite the trace, or one file by the other, before any time is spent."""
+    seen = {Path(choices.trace).resolve(): "the trace"}
+    for name, path in (("--out", choices.out), ("--report", choices.report)):
+        if path is None:
+            continue
+        if not path.resolve().parent.is_dir():
+            raise ConstraintError(name, path, "must be in a folder that exists", "make the folder first")
+        if path.resolve() in seen:
+            raise ConstraintError(name, path, f"must not be {seen[path.resolve()]}", "name another file")
+        seen[path.resolve()] = f"the file of {name}"
+
+
+def _open_trace(choices: Choices, world: World) -> Trace:
+    if not choices.trace.startswith(SYNTHETIC):
+        return load_trace(choices.trace)
+    from evenmoe.traces.synthesis import synthesise
+
+    lanes = world.num_ranks * world.tokens_per_rank // (choices.chunk or world.tokens_per_rank)
+    return synthesise(
+        choices.trace.removeprefix(SYNTHETIC),
+        num_windows=min(choices.steps or _SYNTHETIC_WINDOWS, _SYNTHETIC_WINDOWS),
+        tokens_per_window=world.num_ranks * world.tokens_per_rank,
+        requests=max(1, lanes),
+        request_windows=_REQUEST_WINDOWS,
+        seed=choices.seed,
+    )
+
+
+def _find_shape(trace: Trace, name: str | None) -> ModelShape | None:
+    """The model that is named, or that the trace names, or that alone has the trace's layers and experts."""
+    if name is not None:
+        return find_model(name)
+    named = trace.metadata.get("model")
+    if isinstance(named, str):
+        try:
+            return find_model(named)
+        except ConstraintError:
+            pass  # a trace may be of a model that is not listed
+    top_k = trace.top_k if trace.top_k is not None else trace.metadata.get("top_k")
+    fitting = [
+        shape
+        for shape in MODELS.values()
+        if (shape.num_layers, shape.num_experts) == (trace.num_layers, trace.num_experts)
+        and top_k in (None, shape.top_k)
+    ]
+    alike = {(shape.hidden, shape.intermediate, shape.weight_bytes, shape.top_k) for shape in fitting}
+    return fitting[0] if len(alike) == 1 else None
+
+
+def _cost_model(choices: Choices, model: ModelShape | None) -> CostModel:
+    figures: dict[str, Any] = {**choices.figures, "one_row_per_rank": not choices.row_per_expert}
+    if model is not None:
+        figures.setdefault("expert_bytes", model.expert_bytes)
+        figures.setdefault("expert_flops_per_token", model.expert_flops_per_token)
+    hidden = choices.hidden if choices.hidden is not None or model is None else model.hidden
+    missing = [option for figure, option in _NEEDED.items() if figure not in figures]
+    if hidden is None and not {"dispatch_row_bytes", "combine_row_bytes"} <= figures.keys():
+        missing.append("--hidden")
+    if missing:
+        raise MissingArgumentError(
+            "--model",
+            "not given, and the trace is of no known model",
+            "must name one of them, for the sizes of experts and rows",
+            f"use --model with one of {', '.join(MODELS)}; or give {', '.join(missing)}",
+        )
+    flops, size = figures.pop("expert_flops_per_token"), figures.pop("expert_bytes")
+    return CostModel.for_expert(hidden or 0, size, flops, **figures)
+
+
+def _with_origin(
+    simulation: Simulation, choices: Choices, model: ModelShape | None, digests: dict[str, str]
+) -> Simulation:
+    """With the command, the model and what the trace's bytes were, in front of the other settings."""
+    rows = [("command", shlex.join(choices.command), ""), ("model", "not known" if model is None else model.name, "")]
+    rows += [(f"SHA-256 of {path}", digest, "") for path, digest in digests.items()]
+    return replace(simulation, settings=(*rows, *simulation.settings))
+
+
+def _digests(trace: str) -> dict[str, str]:
+    if trace.startswith(SYNTHETIC):
+        return {}
+    with Path(trace).open("rb") as file:
+        digest = hashlib.sha256()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return {trace: digest.hexdigest()}
+
+
+@contextmanager
+def progress_bar(what: str, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
+    """A bar with the time left on standard error, if that is a terminal; call it with steps done and steps in all."""
+    console = console or Console(stderr=True)
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def describe(simulation: Simulation) -> dict[str, Any]:
+    """The object of `--json`: settings and, per policy, means over steps; units are in the names of the keys."""
+    return {
+        "trace": simulation.trace,
+        "steps": len(simulation.tokens),
+        "ranks": simulation.num_ranks,
+        "nodes": simulation.num_nodes,
+        "layers": simulation.load.shape[0],
+        "experts": simulation.num_experts,
+        "top_k": simulation.top_k,
+        "tokens_per_step": int(simulation.tokens[0]),
+        "settings": [{"name": name, "value": value, "unit": unit} for name, value, unit in simulation.settings],
+        "notes": list(simulation.notes),
+        "policies": [_policy(policy, simulation.policies[0]) for policy in simulation.policies],
+    }
+
+
+def _policy(policy: PolicyResult, baseline: PolicyResult) -> dict[str, Any]:
+    traffic = policy.traffic
+    refreshes = len(policy.refreshes)
+    return {
+        "name": policy.name,
+        "description": policy.description,
+        "rule": policy.rule,
+        "slots": policy.final.num_slots,
+        "par_mean": float(policy.par.mean()),
+        "par_max": float(policy.par.max()),
+        "par_mean_per_layer": policy.par.mean(axis=0).tolist(),
+        "step_us_mean": float(policy.step_time.mean()),
+        "step_us_gain_percent": _gain(policy, baseline),
+        "refreshes": refreshes,
+        "copies_experts": int(policy.copies.sum()),
+        "copy_us_per_refresh": float(policy.copy_time.sum() / refreshes) if refreshes else 0.0,
+        "break_even_steps": policy.break_even_steps if math.isfinite(policy.break_even_steps) else None,
+        "within_node_rows_per_step": float(traffic.within_node.mean()),
+        "between_nodes_rows_per_step": float(traffic.between_nodes.mean()),
+        "within_node_rows_once_per_step": float(traffic.within_node_once.mean()),
+        "between_nodes_rows_once_per_step": float(traffic.between_nodes_once.mean()),
+        "memory_bytes_per_rank": policy.memory_per_rank,
+        "redundancy_bytes_per_rank": policy.memory_per_rank - baseline.memory_per_rank,
+    }
+
+
+def _gain(policy: PolicyResult, baseline: PolicyResult) -> float:
+    return float(100 * (1 - policy.step_time.mean() / baseline.step_time.mean()))
+
+
+def _print(simulation: Simulation) -> None:
+    baseline = simulation.policies[0]
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        title=f"{simulation.trace}: {len(simulation.tokens)} steps of {int(simulation.tokens[0]):,} tokens "
+        f"on {simulation.num_ranks} ranks, {simulation.num_nodes} nodes",
+        title_justify="left",
+    )
+    table.add_column("policy", overflow="fold")
+    for head in (
+        "mean\nPAR",
+        "worst\nPAR",
+        "step\nms",
+        "time\nsaved",
+        "copies\nexperts",
+        "copying\nms each",
+        "break-even\nsteps",
+        "rows between\nnodes, once",
+        "redundancy\nGB/rank",
+    ):
+        table.add_column(head, justify="right")
+    for policy in simulation.policies:
+        found = _policy(policy, baseline)
+        even = policy.break_even_steps
+        table.add_row(
+            Text(policy.name),
+            f"{found['par_mean']:.3f}",
+            f"{found['par_max']:.2f}",
+            f"{found['step_us_mean'] / 1e3:.3f}",
+            f"{found['step_us_gain_percent']:.1f} %",
+            f"{found['copies_experts']:,}",
+            f"{found['copy_us_per_refresh'] / 1e3:.2f}",
+            "never" if math.isinf(even) else f"{even:,.1f}",
+            f"{found['between_nodes_rows_once_per_step']:,.0f}",
+            f"{found['redundancy_bytes_per_rank'] / 1e9:.2f}",
+        )
+    Console().print(table)
+    console = Console(stderr=True)
+    for note in simulation.notes:
+        console.print(note, style="dim")
