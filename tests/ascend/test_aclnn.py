@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -149,6 +150,76 @@ def test_group_names(operator, valid):
     assert first_stage(operator, valid[operator] | {"comm_alg": None})[0] == 0
 
 
+def test_tensors_must_have_memory_and_outputs_must_not_overlap(valid):
+    call = valid["MoeEPLBUpdateExpert"]
+    for name in ("expert_ids", "balanced_expert_ids"):
+        assert first_stage("MoeEPLBUpdateExpert", call | {name: call[name].to("meta")}) == (161002, 0, None)
+        assert aclnn.aclGetRecentErrMsg().startswith(f"`{name}` is on the device meta")
+    repeated = torch.zeros(2, dtype=torch.int32).expand(3, 2)
+    assert first_stage("MoeEPLBUpdateExpert", call | {"expert_ids": repeated})[0] == 0
+    assert first_stage("MoeEPLBUpdateExpert", call | {"balanced_expert_ids": repeated}) == (561002, 0, None)
+    assert aclnn.aclGetRecentErrMsg().startswith("`balanced_expert_ids` is (3, 2) with strides (0, 1)")
+
+
+def test_messages_do_not_advise_other_limits(valid):
+    many = torch.zeros((513, 2), dtype=torch.int32)
+    assert first_stage("MoeEPLBUpdateExpert", valid["MoeEPLBUpdateExpert"] | {"expert_ids": many})[0] == 561002
+    assert aclnn.aclGetRecentErrMsg().endswith("; use 1 to 512 tokens per call and rank.")
+
+
+@pytest.mark.parametrize("name", ["expert_ids", "balanced_expert_ids"])
+def test_a_tensor_resized_between_the_stages_is_refused(valid, name):
+    call = valid["MoeEPLBUpdateExpert"] | {"balanced_expert_ids": torch.full((3, 2), UNTOUCHED, dtype=torch.int32)}
+    call[name] = call[name].clone()
+    _, stream = aclnn.aclrtCreateStream()
+    _, size, executor = first_stage("MoeEPLBUpdateExpert", call)
+    call[name].resize_(2, 2)
+    assert aclnn.aclnnMoeEPLBUpdateExpert(bytearray(size), size, executor, stream) == 0
+    assert aclnn.aclrtSynchronizeStream(stream) == 361001
+    assert f"`{name}` is int32 (2, 2): it must stay as the first stage saw it" in aclnn.aclGetRecentErrMsg()
+    assert (call["balanced_expert_ids"] == UNTOUCHED).all()
+    aclnn.aclrtDestroyStream(stream)
+
+
+def test_tensors_of_inference_mode_and_of_training_serve(valid):
+    """The stream's own thread is in neither mode, and both kinds refuse to be written in place there."""
+    with torch.inference_mode():
+        out = torch.full((3, 2), UNTOUCHED, dtype=torch.int32)
+    _, stream = aclnn.aclrtCreateStream()
+    call = valid["MoeEPLBUpdateExpert"]
+    _, size, executor = first_stage("MoeEPLBUpdateExpert", call | {"balanced_expert_ids": out})
+    assert aclnn.aclnnMoeEPLBUpdateExpert(bytearray(size), size, executor, stream) == 0
+    assert aclnn.aclrtSynchronizeStream(stream) == 0, aclnn.aclGetRecentErrMsg()
+    assert torch.equal(out, call["expert_ids"])
+    aclnn.aclrtDestroyStream(stream)
+
+    def dispatch(rank):
+        values = Chain().inputs(rank) | Chain().attributes(rank) | Chain().outputs(rank)
+        values["x"].requires_grad_()
+        values["expand_x"].requires_grad_()
+        _, size, executor = first_stage("MoeDistributeDispatchV2", pick("MoeDistributeDispatchV2", values))
+        _, stream = aclnn.aclrtCreateStream()
+        assert aclnn.aclnnMoeDistributeDispatchV2(bytearray(size), size, executor, stream) == 0
+        status = aclnn.aclrtSynchronizeStreamWithTimeout(stream, 30000)
+        aclnn.aclrtDestroyStream(stream)
+        return status
+
+    with em.local_world(2, timeout_s=30) as world:
+        assert world.run(dispatch) == [0, 0]
+
+
+@pytest.mark.parametrize("make", [bytearray, np.zeros, lambda size: memoryview(bytes(size)), torch.zeros])
+def test_a_workspace_must_really_have_its_bytes(valid, make):
+    _, stream = aclnn.aclrtCreateStream()
+    _, size, executor = first_stage("MoeEPLBUpdateExpert", valid["MoeEPLBUpdateExpert"])
+    run = aclnn.aclnnMoeEPLBUpdateExpert
+    assert run(make(10), size, executor, stream) == 161002
+    assert aclnn.aclGetRecentErrMsg().startswith("`workspaceSize` is ")
+    assert run(make(size), size, executor, stream) == 0
+    assert aclnn.aclrtSynchronizeStream(stream) == 0
+    aclnn.aclrtDestroyStream(stream)
+
+
 def test_a_wrong_number_of_arguments_is_pythons_error():
     with pytest.raises(TypeError):
         aclnn.aclnnMoeUpdateExpertGetWorkspaceSize(None)
@@ -160,7 +231,7 @@ def test_the_second_stage_refuses_what_is_not_there(valid):
     workspace = torch.empty(size, dtype=torch.uint8)
     run = aclnn.aclnnMoeUpdateExpert
     refused = [
-        (run(workspace, size, None, stream), 561103, "`executor` is None"),
+        (run(workspace, size, None, stream), 161001, "`executor` is None"),
         (run(workspace, size, executor, None), 161001, "`stream` is None"),
         (run(None, size, executor, stream), 161001, "`workspace` is a null pointer"),
         (run(workspace, size - 1, executor, stream), 161002, "`workspaceSize` is 16777215"),

@@ -201,6 +201,8 @@ REFUSED = [
     (DISPATCH, {"performance_info": torch.zeros(2, dtype=torch.int64)}, 561002, "`performance_info` is int64 (2,)"),
     (DISPATCH, {"y_dtype": 1}, 561002, "`y_dtype` is 1: it must be None on Atlas A3"),
     (DISPATCH, {"group_ep": ""}, 161001, "`group_ep` is ''"),
+    (DISPATCH, {"group_ep": None}, 161001, "`group_ep` is None"),
+    (DISPATCH, {"group_tp": None}, 161001, "`group_tp` is None"),
     (DISPATCH, {"group_ep": "g" * 128}, 161001, "`group_ep` is 128 characters long"),
     (DISPATCH, {"group_ep": "nobody"}, 561002, "`group_ep` is 'nobody' (rank 0): it must name an open group"),
     (DISPATCH, {"group_ep": ["ep"]}, 561002, "`group_ep` is ['ep']: it must be text"),
@@ -212,7 +214,8 @@ REFUSED = [
     (COMBINE, {"tp_send_counts": None}, 561002, "`tp_send_counts` is None: it must be given"),
     (COMBINE, {"group_ep": "g" * 128}, 161002, "`group_ep` is 128 characters long"),
     (NORM, {"expand_x": torch.zeros(CAPACITY, HIDDEN).half()}, 161002, "`expand_x` is float16 (12, 1024)"),
-    (NORM, {"expand_idx": None}, 161001, "`assist_info_for_combine` is None"),
+    (NORM, {"expand_idx": None}, 161001, "`expand_idx` is None: it must be given; pass dispatch's assist_info_for_"),
+    (COMBINE, {"assist_info_for_combine": None}, 161001, "`assist_info_for_combine` is None"),
     (NORM, {"gamma": None}, 161001, "`gamma` is None"),
     (NORM, {"norm_eps": "small"}, 561002, "`norm_eps` is 'small'"),
     ("npu_moe_update_expert", {"world_size": 1}, 561002, "`world_size` is 1: it must be 2 to 768"),
@@ -240,6 +243,7 @@ def test_what_the_chip_refuses_is_refused(name, changes, status, text):
         with pytest.raises(NpuCallError) as caught:
             getattr(torch_npu, name)(**arguments)
     assert text in str(caught.value)
+    assert "limits=" not in str(caught.value), "advice that the function cannot take"
     assert caught.value.status == status
     assert isinstance(caught.value, RuntimeError)
     assert pickle.loads(pickle.dumps(caught.value)).status == status

@@ -100,10 +100,8 @@ def given_stream(stream: Stream | None, code: int = status.RT_PARAM_INVALID) -> 
     return stream
 
 
-def given_executor(executor: Executor | None) -> Executor:
-    """The executor, or an AclError for a null one (561103)."""
+def given_executor(executor: Executor | None, code: int = status.INNER_NULLPTR) -> Executor:
+    """The executor, or an AclError with this code for a null one."""
     if not isinstance(executor, Executor):
-        raise AclError(
-            status.INNER_NULLPTR, f"`executor` is {executor!r}: it must be an executor; call the first stage for one."
-        )
+        raise AclError(code, f"`executor` is {executor!r}: it must be an executor; call the first stage for one.")
     return executor

@@ -6,8 +6,9 @@ that the second stage writes in place, only as far as the operator writes them. 
 status says what kind of mistake, `aclGetRecentErrMsg` which argument, and size and executor are 0 and None.
 
 `aclnnXxx(workspace, workspace_size, executor, stream) -> status` puts the work on a stream and returns at once, so one
-thread can launch on the streams of all ranks. `workspace` is any object for memory (a tensor must really have
-`workspace_size` bytes), None a null pointer. Failures while running show at synchronisation.
+thread can launch on the streams of all ranks. `workspace` is any object for memory (a tensor, an array or
+a bytearray must really have `workspace_size` bytes), None a null pointer. Failures while running show at
+synchronisation.
 
 Two ranks, one thread; rank 0's token goes to expert 1 and rank 1's to expert 0:
 
@@ -39,6 +40,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from evenmoe.ascend import status
@@ -54,6 +56,7 @@ from evenmoe.ascend.executor import Executor, stage_one
 from evenmoe.ascend.signatures import SIGNATURES
 from evenmoe.ascend.status import AclError, status_of
 from evenmoe.ascend.stream import Stream
+from evenmoe.ascend.views import check_memory
 from evenmoe.errors import EvenmoeError
 
 FirstStage = Callable[..., tuple[int, int, Executor | None]]
@@ -72,13 +75,14 @@ def _two_stages(operator: str) -> tuple[FirstStage, SecondStage]:
         given = signature.bind(*args, **kwargs).arguments  # a wrong number of arguments, C would not compile
         try:
             executor = stage_one(operator, *({name: given[name] for name in names} for names in parts))
+            check_memory(given, parts[2])
         except EvenmoeError as error:
             return status_of(error), 0, None
         return status.SUCCESS, executor.workspace_size, executor
 
     def second(workspace: object, workspace_size: int, executor: Executor | None, stream: Stream | None) -> int:
         try:
-            call, queue = given_executor(executor), given_stream(stream, status.PARAM_NULLPTR)
+            call, queue = given_executor(executor, status.PARAM_NULLPTR), given_stream(stream, status.PARAM_NULLPTR)
             call.launch(operator, workspace is not None, _bytes_of(workspace, workspace_size), queue)
         except AclError as error:
             return status_of(error)
@@ -94,11 +98,15 @@ def _two_stages(operator: str) -> tuple[FirstStage, SecondStage]:
 
 
 def _bytes_of(workspace: object, workspace_size: object) -> int:
-    """What the caller says, or the size of the tensor where that is less."""
+    """What the caller says, or the size of the tensor or buffer where that is less."""
     if type(workspace_size) is not int:
         raise AclError(status.PARAM_INVALID, f"`workspaceSize` is {workspace_size!r}: it must be an int, in bytes.")
     if isinstance(workspace, torch.Tensor):
         return min(workspace_size, workspace.numel() * workspace.element_size())
+    if isinstance(workspace, bytearray):
+        return min(workspace_size, len(workspace))
+    if isinstance(workspace, np.ndarray | memoryview):
+        return min(workspace_size, workspace.nbytes)
     return workspace_size
 
 

@@ -17,15 +17,16 @@ from evenmoe.ascend import status
 from evenmoe.ascend.collectives import Membership, late_ranks, taking_part
 from evenmoe.ascend.groups import find_group, peers_here
 from evenmoe.ascend.signatures import SIGNATURES
-from evenmoe.ascend.status import AclError
+from evenmoe.ascend.status import AclError, of_the_chip
 from evenmoe.ascend.stream import Stream
+from evenmoe.ascend.views import check_unchanged
 from evenmoe.ascend.write_outputs import WRITERS
 from evenmoe.contract.combine import check_combine, check_combine_add_rms_norm
 from evenmoe.contract.dispatch import check_dispatch
 from evenmoe.contract.layout import Layout, scale_down
 from evenmoe.contract.limits import ATLAS_A3
 from evenmoe.contract.update_expert import check_update_expert
-from evenmoe.errors import ConstraintError, UnsupportedTypeError
+from evenmoe.errors import ConstraintError, EvenmoeError, UnsupportedTypeError
 from evenmoe.ops import combine, combine_add_rms_norm, dispatch, update_expert
 from evenmoe.ops.specs import specs_of
 
@@ -74,7 +75,10 @@ def stage_one(operator: str, tensors: Tensors, attributes: Mapping[str, object],
     arguments = {name: _of_type(kind, name, arguments[name]) for name, kind in signature.arguments.items()}
     attributes = {name: arguments[name] for name in attributes}
     generation = {"generation": "eplb_update_expert"} if operator == "MoeEPLBUpdateExpert" else {}
-    layout = _CHECKS[signature.family](**specs_of(arguments), **generation, limits=ATLAS_A3)
+    try:
+        layout = _CHECKS[signature.family](**specs_of(arguments), **generation, limits=ATLAS_A3)
+    except EvenmoeError as error:
+        raise of_the_chip(error) from error
     groups = [] if layout is None else _groups_of(arguments)
     return Executor(operator, dict(tensors), dict(attributes), dict(outputs), layout, groups)
 
@@ -101,17 +105,26 @@ class Executor:
         self.operator, self.workspace_size, self.repeatable = operator, WORKSPACE_BYTES, False
         self.tensors, self.outputs = tensors, outputs
         self._attributes, self._layout, self._groups = attributes, layout, groups
+        self._specs = specs_of({**tensors, **outputs})
         self._state = threading.Lock()
         self._launched = self._destroyed = False
         self._memberships: list[Membership] = []
 
-    def launch(self, operator: str, workspace: bool, workspace_size: int, stream: Stream) -> None:
+    def launch(
+        self,
+        operator: str,
+        workspace: bool,
+        workspace_size: int,
+        stream: Stream,
+        in_words: Callable[[EvenmoeError], Exception] = lambda error: error,
+    ) -> None:
         """The second stage: put the call on a stream and return at once.
 
         Args:
             operator: the operator whose second stage this is.
             workspace: whether the workspace is there, not a null pointer.
             workspace_size: bytes of it.
+            in_words: what an error of the run is turned into.
 
         Raises:
             AclError: an executor of another operator, one used or destroyed before (561000), a null workspace
@@ -136,9 +149,16 @@ class Executor:
                 f"`workspaceSize` is {workspace_size}: aclnn{operator} needs {self.workspace_size} bytes; allocate "
                 "what the first stage returned.",
             )
+
+        def work() -> None:
+            try:
+                self.run(stream.memory)
+            except EvenmoeError as error:
+                raise in_words(error) from error
+
         with self._state:
             self._refuse_if_spent()
-            stream.enqueue(lambda: self.run(stream.memory), self.describe)
+            stream.enqueue(work, self.describe)
             self._launched = True
 
     def make_repeatable(self) -> None:
@@ -169,10 +189,17 @@ class Executor:
                 waited for, neither is touched. See `Stream.memory`.
 
         Raises:
-            EvenmoeError: values that contradict each other, or ranks that disagree.
+            EvenmoeError: values that contradict each other, ranks that disagree, or a tensor of another shape or dtype
+                than in the first stage.
             LostRankError: a rank did not call.
         """
+        # In inference mode tensors are written that were made in it, and those that require a gradient.
+        with torch.inference_mode():
+            self._run(memory)
+
+    def _run(self, memory: Callable[[], AbstractContextManager[None]]) -> None:
         with memory():
+            check_unchanged(self._specs, {**self.tensors, **self.outputs})
             # The chip too makes every input contiguous first.
             given = {name: _copy_of(tensor) for name, tensor in self.tensors.items()}
         family = SIGNATURES[self.operator].family
@@ -184,6 +211,7 @@ class Executor:
         with taking_part(self._memberships):
             results = getattr(torch.ops.evenmoe, family)(**arguments)
         with memory():
+            check_unchanged(self._specs, self.outputs)
             WRITERS[family](self.outputs, results, layout, arguments)
 
     def describe(self) -> str:

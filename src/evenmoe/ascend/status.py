@@ -5,7 +5,10 @@ The aclnn codes are those of specification §6, the runtime's those of the publi
 
 from __future__ import annotations
 
+import re
 import threading
+
+from evenmoe.errors import EvenmoeError
 
 SUCCESS = 0  # ACL_SUCCESS, ACLNN_SUCCESS
 
@@ -33,6 +36,18 @@ class AclError(RuntimeError):
 
     def __str__(self) -> str:
         return self.message
+
+
+def of_the_chip(error: EvenmoeError) -> EvenmoeError:
+    """The same error without the advice to call with other limits, which the functions of the chip cannot take.
+
+    >>> from evenmoe.errors import ConstraintError
+    >>> use = 'use 1 to 512 tokens, or lift this bound of atlas-a3 with limits="laptop"'
+    >>> print(of_the_chip(ConstraintError("x", "of 513 tokens", "must have 1 to 512 tokens", use)))
+    `x` is of 513 tokens: it must have 1 to 512 tokens; use 1 to 512 tokens.
+    """
+    fix = re.sub(r', or lift this bound of [\w-]+ with limits="\w+"', "", error.fix)
+    return type(error)(error.argument, error.value, error.rule, fix)
 
 
 def set_recent_message(message: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import torch
 
 from evenmoe.ascend.groups import find_group
+from evenmoe.ascend.status import of_the_chip
 from evenmoe.contract.combine import check_combine, check_combine_add_rms_norm
 from evenmoe.contract.dispatch import DispatchCall, check_dispatch, check_token_nums_type
 from evenmoe.contract.distribute import check_ep_rank, check_shared_rank_num
@@ -22,7 +23,7 @@ from evenmoe.contract.distribute_sizes import check_shared_pair
 from evenmoe.contract.limits import ATLAS_A3
 from evenmoe.contract.tensor_spec import check_dims
 from evenmoe.contract.update_expert import check_update_expert
-from evenmoe.errors import ConstraintError, EvenmoeError
+from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError
 from evenmoe.ops import combine, combine_add_rms_norm, dispatch, update_expert
 from evenmoe.ops.groups import exchanges, refusing_together
 from evenmoe.ops.registration import of_right_types
@@ -56,7 +57,10 @@ def _refusing_as_npu(function: Callable[_Arguments, _Result]) -> Callable[_Argum
         try:
             return function(*args, **kwargs)
         except EvenmoeError as error:
-            refused = NpuCallError(error.argument, error.value, error.rule, error.fix)
+            argument, fix = error.argument, of_the_chip(error).fix
+            if argument == "assist_info_for_combine" and "expand_idx" in function.__annotations__:
+                argument, fix = "expand_idx", fix.replace("output of this name", argument)
+            refused = NpuCallError(argument, error.value, error.rule, fix)
             refused.status = error.status
             raise refused from error
 
@@ -375,6 +379,9 @@ def _find_groups(operator: str, given: dict[str, Any]) -> tuple[Transport, Trans
 
 def _complete(operator: str, given: dict[str, Any]) -> dict[str, Any]:
     given["comm_alg"] = "" if given["comm_alg"] is None else given["comm_alg"]
+    for name in ("group_ep", "group_tp"):
+        if given[name] is None:
+            raise MissingArgumentError(name, None, "must be a name", 'pass a str, "" for no tensor parallelism')
     arguments = of_right_types(operator, {**given, **_ON_CHIP})
     expert_ids = arguments["expert_ids"]
     if arguments["global_bs"] == 0 and expert_ids is not None and expert_ids.dim():

@@ -162,6 +162,50 @@ def test_strided_tensors_are_read_and_written_where_they_lie(run_program: Run) -
     assert got["wrong elements of rank 1"] == OK
 
 
+@pytest.fixture(scope="module")
+def versions(run_program: Run) -> dict[str, tuple[int, str]]:
+    return statuses(run_program("versions"))
+
+
+@pytest.mark.parametrize(
+    ("label", "value"),
+    [
+        ("V3 tokens", "4"),  # of both ranks
+        ("V3 rows", "3c00"),  # 1 in fp16
+        ("V3 out", "4100"),  # 0.5 · (1 + 1 + 0 + 1 + 2) = 2.5 in fp16
+        ("V4 out", "4080"),  # 0.5 · (2 + 2 + 0 + 2 + 2) = 4 in bf16
+        ("norm x", "4100"),  # 4 + 4 = 8 in bf16
+        ("norm y", "4040"),  # 8 / 8 · 3 in bf16
+        ("norm rstd", "0.125000"),
+    ],
+)
+def test_every_later_version_runs_to_its_end(versions, label: str, value: str) -> None:
+    # The status says whether all elements are equal.
+    assert [versions[f"{label} of rank {rank}"] for rank in (0, 1)] == [(0, value)] * 2
+
+
+def test_update_expert_by_token_with_int64_ids_and_an_active_mask(versions) -> None:
+    assert versions["updated"] == (0, "7 9 1 0")
+
+
+def test_what_only_the_run_can_see_is_said_in_c_names(versions) -> None:
+    status, message = versions["wrong value"]
+    assert status == 361001
+    assert "`expertIds` is 9 for token 0, k 1: it must be 0 to 1;" in message
+    assert versions["peer of it"][0] == 361001
+    status, message = versions["ended group"]
+    assert status == 361001
+    assert "`groupEp` is 'evenmoe_hccl_" in message
+    assert message.endswith("; make the group with HcclCommInitAll, and pass the name that HcclGetCommName returns.")
+
+
+def test_messages_do_not_advise_what_c_cannot_do(wrong_calls) -> None:
+    messages = [message for _, message in wrong_calls.values()]
+    assert not [message for message in messages if "limits=" in message or "local_world" in message]
+    assert wrong_calls["ids 513 rows"][1].endswith("; use 1 to 512 tokens per call and rank.")
+    assert "HcclCommInitAll" in wrong_calls["dispatch group unknown"][1]
+
+
 PARTS = (
     *("in_turn", "missing_rank", "destroyed_context", "closed_group", "freed_memory", "moved_tensors"),
     *("finalize_while_waiting", "exit_while_waiting"),

@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -78,6 +79,28 @@ def test_every_header_stands_alone_in_c_and_cpp(tree: Path, tmp_path: Path) -> N
             f"-I{tree / 'include'}",
         ]
         subprocess.run(["g++" if name.endswith("cpp") else "gcc", *flags, *files], check=True)
+
+
+def test_half_precision_on_the_host_is_numpys(tree: Path, tmp_path: Path) -> None:
+    """`op::fp16_t`, with which the operators' published samples fill x: every half and what lies between two."""
+    program = (
+        '#include "aclnn/opdev/fp16_t.h"\n#include <cstdio>\nint main() { double d; while (std::fread(&d, 8, 1, stdin)'
+    )
+    program += " == 1) { const op::fp16_t half(d); const float back = half; std::fwrite(&half.val, 2, 1, stdout);"
+    program += " std::fwrite(&back, 4, 1, stdout); } return 0; }\n"
+    (tmp_path / "half.cpp").write_text(program)
+    subprocess.run(["g++", "-O1", "half.cpp", "-o", "half", f"-I{tree / 'include'}"], cwd=tmp_path, check=True)
+    halves = np.arange(2**15, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)].astype(np.float64)
+    between = (halves[1:] + halves[:-1]) / 2  # ties to even
+    given = np.concatenate([halves, between, np.nextafter(between, 0), np.nextafter(between, np.inf)])
+    given = np.concatenate([given, -given, [65519.99, 65520, 1e300, np.inf, -np.inf]])
+    done = subprocess.run([tmp_path / "half"], input=given.tobytes(), capture_output=True, check=True)
+    got = np.frombuffer(done.stdout, dtype=[("bits", "<u2"), ("back", "<f4")])
+    with np.errstate(over="ignore"):
+        want = given.astype(np.float16)
+    assert np.array_equal(got["bits"], want.view(np.uint16))
+    assert np.array_equal(got["back"], want.astype(np.float32))
 
 
 def test_a_tree_has_what_the_pages_name(tree: Path) -> None:

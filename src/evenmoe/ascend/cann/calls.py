@@ -22,6 +22,8 @@ from evenmoe.ascend.signatures import SIGNATURES
 from evenmoe.ascend.status import AclError
 from evenmoe.errors import EvenmoeError
 
+_OPEN_GROUP = "; make the group with HcclCommInitAll, and pass the name that HcclGetCommName returns."
+
 
 @dataclass(eq=False)
 class Call:
@@ -104,7 +106,10 @@ class Calls:
                 raise refusal(status.PARAM_INVALID, "stream", f"of device {chosen.device}", rule, fix)
         if workspace:
             self._memory.check_room("workspace", workspace, workspace_size, status.PARAM_INVALID)
-        call.executor.launch(operator, workspace != 0, workspace_size, chosen.stream)
+        names = c_names(operator)
+        call.executor.launch(
+            operator, workspace != 0, workspace_size, chosen.stream, lambda error: _in_c_names(error, names)
+        )
         if not call.executor.repeatable:
             self.executors.pop("executor", handle)  # used up; the stream's work keeps what it needs
 
@@ -167,4 +172,5 @@ def _in_c_names(error: EvenmoeError, names: Mapping[str, str]) -> AclError:
     """The same refusal, in the words of the C functions."""
     # A name of one word is also English, so it is taken for a name only between backquotes.
     patterns = [rf"\b{name}\b" if "_" in name else f"(?<=`){name}(?=`)" for name in names]
-    return AclError(error.status, re.sub("|".join(patterns), lambda match: names[match[0]], str(error)))
+    text = re.sub("|".join(patterns), lambda match: names[match[0]], str(error))
+    return AclError(error.status, re.sub(r"; [^;]*evenmoe\.local_world[^;]*$", _OPEN_GROUP, text))

@@ -11,6 +11,7 @@ import torch
 from evenmoe.ascend import status
 from evenmoe.ascend.cann.memory import Memory
 from evenmoe.ascend.cann.refusals import null, refusal
+from evenmoe.ascend.views import check_no_overlap
 from evenmoe.errors import ConstraintError, MissingArgumentError, UnsupportedTypeError
 
 DTYPES = {  # aclDataType; those without an entry have no torch dtype
@@ -146,13 +147,8 @@ def view(memory: Memory, argument: str, tensor: TensorDescription, written: bool
         return torch.empty(tensor.shape, dtype=dtype)
     if tensor.address == 0:
         raise MissingArgumentError(argument, "a tensor at a null address", "must have memory", "call aclrtMalloc")
-    if written and _overlaps(tensor):
-        raise ConstraintError(
-            argument,
-            f"{tensor.shape} with strides {tensor.strides}",
-            "must not write one place twice",
-            "use larger strides",
-        )
+    if written:
+        check_no_overlap(argument, tensor.shape, tensor.strides)
     found = memory.find(tensor.address)
     if found is None:
         raise UnsupportedTypeError(
@@ -170,17 +166,6 @@ def view(memory: Memory, argument: str, tensor: TensorDescription, written: bool
         raise UnsupportedTypeError(argument, f"in an allocation with {room} bytes", rule, "allocate more")
     empty = torch.empty(0, dtype=dtype)
     return empty.set_(block.data.untyped_storage(), byte // size + tensor.offset, tensor.shape, tensor.strides)
-
-
-def _overlaps(tensor: TensorDescription) -> bool:
-    """Whether two elements may share memory: sorted by stride, each dimension must step over all smaller ones."""
-    reach = 1
-    for step, size in sorted(zip(tensor.strides, tensor.shape, strict=True)):
-        if size > 1:
-            if step < reach:
-                return True
-            reach += (size - 1) * step
-    return False
 
 
 def _invalid(argument: str, value: object, rule: str, fix: str) -> Exception:
