@@ -261,43 +261,43 @@ def _gain(policy: PolicyResult, baseline: PolicyResult) -> float:
 
 
 def _print(simulation: Simulation) -> None:
-    baseline = simulation.policies[0]
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        title=f"{simulation.trace}: {len(simulation.tokens)} steps of {int(simulation.tokens[0]):,} tokens "
-        f"on {simulation.num_ranks} ranks, {simulation.num_nodes} nodes",
-        title_justify="left",
+    """Two tables, because one would not fit 80 columns: what a policy gains, and what it costs."""
+    print(
+        f"{simulation.trace}: {len(simulation.tokens)} steps of {int(simulation.tokens[0]):,} tokens "
+        f"on {simulation.num_ranks} ranks, {simulation.num_nodes} nodes"
     )
-    table.add_column("policy", overflow="fold")
-    for head in (
-        "mean\nPAR",
-        "worst\nPAR",
-        "step\nms",
-        "time\nsaved",
-        "copies\nexperts",
-        "copying\nms each",
-        "break-even\nsteps",
-        "rows between\nnodes, once",
-        "redundancy\nGB/rank",
-    ):
-        table.add_column(head, justify="right")
-    for policy in simulation.policies:
-        found = _policy(policy, baseline)
-        even = policy.break_even_steps
-        table.add_row(
-            Text(policy.name),
-            f"{found['par_mean']:.3f}",
-            f"{found['par_max']:.2f}",
-            f"{found['step_us_mean'] / 1e3:.3f}",
-            f"{found['step_us_gain_percent']:.1f} %",
-            f"{found['copies_experts']:,}",
-            f"{found['copy_us_per_refresh'] / 1e3:.2f}",
-            "never" if math.isinf(even) else f"{even:,.1f}",
-            f"{found['between_nodes_rows_once_per_step']:,.0f}",
-            f"{found['redundancy_bytes_per_rank'] / 1e9:.2f}",
+    found = [_policy(policy, simulation.policies[0]) for policy in simulation.policies]
+    gains = _table("mean\nPAR", "worst\nPAR", "step\nms", "saved\n%", "rows between\nnodes, step")
+    prices = _table("copies\nexperts", "refreshes", "copying\nms each", "break-even\nsteps", "redundancy\nGB/rank")
+    for row in found:
+        gains.add_row(
+            Text(row["name"]),
+            f"{row['par_mean']:.3f}",
+            f"{row['par_max']:.3f}",
+            f"{row['step_us_mean'] / 1e3:.3f}",
+            f"{row['step_us_gain_percent']:.1f}",
+            f"{row['between_nodes_rows_once_per_step']:,.0f}",
         )
-    Console().print(table)
-    console = Console(stderr=True)
+        even = row["break_even_steps"]
+        prices.add_row(
+            Text(row["name"]),
+            f"{row['copies_experts']:,}",
+            f"{row['refreshes']:,}",
+            f"{row['copy_us_per_refresh'] / 1e3:.3f}",
+            "never" if even is None else f"{even:,.1f}",
+            f"{row['redundancy_bytes_per_rank'] / 1e9:.2f}",
+        )
+    console = Console()
+    console.print(gains)
+    console.print(prices)
+    notes = Console(stderr=True)
     for note in simulation.notes:
-        console.print(note, style="dim")
+        notes.print(note, style="dim", markup=False, highlight=False)
+
+
+def _table(*heads: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("policy", overflow="fold", min_width=20)
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    return table
