@@ -9,14 +9,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from evenmoe.traces.models import MODELS as MODELS
+    from evenmoe.traces.models import ModelShape as ModelShape
+    from evenmoe.traces.models import find_model as find_model
+    from evenmoe.traces.synthesis import synthesise as synthesise
     from evenmoe.traces.trace import Trace as Trace
     from evenmoe.traces.trace import load_trace as load_trace
     from evenmoe.traces.trace import save_trace as save_trace
 
 _HOME = {
+    "MODELS": "evenmoe.traces.models",
+    "ModelShape": "evenmoe.traces.models",
     "Trace": "evenmoe.traces.trace",
+    "find_model": "evenmoe.traces.models",
     "load_trace": "evenmoe.traces.trace",
     "save_trace": "evenmoe.traces.trace",
+    "synthesise": "evenmoe.traces.synthesis",
 }
 
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
