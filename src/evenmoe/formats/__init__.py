@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from evenmoe.formats.catalogue import Format as Format
     from evenmoe.formats.check import check as check
     from evenmoe.formats.contents import Contents as Contents
+    from evenmoe.formats.converting import convert as convert
+    from evenmoe.formats.diff import diff as diff
     from evenmoe.formats.findings import Finding as Finding
     from evenmoe.formats.reading import read as read
     from evenmoe.formats.writing import write as write
@@ -23,6 +25,8 @@ _HOME = {
     "Finding": "evenmoe.formats.findings",
     "Format": "evenmoe.formats.catalogue",
     "check": "evenmoe.formats.check",
+    "convert": "evenmoe.formats.converting",
+    "diff": "evenmoe.formats.diff",
     "read": "evenmoe.formats.reading",
     "write": "evenmoe.formats.writing",
 }

@@ -90,9 +90,11 @@ def _devices(document: Document, entry: Mapping[str, Any], layer: int, findings:
                 f"with device {number} twice in layer {layer}", "must name every device once", "correct the ids"
             )
         experts = device.get("device_expert")
-        empty = isinstance(experts, np.ndarray) and experts.ndim == 1 and not experts.size
         where = f"`device_expert` of layer {layer}, device {number}"
-        devices[number] = experts if empty else document.numbers(experts, where, (1,), integers=True)
+        if isinstance(experts, np.ndarray) and experts.shape == (0,):
+            devices[number] = experts.astype(np.int64)  # a device without experts is a finding, not a damaged file
+        else:
+            devices[number] = document.numbers(experts, where, (1,), integers=True)
     if sorted(devices) != list(range(len(devices))):
         text = f"devices {min(devices)} to {max(devices)}, {len(devices)} of them, in layer {layer}"
         fix = "number them without gaps"

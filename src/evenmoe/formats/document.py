@@ -37,6 +37,11 @@ class Document:
         """The value as a mapping; empty for anything else, so that `matches` can ask for keys."""
         return self.value if isinstance(self.value, Mapping) else {}
 
+    def says(self, key: str, word: str) -> bool:
+        """Whether the field `key` is this word, and not an array that could be compared with it element by element."""
+        value = self.fields.get(key)
+        return isinstance(value, str) and value == word
+
     def integer(self, value: object, where: str) -> int:
         """`value`, if it is an integer that fits 63 bits."""
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not -(2**63) <= value < 2**63:

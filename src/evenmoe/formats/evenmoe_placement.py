@@ -15,14 +15,14 @@ from evenmoe.placement import Placement
 
 
 def matches(document: Document) -> bool:
-    return document.fields.get("format") == "evenmoe-placement"
+    return document.says("format", "evenmoe-placement")
 
 
 def read(document: Document, options: Options) -> RawMap:
     fields = document.fields
-    version = fields.get("version")
+    version = document.integer(fields.get("version"), "`version`")
     if version != 1:
-        raise document.refuse(f"of version {version!s:.20}", "must be version 1", "read it with a newer evenmoe")
+        raise document.refuse(f"of version {version}", "must be version 1", "read it with a newer evenmoe")
     slots = document.numbers(fields.get("slot_to_expert"), "`slot_to_expert`", (2,), integers=True)
     order = document.numbers(fields.get("replica_index"), "`replica_index`", (2,), integers=True)
     if order.shape != slots.shape:

@@ -49,13 +49,16 @@ def inspect_map(raw: RawMap, num_ranks: int | None, num_experts: int | None) -> 
     for row, slots in enumerate(raw.slots):
         layer = raw.layer_ids[row] if raw.layer_ids else row
         sizes = _rank_sizes(raw, row, num_ranks)
-        ranks = np.repeat(np.arange(len(sizes)), sizes) if sizes else None
+        ranks = None if sizes is None else np.repeat(np.arange(len(sizes)), sizes)
         yield from _ids(slots, ranks, layer, experts)
-        if ranks is not None:
+        order = raw.replica_index[row] if raw.replica_index else None
+        if order is not None and not _counts_up(slots, order):
+            text, rule = f"the order of replicas in layer {layer}", "must number each expert's slots 0, 1, … once"
+            yield _fatal("replica-order", text, rule, "leave `replica_index` as it was written", layer=layer)
+            order = None
+        if ranks is not None and sizes is not None:
             yield from _twins(slots, ranks, layer)
-            yield from _unreachable(
-                slots, ranks, layer, len(sizes), raw.replica_index[row] if raw.replica_index else None
-            )
+            yield from _unreachable(slots, ranks, layer, len(sizes), order)
 
 
 def inspect_load(raw: RawLoad) -> Iterator[Finding]:
@@ -213,6 +216,13 @@ def _ids(slots: IntArray, ranks: IntArray | None, layer: int, experts: int) -> I
             layer=layer,
             expert=expert,
         )
+
+
+def _counts_up(slots: IntArray, order: IntArray) -> bool:
+    by_expert = np.lexsort((order, slots))
+    first = np.flatnonzero(np.r_[True, np.diff(slots[by_expert]) != 0])
+    position = np.arange(len(slots)) - np.repeat(first, np.diff(np.r_[first, len(slots)]))
+    return np.array_equal(order[by_expert], position)
 
 
 def _twins(slots: IntArray, ranks: IntArray, layer: int) -> Iterator[Finding]:

@@ -39,5 +39,5 @@ def to_logical(document: Document, per_slot: Load, slots: IntArray, num_experts:
     if logical.nbytes > 9 * per_slot.nbytes + ALLOWANCE_BYTES:
         raise document.refuse(f"read with {experts} experts", "must have a slot for each", "check --experts")
     for layer, row in enumerate(slots):
-        np.add.at(logical[:, layer], (slice(None), row), per_slot[:, layer])
+        np.add.at(logical[:, layer].T, row, per_slot[:, layer].T)
     return logical

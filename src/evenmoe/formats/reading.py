@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
-from evenmoe.errors import ConstraintError, FileFormatError
+from evenmoe.errors import ConstraintError
 from evenmoe.formats.catalogue import FORMATS, Format
 from evenmoe.formats.containers.npz_file import NpyError
 from evenmoe.formats.contents import Contents, Options, Raw, RawMap
@@ -55,13 +56,21 @@ def read(
     ('sglang-location', [[2, 1, 1]])
     """
     options = Options(num_ranks, num_experts, num_layers, num_slots, shared_devices, placement)
-    document, entry, raw = open_raw(source, format, options, layers)
+    return contents_of(*open_raw(source, format, options, layers), options)
+
+
+def contents_of(document: Document, entry: Format, raw: Raw, options: Options) -> Contents:
+    """What `read` returns. Raises FileFormatError on the first finding that leaves no placement or load."""
     for finding in inspect(raw, options):
         if finding.fatal:
-            raise refusal(document, finding)
+            raise document.refuse(
+                f"with {finding.text}", finding.rule, f"{finding.fix} (evenmoe check lists all findings)"
+            )
+    notes = (*raw.notes, *(f"{finding.text}: it {finding.rule}" for finding in raw.findings))
     if isinstance(raw, RawMap):
-        return _placement_contents(document, entry, raw, options)
-    return Contents("load", entry.name, raw.placement, raw.load, raw.layer_ids, dict(raw.metadata), tuple(raw.notes))
+        placement = _placement(document, entry, raw, options)
+        return Contents("placement", entry.name, placement, None, raw.layer_ids, raw.metadata, notes)
+    return Contents("load", entry.name, raw.placement, raw.load, raw.layer_ids, raw.metadata, notes)
 
 
 def open_raw(
@@ -81,15 +90,11 @@ def open_raw(
     return document, entry, select_layers(document, raw, layers) if layers else raw
 
 
-def inspect(raw: Raw, options: Options):
-    """Iterator of `Finding`s."""
+def inspect(raw: Raw, options: Options) -> Iterator[Finding]:
+    """Everything that is wrong with it."""
     if isinstance(raw, RawMap):
         return inspect_map(raw, options.num_ranks, options.num_experts)
     return inspect_load(raw)
-
-
-def refusal(document: Document, finding: Finding) -> FileFormatError:
-    return document.refuse(f"with {finding.text}", finding.rule, f"{finding.fix} (evenmoe check lists all findings)")
 
 
 def select_layers(document: Document, raw: Raw, layers: str) -> Raw:
@@ -110,18 +115,21 @@ def select_layers(document: Document, raw: Raw, layers: str) -> Raw:
     if len(kept) < count:
         raw.notes.append(f"kept {len(kept)} of {count} layers, {numbers[kept[0]]} to {numbers[kept[-1]]}")
     layer_ids = None if raw.layer_ids is None else tuple(numbers[row] for row in kept)
+    remaining = {numbers[row] for row in kept}
+    findings = [finding for finding in raw.findings if finding.layer is None or finding.layer in remaining]
     if isinstance(raw, RawMap):
         return dataclasses.replace(
             raw,
+            findings=findings,
             slots=[raw.slots[row] for row in kept],
             rank_sizes=raw.rank_sizes and [raw.rank_sizes[row] for row in kept],
             replica_index=raw.replica_index and [raw.replica_index[row] for row in kept],
             layer_ids=layer_ids,
         )
-    return dataclasses.replace(raw, load=raw.load[:, kept], layer_ids=layer_ids)
+    return dataclasses.replace(raw, load=raw.load[:, kept], layer_ids=layer_ids, findings=findings)
 
 
-def _placement_contents(document: Document, entry: Format, raw: RawMap, options: Options) -> Contents:
+def _placement(document: Document, entry: Format, raw: RawMap, options: Options) -> Placement:
     num_ranks = options.num_ranks or (len(raw.rank_sizes[0]) if raw.rank_sizes else None)
     if num_ranks is None:
         raise document.refuse(
@@ -129,13 +137,12 @@ def _placement_contents(document: Document, entry: Format, raw: RawMap, options:
             "must be read with their number",
             "pass num_ranks (--ranks)",
         )
-    placement = Placement(
+    return Placement(
         np.stack(raw.slots),
         num_ranks,
         num_experts=options.num_experts or raw.num_experts,
         replica_index=None if raw.replica_index is None else np.stack(raw.replica_index),
     )
-    return Contents("placement", entry.name, placement, None, raw.layer_ids, dict(raw.metadata), tuple(raw.notes))
 
 
 def _module(entry: Format) -> ModuleType:

@@ -31,7 +31,7 @@ def read(document: Document, options: Options) -> RawLoad:
     records = document.fields.get("records")
     if not isinstance(records, list) or not all(isinstance(record, Mapping) for record in records):
         raise document.refuse("with `records` that are no dictionaries", "must hold a list of them", "record again")
-    kept = [(i, record) for i, record in enumerate(records) if record.get("gatherer_key", "primary") == "primary"]
+    kept = [(i, record) for i, record in enumerate(records) if str(record.get("gatherer_key", "primary")) == "primary"]
     if not kept:
         raise document.refuse("without a record", "must hold a forward pass", "record some traffic first")
     if len(kept) * slots.size * 8 > 9 * _bytes(kept) + ALLOWANCE_BYTES:

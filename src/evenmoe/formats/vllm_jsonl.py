@@ -19,18 +19,18 @@ _STATS, _META = "eplb_load_stats", "eplb_load_meta"
 
 
 def matches(document: Document) -> bool:
-    return any(isinstance(record, Mapping) and record.get("record_type") == _STATS for record in _records(document))
+    return any(_kind(record) == _STATS for record in _records(document))
 
 
 def read(document: Document, options: Options) -> RawLoad:
     windows: list[Load] = []
     metadata: dict[str, Any] = {}
     for line, record in enumerate(_records(document), start=1):
-        kind = record.get("record_type") if isinstance(record, Mapping) else None
+        kind = _kind(record)
         if kind == _META and isinstance(record.get("model"), str):
             metadata["model"] = record["model"]
         if kind not in (_STATS, _META):
-            raise document.refuse(f"with record {line} of type {str(kind)[:40]!r}", f"must hold {_STATS}", "drop it")
+            raise document.refuse(f"with record {line} of type {kind[:40]!r}", f"must hold {_STATS}", "drop it")
         if kind == _STATS:
             windows.append(_window(document, record, line, options))
     if not windows:
@@ -54,6 +54,11 @@ def write(value: Load, options: WriteOptions) -> bytes:
 
 def _records(document: Document) -> list[Any]:
     return document.value if isinstance(document.value, list) else [document.value]
+
+
+def _kind(record: Any) -> str:
+    kind = record.get("record_type") if isinstance(record, Mapping) else None
+    return kind if isinstance(kind, str) else ""
 
 
 def _window(document: Document, record: Mapping[str, Any], line: int, options: Options) -> Load:

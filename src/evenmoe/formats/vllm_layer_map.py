@@ -17,7 +17,7 @@ _RECORD, _INSIDE = "eplb_initial_mapping", "initial_global_assignments"
 
 def matches(document: Document) -> bool:
     fields = document.fields
-    if fields.get("record_type") == _RECORD:
+    if document.says("record_type", _RECORD):
         return True
     return bool(fields) and all(
         layer_number(key) is not None and isinstance(row, np.ndarray) and row.ndim == 1 for key, row in fields.items()
@@ -25,7 +25,7 @@ def matches(document: Document) -> bool:
 
 
 def read(document: Document, options: Options) -> RawMap:
-    record = document.fields.get("record_type") == _RECORD
+    record = document.says("record_type", _RECORD)
     rows, named = numbered_rows(document, document.fields.get(_INSIDE) if record else document.value, "its layers")
     raw = RawMap(list(rows.values()))
     if named:  # names like model.layers.3.mlp.experts carry the model's own numbers

@@ -74,7 +74,7 @@ def _read(stream: IO[bytes], size: int, name: str, most: int) -> np.ndarray:
     if count * dtype.itemsize > most:
         raise NpyError(f"`{name}` of {count * dtype.itemsize} bytes, more than 10 times the file")
     values = np.empty(count, dtype)
-    view, filled = memoryview(values.view(np.uint8)) if count and dtype.itemsize else memoryview(b""), 0
+    view, filled = values.view(np.uint8).data if count and dtype.itemsize else memoryview(b""), 0
     while filled < len(view):
         part = stream.read(min(1 << 20, len(view) - filled))
         if not part:

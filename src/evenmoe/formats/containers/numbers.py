@@ -30,6 +30,7 @@ def parse_numbers(text: bytes) -> np.ndarray:
         if end < 0:
             raise ValueError("a number of more than 64 KiB")
         block = text[start:end].decode("ascii")
+        numbers: list = []
         try:
             numbers = json.loads(f"[{block}]") if block.strip() else [None]
             part = np.array(numbers, values.dtype)

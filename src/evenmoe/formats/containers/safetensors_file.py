@@ -56,8 +56,10 @@ def parse_safetensors(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str
 
 def _tensor(name: str, entry: Any, body: memoryview, places: list[tuple[int, int]]) -> np.ndarray:
     fields = entry if isinstance(entry, dict) else {}
-    shape, offsets, dtype = fields.get("shape"), fields.get("data_offsets"), fields.get("dtype")
-    if not all(isinstance(part, np.ndarray) and part.dtype == np.int64 and part.ndim == 1 for part in (shape, offsets)):
+    shape: Any = fields.get("shape")
+    offsets: Any = fields.get("data_offsets")
+    dtype = fields.get("dtype")
+    if not _integers(shape) or not _integers(offsets):
         raise SafetensorsError(f"with {name[:60]!r} without a shape and data_offsets")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise SafetensorsError(f"with {name[:60]!r} of dtype {str(dtype)[:20]}; readable are {', '.join(_DTYPES)}")
@@ -72,3 +74,7 @@ def _tensor(name: str, entry: Any, body: memoryview, places: list[tuple[int, int
         raise SafetensorsError(f"with {name[:60]!r} of shape {shape.tolist()}")
     places.append((span[0], span[1]))
     return np.frombuffer(body[span[0] : span[1]], np.dtype(_DTYPES[dtype]).newbyteorder("<")).reshape(shape)
+
+
+def _integers(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype == np.int64 and value.ndim == 1

@@ -1,0 +1,209 @@
+"""What `convert`, `check` and `diff` do and print."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from evenmoe.errors import ConstraintError
+from evenmoe.formats.check import Checked
+from evenmoe.formats.check import check as check_file
+from evenmoe.formats.contents import Contents, Options
+from evenmoe.formats.converting import convert as convert_file
+from evenmoe.formats.diff import Difference
+from evenmoe.formats.diff import diff as compare
+from evenmoe.formats.reading import read
+from evenmoe.placement import Placement
+
+_SHOWN = 100  # findings in text; --json has them all
+_RANKS_SHOWN = 16  # of a layer in text; --json has them all
+
+
+def run_convert(
+    source: str,
+    target: str,
+    to: str,
+    format: str | None,
+    layers: str | None,
+    first_layer: int | None,
+    map_: Path | None,
+    *,
+    as_json: bool,
+    **sizes: int | None,
+) -> None:
+    """Convert, and say what was read, written, dropped and assumed."""
+    options = Options(placement=_placement(map_, sizes), **sizes)
+    done = convert_file(source, target, to, format=format, layers=layers, first_layer=first_layer, options=options)
+    out = sys.stderr if target == "-" else sys.stdout
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "source": source,
+                    "target": target,
+                    "from": done.contents.format,
+                    "to": done.format,
+                    "kind": done.contents.kind,
+                    **_sizes(done.contents),
+                    "notes": list(done.notes),
+                }
+            ),
+            file=out,
+        )
+        return
+    sizes_text = ", ".join(f"{value} {name.removeprefix('num_')}" for name, value in _sizes(done.contents).items())
+    print(f"{source} ({done.contents.format}: {sizes_text}) -> {target} ({done.format})", file=out)
+    _print_notes(done.notes)
+
+
+def run_check(
+    source: str, format: str | None, layers: str | None, map_: Path | None, *, as_json: bool, **sizes: int | None
+) -> bool:
+    """Print every finding; whether there was no error."""
+    found = check_file(source, format=format, layers=layers, placement=_placement(map_, sizes), **sizes)
+    errors = sum(finding.severity == "error" for finding in found.findings)
+    if as_json:
+        summary: dict[str, Any] = {
+            "file": source,
+            "format": found.format,
+            **found.summary,
+            "clean": found.clean,
+            "errors": errors,
+            "warnings": len(found.findings) - errors,
+            "findings": [dataclasses.asdict(finding) for finding in found.findings],
+            "notes": list(found.notes),
+        }
+        print(json.dumps(summary))
+        return found.clean
+    _print_findings(source, found, errors)
+    _print_notes(found.notes)
+    return found.clean
+
+
+def run_diff(
+    before: str, after: str, expert_bytes: int | None, layers: str | None, *, as_json: bool, **sizes: int | None
+) -> None:
+    """Print the copies, layer by layer and rank by rank."""
+    first = read(before, format=None, placement=None, layers=layers, **sizes)
+    second = read(after, format=None, placement=None, layers=layers, **sizes)
+    if first.placement is None or second.placement is None:
+        name = before if first.placement is None else after
+        raise ConstraintError(
+            name, "a load", "must be a placement", "plan one from it, or name the file of the placement"
+        )
+    change = compare(first.placement, second.placement, expert_bytes=expert_bytes)
+    numbers = list(second.layer_ids or first.layer_ids or range(len(change.copies)))
+    if as_json:
+        print(json.dumps(_diff_summary(before, after, change, numbers)))
+        return
+    _print_diff(before, after, change, numbers)
+    _print_notes([*first.notes, *second.notes])
+
+
+def _placement(map_: Path | None, sizes: dict[str, int | None]) -> Placement | None:
+    if map_ is None:
+        return None
+    contents = read(map_, num_ranks=sizes["num_ranks"] or None, num_experts=sizes["num_experts"])
+    if contents.placement is None:
+        raise ConstraintError("map", map_, "must be a placement and is a load", "name the file of the placement")
+    return contents.placement
+
+
+def _sizes(contents: Contents) -> dict[str, int]:
+    if contents.kind == "load":
+        assert contents.load is not None
+        windows, layers, experts = contents.load.shape
+        return {"num_windows": windows, "num_layers": layers, "num_experts": experts}
+    assert contents.placement is not None
+    placement = contents.placement
+    return {
+        "num_layers": placement.num_layers,
+        "num_slots": placement.num_slots,
+        "num_experts": placement.num_experts,
+    }
+
+
+def _print_findings(source: str, found: Checked, errors: int) -> None:
+    sizes = ", ".join(f"{value} {name.removeprefix('num_')}" for name, value in found.summary.items())
+    print(f"{source}: {found.format}, {sizes}")
+    if not found.findings:
+        print("nothing wrong")
+        return
+    table = Table("", "rule", "layer", "rank", "slot", "found")
+    for column in table.columns[2:5]:
+        column.justify = "right"
+    for finding in found.findings[:_SHOWN]:
+        place = ("" if value is None else str(value) for value in (finding.layer, finding.rank, finding.slot))
+        table.add_row(finding.severity, finding.kind, *place, finding.text)
+    _console().print(table, highlight=False, markup=False)
+    advice = {finding.kind: f"{finding.kind}: it {finding.rule}; {finding.fix}" for finding in found.findings}
+    for line in advice.values():
+        print(line)
+    if len(found.findings) > _SHOWN:
+        print(f"{len(found.findings) - _SHOWN} more; --json lists them")
+    print(f"{errors} errors, {len(found.findings) - errors} warnings")
+
+
+def _diff_summary(before: str, after: str, change: Difference, numbers: list[int]) -> dict[str, Any]:
+    moved = change.bytes_to_move
+    return {
+        "before": before,
+        "after": after,
+        "layers": numbers,
+        "copies": int(change.copies.sum()),
+        "copies_per_layer_and_rank": change.copies.tolist(),
+        "experts_with_other_replica_count_per_layer": change.replicas_changed.tolist(),
+        "slots_changed_per_layer": None if (change.slots_changed < 0).any() else change.slots_changed.tolist(),
+        "expert_bytes": change.expert_bytes,
+        "bytes_to_move": None if moved is None else int(moved.sum()),
+        "bytes_to_move_per_rank": None if moved is None else moved.sum(axis=0).tolist(),
+    }
+
+
+def _print_diff(before: str, after: str, change: Difference, numbers: list[int]) -> None:
+    print(f"{before} -> {after}: a copy is an expert that a rank must receive")
+    narrow = change.copies.shape[1] <= _RANKS_SHOWN
+    onto = "copies on ranks 0, 1, …" if narrow else "most on a rank"
+    table = Table("layer", "copies", onto, "experts with other replica count", "slots changed")
+    moved = change.bytes_to_move
+    if moved is not None:
+        table.add_column("MB to move")
+    for column in table.columns:
+        column.justify = "right"
+    rows = [row for row in range(len(numbers)) if change.copies[row].any() or change.slots_changed[row]]
+    for row in rows:
+        busiest = int(np.argmax(change.copies[row]))
+        cells = [
+            str(numbers[row]),
+            str(change.copies[row].sum()),
+            " ".join(map(str, change.copies[row])) if narrow else f"{change.copies[row, busiest]} (rank {busiest})",
+            str(change.replicas_changed[row]),
+            "-" if change.slots_changed[row] < 0 else str(change.slots_changed[row]),
+        ]
+        table.add_row(*cells, *([] if moved is None else [f"{moved[row].sum() / 1e6:,.1f}"]))
+    if rows:
+        _console().print(table, highlight=False)
+    by_rank = change.copies.sum(axis=0)
+    total = f"{change.copies.sum()} copies in {int(change.copies.any(axis=1).sum())} of {len(numbers)} layers"
+    if moved is not None:
+        total += f", {moved.sum() / 1e9:,.3f} GB to move"
+    print(total)
+    if by_rank.any():
+        print("copies per rank: " + " ".join(str(count) for count in by_rank))
+
+
+def _console() -> Console:
+    """A terminal's width on a terminal; elsewhere enough that a finding stays on one line."""
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def _print_notes(notes: list[str] | tuple[str, ...]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
