@@ -148,7 +148,7 @@ def searches(draw):
 def test_peaks_are_those_of_the_exact_split(case):
     held, scenarios, _ = case
     num_ranks = len(held)
-    total, peaks, closed, load = batch_kernels.evaluate(held, scenarios, np.inf)
+    total, peaks, closed, load = batch_kernels.evaluate(held, scenarios, np.ones(len(scenarios)), np.inf)
     placement = em.Placement(held.reshape(1, -1), num_ranks, num_experts=scenarios.shape[1])
     exact = shares.rank_loads(scenarios[:, None], placement, "batch")[:, 0].max(-1)
     # A peak is accepted once its set of ranks is within 2e-4 of it; nothing is below the exact one but rounding.
@@ -158,7 +158,7 @@ def test_peaks_are_those_of_the_exact_split(case):
     np.testing.assert_allclose(load.sum(1), num_ranks)
     mean_of_closed = (load * closed).sum(1) / closed.sum(1)
     assert (mean_of_closed <= exact + 1e-9).all()  # the proof that the peak cannot be lower
-    assert batch_kernels.evaluate(held, scenarios, total - 1e-9)[0] == np.inf
+    assert batch_kernels.evaluate(held, scenarios, np.ones(len(scenarios)), total - 1e-9)[0] == np.inf
 
 
 @settings(max_examples=100, deadline=None)
@@ -170,14 +170,21 @@ def test_no_move_that_helps_is_screened_out(case):
     num_experts = scenarios.shape[1]
     if any(len(set(rank.tolist())) < width for rank in held):
         return  # with twins the screen is a guess, and only `evaluate` decides
-    total, _, closed, load = batch_kernels.evaluate(held, scenarios, np.inf)
+    total, _, closed, load = batch_kernels.evaluate(held, scenarios, np.ones(len(scenarios)), np.inf)
     hot = int(rng.integers(num_ranks))
     moves = np.empty((1000, 5), np.int64)
+    floors = np.empty((1000, len(scenarios)))
     kept = np.ones((num_ranks, num_experts), bool)
     found = batch_kernels.candidates(
-        held, np.ascontiguousarray(scenarios.T), closed, load, kept, hot, 0, 0.0, total, moves
+        held, np.ascontiguousarray(scenarios.T), closed, load, kept, hot, num_ranks, 0, 0.0, total, moves, floors
     )
     listed = {tuple(move[:4]) for move in moves[:found].tolist()}
+    for floor, (mine, rank, theirs, keeps, _) in zip(floors, moves[: min(found, 8)].tolist(), strict=False):
+        trial = held.copy()
+        trial[rank, theirs] = held[hot, mine]
+        if not keeps:
+            trial[hot, mine] = held[rank, theirs]
+        assert (batch_kernels.evaluate(trial, scenarios, np.ones(len(scenarios)), np.inf)[1] >= floor - 1e-9).all()
     for mine in range(width):
         for rank in set(range(num_ranks)) - {hot}:
             for theirs in range(width):
@@ -189,7 +196,10 @@ def test_no_move_that_helps_is_screened_out(case):
                     trial[rank, theirs] = a
                     if not keeps:
                         trial[hot, mine] = b
-                    if batch_kernels.evaluate(trial, scenarios, np.inf)[0] < total - 5 * 2.1e-4:
+                    if (
+                        batch_kernels.evaluate(trial, scenarios, np.ones(len(scenarios)), np.inf)[0]
+                        < total - 5 * 2.1e-4
+                    ):
                         assert (mine, rank, theirs, keeps) in listed
 
 

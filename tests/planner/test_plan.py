@@ -52,19 +52,25 @@ PLAIN = {"num_ranks": 4, "num_slots": 28}
         ({"target_par": 1.1}, "target_par", "needs `previous`"),
         ({"previous": USED, "target_par": 0.9}, "target_par", "at least 1.0"),
         ({"previous": USED, "target_par": float("nan")}, "target_par", "at least 1.0"),
-        ({"previous": USED, "target_par": 1.1, "rule": "rank"}, "target_par", 'needs rule="even"'),
+        ({"previous": USED, "target_par": 1.1, "rule": "rank"}, "target_par", "needs a rule whose shares are even"),
         (
-            {"rule": "rank", "num_nodes": 2, "num_groups": 4},
-            "rule",
-            'must be "even" where groups are kept inside nodes',
+            {"previous": USED, "num_nodes": 2, "num_groups": 4},
+            "previous",
+            r"a placement with group 0 of layer 0 on nodes \[0, 1\]: it must keep each group inside one node",
         ),
-        ({"previous": USED, "num_nodes": 2, "num_groups": 4}, "previous", "None where groups are kept inside nodes"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(changed: dict[str, Any], argument: str, says: str) -> None:
     with pytest.raises(ConstraintError, match=says) as caught:
         em.plan(LOAD, **{**PLAIN, **changed})
     assert caught.value.argument == argument
+
+
+def test_a_placement_with_too_many_groups_on_a_node_is_no_start() -> None:
+    used = em.Placement([[0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 4, 5], [0, 1, 2, 3, 4, 5, 6, 7, 6, 7, 6, 7]], 2)
+    says = "a placement with 3 groups of layer 1 on node 0: it must have 2 groups on each node"
+    with pytest.raises(ConstraintError, match=says):
+        em.plan(np.ones((2, 8)), num_ranks=2, num_slots=12, num_nodes=2, num_groups=4, previous=used)
 
 
 def test_groups_that_no_count_can_save() -> None:

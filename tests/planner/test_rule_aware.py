@@ -10,10 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evenmoe as em
-from evenmoe.errors import ConstraintError
 from evenmoe.metrics import peak_over_mean
 from evenmoe.planner import rank_kernels
-from evenmoe.planner.rule_aware import plan_for_rule
 from evenmoe.rules import rank, shares
 
 
@@ -61,10 +59,21 @@ def test_tiny_cases_are_near_the_best_of_all(num_experts, num_slots, num_ranks):
     best = [min(par(layer[None], p)[0] for p in placements) for layer in load]
     planned = par(load, em.plan(load, num_ranks=num_ranks, num_slots=num_slots, rule="rank"))
     assert (planned >= np.array(best) - 1e-12).all()
-    # A local search from five sets of counts: with so few slots no single step may lead to the best. Measured: means
-    # of 1.031, 1.033 and 1.000 over these twelve loads, 1.20 at worst.
-    assert (planned / best).mean() <= 1.04
-    assert (planned / best).max() <= 1.21
+    # A local search from six sets of counts: with so few slots no single step may lead to the best. Measured: means
+    # of 1.015, 1.024 and 1.000 over these twelve loads, 1.09 at worst.
+    assert (planned / best).mean() <= 1.03
+    assert (planned / best).max() <= 1.1
+
+
+def idle(counts, num_ranks):
+    """Replicas that no rank chooses."""
+    return (counts - rank.reachable(counts, num_ranks)).sum()
+
+
+def next_step(counts, num_ranks):
+    """The fewest replicas more that would lower the shares of some expert."""
+    reached = [c for c in rank.reachable(counts, num_ranks).tolist() if c < num_ranks]
+    return min((-(-num_ranks // (-(-num_ranks // c) - 1)) - c for c in reached), default=10**9)
 
 
 @settings(max_examples=60, deadline=None)
@@ -79,6 +88,21 @@ def test_any_shape_gives_a_placement(num_ranks, width, data):
         assert all(len(set(ranks.tolist())) == width for layer in held for ranks in layer)  # no twins
     else:
         assert par(load, placement).tolist() == pytest.approx([1.0, 1.0])
+    # Slots must be filled, but with replicas that nobody chooses only when they are too few for anybody's next count
+    # that lowers a share: the counts start so, and every later move keeps it so.
+    if width < num_experts:
+        for counts in placement.num_replicas:
+            assert idle(counts, num_ranks) == 0 or idle(counts, num_ranks) < next_step(counts, num_ranks)
+
+
+def test_no_move_leaves_a_replica_idle_that_somebody_could_use():
+    # The search once took one of an expert's five replicas away, and then no rank chose the fourth.
+    load = np.random.default_rng(223).pareto(1, (2, 8)).clip(0, 1e4)
+    placement = em.plan(load, num_ranks=5, num_slots=25, rule="rank")
+    assert [idle(counts, 5) for counts in placement.num_replicas] == [0, 0]
+    counts = np.array([5, 4, 1])  # of 5 ranks' counts 1, 2, 3, 5: the fourth replica is idle, expert 2 could use it
+    assert rank_kernels.wasted(counts, 5, 5) == (1, 1)
+    assert rank_kernels.wasted(np.array([5, 4]), 5, 5) == (1, 2)
 
 
 def test_slots_that_nobody_can_use_are_filled():
@@ -89,9 +113,9 @@ def test_slots_that_nobody_can_use_are_filled():
 
 
 def test_counts_are_reachable_and_go_to_the_heaviest():
-    assert rank_kernels.count_reachable(np.array([9.0, 1.0, 1.0]), 6, 8).tolist() == [4, 1, 1]
-    assert rank_kernels.count_reachable(np.array([9.0, 1.0, 1.0]), 10, 8).tolist() == [8, 1, 1]
-    assert rank_kernels.count_reachable(np.array([9.0, 1.0, 0.9]), 8, 8).tolist() == [4, 2, 2]
+    assert rank_kernels.count_reachable(np.array([9.0, 1.0, 1.0]), 6, 8, 8).tolist() == [4, 1, 1]
+    assert rank_kernels.count_reachable(np.array([9.0, 1.0, 1.0]), 10, 8, 8).tolist() == [8, 1, 1]
+    assert rank_kernels.count_reachable(np.array([9.0, 1.0, 0.9]), 8, 8, 8).tolist() == [4, 2, 2]
 
 
 @pytest.mark.parametrize("count", range(1, 13))
@@ -154,8 +178,3 @@ def test_rules_with_even_shares_are_planned_as_even(rule):
     load = zipf(2, 32, 0)
     even = em.plan(load, num_ranks=4, num_slots=40)
     assert em.plan(load, num_ranks=4, num_slots=40, rule=rule) == even
-
-
-def test_an_unknown_rule_is_named():
-    with pytest.raises(ConstraintError, match='`rule` is \'best\': it must be "even", "rank", "token"'):
-        plan_for_rule(np.ones((1, 4)), 2, 4, "best")

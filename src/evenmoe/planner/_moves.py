@@ -15,6 +15,7 @@ import numpy.typing as npt
 from numba import njit
 
 SWAP, REPLACE = 0, 1
+NEVER = 9  # more copies than any move adds
 # What a move of two copies, and one that copies nothing new, count for beside a move of one. With 1.8 in place of 2
 # a drifted DeepSeek-V3 shape needs 28.9 copies a layer, not 29.2; the quarter lets a free move win if it helps.
 TWO, FREE = 1.8, 0.25
@@ -32,26 +33,26 @@ class Walk(NamedTuple):
     slots: npt.NDArray[np.int64]  # (S,) expert of each slot
     counts: npt.NDArray[np.int64]  # (E,) replicas
     hosts: npt.NDArray[np.int64]  # (E, G) ranks of each expert, the first `counts` of a row
-    held: npt.NDArray[np.int64]  # (G, E) replicas on each rank: 0 or 1, unless the placement in use has twins
+    held: npt.NDArray[np.int8]  # (G, E) replicas on each rank: 0 or 1, unless the placement in use has twins
     before: npt.NDArray[np.bool_]  # (G, E) what the placement in use holds
-    fewer: npt.NDArray[np.float64]  # (E,) scratch: gain from one replica fewer, its own rank aside
-    more: npt.NDArray[np.float64]  # (E,) scratch: gain from one replica more, its new rank aside
-    slot_share: npt.NDArray[np.float64]  # (T, S) scratch: `share` by slot
-    slot_load: npt.NDArray[np.float64]  # (T, S) scratch: load over the level of each slot's rank
-    base: npt.NDArray[np.float64]  # (S,) scratch: excess of the busiest rank, -1 where there is nothing to swap
-    gain: npt.NDArray[np.float64]  # (S,) scratch: drop of squared excess by slot to swap with
-    cost: npt.NDArray[np.int64]  # (S,) scratch: copies that the busiest rank's side of a swap adds
+    slot_share: npt.NDArray[np.float64]  # (T, S) `share` by slot
+    lightest: npt.NDArray[np.float64]  # (T, G) least `slot_share` of each rank
+    arrived: npt.NDArray[np.bool_]  # (S,) whether the slot's rank did not hold its expert before
+    gain: npt.NDArray[np.float64]  # (K,) scratch: drop of squared excess by slot
+    cost: npt.NDArray[np.int64]  # (K,) scratch: copies that the busiest rank's side of a swap adds
+    dirty: npt.NDArray[np.int64]  # (G,) replicas on each rank that the placement in use did not hold there
     change: npt.NDArray[np.float64]  # (G,) scratch: what a move adds to each rank
     move: npt.NDArray[np.int64]  # (3,) the move found: kind, slot, other slot or expert
 
 
 @njit(cache=True, nogil=True)
-def walk_layers(weights, num_ranks, target, level, budget, slots, peaks):
+def walk_layers(weights, num_ranks, node_ranks, target, level, budget, slots, peaks):
     """Improve every row of `slots` (L, S) in place by few copies; fill `peaks` (L,), mean peak over the windows.
 
     A walk ends when its peak is at most `target` (L,), when it would need more than `budget` copies, or when no move
-    lowers the excess over `level`. It takes the same moves under every budget, and its best place is kept, so that a
-    larger budget never gives a worse placement. `weights` is (L, T, E).
+    lowers the excess over `level` (L, T). It takes the same moves under every budget, and its best place is kept, so
+    that a larger budget never gives a worse placement. `weights` is (L, T, E). Experts stay in their node, `node_ranks`
+    ranks in a row.
     """
     walk = _new_walk(weights.shape[1], weights.shape[2], num_ranks, slots.shape[1])
     for layer in range(len(slots)):
@@ -59,7 +60,7 @@ def walk_layers(weights, num_ranks, target, level, budget, slots, peaks):
         best = _peak(walk)
         used = 0
         while best > target[layer]:
-            if not _find_move(walk, level):
+            if not _find_move(walk, level[layer], node_ranks):
                 break
             used += _copies(walk, walk.move)
             if used > budget:
@@ -82,15 +83,14 @@ def _new_walk(num_windows, num_experts, num_ranks, num_slots):
         np.zeros(num_slots, np.int64),
         np.zeros(num_experts, np.int64),
         np.zeros((num_experts, num_ranks), np.int64),
-        np.zeros((num_ranks, num_experts), np.int64),
+        np.zeros((num_ranks, num_experts), np.int8),
         np.zeros((num_ranks, num_experts), np.bool_),
-        np.zeros(num_experts),
-        np.zeros(num_experts),
         np.zeros((num_windows, num_slots)),
-        np.zeros((num_windows, num_slots)),
-        np.zeros(num_slots),
-        np.zeros(num_slots),
-        np.zeros(num_slots, np.int64),
+        np.zeros((num_windows, num_ranks)),
+        np.zeros(num_slots, np.bool_),
+        np.zeros(num_slots // num_ranks),
+        np.zeros(num_slots // num_ranks, np.int64),
+        np.zeros(num_ranks, np.int64),
         np.zeros(num_ranks),
         np.zeros(3, np.int64),
     )
@@ -104,6 +104,8 @@ def _begin(walk, weights, slots):
     walk.counts[:] = 0
     walk.held[:] = 0
     walk.before[:] = False
+    walk.dirty[:] = 0
+    walk.arrived[:] = False
     for slot in range(len(slots)):
         expert, rank = slots[slot], slot // width
         walk.hosts[expert, walk.counts[expert]] = rank
@@ -114,7 +116,8 @@ def _begin(walk, weights, slots):
     for window in range(len(weights)):
         walk.share[window] = weights[window] / walk.counts
         for slot in range(len(slots)):
-            walk.load[window, slot // width] += walk.share[window, slots[slot]]
+            walk.slot_share[window, slot] = walk.share[window, slots[slot]]
+            walk.load[window, slot // width] += walk.slot_share[window, slot]
 
 
 @njit(cache=True, nogil=True)
@@ -137,105 +140,157 @@ def _price(copies):
 
 
 @njit(cache=True, nogil=True)
-def _find_move(walk, level):
+def _find_move(walk, level, node_ranks):
     """Write the move with the largest drop of squared excess per copy to `walk.move`; False if none drops it."""
+    width = len(walk.gain)
     for rank in range(walk.load.shape[1]):
         walk.excess[rank] = 0.0
         for window in range(len(walk.load)):
-            walk.excess[rank] += _excess(walk.load[window, rank], level)
+            walk.excess[rank] += _excess(walk.load[window, rank], level[window])
+            walk.lightest[window, rank] = walk.slot_share[window, rank * width]
+            for slot in range(rank * width + 1, (rank + 1) * width):
+                walk.lightest[window, rank] = min(walk.lightest[window, rank], walk.slot_share[window, slot])
     if walk.excess.max() < NOISE:
         return False
-    best = _find_swap(walk, level)
-    return _find_replacement(walk, level, best) > 0.0
+    best = _find_swap(walk, level, node_ranks)
+    return _find_replacement(walk, level, node_ranks, best) > 0.0
 
 
 @njit(cache=True, nogil=True)
-def _find_swap(walk, level):
-    """Exchange an expert of the busiest rank with any other rank's; return the drop per copy, 0.0 for none."""
-    num_windows, num_ranks = walk.load.shape
-    width = len(walk.slots) // num_ranks
-    hot = walk.excess.argmax()
-    gain = walk.gain
-    for other in range(len(gain)):
-        rank, theirs = other // width, walk.slots[other]
-        walk.cost[other] = _new(walk, hot, theirs) - _new(walk, rank, theirs)
-        # What the busiest rank has already is no exchange: never worth it.
-        walk.base[other] = walk.excess[hot] if rank != hot and not walk.held[hot, theirs] else -1.0
-        for window in range(num_windows):
-            walk.slot_share[window, other] = walk.share[window, theirs]
-            walk.slot_load[window, other] = walk.load[window, rank] - level
-    best, least = 0.0, NOISE
-    for slot in range(hot * width, (hot + 1) * width):
-        mine = walk.slots[slot]
-        gain[:] = walk.base
-        for window in range(num_windows):
-            here, share = walk.load[window, hot] - level, walk.share[window, mine]
-            # No branch, so that the compiler takes several slots at a time.
-            for other in range(len(gain)):
-                there = walk.slot_load[window, other]
-                shift = share - walk.slot_share[window, other]
-                after, kept = there + shift, here - shift
-                there = there if there > 0.0 else 0.0
-                after = after if after > 0.0 else 0.0
-                kept = kept if kept > 0.0 else 0.0
-                gain[other] += there * there - after * after - kept * kept
-        back = _new(walk, hot, mine)
-        for rank in range(num_ranks):
-            if walk.held[rank, mine]:
-                continue
-            cost = _new(walk, rank, mine) - back
-            for other in range(rank * width, (rank + 1) * width):
-                if gain[other] > least and gain[other] > best * _price(cost + walk.cost[other]):
-                    best = gain[other] / _price(cost + walk.cost[other])
-                    least = max(best * FREE, NOISE)
-                    walk.move[0], walk.move[1], walk.move[2] = SWAP, slot, other
-    return best
+def _find_swap(walk, level, node_ranks):
+    """Exchange an expert of the busiest rank with another rank's; return the drop per copy, 0.0 for none.
 
-
-@njit(cache=True, nogil=True)
-def _find_replacement(walk, level, best):
-    """Turn a replica of one expert into one of another; return the drop per copy, at least `best`."""
-    num_ranks, num_experts = walk.held.shape
-    width = len(walk.slots) // num_ranks
-    _weigh_counts(walk, level)
-    most = walk.more.max()
-    for slot in range(len(walk.slots)):
-        gone, rank = walk.slots[slot], slot // width
-        # `fewer` is exact but at this rank, which can lose its whole excess.
-        fixed = walk.fewer[gone] + walk.excess[rank]
-        if walk.counts[gone] < 2 or fixed + most <= max(best * FREE, NOISE):
+    The rank that promises most comes first, then those that promise more than was found. One function, because
+    passing two dozen arrays to a helper takes longer than what it has to do.
+    """
+    load, share, excess, slots, held = walk.load, walk.slot_share, walk.excess, walk.slots, walk.held
+    before, arrived, gain, cost, promise = walk.before, walk.arrived, walk.gain, walk.cost, walk.change
+    width, num_windows, hot = len(gain), len(load), excess.argmax()
+    node = hot // node_ranks * node_ranks
+    first = _promises(load, excess, level, hot, node, node_ranks, promise)
+    best = 0.0
+    for turn in range(node - 1, node + node_ranks):
+        rank = turn if turn >= node else first
+        least = FREE if walk.dirty[hot] or walk.dirty[rank] else TWO
+        if rank == hot or turn == first or promise[rank] <= max(best * least, NOISE):
             continue
-        undone = _new(walk, rank, gone)
-        for expert in range(num_experts):
-            if fixed + walk.more[expert] <= max(best * FREE, NOISE) or walk.held[rank, expert]:
+        start, lowest = rank * width, NEVER
+        for j in range(width):
+            theirs = slots[start + j]
+            # What the busiest rank has already is no exchange: never worth it.
+            cost[j] = NEVER if held[hot, theirs] else 1 - np.int64(before[hot, theirs]) - np.int64(arrived[start + j])
+            lowest = min(lowest, cost[j])
+        for slot in range(hot * width, (hot + 1) * width):
+            mine = slots[slot]
+            more = 1 - np.int64(before[rank, mine]) - np.int64(arrived[slot])
+            least = max(best * _price(more + lowest), NOISE)
+            top = excess[hot] + excess[rank]
+            most = top
+            for window in range(num_windows):  # to swap with the lightest there, or to halve the difference
+                here, there = load[window, hot], load[window, rank]
+                shift = min(share[window, slot] - walk.lightest[window, rank], (here - there) / 2)
+                most -= _excess(here - shift, level[window]) + _excess(there + shift, level[window])
+            if most <= least or held[rank, mine]:
                 continue
-            cost = _price(_new(walk, rank, expert) - undone)
-            if fixed + walk.more[expert] <= best * cost or walk.counts[expert] == num_ranks:
-                continue
-            gain = _replacement_gain(walk, slot, expert, level)
-            if gain > NOISE and gain / cost > best:
-                best = gain / cost
-                walk.move[0], walk.move[1], walk.move[2] = REPLACE, slot, expert
+            for j in range(width):
+                gain[j] = top
+            for window in range(num_windows):
+                # What is over the level on either rank after the swap. No branch: several slots go at a time.
+                kept = load[window, hot] - level[window] - share[window, slot]
+                after = load[window, rank] - level[window] + share[window, slot]
+                for j in range(width):
+                    here, there = kept + share[window, start + j], after - share[window, start + j]
+                    here = here if here > 0.0 else 0.0
+                    there = there if there > 0.0 else 0.0
+                    gain[j] -= here * here + there * there
+            for j in range(width):
+                if gain[j] > least and cost[j] < NEVER and gain[j] > best * _price(more + cost[j]):
+                    best = gain[j] / _price(more + cost[j])
+                    least = max(best * _price(more + lowest), NOISE)
+                    walk.move[0], walk.move[1], walk.move[2] = SWAP, slot, start + j
     return best
 
 
 @njit(cache=True, nogil=True)
-def _weigh_counts(walk, level):
-    """Fill `fewer` (losses, 0 or less, an upper bound) and `more` (gains) for one replica less or more."""
-    for expert in range(len(walk.counts)):
-        count = walk.counts[expert]
-        fewer = more = 0.0
-        for window in range(len(walk.load)):
-            share = walk.share[window, expert]
-            up = share / (count - 1) if count > 1 else 0.0
-            down = share / (count + 1)
-            for i in range(count):
-                load = walk.load[window, walk.hosts[expert, i]]
-                now = _excess(load, level)
-                if count > 1:
-                    fewer += now - _excess(load + up, level)
-                more += now - _excess(load - down, level)
-        walk.fewer[expert], walk.more[expert] = fewer, more
+def _promises(load, excess, level, hot, node, node_ranks, promise):
+    """Fill `promise` with what no swap of `hot` with a rank can surpass; return the rank with most, emptiest first."""
+    first, emptiest = hot, 0.0
+    promise[hot] = -1.0
+    for rank in range(node, node + node_ranks):
+        if rank == hot:
+            continue
+        total = 0.0
+        promise[rank] = excess[hot] + excess[rank]
+        for window in range(len(load)):  # the squares are convex, so two halves are least
+            promise[rank] -= 2 * _excess((load[window, hot] + load[window, rank]) / 2, level[window])
+            total += load[window, rank]
+        if promise[rank] > promise[first] or (promise[rank] == promise[first] and total < emptiest):
+            first, emptiest = rank, total
+    return first
+
+
+@njit(cache=True, nogil=True)
+def _find_replacement(walk, level, node_ranks, best):
+    """Relieve the busiest rank by one replica more of an expert there, or one less; return the drop per copy.
+
+    Where both experts have replicas on a rank, the gain there is more than the sum of their gains that counts here, so
+    what is found can be a little less than the best. One function for the same reason as above.
+    """
+    load, weights, share, counts, hosts = walk.load, walk.weights, walk.share, walk.counts, walk.hosts
+    excess, slots, width, more = walk.excess, walk.slots, len(walk.gain), walk.gain
+    hot, most = excess.argmax(), 0.0
+    node = hot // node_ranks * node_ranks
+    for i in range(width):
+        expert = slots[hot * width + i]
+        more[i] = 0.0 if counts[expert] < node_ranks else -np.inf
+        for window in range(len(load)):
+            down = share[window, expert] / (counts[expert] + 1)
+            for h in range(counts[expert]):
+                here = load[window, hosts[expert, h]]
+                more[i] += _excess(here, level[window]) - _excess(here - down, level[window])
+        most = max(most, more[i])
+    anything = FREE if walk.dirty.max() > 0 else 1.0
+    for gone in range(len(counts)):
+        count = counts[gone]
+        if count < 2 or hosts[gone, 0] // node_ranks != node // node_ranks:
+            continue
+        fewer = 0.0  # without the replica the others carry more
+        for window in range(len(load)):
+            up = share[window, gone] / (count - 1)
+            for h in range(count):
+                here = load[window, hosts[gone, h]]
+                fewer += _excess(here, level[window]) - _excess(here + up, level[window])
+        for h in range(count):
+            rank = hosts[gone, h]
+            fixed = fewer + excess[rank]
+            for window in range(len(load)):
+                here, up = load[window, rank], share[window, gone] / (count - 1)
+                fixed -= _excess(here, level[window]) - _excess(here + up, level[window])
+            if fixed + (most if rank != hot else 0.0) <= max(best * anything, NOISE):
+                continue
+            fresh = walk.before[rank, gone]
+            first, last = (hot, hot + 1) if rank != hot else (node, node + node_ranks)
+            for at in range(first * width, last * width):
+                expert = slots[at]
+                gain = fixed + (more[at - hot * width] if rank != hot else 0.0)
+                price = _price(np.int64(fresh) - np.int64(walk.before[rank, expert]))
+                if gain <= max(best * price, NOISE) or walk.held[rank, expert] or counts[expert] == node_ranks:
+                    continue
+                for window in range(len(load)):
+                    shift = weights[window, expert] / (counts[expert] + 1) - share[window, gone]
+                    gain -= _excess(load[window, rank] + shift, level[window])
+                if gain > max(best * price, NOISE):
+                    best = gain / price
+                    walk.move[0], walk.move[1], walk.move[2] = REPLACE, _slot_of(slots, gone, rank, width), expert
+    return best
+
+
+@njit(cache=True, nogil=True)
+def _slot_of(slots, expert, rank, width):
+    for slot in range(rank * width, (rank + 1) * width):
+        if slots[slot] == expert:
+            return slot
+    return -1
 
 
 @njit(cache=True, nogil=True)
@@ -254,18 +309,6 @@ def _changes(walk, window, slot, expert):
     for i in range(count):
         walk.change[walk.hosts[expert, i]] -= down
     walk.change[rank] += walk.weights[window, expert] / (count + 1)
-
-
-@njit(cache=True, nogil=True)
-def _replacement_gain(walk, slot, expert, level):
-    gain = 0.0
-    for window in range(len(walk.load)):
-        _changes(walk, window, slot, expert)
-        for rank in range(walk.load.shape[1]):
-            if walk.change[rank] != 0.0:
-                load = walk.load[window, rank]
-                gain += _excess(load, level) - _excess(load + walk.change[rank], level)
-    return gain
 
 
 @njit(cache=True, nogil=True)
@@ -303,15 +346,21 @@ def _apply(walk):
         walk.held[rank, mine] -= 1
         walk.held[rank, other] += 1
         walk.slots[slot] = other
+        _mark(walk, slot)
         for window in range(len(walk.load)):
-            walk.share[window, mine] = walk.weights[window, mine] / walk.counts[mine]
-            walk.share[window, other] = walk.weights[window, other] / walk.counts[other]
+            for expert in (mine, other):
+                walk.share[window, expert] = walk.weights[window, expert] / walk.counts[expert]
+            for each in range(len(walk.slots)):
+                if walk.slots[each] == mine or walk.slots[each] == other:
+                    walk.slot_share[window, each] = walk.share[window, walk.slots[each]]
         return
     there, theirs = other // width, walk.slots[other]
     for window in range(len(walk.load)):
         shift = walk.share[window, mine] - walk.share[window, theirs]
         walk.load[window, rank] -= shift
         walk.load[window, there] += shift
+        walk.slot_share[window, slot] -= shift
+        walk.slot_share[window, other] += shift
     _leave(walk, mine, rank)
     walk.hosts[mine, walk.counts[mine] - 1] = there
     _leave(walk, theirs, there)
@@ -320,6 +369,17 @@ def _apply(walk):
         walk.held[off, expert] -= 1
         walk.held[on, expert] += 1
     walk.slots[slot], walk.slots[other] = theirs, mine
+    _mark(walk, slot)
+    _mark(walk, other)
+
+
+@njit(cache=True, nogil=True)
+def _mark(walk, slot):
+    """Another expert is in `slot`: note whether its rank held it before."""
+    rank = slot // len(walk.gain)
+    walk.dirty[rank] -= np.int64(walk.arrived[slot])
+    walk.arrived[slot] = not walk.before[rank, walk.slots[slot]]
+    walk.dirty[rank] += np.int64(walk.arrived[slot])
 
 
 @njit(cache=True, nogil=True)

@@ -164,12 +164,13 @@ def _settle(first, rank_of, row_of_host, first_at, at, flow, load, closed, queue
 
 
 @njit(cache=True, nogil=True)
-def evaluate(held, tokens, limit):
+def evaluate(held, tokens, floors, limit):
     """Peak of every scenario after its best split.
 
     Args:
         held: int64 (G, n), the expert in each slot.
         tokens: float64 (N, E), mean rank load 1 in every scenario.
+        floors: float64 (N,), what the peaks are at least: 1, or more where a move's bound says so.
         limit: stop as soon as the sum of the peaks must exceed this.
 
     Returns:
@@ -188,6 +189,7 @@ def evaluate(held, tokens, limit):
     queue = np.empty(num_ranks, np.int64)
     via = np.empty((num_ranks, 2), np.int64)
     total = 0.0
+    to_come = floors.sum()
     for scenario in range(num_scenarios):
         here = load[scenario]
         flow[:] = 0.0
@@ -197,7 +199,8 @@ def evaluate(held, tokens, limit):
                 flow[first[row_of[expert]]] = tokens[scenario, expert]
         peaks[scenario] = _settle(first, rank_of, row_of_host, first_at, at, flow, here, closed[scenario], queue, via)
         total += peaks[scenario]
-        if total + (num_scenarios - 1 - scenario) > limit:
+        to_come -= floors[scenario]
+        if total + to_come > limit:
             return np.inf, peaks, closed, load
     return total, peaks, closed, load
 
@@ -236,8 +239,10 @@ def _cut(held, tokens, closed, load):
 
 
 @njit(cache=True, nogil=True)
-def _bound_of_swap(a, b, i, j, tokens, closed, hosts, outside, fixed, cut, limit):
-    """Lower bound on the sum of the peaks when rank i gives expert a to rank j for expert b; stops above `limit`."""
+def _bound_of_swap(a, b, i, j, tokens, closed, hosts, outside, fixed, cut, limit, floors):
+    """Lower bound on the sum of the peaks when rank i gives expert a to rank j for expert b; stops above `limit`.
+
+    Fills `floors` (N,), the bounds of the scenarios."""
     total = float(cut.shape[1])
     for s in range(cut.shape[1]):
         inside = cut[0, s]
@@ -254,15 +259,16 @@ def _bound_of_swap(a, b, i, j, tokens, closed, hosts, outside, fixed, cut, limit
         elif closed[s, j] and not closed[s, i]:
             inside += tokens[a, s] if outside[a, s] == 1 else 0.0
             inside -= tokens[b, s] if outside[b, s] == 0 else 0.0
-        total += max(1.0, inside / cut[1, s], of_i, of_j) - 1.0
+        floors[s] = max(1.0, inside / cut[1, s], of_i, of_j)
+        total += floors[s] - 1.0
         if total > limit:
             break
     return total
 
 
 @njit(cache=True, nogil=True)
-def _bound_of_change(a, b, i, j, tokens, closed, hosts, outside, fixed, cut, limit):
-    """Lower bound on the sum of the peaks when rank j holds expert a, which rank i holds too, in the place of b."""
+def _bound_of_change(a, b, i, j, tokens, closed, hosts, outside, fixed, cut, limit, floors):
+    """As `_bound_of_swap` when rank j holds expert a, which rank i holds too, in the place of b."""
     total = float(cut.shape[1])
     for s in range(cut.shape[1]):
         inside = cut[0, s]
@@ -274,14 +280,15 @@ def _bound_of_change(a, b, i, j, tokens, closed, hosts, outside, fixed, cut, lim
         else:
             inside -= tokens[a, s] if outside[a, s] == 0 else 0.0
             inside += tokens[b, s] if outside[b, s] == 1 else 0.0
-        total += max(1.0, inside / cut[1, s], of_i) - 1.0
+        floors[s] = max(1.0, inside / cut[1, s], of_i)
+        total += floors[s] - 1.0
         if total > limit:
             break
     return total
 
 
 @njit(cache=True, nogil=True)
-def candidates(held, tokens, closed, load, kept, hot, copies, price, limit, moves):
+def candidates(held, tokens, closed, load, kept, hot, node_ranks, copies, price, limit, moves, floors):
     """Moves that may lower the peaks where rank `hot` is among the busiest, the most promising first.
 
     Args:
@@ -290,11 +297,13 @@ def candidates(held, tokens, closed, load, kept, hot, copies, price, limit, move
         closed, load: of `evaluate` for `held`.
         kept: bool (G, E), experts that cost no copy on a rank.
         hot: the rank.
+        node_ranks: experts stay in their node, so many ranks in a row.
         copies: copies that may be spent.
         price: what a copy must gain, in the sum of the peaks.
         limit: the sum of the peaks that a move has to get below.
         moves: int64 (M, 5), filled with rows (slot of `hot`, other rank, its slot, whether `hot` keeps its expert,
             copies): the two slots are exchanged, or the other rank's becomes a replica of `hot`'s.
+        floors: float64 (M, N), filled with what each move leaves of the scenarios' peaks at least.
 
     Returns:
         The number of moves found.
@@ -306,10 +315,12 @@ def candidates(held, tokens, closed, load, kept, hot, copies, price, limit, move
         for slot in range(width):
             has[rank, held[rank, slot]] = True
     bounds = np.full(moves.shape[0], limit)
+    here = np.empty(tokens.shape[1])
+    node = hot // node_ranks * node_ranks
     found = 0
     for mine in range(width):
         a = held[hot, mine]
-        for rank in range(num_ranks):
+        for rank in range(node, node + node_ranks):
             if has[rank, a]:
                 continue
             for theirs in range(width):
@@ -327,9 +338,11 @@ def candidates(held, tokens, closed, load, kept, hot, copies, price, limit, move
                     fee = price * max(cost, 0)
                     below = bounds[-1] - fee
                     if keeps == 0:
-                        bound = _bound_of_swap(a, b, hot, rank, tokens, closed, hosts, outside, fixed, cut, below)
+                        bound = _bound_of_swap(a, b, hot, rank, tokens, closed, hosts, outside, fixed, cut, below, here)
                     else:
-                        bound = _bound_of_change(a, b, hot, rank, tokens, closed, hosts, outside, fixed, cut, below)
+                        bound = _bound_of_change(
+                            a, b, hot, rank, tokens, closed, hosts, outside, fixed, cut, below, here
+                        )
                     if bound >= below:
                         continue
                     place = min(found, moves.shape[0] - 1)
@@ -337,8 +350,10 @@ def candidates(held, tokens, closed, load, kept, hot, copies, price, limit, move
                     while place > 0 and bounds[place - 1] > bound + fee:
                         bounds[place] = bounds[place - 1]
                         moves[place] = moves[place - 1]
+                        floors[place] = floors[place - 1]
                         place -= 1
                     bounds[place] = bound + fee
+                    floors[place] = here
                     moves[place, 0] = mine
                     moves[place, 1] = rank
                     moves[place, 2] = theirs

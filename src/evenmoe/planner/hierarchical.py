@@ -15,6 +15,7 @@ from evenmoe.planner._groups import (
     even_packing,
 )
 from evenmoe.planner._names import by_load
+from evenmoe.planner._shape import Shape
 from evenmoe.planner.static import plan_peaks
 
 
@@ -44,17 +45,15 @@ def plan_hierarchical(
     >>> plan_hierarchical(np.array([[6.0, 4.0, 3.0, 1.0]]), 2, 4, 2, 4).tolist()
     [[0, 3, 1, 2]]
     """
-    mean = load.mean(axis=0) if load.ndim == 3 else load
-    if count_packings(num_groups, num_nodes) > MOST_PACKINGS:
-        totals = mean.reshape(len(mean), num_groups, -1).sum(axis=2)
-        groups = np.stack([even_packing(row, num_nodes) for row in totals])
-        members = group_members(groups, mean.shape[1] // num_groups)
-        inner = None
-    else:
-        members, inner = _pack_groups(mean, num_ranks, num_slots, num_nodes, num_groups, seed)
+    members, inner = _pack_groups(load, num_ranks, num_slots, num_nodes, num_groups, seed)
     if load.ndim == 3 or inner is None:
         inner = _plan_nodes(take_nodes(load, members), num_ranks // num_nodes, num_slots // num_nodes, seed)
     return put_nodes(inner, members)
+
+
+def pack_groups(load: FloatArray, shape: Shape, seed: int) -> Indices:
+    """The experts of every node, int64 (L, nodes, E / nodes) ascending, with groups packed as in `plan_hierarchical`."""
+    return _pack_groups(load, shape.num_ranks, shape.num_slots, shape.num_nodes, shape.num_groups, seed)[0]
 
 
 def _plan_nodes(load: FloatArray, num_ranks: int, num_slots: int, seed: int) -> IntArray:
@@ -67,8 +66,13 @@ def _plan_nodes(load: FloatArray, num_ranks: int, num_slots: int, seed: int) -> 
 
 def _pack_groups(
     load: FloatArray, num_ranks: int, num_slots: int, num_nodes: int, num_groups: int, seed: int
-) -> tuple[Indices, IntArray]:
-    """The experts of each node under the best packing (L, nodes, E / nodes), and its planned slots (L × nodes, …)."""
+) -> tuple[Indices, IntArray | None]:
+    """The experts of each node under the best packing (L, nodes, E / nodes), and its slots (L × nodes, …) or None."""
+    load = load.mean(axis=0) if load.ndim == 3 else load
+    if count_packings(num_groups, num_nodes) > MOST_PACKINGS:
+        totals = load.reshape(len(load), num_groups, -1).sum(axis=2)
+        groups = np.stack([even_packing(row, num_nodes) for row in totals])
+        return group_members(groups, load.shape[1] // num_groups), None
     sets, packings = all_packings(num_groups, num_nodes)
     experts = group_members(sets, load.shape[1] // num_groups)
     node_ranks, node_slots = num_ranks // num_nodes, num_slots // num_nodes

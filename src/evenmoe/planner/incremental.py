@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from evenmoe.metrics import FloatArray, count_copies, peak_to_average
 from evenmoe.placement import IntArray, Placement
 from evenmoe.planner import _moves
-from evenmoe.planner.static import plan_static
+from evenmoe.planner.hierarchical import plan_hierarchical
+from evenmoe.planner.static import plan_peaks
 
 # Load over which a rank counts as too busy, in mean rank loads. A little below the mean, so that a swap evens out both
 # of its ranks at once; 0.995 takes 0.3 copies a layer less than 0.99 and 0.05 less than 1.0 (DeepSeek-V3's shape).
@@ -22,6 +24,8 @@ def plan_incremental(
     max_copies: int | None = None,
     target_par: float | None = None,
     seed: int = 0,
+    num_nodes: int = 1,
+    num_groups: int = 1,
 ) -> IntArray:
     """Improve the placement in use within a budget of copies, or to a target by few.
 
@@ -35,6 +39,8 @@ def plan_incremental(
         target_par: peak-to-average load at which a layer is good enough. None to use the budget up; with neither, the
             larger of 1.01 and what a new plan reaches plus 0.5 %.
         seed: of the new plan that a large budget is compared with.
+        num_nodes, num_groups: with more than one node every group stays inside one, as it does in `previous`; only a
+            new plan, where the budget allows it, moves groups to other nodes.
 
     Returns:
         int32 (L, S), the expert of each slot.
@@ -45,32 +51,39 @@ def plan_incremental(
     array([[2, 1, 0, 3]], dtype=int32)
     """
     windows = load if load.ndim == 3 else load[None]
-    num_ranks = previous.num_ranks
+    mean, num_ranks = windows.mean(axis=0), previous.num_ranks
     budget = previous.num_slots if max_copies is None else max_copies
-    target = _targets(windows, previous, max_copies, target_par, seed)
+
+    def plan_anew(layers: npt.NDArray[np.int64]) -> IntArray:
+        if num_nodes > 1:
+            return plan_hierarchical(mean[layers], num_ranks, previous.num_slots, num_nodes, num_groups, seed)
+        return plan_peaks(mean[layers], num_ranks, previous.num_slots, seed, exhaust=False)[0]
+
+    new, target = None, np.full(previous.num_layers, target_par or 0.0)
+    if target_par is None and max_copies is None:
+        new = plan_anew(np.arange(previous.num_layers))
+        reached = peak_to_average(windows, Placement(new, num_ranks, num_experts=previous.num_experts))
+        target = np.maximum(NEAR_MEAN, NEAR_NEW * reached.mean(axis=0))
     weights = np.ascontiguousarray(_by_mean_rank(windows, num_ranks).transpose(1, 0, 2))
     slots, peaks = previous.slot_to_expert.astype(np.int64), np.empty(previous.num_layers)
-    _moves.walk_layers(weights, num_ranks, target, LEVEL, budget, slots, peaks)
+    level = LEVEL * _busiest_node(weights, previous, num_nodes)
+    _moves.walk_layers(weights, num_ranks, num_ranks // num_nodes, target, level, budget, slots, peaks)
     behind = np.flatnonzero(peaks > target)
     # A new plan moves nine experts of ten, so below a quarter of the slots it is not worth the time.
     if behind.size and 4 * budget >= previous.num_slots:
-        _try_new_plan(windows, previous, budget, seed, behind, peaks, slots)
+        _take_better(
+            plan_anew(behind) if new is None else new[behind],
+            windows[:, behind],
+            Placement(previous.slot_to_expert[behind], num_ranks, num_experts=previous.num_experts),
+            num_nodes,
+            budget,
+            behind,
+            peaks,
+            slots,
+        )
     ordered = previous.slot_to_expert.astype(np.int64)
     _moves.keep_places(slots, num_ranks, ordered)
     return ordered.astype(np.int32)
-
-
-def _targets(
-    windows: FloatArray, previous: Placement, max_copies: int | None, target_par: float | None, seed: int
-) -> FloatArray:
-    if target_par is not None or max_copies is not None:
-        return np.full(previous.num_layers, target_par or 0.0)
-    new = Placement(
-        plan_static(windows.mean(axis=0), previous.num_ranks, previous.num_slots, seed),
-        previous.num_ranks,
-        num_experts=previous.num_experts,
-    )
-    return np.maximum(NEAR_MEAN, NEAR_NEW * peak_to_average(windows, new).mean(axis=0))
 
 
 def _by_mean_rank(windows: FloatArray, num_ranks: int) -> FloatArray:
@@ -79,39 +92,58 @@ def _by_mean_rank(windows: FloatArray, num_ranks: int) -> FloatArray:
     return np.divide(windows, mean, out=np.zeros_like(windows), where=mean > 0)
 
 
-def _try_new_plan(
+def _busiest_node(weights: FloatArray, previous: Placement, num_nodes: int) -> FloatArray:
+    """(L, T): the mean rank load of the busiest node, in mean rank loads: no peak inside the nodes can be lower."""
+    num_layers, num_windows, _ = weights.shape
+    node = np.arange(previous.num_slots) // (previous.num_slots // num_nodes)
+    load = np.zeros((num_layers, num_windows, num_nodes))
+    share = weights / previous.num_replicas[:, None]
+    held = np.take_along_axis(share, np.broadcast_to(previous.slot_to_expert[:, None], (*load.shape[:2], node.size)), 2)
+    np.add.at(load, (slice(None), slice(None), node), held)
+    return np.maximum(load.max(axis=2) * num_nodes / previous.num_ranks, 1.0)
+
+
+def _take_better(
+    new: IntArray,
     windows: FloatArray,
     previous: Placement,
+    num_nodes: int,
     budget: int,
-    seed: int,
-    layers: np.ndarray,
+    layers: npt.NDArray[np.int64],
     peaks: FloatArray,
-    slots: np.ndarray,
+    slots: npt.NDArray[np.int64],
 ) -> None:
-    """Take a new plan where it is within the budget and better than what the walk found."""
-    num_ranks = previous.num_ranks
-    new = plan_static(windows.mean(axis=0)[layers], num_ranks, previous.num_slots, seed)
-    before = Placement(previous.slot_to_expert[layers], num_ranks, num_experts=previous.num_experts)
-    renamed = Placement(_rename_ranks(new, before), num_ranks, num_experts=previous.num_experts)
-    copies = count_copies(before, renamed)
-    par = peak_to_average(windows[:, layers], renamed).mean(axis=0)
-    better = (copies <= budget) & (par < peaks[layers])
+    """Take a new plan of `layers` where it is within the budget and better than what the walk found."""
+    renamed = Placement(_rename_ranks(new, previous, num_nodes), previous.num_ranks, num_experts=previous.num_experts)
+    par = peak_to_average(windows, renamed).mean(axis=0)
+    better = (count_copies(previous, renamed) <= budget) & (par < peaks[layers])
     slots[layers[better]] = renamed.slot_to_expert[better]
 
 
-def _rename_ranks(new: IntArray, previous: Placement) -> IntArray:
-    """Ranks are alike, so each new rank is put where most of its experts are already; the best pairs first."""
-    num_ranks, width = previous.num_ranks, previous.slots_per_rank
+def _rename_ranks(new: IntArray, previous: Placement, num_nodes: int) -> IntArray:
+    """Nodes are alike, and the ranks of one, so each is put where most of its experts are already."""
+    num_ranks, width, node_ranks = previous.num_ranks, previous.slots_per_rank, previous.num_ranks // num_nodes
     renamed = np.empty_like(new)
     for layer in range(len(new)):
-        planned = new[layer].reshape(num_ranks, width)
+        planned, placed = new[layer].reshape(num_ranks, width), renamed[layer].reshape(num_ranks, width)
         held = np.zeros((num_ranks, previous.num_experts), np.int64)
         held[np.arange(num_ranks)[:, None], previous.slot_to_expert[layer].reshape(num_ranks, width)] = 1
-        common = held[:, planned].sum(axis=2)  # (rank in use, new rank)
-        placed = renamed[layer].reshape(num_ranks, width)
-        for pair in np.argsort(-common, axis=None, kind="stable"):
-            rank, taken = divmod(int(pair), num_ranks)
-            if common[rank, taken] >= 0:
-                placed[rank] = planned[taken]
-                common[rank], common[:, taken] = -1, -1
+        common = held[:, planned].sum(axis=2).reshape(num_nodes, node_ranks, num_nodes, node_ranks)
+        for node, taken in _best_pairs(common.sum(axis=(1, 3))):
+            for rank, other in _best_pairs(common[node, :, taken]):
+                placed[node * node_ranks + rank] = planned[taken * node_ranks + other]
     return renamed
+
+
+def _best_pairs(common: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Every row with a column of its own, those that have most in common first.
+
+    >>> _best_pairs(np.array([[1, 5], [3, 4]]))
+    [(0, 1), (1, 0)]
+    """
+    pairs, size = [], len(common)
+    for pair in np.argsort(-common, axis=None, kind="stable").tolist():
+        row, column = divmod(pair, size)
+        if all(row != i and column != j for i, j in pairs):
+            pairs.append((row, column))
+    return pairs

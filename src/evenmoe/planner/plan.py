@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import numpy.typing as npt
 
 from evenmoe.errors import ConstraintError
@@ -40,11 +41,15 @@ def plan(
         num_nodes: nodes that share the ranks evenly, in rank order.
         num_groups: expert groups, equal runs of consecutive ids. With more than one node, all replicas of a
             group's experts stay inside one node (DeepSeek's group-limited routing). 1 plans across nodes.
-        previous: the placement in use; the plan starts from it and copies as few experts as it can.
-        max_copies: at most so many copies per layer, counted as `count_copies` does. Needs `previous`.
+        previous: the placement in use; the plan starts from it and copies as few experts as it can. Where groups stay
+            inside nodes, it must have them so.
+        max_copies: at most so many copies per layer, counted as `count_copies` does. Needs `previous`. More never give
+            a worse plan: a lower peak of the load, for "batch" of the drifted loads that it is planned for.
         target_par: stop copying in a layer once its peak-to-average load is at most this. Needs `previous`.
         rule: what decides how tokens divide over an expert's replicas: "even" (equal shares), "rank", "token",
-            "occurrence" or "batch".
+            "occurrence" or "batch". "token" and "occurrence" are planned as "even": by occurrence the shares are even
+            with few tokens already, by token in the limit of many (T tokens on each rank load the first T mod count
+            replicas of an expert by one more per rank, so one token a rank all goes to replica 0, whatever the plan).
         seed: of the search's random choices, 0 or more.
 
     Returns:
@@ -67,12 +72,17 @@ def plan(
     _check_previous(previous, tokens, shape)
     if max_copies is not None:
         max_copies = whole_number("max_copies", max_copies, 0)
-    _check_goals(previous, max_copies, target_par)
-    if rule != "even":
-        return _plan_for_rule(tokens, shape, rule, previous, max_copies, target_par, seed)
+    _check_goals(previous, max_copies, target_par, rule)
+    if rule in ("rank", "batch"):
+        from evenmoe.planner.rule_aware import plan_for_rule
+
+        return plan_for_rule(tokens, shape, rule, previous, max_copies, seed)
     if previous is not None:
-        return _plan_from(tokens, shape, previous, max_copies, target_par, seed)
-    if shape.is_hierarchical:
+        from evenmoe.planner.incremental import plan_incremental
+
+        nodes = (shape.num_nodes, shape.num_groups) if shape.is_hierarchical else (1, 1)
+        slots = plan_incremental(tokens, previous, max_copies, target_par, seed, *nodes)
+    elif shape.is_hierarchical:
         from evenmoe.planner.hierarchical import plan_hierarchical
 
         slots = plan_hierarchical(tokens, shape.num_ranks, shape.num_slots, shape.num_nodes, shape.num_groups, seed)
@@ -85,55 +95,6 @@ def plan(
         from evenmoe.planner.static import plan_static
 
         slots = plan_static(tokens, shape.num_ranks, shape.num_slots, seed)
-    return Placement(slots, shape.num_ranks, num_experts=shape.num_experts)
-
-
-def _plan_for_rule(
-    tokens: FloatArray,
-    shape: Shape,
-    rule: str,
-    previous: Placement | None,
-    max_copies: int | None,
-    target_par: float | None,
-    seed: int,
-) -> Placement:
-    if shape.is_hierarchical:
-        raise ConstraintError(
-            "rule",
-            f"{rule!r} with num_groups={shape.num_groups} on {shape.num_nodes} nodes",
-            'must be "even" where groups are kept inside nodes',
-            'plan with rule="even", or with num_groups=1',
-        )
-    if target_par is not None:
-        raise ConstraintError(
-            "target_par",
-            f"{target_par} with rule={rule!r}",
-            'needs rule="even"',
-            "bound the copies with max_copies instead",
-        )
-    from evenmoe.planner.rule_aware import plan_for_rule
-
-    return plan_for_rule(tokens, shape.num_ranks, shape.num_slots, rule, previous, max_copies, seed)
-
-
-def _plan_from(
-    tokens: FloatArray,
-    shape: Shape,
-    previous: Placement,
-    max_copies: int | None,
-    target_par: float | None,
-    seed: int,
-) -> Placement:
-    if shape.is_hierarchical:
-        raise ConstraintError(
-            "previous",
-            f"given with num_groups={shape.num_groups} on {shape.num_nodes} nodes",
-            "must be None where groups are kept inside nodes",
-            "plan anew without previous, or with num_groups=1",
-        )
-    from evenmoe.planner.incremental import plan_incremental
-
-    slots = plan_incremental(tokens, previous, max_copies, target_par, seed)
     return Placement(slots, shape.num_ranks, num_experts=shape.num_experts)
 
 
@@ -161,9 +122,37 @@ def _check_previous(previous: object, tokens: FloatArray, shape: Shape) -> None:
             "must have the {} layers, {} experts, {} slots, {} ranks of this call".format(*ours),
             "pass the placement in use on this world, or None to plan anew",
         )
+    if shape.is_hierarchical:
+        _check_groups(previous, shape)
 
 
-def _check_goals(previous: Placement | None, max_copies: int | None, target_par: float | None) -> None:
+def _check_groups(previous: Placement, shape: Shape) -> None:
+    group_size, node_slots = shape.num_experts // shape.num_groups, shape.num_slots // shape.num_nodes
+    node = np.arange(shape.num_slots) // node_slots
+    held = np.zeros((previous.num_layers, shape.num_groups, shape.num_nodes), bool)
+    held[np.arange(previous.num_layers)[:, None], previous.slot_to_expert // group_size, node] = True
+    torn = np.argwhere(held.sum(axis=2) > 1)
+    if len(torn):
+        layer, group = torn[0].tolist()
+        raise ConstraintError(
+            "previous",
+            f"a placement with group {group} of layer {layer} on nodes {np.flatnonzero(held[layer, group]).tolist()}",
+            "must keep each group inside one node",
+            "plan anew without previous, or with num_groups=1",
+        )
+    per_node = held.sum(axis=1)
+    uneven = np.argwhere(per_node != shape.num_groups // shape.num_nodes)
+    if len(uneven):
+        layer, full = uneven[0].tolist()
+        raise ConstraintError(
+            "previous",
+            f"a placement with {per_node[layer, full]} groups of layer {layer} on node {full}",
+            f"must have {shape.num_groups // shape.num_nodes} groups on each node",
+            "plan anew without previous, or with num_groups=1",
+        )
+
+
+def _check_goals(previous: Placement | None, max_copies: int | None, target_par: float | None, rule: str) -> None:
     for name, value in (("max_copies", max_copies), ("target_par", target_par)):
         if value is not None and previous is None:
             raise ConstraintError(
@@ -171,3 +160,10 @@ def _check_goals(previous: Placement | None, max_copies: int | None, target_par:
             )
     if target_par is not None and not target_par >= 1:
         raise ConstraintError("target_par", target_par, "must be at least 1.0", "1.0 is perfect balance")
+    if target_par is not None and rule in ("rank", "batch"):
+        raise ConstraintError(
+            "target_par",
+            f"{target_par} with rule={rule!r}",
+            "needs a rule whose shares are even",
+            "bound the copies with max_copies instead",
+        )

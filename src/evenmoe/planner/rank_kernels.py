@@ -327,9 +327,7 @@ def _step(held, index, counts, tokens, loads, has, kept, copies, price, world, n
         swap = _best_exchange(hot, held, index, counts, tokens, loads, has, kept, copies, fee, world, node_ranks)
         exchange = swap[0] < -_GAIN * num_windows
         if not exchange:  # only then, since a new replica takes longer to judge
-            swap = _best_replica(
-                hot, held, index, counts, tokens, loads, goal, kept, copies, fee, world, node_ranks
-            )
+            swap = _best_replica(hot, held, index, counts, tokens, loads, goal, kept, copies, fee, world, node_ranks)
         change, mine, rank, theirs, cost = swap
         if change > -_GAIN * num_windows:
             continue

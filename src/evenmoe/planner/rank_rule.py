@@ -9,7 +9,8 @@ from evenmoe.placement import IntArray, Placement
 
 # What a copy must gain when starting from a placement in use, in mean rank loads: as for the other rules.
 _PRICE_OF_COPY = 5e-4
-# Replica counts are tried for the loads to these powers, until a mean peak is good. With many slots the first is.
+# Replica counts are tried for the loads to these powers, until a mean peak is good. With many slots the first is. Last
+# the lightest are replicated: with few slots two halves of a light expert can fill up ranks best.
 _POWERS = (1.0, 0.8, 1.25, 0.5, 0.0)
 _GOOD = 1.005
 
@@ -70,9 +71,9 @@ def _from_scratch(tokens: FloatArray, held: np.ndarray, index: np.ndarray, world
     weight = tokens.mean(axis=0)
     free = np.ones((num_ranks, num_experts), np.bool_)
     lowest = np.inf
-    for power in _POWERS:
+    for split in [*(weight**power for power in _POWERS), weight.max() - weight]:
         trial, order = np.empty_like(held), np.empty_like(index)
-        counts = rank_kernels.count_reachable(weight**power, held.size, num_ranks, world)
+        counts = rank_kernels.count_reachable(split, held.size, num_ranks, world)
         rank_kernels.pack(weight, counts, trial, order, world)
         peak = rank_kernels.improve(trial, order, counts, tokens, free, 0, 0.0, world, num_ranks)
         if peak < lowest:

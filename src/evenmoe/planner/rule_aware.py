@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
-from evenmoe.errors import ConstraintError
 from evenmoe.metrics import FloatArray
 from evenmoe.placement import Placement
+from evenmoe.planner._shape import Shape
+from evenmoe.planner.batch import improve_batch, plan_batch
+from evenmoe.planner.hierarchical import pack_groups, put_nodes, take_nodes
+from evenmoe.planner.rank_rule import improve_rank_rule, plan_rank_rule
 
 
 def plan_for_rule(
     load: FloatArray,
-    num_ranks: int,
-    num_slots: int,
+    shape: Shape,
     rule: str,
     previous: Placement | None = None,
     max_copies: int | None = None,
@@ -21,43 +24,72 @@ def plan_for_rule(
     """The placement that is best under `rule`.
 
     "rank" reaches only some replica counts, with uneven shares: see `rank_rule`. "batch" is judged after the best
-    split: see `batch`. "token" and "occurrence" are planned as "even": by occurrence the shares are even already with
-    few tokens, by token in the limit of many (T tokens on each rank load the first T mod count replicas of an expert
-    by one more per rank, so a decode step with one token per rank puts everything on replica 0, whatever the plan).
+    split: see `batch`. Where groups are kept inside nodes, they are packed into nodes as for even shares; then each
+    node's slots are planned for the rule, whose tokens still come from all ranks.
 
     Args:
         load: float64 (L, E), or windows (T, L, E).
-        rule: "even", "rank", "token", "occurrence" or "batch".
-        num_ranks, num_slots, previous, max_copies, seed: as in `plan`.
-
-    Raises:
-        ConstraintError: a rule that there is not.
+        rule: "rank" or "batch".
+        shape, previous, max_copies, seed: as in `plan`. `previous` keeps its groups inside nodes where `shape` does.
     """
-    if rule == "batch":
-        from evenmoe.planner.batch import plan_batch
-
-        slots = plan_batch(load, num_ranks, num_slots, previous, max_copies, seed)
-        return _in_the_slots_of(previous, Placement(slots, num_ranks, num_experts=load.shape[-1]))
+    if previous is not None:
+        return _from_previous(load, shape, rule, previous, max_copies, seed)
+    members = None
+    num_nodes = shape.num_nodes if shape.is_hierarchical else 1
+    if shape.is_hierarchical:
+        members = pack_groups(load, shape, seed)
+        load = take_nodes(load, members)
+    order = _by_load(load)
+    load = _take(load, order)
+    index = None
     if rule == "rank":
-        from evenmoe.planner.rank_rule import plan_rank_rule
+        slots, index = plan_rank_rule(load, shape.num_ranks // num_nodes, shape.num_slots // num_nodes, shape.num_ranks)
+        index = index.reshape(-1, shape.num_slots)
+    else:
+        slots = plan_batch(load, shape.num_ranks // num_nodes, shape.num_slots // num_nodes, seed)
+    slots = np.take_along_axis(order, slots, axis=1)
+    if members is not None:
+        slots = put_nodes(slots, members)
+    return Placement(slots, shape.num_ranks, num_experts=shape.num_experts, replica_index=index)
 
-        return _in_the_slots_of(previous, plan_rank_rule(load, num_ranks, num_slots, previous, max_copies))
-    if rule in ("even", "token", "occurrence"):
-        from evenmoe.planner.plan import plan  # which comes here only for the other rules
 
-        return plan(load, num_ranks=num_ranks, num_slots=num_slots, previous=previous, max_copies=max_copies, seed=seed)
-    raise ConstraintError(
-        "rule",
-        repr(rule),
-        'must be "even", "rank", "token", "occurrence" or "batch"',
-        "use the rule that update_expert will be called with",
+def _from_previous(
+    load: FloatArray, shape: Shape, rule: str, previous: Placement, max_copies: int | None, seed: int
+) -> Placement:
+    num_nodes = shape.num_nodes if shape.is_hierarchical else 1
+    order = _by_load(load)
+    load = _take(load, order)
+    start = Placement(
+        np.take_along_axis(np.argsort(order, axis=1), previous.slot_to_expert, axis=1),
+        previous.num_ranks,
+        num_experts=previous.num_experts,
+        replica_index=previous.replica_index,
     )
+    index = None
+    if rule == "rank":
+        slots, index = improve_rank_rule(load, start, max_copies, num_nodes)
+    else:
+        slots = improve_batch(load, start, max_copies, seed, num_nodes)
+    placement = Placement(
+        np.take_along_axis(order, slots, axis=1),
+        previous.num_ranks,
+        num_experts=previous.num_experts,
+        replica_index=index,
+    )
+    return _in_the_slots_of(previous, placement)
 
 
-def _in_the_slots_of(previous: Placement | None, placement: Placement) -> Placement:
+def _by_load(load: FloatArray) -> npt.NDArray[np.int64]:
+    """int64 (L, E): experts in descending order of mean load, so that no plan depends on what they are called."""
+    return np.argsort(-(load.mean(axis=0) if load.ndim == 3 else load), axis=1, kind="stable")
+
+
+def _take(load: FloatArray, order: npt.NDArray[np.int64]) -> FloatArray:
+    return np.take_along_axis(load, np.broadcast_to(order, load.shape), axis=-1)
+
+
+def _in_the_slots_of(previous: Placement, placement: Placement) -> Placement:
     """The same placement with every expert that stays on its rank in the slot where it was."""
-    if previous is None:
-        return placement
     slots, index = placement.slot_to_expert.copy(), placement.replica_index.copy()
     width = placement.slots_per_rank
     for layer in range(placement.num_layers):
