@@ -1,0 +1,180 @@
+"""`evenmoe simulate` as its users meet it."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from evenmoe.cli.simulation import progress_bar
+from evenmoe.simulator.store import load_simulation
+from evenmoe.traces.small import small_trace
+
+SIZES = ("--expert-bytes", 4e6, "--expert-flops", 1e7, "--hidden", 64)
+SMALL = ("--ranks", 4, "--tokens-per-rank", 16, "--steps", 6, "--workers", 1, *SIZES)
+
+
+@pytest.fixture
+def trace(tmp_path) -> Path:
+    made = small_trace()
+    np.savez(tmp_path / "trace.npz", load=made.load, routing=made.routing)
+    return tmp_path / "trace.npz"
+
+
+@pytest.fixture
+def loads(tmp_path) -> Path:
+    np.savez(tmp_path / "loads.npz", load=small_trace().load)
+    return tmp_path / "loads.npz"
+
+
+def test_the_tables_name_every_policy(evenmoe, trace):
+    done = evenmoe("simulate", trace, *SMALL)
+    assert done.code == 0, done.err
+    assert "trace: 6 steps of 64 tokens on 4 ranks, 1 nodes" in done.out
+    for word in ("identity", "static", "greedy", "evenmoe:rule=batch", "oracle", "mean", "PAR", "break-even"):
+        assert word in done.out
+    assert max(len(line) for line in done.out.splitlines()) <= 80
+    assert "Every pick is the recorded one" in done.err
+
+
+def test_json_is_one_object_whose_keys_have_units(evenmoe, trace):
+    done = evenmoe("simulate", trace, *SMALL, "--json", "--policy", "greedy", "-p", "evenmoe:refresh=2")
+    found = json.loads(done.out)
+    assert [policy["name"] for policy in found["policies"]] == ["identity", "greedy", "evenmoe:refresh=2"]
+    assert found["tokens_per_step"] == 64
+    policy = found["policies"][2]
+    assert policy["slots"] == 36
+    assert policy["redundancy_bytes_per_rank"] == 4 * 4_000_000  # one slot a rank in each of 4 layers
+    assert policy["break_even_steps"] is None or policy["break_even_steps"] >= 0
+    assert {"par_mean", "step_us_mean", "copies_experts", "within_node_rows_once_per_step"} <= policy.keys()
+    names = [row["name"] for row in found["settings"]]
+    assert names[:3] == ["command", "model", f"SHA-256 of {trace}"]
+    assert done.err == ""
+
+
+def test_every_option_reaches_the_replay(evenmoe, trace, tmp_path):
+    out, page = tmp_path / "out.sim", tmp_path / "page.html"
+    done = evenmoe(
+        "simulate", trace, "--ranks", 8, "--nodes", 4, "--tokens-per-rank", 6, "--chunk", 2, "--steps", 5,
+        "--slots", 48, "--groups", 4, "--refresh", 2, "--window", 3, "--seed", 7, "--workers", 2, "--details", "--top-k", 4,
+        "--hidden", 10, "--expert-flops", 1, "--expert-bytes", 2, "--copy-bytes", 3, "--dispatch-row-bytes", 4,
+        "--combine-row-bytes", 5, "--flops-per-s", 6, "--memory-bytes-per-s", 7, "--within-bytes-per-s", 8,
+        "--between-bytes-per-s", 9, "--latency-us", 11, "--row-per-expert", "--out", out, "--report", page,
+        "-p", "greedy",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    simulation = load_simulation(out)
+    settings = {name: value for name, value, _ in simulation.settings}
+    expected = {
+        "ranks": "8", "nodes": "4", "tokens per rank and step": "6", "tokens of a request per step": "2", "steps": "5",
+        "slots": "48", "expert groups kept inside nodes": "4", "refresh every": "2", "window": "3", "seed": "7",
+        "FLOP per row of an expert": "1", "weights of an expert": "2", "copied expert": "3", "row to an expert": "4",
+        "row back": "5", "achieved by a rank": "6", "reading weights": "7", "link to ranks of the node": "8",
+        "link to other nodes": "9", "latency of an exchange": "11", "rows on the wire in step times": "one per expert",
+        "model": "not known",
+    }  # fmt: skip
+    assert {name: settings[name] for name in expected} == expected
+    assert simulation.policies[1].details is not None
+    assert "4 groups kept inside nodes" in simulation.policies[1].description
+    assert "<html" in page.read_text()[:200]
+
+
+def test_the_file_is_read_by_report(evenmoe, trace, tmp_path):
+    evenmoe("simulate", trace, *SMALL, "--out", tmp_path / "out.sim", "-p", "greedy")
+    done = evenmoe("report", tmp_path / "out.sim", "--output", tmp_path / "page.html")
+    assert done.code == 0, done.err
+    assert "<html" in (tmp_path / "page.html").read_text()[:200]
+
+
+def test_the_same_call_gives_the_same_bytes(evenmoe, loads, tmp_path):
+    out = tmp_path / "out.sim"
+    call = ("simulate", loads, *SMALL, "--top-k", 4, "--out", out)
+    assert evenmoe(*call).code == 0
+    first = out.read_bytes()
+    assert evenmoe(*call).code == 0
+    assert out.read_bytes() == first
+
+
+def test_loads_alone_say_what_is_drawn(evenmoe, loads):
+    done = evenmoe("simulate", loads, *SMALL, "--top-k", 4, "-p", "evenmoe:rule=token")
+    assert done.code == 0
+    assert "draws its counts" in done.err
+    assert "expected values" in done.err
+
+
+def test_a_synthetic_trace_brings_its_model(evenmoe):
+    done = evenmoe(
+        "simulate", "synthetic:mixtral", "--ranks", 4, "--tokens-per-rank", 8, "--steps", 3, "--json", "-p", "greedy"
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert (found["layers"], found["experts"], found["top_k"]) == (32, 8, 2)
+    assert {"name": "model", "value": "mixtral-8x7b", "unit": ""} in found["settings"]
+    assert not any("SHA-256" in row["name"] for row in found["settings"])
+
+
+def test_nodes_have_eight_ranks_where_that_divides(evenmoe, trace):
+    few = ("--tokens-per-rank", 2, "--steps", 1, "--json", "-p", "identity", *SIZES)
+    assert json.loads(evenmoe("simulate", trace, "--ranks", 16, *few).out)["nodes"] == 2
+    assert json.loads(evenmoe("simulate", trace, "--ranks", 12, *few).out)["nodes"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("-p", "best"), "use one of identity"),
+        (("-p", "greedy:refresh=0"), "1 or more"),
+        (("-p", "greedy", "-p", "greedy"), "given once"),
+        (("--slots", 33), "use a multiple of 4, 32 or more"),
+        (("--chunk", 5), "use one of [1, 2, 4, 8, 16]"),
+        (("--nodes", 3), "use one of [1, 2, 4]"),
+        (("--top-k", 3), "must be that of the trace, 4"),
+        (("--model", "mixtrall"), "the nearest is"),
+        (("--flops-per-s", 0), "more than 0"),
+        (("--latency-us", "nan"), "0 or more"),
+        (("--out", "missing/out.sim"), "folder that exists"),
+        (("--ranks", 0), "--ranks"),
+        (("--steps", "x"), "--steps"),
+        (("-p", "evenmoe:groups=4,rule=batch", "--nodes", 2), "can be planned"),
+    ],
+)
+def test_mistakes_are_explained(evenmoe, trace, arguments, words):
+    done = evenmoe("simulate", trace, *SMALL, *arguments)
+    assert done.code == 2
+    assert words in done.err
+    assert "Traceback" not in done.err
+    assert done.out == ""
+
+
+def test_wrong_files_are_explained(evenmoe, tmp_path, trace):
+    missing = evenmoe("simulate", tmp_path / "nothing.npz", *SMALL)
+    assert missing.code == 2
+    assert "nothing.npz" in missing.err
+    (tmp_path / "text.npz").write_text("hello")
+    assert "not an intact .npz" in evenmoe("simulate", tmp_path / "text.npz", *SMALL).err
+    assert "must be one of" in evenmoe("simulate", "synthetic:nothing", *SMALL).err
+    assert "must not be the trace" in evenmoe("simulate", trace, *SMALL, "--out", trace).err
+    both = evenmoe("simulate", trace, *SMALL, "--out", tmp_path / "a", "--report", tmp_path / "a")
+    assert "must not be the file of --out" in both.err
+
+
+def test_an_unknown_model_is_asked_for(evenmoe, trace, loads):
+    done = evenmoe("simulate", trace, "--ranks", 4, "--expert-bytes", 4)
+    assert done.code == 2
+    assert "--expert-flops, --hidden" in done.err
+    assert "experts a token picks" in evenmoe("simulate", loads, *SMALL).err
+
+
+def test_the_progress_bar_is_for_terminals():
+    for terminal in (True, False):
+        text = io.StringIO()
+        with progress_bar("replaying", Console(file=text, force_terminal=terminal, width=80)) as progress:
+            progress(1, 4)
+            progress(3, 4)
+        assert ("replaying" in text.getvalue()) is terminal
+        assert ("3/4" in text.getvalue()) is terminal
+        assert ("left" in text.getvalue()) is terminal

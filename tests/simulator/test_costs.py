@@ -1,0 +1,106 @@
+"""Times and copies, by hand; the routes of copies against plain loops are in `dull`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from evenmoe.errors import ConstraintError
+from evenmoe.placement import Placement
+from evenmoe.simulator.copying import route_copies
+from evenmoe.simulator.costs import CostModel
+
+# One FLOP, byte or row a second each way, so that every figure below is a number of seconds.
+UNIT = CostModel(
+    expert_flops_per_token=1,
+    expert_bytes=1,
+    dispatch_row_bytes=1,
+    combine_row_bytes=1,
+    copy_bytes=1,
+    flops_per_s=1,
+    memory_bytes_per_s=1,
+    within_bytes_per_s=1,
+    between_bytes_per_s=1,
+    latency_us=0,
+)
+NONE = np.zeros((1, 2, 2))
+
+
+def seconds(costs=UNIT, tokens=(0, 0), busy=(0, 0), sent=NONE, received=NONE) -> float:
+    return float(costs.layer_time(np.array([tokens]), np.array([busy]), sent, received)[0] / 1e6)
+
+
+def rows(link: int, *numbers: int) -> np.ndarray:
+    found = np.zeros((1, 2, 2))
+    found[0, link] = numbers
+    return found
+
+
+def test_the_busiest_rank_decides():
+    assert seconds(tokens=(7, 3)) == 7
+    assert seconds(replace(UNIT, expert_flops_per_token=4, flops_per_s=2), tokens=(7, 3)) == 14
+
+
+def test_reading_weights_takes_over_where_rows_are_few():
+    costs = replace(UNIT, expert_bytes=10)
+    assert seconds(costs, tokens=(7, 3), busy=(0, 2)) == 20
+    assert seconds(costs, tokens=(25, 3), busy=(1, 2)) == 25
+    assert seconds(replace(costs, memory_bytes_per_s=5), busy=(0, 3)) == 6
+
+
+def test_a_link_sends_and_receives_at_once_and_the_links_do_not_wait():
+    assert seconds(sent=rows(0, 3, 0), received=rows(0, 0, 3)) == 6  # dispatch and combine
+    assert seconds(sent=rows(0, 3, 0) + rows(1, 5, 0), received=rows(0, 4, 0)) == 10
+    assert seconds(replace(UNIT, within_bytes_per_s=0.5), sent=rows(0, 3, 0) + rows(1, 5, 0)) == 12
+    assert seconds(replace(UNIT, dispatch_row_bytes=3), sent=rows(1, 0, 2)) == 8
+
+
+def test_experts_then_wire_then_two_latencies():
+    costs = replace(UNIT, latency_us=1e6)
+    assert seconds(costs, tokens=(7, 3), sent=rows(1, 0, 2)) == 7 + 4 + 2
+
+
+def test_copies_take_the_busiest_link_and_one_latency():
+    costs = replace(UNIT, copy_bytes=10, between_bytes_per_s=0.5, latency_us=5)
+    sent, received = np.array([[3, 0], [0, 1]]), np.array([[0, 3], [1, 0]])
+    assert costs.copy_time(sent, received) == pytest.approx(30e6 + 5)
+    assert costs.copy_time(sent * 0, received * 2) == pytest.approx(60e6 + 5)
+    assert costs.copy_time(sent * 0, received * 0) == 0.0
+
+
+def test_figures_of_an_expert():
+    costs = CostModel.for_expert(7168, 44_040_192, 88_080_384, dispatch_row_bytes=7168.0)
+    assert (costs.dispatch_row_bytes, costs.combine_row_bytes) == (7168.0, 14336.0)
+    assert costs.copy_bytes == 44_040_192
+    assert costs.one_row_per_rank
+
+
+@pytest.mark.parametrize(
+    ("figure", "value", "words"),
+    [
+        ("flops_per_s", 0.0, "finite and more than 0"),
+        ("between_bytes_per_s", -1.0, "finite and more than 0"),
+        ("latency_us", -1.0, "finite and 0 or more"),
+        ("expert_bytes", float("nan"), "finite and 0 or more"),
+        ("memory_bytes_per_s", float("inf"), "finite and more than 0"),
+    ],
+)
+def test_wrong_figures_are_named(figure, value, words):
+    with pytest.raises(ConstraintError) as caught:
+        replace(UNIT, **{figure: value})
+    assert figure in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_an_expert_comes_from_its_own_node_if_it_can_and_senders_take_turns():
+    before = Placement([[0, 1, 2, 0]], 4)  # nodes {0, 1} and {2, 3}
+    after = Placement([[0, 0, 1, 2]], 4)
+    sent, received = route_copies(before, after, ranks_per_node=2)
+    # Expert 0 to rank 1 from rank 0; expert 1 to rank 2 from rank 1, over nodes; expert 2 to rank 3 from rank 2.
+    assert sent.tolist() == [[1, 0, 1, 0], [0, 1, 0, 0]]
+    assert received.tolist() == [[0, 1, 0, 1], [0, 0, 1, 0]]
+    layers = Placement([[0, 1, 2, 3, 4, 0]] * 2, 6), Placement([[1, 2, 3, 0, 4, 0]] * 2, 6)
+    sent, _ = route_copies(*layers, ranks_per_node=6)
+    assert sent[0].tolist() == [1, 2, 2, 2, 0, 1]  # expert 0 came from rank 0 in one layer, from rank 5 in the other

@@ -1,0 +1,149 @@
+"""The grammar of `--policy`, and the published greedy planner."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evenmoe.errors import ConstraintError
+from evenmoe.simulator.greedy import plan_greedy
+from evenmoe.simulator.placing import first_placement, plan_policy
+from evenmoe.simulator.policies import DEFAULT, parse_policies
+from evenmoe.simulator.world import World
+from tests.simulator.dull import Setup, greedy
+
+WORLD = World(8, 2, 16)
+
+
+def parse(*texts: str):
+    return parse_policies(texts, WORLD, num_experts=20, num_slots=32, refresh=10, window=7)
+
+
+def test_the_defaults_are_every_kind():
+    policies = parse(*DEFAULT)
+    assert [policy.name for policy in policies] == list(DEFAULT)
+    assert {policy.kind for policy in policies} == {"identity", "static", "greedy", "evenmoe", "oracle"}
+
+
+def test_what_is_not_said_comes_from_the_call():
+    _, policy = parse("evenmoe")
+    assert (policy.rule, policy.plan_for, policy.num_slots, policy.refresh, policy.window) == (
+        "rank",
+        "rank",
+        32,
+        10,
+        7,
+    )
+    assert (policy.pieces, policy.max_copies, policy.target_par, policy.from_previous) == (1, None, None, True)
+
+
+def test_every_key_is_read():
+    text = "evenmoe:rule=batch,slots=40,groups=4,refresh=3,window=9,pieces=2,plan-for=even,max-copies=0,target-par=1.05"
+    _, policy = parse(text)
+    assert policy.name == text
+    assert (policy.rule, policy.num_slots, policy.num_groups, policy.refresh) == ("batch", 40, 4, 3)
+    assert (policy.window, policy.pieces, policy.plan_for) == (9, 2, "even")
+    assert (policy.max_copies, policy.target_par) == (0, 1.05)
+    assert not parse("evenmoe:start=scratch")[1].from_previous
+    assert parse("static:planner=greedy")[1].planner == "greedy"
+    assert parse("oracle")[1].plan_for == "even"
+
+
+def test_identity_comes_first_and_once():
+    assert [policy.name for policy in parse("greedy", "identity:rule=token", "oracle")] == [
+        "identity:rule=token",
+        "greedy",
+        "oracle",
+    ]
+    assert parse("identity")[0].num_slots == 24  # 20 experts on 8 ranks
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "begins with ''"),
+        ("best", "use one of identity, static, greedy, evenmoe, oracle"),
+        ("greedy:", "ends in a colon"),
+        ("greedy:rule", "gives 'rule' no value"),
+        ("greedy:rule=", "gives 'rule' no value"),
+        ("greedy:rule=best", "use one of even, rank, token, occurrence, batch"),
+        ("greedy:rule=rank,rule=token", "gives 'rule' twice"),
+        ("greedy:speed=1", "use rule, slots, groups, refresh, window"),
+        ("greedy:max-copies=1", "which greedy does not take"),
+        ("identity:slots=32", "which identity does not take"),
+        ("greedy:refresh=0", "use a whole number, 1 or more"),
+        ("greedy:refresh=1.5", "use a whole number, 1 or more"),
+        ("greedy:window=many", "use a whole number, 1 or more"),
+        ("greedy:window=99999999999", "use a whole number, 1 or more"),
+        ("evenmoe:target-par=0.9", "use a number, 1 or more"),
+        ("evenmoe:target-par=nan", "use a number, 1 or more"),
+        ("evenmoe:start=now", "use one of previous, scratch"),
+        ("evenmoe:start=scratch,max-copies=3", "a limit needs a placement to keep"),
+        ("greedy:slots=16", "use a multiple of 8, 24 or more"),
+        ("greedy:slots=33", "use a multiple of 8, 24 or more"),
+        ("greedy:groups=3", "use 1, or a multiple of 2 that divides 20"),
+    ],
+)
+def test_mistakes_name_the_policy_and_the_fix(text, words):
+    with pytest.raises(ConstraintError) as caught:
+        parse(text)
+    assert words in str(caught.value)
+    assert repr(text) in str(caught.value)
+
+
+def test_the_same_policy_twice_is_refused():
+    with pytest.raises(ConstraintError, match="must be given once"):
+        parse("greedy", "greedy")
+
+
+def test_descriptions_say_what_is_done():
+    *_, policy = parse("evenmoe:rule=batch,pieces=2,max-copies=3,target-par=1.1")
+    assert policy.description == (
+        "evenmoe's plan for the batch rule, made every 10 steps from the 7 steps before as 2 windows, starting from "
+        "the placement in use, at most 3 copies a layer, down to a PAR of 1.1, replicas chosen by the batch rule."
+    )
+    assert len({policy.description for policy in parse(*DEFAULT)}) == len(DEFAULT)
+
+
+def test_every_policy_starts_alike():
+    _, policy = parse("greedy")
+    assert first_placement(policy, WORLD, 2, 20).slot_to_expert.tolist() == [[s % 20 for s in range(32)]] * 2
+
+
+def test_a_window_is_cut_into_pieces():
+    """Experts 0 and 1 are busy in the older steps, 2 and 3 in the newer: only a plan from pieces keeps them level."""
+    world = World(2)
+    past = np.array([[[9.0, 9, 1, 1]]] * 3 + [[[1.0, 1, 9, 9]]] * 3)
+    _, whole, pieces = parse_policies(
+        ["evenmoe:rule=even,start=scratch", "evenmoe:rule=even,start=scratch,pieces=2"],
+        world, num_experts=4, num_slots=4, refresh=1, window=6,
+    )  # fmt: skip
+    current = first_placement(whole, world, 1, 4)
+    slots = plan_policy(pieces, world, past, current, 0).slot_to_expert.reshape(2, 2) // 2
+    assert [sorted(rank) for rank in slots.tolist()] == [[0, 1], [0, 1]]
+    level = plan_policy(whole, world, past, current, 0)
+    assert plan_policy(whole, world, past[::-1].copy(), current, 0) == level  # one sum has no order
+
+
+@settings(deadline=None)
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 2**32), st.integers(0, 3))
+def test_greedy_is_the_published_one(ranks, width, seed, spread):
+    rng = np.random.default_rng(seed)
+    experts = int(rng.integers(1, ranks * width + 1))
+    load = np.floor(rng.exponential(size=(2, experts)) ** spread * 10)
+    slots = plan_greedy(load, ranks, ranks * width)
+    setup = Setup(ranks, 1, 1, 1, 1, 1, 1, ranks * width, 0, 0, 0)
+    assert slots.tolist() == [greedy(layer.tolist(), setup, ranks * width) for layer in load]
+
+
+def test_greedy_keeps_groups_inside_nodes():
+    rng = np.random.default_rng(0)
+    load = rng.exponential(size=(3, 16)) ** 2
+    slots = plan_greedy(load, num_ranks=4, num_slots=24, num_nodes=2, num_groups=8)
+    for layer in slots.reshape(3, 2, 12):
+        groups = [set((node // 2).tolist()) for node in layer]
+        assert len(groups[0]) == len(groups[1]) == 4
+        assert not groups[0] & groups[1]
+        assert set(layer.ravel().tolist()) == set(range(16))

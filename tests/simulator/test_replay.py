@@ -1,0 +1,202 @@
+"""Laws of a replay: plans see only the past, and nothing depends on threads or on the other policies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from evenmoe.errors import ConstraintError, MissingArgumentError
+from evenmoe.simulator.costs import CostModel
+from evenmoe.simulator.replay import simulate
+from evenmoe.simulator.store import save_simulation
+from evenmoe.simulator.world import World
+from evenmoe.traces.small import small_trace
+from evenmoe.traces.trace import Trace
+from tests.simulator.dull import Setup, deal
+
+COSTS = CostModel.for_expert(64, 4e6, 1e7)
+WORLD = World(6, 2, 8)
+POLICIES = (
+    "identity",
+    "static:pieces=2",
+    "greedy:rule=token",
+    "evenmoe:rule=occurrence,pieces=2",
+    "evenmoe:rule=batch,max-copies=4",
+    "oracle",
+)
+STEPS, REFRESH = 12, 3
+
+
+def with_requests() -> Trace:
+    return replace(small_trace(), seq_start=np.array([0, 5, 5, 300, 301, 777, 1500, 2048]))
+
+
+def loads_only(windows: int = 12, by_rank: int = 0) -> Trace:
+    rng = np.random.default_rng(1)
+    load = rng.integers(0, 40, (windows, max(by_rank, 1), 3, 32)) * rng.integers(0, 9, (windows, 1, 3, 32))
+    return Trace("loads", load.sum(axis=1), load_by_rank=load if by_rank else None)
+
+
+def run(trace: Trace, policies=POLICIES, **options):
+    options = {"num_slots": 42, "num_steps": STEPS, "refresh": REFRESH, "workers": 1, "world": WORLD} | options
+    if trace.routing is None:
+        options.setdefault("top_k", 4)
+    return simulate(trace, policies, costs=COSTS, details=True, **options)
+
+
+def other_future(trace: Trace, last: int) -> Trace:
+    """The trace with everything that is first used after step `last` changed."""
+    if trace.routing is None:
+        load = trace.load.copy()
+        load[last + 1 :] = load[last + 1 :, :, ::-1]  # 12 windows on 12 steps
+        return replace(trace, load=load)
+    starts = (np.arange(len(trace.routing) + 1) if trace.seq_start is None else trace.seq_start).tolist()
+    setup = Setup(6, 2, 8, 8, STEPS, 0, 0, 0, 0, 0, 0)
+    dealt = deal(starts, setup)
+    used = {token for step in dealt[: last + 1] for rank in step for token in rank}
+    later = np.array([token not in used for token in range(len(trace.routing))])
+    routing = trace.routing.copy()
+    routing[later] = 31 - routing[later]
+    return replace(trace, routing=routing)
+
+
+@pytest.mark.parametrize("trace", [with_requests(), loads_only()], ids=["tokens", "loads"])
+@pytest.mark.parametrize("last", [0, REFRESH - 1, REFRESH, 7])
+def test_the_future_changes_nothing_before_it(trace, last):
+    one, other = run(trace), run(other_future(trace, last))
+    for policy, changed in zip(one.policies, other.policies, strict=True):
+        now = slice(0, last + 1)
+        for name in ("par", "step_time"):
+            np.testing.assert_array_equal(getattr(policy, name)[now], getattr(changed, name)[now])
+            if policy.name != "oracle":  # whose loads are even whatever comes
+                assert (getattr(policy, name)[last + 1 :] != getattr(changed, name)[last + 1 :]).any()
+        assert policy.details is not None
+        assert changed.details is not None
+        np.testing.assert_array_equal(policy.details.rank_loads[now], changed.details.rank_loads[now])
+        # A plan is made before its step, so it is the same one step longer; the oracle's is made from its own step.
+        planned = slice(0, last + 1 if policy.name == "oracle" else last + 2)
+        np.testing.assert_array_equal(policy.copies[planned], changed.copies[planned])
+        np.testing.assert_array_equal(policy.copy_time[planned], changed.copy_time[planned])
+    oracle, theirs = one.policies[-1], other.policies[-1]
+    assert (oracle.copies[last + 1] != theirs.copies[last + 1]).any()
+
+
+@pytest.mark.parametrize(
+    "trace", [with_requests(), loads_only(5), loads_only(4, by_rank=3)], ids=["tokens", "loads", "ranks"]
+)
+def test_threads_change_nothing(trace, tmp_path):
+    for workers in (1, 2, 5):
+        save_simulation(tmp_path / str(workers), run(trace, workers=workers))
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes() == (tmp_path / "5").read_bytes()
+
+
+@pytest.mark.parametrize("trace", [with_requests(), loads_only(5)], ids=["tokens", "loads"])
+def test_policies_do_not_touch_each_other(trace):
+    together = {policy.name: policy for policy in run(trace).policies}
+    for name in POLICIES[1:]:
+        alone = run(trace, [name]).policies[1]
+        np.testing.assert_array_equal(alone.par, together[name].par)
+        np.testing.assert_array_equal(alone.copies, together[name].copies)
+        assert alone.break_even_steps == together[name].break_even_steps
+
+
+def test_the_seed_decides_the_draws():
+    first, again, other = (run(loads_only(), ["identity"], seed=seed).policies[0].par for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_every_policy_plans_when_it_says():
+    found = {policy.name: policy for policy in run(with_requests(), [*POLICIES, "greedy:refresh=5,window=2"]).policies}
+    assert found["identity"].refreshes.tolist() == []
+    assert found["static:pieces=2"].refreshes.tolist() == [REFRESH]
+    assert found["greedy:rule=token"].refreshes.tolist() == [3, 6, 9]
+    assert found["greedy:refresh=5,window=2"].refreshes.tolist() == [5, 10]
+    assert found["oracle"].refreshes.tolist() == list(range(1, STEPS))
+    assert not found["oracle"].copy_time.any()
+    assert found["oracle"].copies.any()
+    for policy in found.values():
+        assert set(np.flatnonzero(policy.copies.sum(axis=1))) <= set(policy.refreshes.tolist())
+
+
+def test_a_limit_of_copies_is_kept():
+    policy = run(with_requests(), ["evenmoe:rule=even,max-copies=2"]).policies[1]
+    assert policy.copies.max() == 2
+
+
+def test_an_oracle_is_better_than_what_only_knows_the_past():
+    found = run(loads_only(), ["greedy:rule=batch", "oracle"]).policies
+    assert (found[2].par <= found[1].par + 1e-12).mean() > 0.9
+    assert found[2].par.mean() < found[1].par.mean() < found[0].par.mean()
+
+
+def test_drawn_totals_add_up():
+    simulation = run(loads_only())
+    for policy in simulation.policies:
+        assert policy.rank_tokens.sum() == simulation.load.sum()
+        assert policy.details is not None
+        np.testing.assert_array_equal(policy.details.rank_loads.sum(axis=0), policy.rank_tokens)
+    # 3 layers × 48 tokens × 4 picks × 12 steps; each pick is a chance, so the variance is below the mean
+    expected = 3 * 48 * 4 * 12
+    assert abs(simulation.load.sum() - expected) < 6 * np.sqrt(expected)
+
+
+def test_a_trace_of_nothing_is_perfectly_balanced():
+    simulation = run(Trace("nothing", np.zeros((2, 1, 32), np.int64)), num_steps=5)
+    for policy in simulation.policies:
+        assert (policy.par == 1.0).all()
+        assert not policy.traffic.between_nodes.any()
+        assert (policy.step_time == 2 * COSTS.latency_us).all()
+
+
+def test_defaults():
+    simulation = simulate(with_requests(), world=World(4, 1, 32), costs=COSTS)
+    assert len(simulation.tokens) == 16  # 2,048 tokens, 128 a step
+    settings = {name: value for name, value, _ in simulation.settings}
+    assert (settings["refresh every"], settings["window"], settings["slots"]) == ("1", "1", "36")
+    assert len(simulate(loads_only(), ["identity"], world=World(2), costs=COSTS, top_k=2).tokens) == 100
+
+
+def test_redundancy_costs_memory():
+    identity, greedy, more = run(with_requests(), ["greedy", "greedy:slots=60"]).policies
+    assert identity.final.num_slots == 36  # 32 experts on 6 ranks
+    assert [policy.memory_per_rank for policy in (identity, greedy, more)] == [
+        4 * 6 * 4_000_000,
+        4 * 7 * 4_000_000,
+        4 * 10 * 4_000_000,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_steps": 0}, "`num_steps` is 0"),
+        ({"refresh": 0}, "`refresh` is 0"),
+        ({"window": -1}, "`window` is -1"),
+        ({"chunk": 3}, "use one of [1, 2, 4, 8]"),
+        ({"seed": -1}, "`seed` is -1"),
+        ({"workers": 0}, "`workers` is 0"),
+        ({"top_k": 5}, "must be that of the trace, 4"),
+        ({"num_slots": 43}, "has 43 slots for 32 experts on 6 ranks"),
+    ],
+)
+def test_wrong_options_are_named(options, words):
+    with pytest.raises(ConstraintError) as caught:
+        run(with_requests(), **options)
+    assert words in str(caught.value)
+
+
+def test_loads_need_to_know_the_experts_of_a_token():
+    with pytest.raises(MissingArgumentError, match="experts a token picks"):
+        run(loads_only(), top_k=None)
+    with pytest.raises(ConstraintError, match="must be 1 to 32"):
+        run(loads_only(), top_k=33)
+    told = replace(loads_only(), metadata={"top_k": 2})
+    assert run(told, ["identity"], top_k=None).top_k == 2
+
+
+def test_a_policy_that_cannot_be_planned_is_refused_before_the_replay():
+    with pytest.raises(ConstraintError, match=r"'evenmoe:groups=4'.*must be one that can be planned"):
+        run(with_requests(), ["evenmoe:groups=4"])
