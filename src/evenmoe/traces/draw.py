@@ -76,6 +76,7 @@ def draw_counts(
     target = rng.standard_gamma(mean * mean / spread) * (spread / mean)
     target += 1e-9 * mean  # where every target of a row is 0, which one token on 256 experts may have
     total = (tokens * top_k)[:, None]
+    target *= total / target.sum(axis=1, keepdims=True)
     limit = tokens[:, None] * (1 - 1e-9)  # so that rounding up reaches the tokens, and no sum of roundings passes them
     for _ in range(50):
         full = target >= limit

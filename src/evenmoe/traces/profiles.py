@@ -119,9 +119,9 @@ MEASUREMENTS: dict[str, Measurement] = {
             "gini": (0.073, 0.073, 0.02),
             "skew": (1.221, 1.212, 0.02),
             "drift": (0.182, 0.182, 0.02),
-            "comovement_1": (0.324, 0.324, 0.02),
-            "comovement_4": (0.587, 0.582, 0.02),
-            "comovement_16": (0.822, 0.771, 0.1),
+            "comovement_1": (0.324, 0.327, 0.02),
+            "comovement_4": (0.587, 0.579, 0.02),
+            "comovement_16": (0.822, 0.768, 0.1),
         },
     ),
     # Six domains of 205,000 tokens, three layers. Locality is DeepSeek-V2-Lite's, co-movement gpt-oss-20b's.

@@ -65,7 +65,8 @@ def synthesise(
     Every window holds tokens of `requests` live requests, in equal parts; a request lives for `request_windows`
     windows and makes way for a new one, which has a popularity of its own (see `popularity`). Without `routing` counts
     are drawn from the same popularities, and clump as the tokens would: 1,000 windows of 40,960 tokens on
-    DeepSeek-V3's 58 × 256 experts take 5 s of CPU and 0.3 GB. With it, a token takes 1 ms on that model, 0.1 ms on gpt-oss-20b.
+    DeepSeek-V3's 58 × 256 experts take 5 s of CPU and 0.3 GB. With it, a token takes 1 ms on that model, and 0.1 ms on
+    gpt-oss-20b.
 
     Args:
         model: name or alias in `MODELS`, or a shape. One that was not measured takes the parameters of its nearest
@@ -100,9 +101,9 @@ def synthesise(
         locality    locality, lag 1  1.39 / 1.39    1.95 / 1.94       2.12 / 2.17    none recorded  none recorded
                     lag 4 (not fit)  1.14 / 1.10    1.25 / 1.22       1.43 / 1.37
                     lag 8 (not fit)  1.13 / 1.04    1.20 / 1.08       1.33 / 1.16
-        comovement  1 factor         0.258 / 0.258  three tasks only  six requests   0.324 / 0.324  six domains
-                    4 (not fit)      0.494 / 0.513                                   0.587 / 0.582
-                    16 (not fit)     0.790 / 0.756                                   0.822 / 0.771
+        comovement  1 factor         0.258 / 0.258  three tasks only  six requests   0.324 / 0.327  six domains
+                    4 (not fit)      0.494 / 0.513                                   0.587 / 0.579
+                    16 (not fit)     0.790 / 0.756                                   0.822 / 0.768
 
     (*) gpt-oss-20b's hottest experts are cut off at a fitted ceiling. DeepSeek-V3's skew and drift come from one prompt
     of 109 tokens (gini 0.673 / 0.703, skew 15.3 / 14.3), and 1,027 steps of 116 tokens have skew 12.3 / 10.2.

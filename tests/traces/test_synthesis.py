@@ -1,0 +1,337 @@
+"""`synthesise`: counts, tokens, requests, ranks and groups are what its docstring says; sizes awkward on purpose."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evenmoe.errors import ConstraintError
+from evenmoe.traces import ModelShape, Trace, load_trace, save_trace, synthesise
+from evenmoe.traces.draw import draw_counts, draw_tokens
+from evenmoe.traces.popularity import (
+    Character,
+    clumping,
+    factor_parts,
+    layer_popularity,
+    pick_probability,
+    request_factors,
+)
+from evenmoe.traces.statistics import comovement, drift, gini, locality, skew
+
+
+def counted(trace: Trace, windows: int, tokens: int, ranks: int) -> np.ndarray:
+    """(T, R, L, E) by plain loops; rank r owns tokens r n / R, rounded down, to (r + 1) n / R of each window."""
+    assert trace.routing is not None
+    load = np.zeros((windows, ranks, trace.num_layers, trace.num_experts), np.int64)
+    for window in range(windows):
+        for rank in range(ranks):
+            for token in range(rank * tokens // ranks, (rank + 1) * tokens // ranks):
+                for layer, picked in enumerate(trace.routing[window * tokens + token]):
+                    load[window, rank, layer, picked] += 1
+    return load
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(1, 5),
+    st.integers(1, 40),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(0, 2**62),
+)
+def test_counts_and_tokens(windows, tokens, requests, request_windows, ranks, experts, top_k, seed):
+    requests, ranks, top_k = min(requests, tokens), min(ranks, tokens), min(top_k, experts)
+    shape = ModelShape("olmoe-1b-7b", 2, experts, top_k, 1, 1)
+    sizes = {
+        "num_windows": windows,
+        "tokens_per_window": tokens,
+        "requests": requests,
+        "request_windows": request_windows,
+        "source_ranks": ranks,
+        "seed": seed,
+    }
+    drawn = synthesise(shape, routing=True, **sizes)
+    assert drawn.routing is not None
+    assert drawn.routing.shape == (windows * tokens, 2, top_k)
+    assert all(len(set(row)) == top_k for row in drawn.routing.reshape(-1, top_k).tolist())
+    assert drawn.load_by_rank is not None
+    assert drawn.load_by_rank.tolist() == counted(drawn, windows, tokens, ranks).tolist()
+    assert drawn.seq_start is not None
+    assert drawn.seq_start.tolist() == [
+        *(w * tokens + r * tokens // requests for w in range(windows) for r in range(requests)),
+        windows * tokens,
+    ]
+    owned = np.diff(np.arange(ranks + 1) * tokens // ranks)
+    for trace in (drawn, synthesise(shape, **sizes)):
+        assert trace.load_by_rank is not None
+        assert (trace.load == trace.load_by_rank.sum(axis=1)).all()
+        assert (trace.load_by_rank.sum(axis=3) == top_k * owned[:, None]).all()
+        assert (trace.load_by_rank <= owned[:, None, None]).all()
+        assert trace.load.min() >= 0
+    alone = synthesise(shape, **{**sizes, "source_ranks": None})
+    assert alone.load_by_rank is None
+    assert (alone.load.sum(axis=2) == tokens * top_k).all()
+    assert (alone.load <= tokens).all()
+
+
+def test_the_same_arguments_give_the_same_trace(tmp_path):
+    for number, routing in enumerate((False, True, False, True)):
+        save_trace(
+            tmp_path / f"{number}.npz", synthesise("mixtral", num_windows=3, tokens_per_window=65, routing=routing)
+        )
+    files = [(tmp_path / f"{number}.npz").read_bytes() for number in range(4)]
+    assert files[0] == files[2]
+    assert files[1] == files[3]
+    trace = load_trace(tmp_path / "1.npz")
+    assert trace.metadata["model"] == "mixtral-8x7b"
+    assert trace.metadata["tokens_per_window"] == 65
+    assert trace.metadata["seed"] == 0
+    one, two = (synthesise("mixtral", num_windows=3, tokens_per_window=65, seed=seed).load for seed in (0, 1))
+    assert (one != two).any()
+
+
+@pytest.mark.parametrize("model", ["gpt-oss-20b", "mixtral-8x7b", "deepseek-v2-lite", "deepseek-v3"])
+def test_counts_are_distributed_as_tokens_are(model):
+    """The same popularity either way. A probability from 4,096 tokens has a standard deviation of at most 0.0078, so
+    of two drawn apart at most 5.5 × 0.011 = 0.06 over some 3,000 experts, and `pick_probability` is off by 0.05."""
+    sizes = {"num_windows": 4, "tokens_per_window": 4096, "requests": 1, "num_layers": 3, "locality": 0.0, "seed": 3}
+    tokens, counts = (synthesise(model, skew=1.0, routing=routing, **sizes).load / 4096 for routing in (True, False))
+    assert np.abs(tokens - counts).max() < 0.11
+    assert np.abs(tokens.mean(axis=0) - counts.mean(axis=0)).mean() < 0.012
+
+
+def test_picks_stop_at_the_right_time():
+    """Against the race itself, for top-1, where exp(-w t) is exact only in the limit: w over the sum of w."""
+    popularity = np.log(np.array([[1.0, 2.0, 3.0, 94.0], [1.0, 1.0, 1.0, 1.0]]))
+    assert np.abs(pick_probability(popularity, 1)[1] - 0.25).max() < 1e-12
+    for top_k in (1, 2, 3, 4):
+        assert np.abs(pick_probability(popularity, top_k).sum(axis=1) - top_k).max() < 1e-9
+    rng = np.random.default_rng(0)
+    popularity = rng.standard_normal((1, 8))
+    arrival = rng.standard_exponential((200_000, 8)) / np.exp(popularity)
+    raced = np.bincount(np.argsort(arrival, axis=1)[:, :2].ravel(), minlength=8) / 200_000
+    assert np.abs(pick_probability(popularity, 2) - raced).max() < 0.05
+
+
+def test_extreme_popularity_is_no_trouble():
+    load = synthesise("gpt-oss-20b", num_windows=2, tokens_per_window=50, requests=1, skew=8.0, num_layers=2).load
+    assert (load.sum(axis=2) == 200).all()
+    assert load.max() == 50
+    even = synthesise("gpt-oss-20b", num_windows=2, tokens_per_window=50_000, skew=0, drift=0, locality=0).load
+    # 96 × 16 binomial counts of mean 6,250 and standard deviation 74: none is six of them away.
+    assert np.abs(even - 6250).max() < 6 * 74 + 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 20), st.integers(1, 300), st.integers(1, 8), st.integers(0, 2**32))
+def test_drawn_counts_sum_and_fit(rows, experts, tokens, top_k, seed):
+    rng = np.random.default_rng(seed)
+    top_k = min(top_k, experts)
+    probability = pick_probability(3 * rng.standard_normal((rows, experts)), top_k)
+    amount = rng.integers(1, tokens, rows, endpoint=True)
+    mean = probability * amount[:, None]
+    counts = draw_counts(mean, mean * (1 - probability) * rng.uniform(1, 50), amount, top_k, rng)
+    assert counts.sum(axis=1).tolist() == (amount * top_k).tolist()
+    assert counts.min() >= 0
+    assert (counts <= amount[:, None]).all()
+
+
+@pytest.mark.parametrize("clumps", [1.0, 9.0])
+def test_drawn_counts_have_the_mean_and_the_spread(clumps):
+    """20,000 rows: the mean of a count is known to 0.7 % of its standard deviation, and that to 0.5 %. Fixing the sum
+    takes about 1/E off the variance, 3 % here, and rounding adds at most 1/4."""
+    rng = np.random.default_rng(1)
+    probability = pick_probability(0.5 * rng.standard_normal((1, 32)), 4)
+    mean = np.tile(1000 * probability, (20_000, 1))
+    variance = mean * (1 - probability) * clumps
+    counts = draw_counts(mean, variance, np.full(20_000, 1000), 4, rng)
+    assert np.abs((counts.mean(axis=0) - mean[0]) / np.sqrt(variance[0])).max() < 0.05
+    assert np.abs(counts.var(axis=0) / variance[0] - 1).max() < 0.12
+
+
+def test_clumping_is_that_of_drawn_tokens():
+    """Counts over 64 tokens of one request, 4,000 times: their variance over a binomial's, against the closed form.
+
+    A variance of 4,000 samples is known to 2.2 %. The closed form leaves out that every token picks 32: where 22 of 64
+    experts hold most of the variance, each gives up about 1/22 of its own for what the others do; hence 15 %."""
+    sticky = np.repeat([0.0, 0.5, 0.9], [20, 22, 22])
+    runs = np.arange(4001) * 64
+    popularity = np.zeros((1, 64))
+    request = np.zeros(4000, np.int64)
+    chosen = draw_tokens(popularity, sticky, request, runs, 32, (1, 1), np.random.default_rng(2))
+    picked = np.zeros((len(chosen), 64), bool)
+    np.put_along_axis(picked, chosen.astype(np.intp), True, axis=1)
+    assert np.abs(picked.mean(axis=0) - 0.5).max() < 0.02
+    found = picked.reshape(4000, 64, 64).sum(axis=1).var(axis=0) / 16
+    for kind in (0.0, 0.5, 0.9):
+        expected = clumping(np.array([kind]), 64)[0]
+        assert found[sticky == kind].mean() == pytest.approx(expected, rel=0.15)
+
+
+def test_tokens_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch):
+    """A run goes on from block to block: neighbours resemble each other across the border too."""
+    monkeypatch.setattr("evenmoe.traces.draw._NUMBERS_AT_ONCE", 8)
+    chosen = draw_tokens(
+        np.zeros((1, 8)),
+        np.full(8, 0.98),
+        np.zeros(2, np.int64),
+        np.array([0, 500, 1000]),
+        2,
+        (1, 1),
+        np.random.default_rng(3),
+    )
+    same = (np.sort(chosen[1:]) == np.sort(chosen[:-1])).all(axis=1)
+    assert same.mean() > 0.8
+
+
+def test_a_request_begins_afresh():
+    """Sticky to the end within a run; the next run's first token owes nothing to the last one."""
+    starts = np.arange(0, 2001, 4)
+    chosen = draw_tokens(
+        np.zeros((1, 64)), np.ones(64), np.zeros(500, np.int64), starts, 2, (1, 1), np.random.default_rng(4)
+    )
+    runs = np.sort(chosen).reshape(500, 4, 2)
+    assert (runs == runs[:, :1]).all()
+    assert (runs[1:, 0] == runs[:-1, 0]).all(axis=1).mean() < 0.05
+
+
+def test_groups_limit_tokens():
+    """DeepSeek-V3: the experts of a token are in 4 of 8 groups, and the first choice is the token's own first."""
+    trace = synthesise("deepseek-v3", num_windows=1, tokens_per_window=300, num_layers=2, routing=True, skew=0.1)
+    assert trace.routing is not None
+    groups = np.sort(trace.routing // 32, axis=2)
+    used = 1 + (groups[:, :, 1:] != groups[:, :, :-1]).sum(axis=2)
+    assert used.max() == 4
+    free = synthesise("kimi-k2", num_windows=1, tokens_per_window=300, num_layers=2, routing=True, skew=0.1)
+    assert free.routing is not None
+    groups = np.sort(free.routing // 48, axis=2)
+    assert (1 + (groups[:, :, 1:] != groups[:, :, :-1]).sum(axis=2)).max() > 4
+
+
+def test_first_choices_are_the_more_popular():
+    trace = synthesise("gpt-oss-20b", num_windows=1, tokens_per_window=2000, num_layers=2, routing=True)
+    assert trace.routing is not None
+    share = trace.load[0] / trace.load[0].sum(axis=1, keepdims=True)
+    popular = [np.take_along_axis(share.T, trace.routing[:, :, k].astype(np.intp), axis=0).mean() for k in (0, 3)]
+    assert popular[0] > 1.05 * popular[1]
+
+
+def test_requests_share_windows_and_live_on():
+    """More requests at a time drift less together, about as 1 over the root of their number; requests that live longer
+    make neighbouring windows alike."""
+    sizes = {"num_windows": 96, "tokens_per_window": 8192, "num_layers": 4, "seed": 1, "locality": 0.0}
+    alone, sixteen = (float(np.median(drift(synthesise("gpt-oss-20b", requests=n, **sizes).load))) for n in (1, 16))
+    assert alone / sixteen == pytest.approx(4, rel=0.25)
+    load = synthesise("gpt-oss-20b", requests=4, request_windows=8, **sizes).load.astype(float)
+    load -= load.mean(axis=0)
+    for apart, expected in ((1, 7 / 8), (4, 4 / 8), (8, 0.0), (12, 0.0)):
+        together = (load[apart:] * load[:-apart]).sum() / (load**2).sum() * 96 / (96 - apart)
+        assert together == pytest.approx(expected, abs=0.15), apart
+
+
+def test_parameters_do_what_they_say():
+    def of(name: str, value: float) -> Trace:
+        parameters = {"skew": 0.5, "drift": 0.5, "locality": 0.2, "comovement": 0.3, name: value}
+        return synthesise(
+            "olmoe", num_windows=24, tokens_per_window=200, requests=1, num_layers=4, routing=True, seed=2, **parameters
+        )
+
+    for name, statistic in (
+        ("skew", lambda t: np.median(gini(t.load))),
+        ("skew", lambda t: np.median(skew(t.load))),
+        ("drift", lambda t: np.median(drift(t.load))),
+        ("locality", lambda t: np.median(locality(t.routing, t.seq_start))),
+        ("comovement", lambda t: comovement(t.load, 1)),
+    ):
+        values = [statistic(of(name, value)) for value in (0.05, 0.4, 0.9)]
+        assert values[0] < values[1] < values[2], name
+    independent = of("locality", 0.0)
+    # 24 requests × 199 pairs × 8 picks of 64 experts: the overlap is known to under 1 %.
+    assert np.abs(locality(independent.routing, independent.seq_start) - 1).max() < 0.04
+
+
+def test_factors_are_common_to_all_layers():
+    character = Character(0.0, 1.0, 0.0, 1.0)
+    factors = request_factors(50, character, np.random.default_rng(0))
+    for layer in (1, 2):
+        popularity, sticky = layer_popularity(16, factors, character, np.random.default_rng(layer))
+        lengths = np.linalg.svd(popularity - popularity.mean(axis=0), compute_uv=False)
+        # Its largest is subtracted from each request: two lines meet in zero, so one factor gives two at most.
+        assert (lengths[:3] ** 2).sum() / (lengths**2).sum() > 0.999
+        assert (sticky == 0).all()
+        assert np.abs(popularity.max(axis=1)).max() == 0
+
+
+@pytest.mark.parametrize("part", [0.0, 0.01, 1 / 64, 0.02, 0.3, 0.9, 1.0])
+def test_factor_parts(part):
+    parts = factor_parts(part)
+    assert parts[0] == pytest.approx(part, abs=1e-9)
+    assert parts.sum() == pytest.approx(min(1, 64 * part))
+    assert (np.diff(parts) <= 1e-12).all()
+
+
+def test_ceiling_cuts_the_hottest():
+    draws = []
+    for ceiling in (4.0, 0.5):
+        character = Character(1.0, 0.0, 0.0, 0.0, ceiling)
+        draws.append(layer_popularity(4000, np.zeros((1, 64)), character, np.random.default_rng(0))[0][0])
+    free, cut = (np.sort(d) for d in draws)
+    assert (cut == 0).mean() == pytest.approx(0.31, abs=0.03)  # a normal number passes 0.5 in 31 % of draws
+    assert (free == 0).sum() == 1
+
+
+def test_real_scale_in_time_and_memory():
+    """1,000 windows of 128 tokens on each of 320 ranks: under 60 s and under 2 GB."""
+    tracemalloc.start()
+    start = time.process_time()
+    trace = synthesise("deepseek-v3", num_windows=1000, tokens_per_window=40_960, requests=16, request_windows=8)
+    seconds = time.process_time() - start
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert trace.load.shape == (1000, 58, 256)
+    assert (trace.load.sum(axis=2) == 8 * 40_960).all()
+    assert seconds < 60
+    assert peak < 1 << 30
+
+
+REFUSALS = [
+    ({"num_windows": 0}, "`num_windows` is 0: it must be 1 to 1073741824, a count; pass a whole number in that range."),
+    ({"num_windows": 2.0}, "`num_windows` is 2.0: it must be 1 to "),
+    ({"tokens_per_window": True}, "`tokens_per_window` is True: it must be 1 to "),
+    (
+        {"requests": 9, "tokens_per_window": 8},
+        "`requests` is 9: it must be 1 to 8, at most one for each token of a window",
+    ),
+    ({"source_ranks": 9, "tokens_per_window": 8}, "`source_ranks` is 9: it must be 1 to 8, "),
+    ({"request_windows": 0}, "`request_windows` is 0: "),
+    ({"num_layers": 59}, "`num_layers` is 59: it must be 1 to 58, the MoE layers of deepseek-v3; "),
+    ({"seed": -1}, "`seed` is -1: "),
+    ({"skew": -0.1}, "`skew` is -0.1: it must be 0 to 8; leave it out for the value of the measured traces."),
+    ({"drift": float("nan")}, "`drift` is nan: it must be 0 to 8; "),
+    ({"locality": 1.0}, "`locality` is 1.0: it must be 0 to 0.99; "),
+    ({"comovement": 1.1}, "`comovement` is 1.1: it must be 0 to 1; "),
+    ({"model": "deepseek"}, "`model` is 'deepseek': it must be one of deepseek-v2-lite, "),
+    ({"model": ModelShape("mine", 1, 8, 2, 1, 1)}, "`model` is 'mine': it must be one that was measured or resembles"),
+    (
+        {"num_windows": 10**6},
+        "`num_windows` is 1000000, which makes an array of 14848000000 numbers: it must keep every array of the trace "
+        "within 536870912 numbers; make fewer windows, ranks or layers, or leave out routing.",
+    ),
+    ({"num_windows": 1000, "source_ranks": 320}, "`num_windows` is 1000, which makes an array of 4751360000 numbers"),
+    ({"tokens_per_window": 1 << 30, "routing": True}, "`num_windows` is 64, which makes an array of "),
+]
+
+
+@pytest.mark.parametrize(("arguments", "text"), REFUSALS)
+def test_refusals(arguments, text):
+    with pytest.raises(ConstraintError) as caught:
+        synthesise(**arguments)
+    assert str(caught.value).startswith(text)
