@@ -426,8 +426,12 @@ def test_a_stream_destroyed_with_work_queued_writes_nothing_any_more():
         while "waits for rank 1" not in waiting.describe():
             assert time.monotonic() - begin < 10
         first.destroy()
-        launch_dispatch(chain, world.ranks[1], second)
+        waiting.tensors["x"].fill_(99)  # its owner's again, and never read after this
+        served = launch_dispatch(chain, world.ranks[1], second)
         second.synchronize(30)  # rank 0 has taken part in the exchange, so rank 1 is served
+        rows = int(served.outputs["ep_recv_counts"][3])
+        assert rows > 0
+        assert not (served.outputs["expand_x"][:rows] == 99).any()
         time.sleep(0.05)
         for executor in (waiting, queued):
             for name in ("expand_x", "ep_recv_counts"):

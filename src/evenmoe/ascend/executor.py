@@ -211,7 +211,6 @@ class Executor:
         with taking_part(self._memberships):
             results = getattr(torch.ops.evenmoe, family)(**arguments)
         with memory():
-            check_unchanged(self._specs, self.outputs)
             WRITERS[family](self.outputs, results, layout, arguments)
 
     def describe(self) -> str:
