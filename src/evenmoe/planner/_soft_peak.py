@@ -74,11 +74,11 @@ def new_layer(windows: FloatArray, noise: FloatArray, num_ranks: int, num_slots:
 
 
 @njit(cache=True, nogil=True)
-def search(layer, sharpness, tries, random, slots):
-    """Improve `slots` (S,), no twins on a rank, by descents from `tries` random changes.
+def search(layer, sharpness, tries, patience, random, slots):
+    """Improve `slots` (S,), no twins on a rank, by descents from at most `tries` random changes.
 
-    `layer` is a new one, `random` uint64 (1,) the state of the generator, not 0. The caller keeps the power of any
-    rank's heat below 600, so that no exp overflows.
+    It ends early after `patience` tries in a row without a better plan. `layer` is a new one, `random` uint64 (1,) the
+    state of the generator, not 0. The caller keeps the power of any rank's heat below 600, so that no exp overflows.
     """
     layer.slots[:] = slots
     count(slots, layer.counts)
@@ -89,7 +89,10 @@ def search(layer, sharpness, tries, random, slots):
     peak = sum_of_logs(layer.total)
     slots[:] = layer.slots
     counts = layer.counts.copy()
+    waited = 0
     for _ in range(tries):
+        if waited == patience:
+            return
         for _ in range(CHANGES):
             if draw(random, PART) == 0:
                 change_count(sharpness, random, layer)
@@ -98,7 +101,9 @@ def search(layer, sharpness, tries, random, slots):
         refresh(layer)
         descend(sharpness, layer)
         reached = sum_of_logs(layer.total)
-        if reached < peak:
+        waited += 1
+        if reached < peak - LEAST * layer.total.size:
+            waited = 0
             peak = reached
             slots[:] = layer.slots
             counts[:] = layer.counts

@@ -10,14 +10,14 @@ import numpy.typing as npt
 from evenmoe.metrics import FloatArray, peak_to_average
 from evenmoe.placement import IntArray, Placement
 from evenmoe.planner._soft_peak import new_layer, search
-from evenmoe.planner.static import plan_static
+from evenmoe.planner.static import plan_peaks, plan_static
 
-# Random changes a layer: EFFORT / (windows × slots^1.5), so that 24 layers of 40 windows and 40 slots take 2 s and 58
-# layers of 32 windows and 288 slots 7 s. Of the distance between the held-out peaks of no change at all and of four
-# times as many, this number covers nine tenths on measured topics (gpt-oss-20b, 40 slots).
-EFFORT = 10_000_000
+# Random changes a layer: at most BY_SLOTS / slots, 400 on 40 slots; at most EFFORT / (windows ×
+# slots^1.5), so that hundreds of windows take no longer than tens; and no more after PATIENCE × slots of them in a row
+# found nothing, which is what ends tiny layers.
+BY_SLOTS, EFFORT, PATIENCE = 16_000, 5_000_000, 10
 # Cross-validation makes each of its plans with a twentieth of that, and looks at this many layers and folds.
-TRIAL, LAYERS, FOLDS = 20, 12, 5
+TRIAL, LAYERS, FOLDS = 20, 8, 5
 # exp(700) is the end of float64.
 HOTTEST = 600.0
 
@@ -35,12 +35,7 @@ class Strength(NamedTuple):
     independence: float
 
 
-# What to use unless the history clearly shows another to be better, and what to try. On gpt-oss-20b,
-# DeepSeek-V2-Lite and
-# Mixtral-8x7B topics and on synthetic factors, 2 to 60 windows, held-out peaks hardly change from sharpness 1.5 to 5
-# and
-# independence 0 to 0.5; sharpness 24 costs 2-6 % and independence 1 costs 10 % there. Loads that vary independently
-# gain 1-2 % from independence 1.
+# What to use unless the history clearly shows another to be better, and what to try.
 USUAL = Strength(3.0, 0.2)
 INDEPENDENCES = (0.6, 1.0)
 SHARPNESSES = (1.5, 8.0)
@@ -77,19 +72,49 @@ def plan_windows(load: FloatArray, num_ranks: int, num_slots: int, seed: int = 0
     if len(load) == 1 or num_slots // num_ranks >= load.shape[2]:
         return plan_static(load[0], num_ranks, num_slots, seed)
     history = History(load, num_ranks)
+    order = history.sort()
     strength = choose_strength(history, num_slots, seed)
-    effort = _tries(len(load), num_slots)
-    return plan_history(history, num_slots, strength, effort, seed).astype(np.int32)
+    slots = plan_history(history, num_slots, strength, most_tries(len(load), num_slots), seed)
+    slots = np.take_along_axis(order, slots, axis=1).astype(np.int32)
+    alike = np.flatnonzero(~history.varies)
+    slots[alike] = plan_static(load[history.seen.argmax(axis=0)[alike], alike], num_ranks, num_slots, seed)
+    return slots
 
 
 class History:
-    """Windows in units of the mean rank load, and the layers in which they differ."""
+    """Windows (T, L, E) in units of the mean rank load, and what is known of them.
+
+    A window without load in a layer is not `seen` (T, L) there. `mean` and `variance` (L, E) are of the seen ones, and
+    `varies` (L,) says in which layers the windows differ at all.
+    """
 
     def __init__(self, load: FloatArray, num_ranks: int) -> None:
-        total = load.sum(axis=2, keepdims=True)
+        peak = load.max(axis=2, keepdims=True)
+        self.seen = peak[:, :, 0] > 0
+        # By the hottest expert first: the sum of loads near the end of float64 is infinite.
+        shares = np.divide(load, peak, out=np.zeros_like(load), where=peak > 0)
+        # Sorted, since the last bit of a sum depends on the order of the experts.
+        self.windows = shares * (num_ranks / np.maximum(np.sort(shares, axis=2).sum(axis=2, keepdims=True), 1))
         self.num_ranks = num_ranks
-        self.seen = total[:, :, 0] > 0
-        self.windows = np.divide(load * num_ranks, total, out=np.zeros_like(load), where=total > 0)
+        number = self.seen.sum(axis=0)[:, None]
+        self.mean = self.windows.sum(axis=0) / np.maximum(number, 1)
+        moves = np.where(self.seen[:, :, None], self.windows - self.mean, 0)
+        self.variance = (moves**2).sum(axis=0) / np.maximum(number - 1, 1)
+        # Windows that differ by rounding alone are one window.
+        self.varies = self.variance.sum(axis=1) > 1e-20 * num_ranks**2
+
+    def sort(self) -> npt.NDArray[np.int64]:
+        """Put each layer's experts in descending order of mean load, then of load in each window; return the order.
+
+        So a plan depends on loads alone, neither on names nor on how many tokens a window happened to count.
+        """
+        order = np.empty(self.mean.shape, np.int64)
+        for layer in range(len(order)):
+            order[layer] = np.lexsort(-np.vstack([self.windows[::-1, layer], self.mean[layer]]))
+        self.windows = np.take_along_axis(self.windows, order[None], axis=2)
+        self.mean = np.take_along_axis(self.mean, order, axis=1)
+        self.variance = np.take_along_axis(self.variance, order, axis=1)
+        return order
 
     def layer(self, layer: int) -> FloatArray:
         """(T', E): the windows in which `layer` had any load."""
@@ -101,26 +126,20 @@ class History:
 
 
 def plan_history(history: History, num_slots: int, strength: Strength, tries: int, seed: int) -> npt.NDArray[np.int64]:
-    """Slots int64 (L, S) by local search from the static plan for every expert's mean load + standard deviation."""
-    num_layers, num_experts = history.windows.shape[1:]
-    mean, variance = np.zeros((num_layers, num_experts)), np.zeros((num_layers, num_experts))
-    for layer in range(num_layers):
-        windows = history.layer(layer)
-        if len(windows):
-            mean[layer] = windows.mean(axis=0)
-        if len(windows) > 1:
-            variance[layer] = windows.var(axis=0, ddof=1)
-    # Windows that differ by rounding alone are one window.
-    variance[variance.sum(axis=1) < 1e-20] = 0.0
-    slots = plan_static(mean + np.sqrt(variance), history.num_ranks, num_slots, seed).astype(np.int64)
-    for layer in np.flatnonzero(variance.any(axis=1)).tolist():
+    """Slots int64 (L, S) by local search, from a quick plan for every expert's mean load + standard deviation."""
+    mean, variance, num_ranks = history.mean, history.variance, history.num_ranks
+    risk = mean + np.sqrt(variance)
+    # Any peak is enough: the search below looks at other loads than a longer search for these would.
+    slots = plan_peaks(risk, num_ranks, num_slots, seed, np.full(len(risk), np.inf))[0].astype(np.int64)
+    for layer in np.flatnonzero(history.varies).tolist():
         noise = strength.independence * variance[layer]
         windows = mean[layer] + np.sqrt(1 - strength.independence) * (history.layer(layer) - mean[layer])
         if strength.independence == 1:
             windows = windows[:1]  # they are all the mean
-        sharpness = _finite(windows, noise, strength.sharpness, num_slots // history.num_ranks)
+        sharpness = _finite(windows, noise, strength.sharpness, num_slots // num_ranks)
         random = np.array([(seed * 0x9E3779B97F4A7C15 + layer * 0x2545F4914F6CDD1D + 1) % 2**64 or 1], np.uint64)
-        search(new_layer(windows, noise, history.num_ranks, num_slots), sharpness, tries, random, slots[layer])
+        new = new_layer(windows, noise, num_ranks, num_slots)
+        search(new, sharpness, tries, PATIENCE * num_slots, random, slots[layer])
     return slots
 
 
@@ -128,7 +147,7 @@ def choose_strength(history: History, num_slots: int, seed: int = 0) -> Strength
     """The strength whose plans did best on windows that they were not made from.
 
     Blocks of consecutive windows are held out in turn, since neighbours in time are alike. A strength replaces the
-    usual one if its mean held-out peak, over at most twelve layers, is lower by two standard errors of the difference
+    usual one if its mean held-out peak, over at most eight layers, is lower by two standard errors of the difference
     over windows.
     """
     num_windows = len(history.windows)
@@ -136,7 +155,7 @@ def choose_strength(history: History, num_slots: int, seed: int = 0) -> Strength
         return USUAL
     layers = np.unique(np.linspace(0, history.windows.shape[1] - 1, LAYERS).round().astype(np.int64))
     fold = np.arange(num_windows) * FOLDS // num_windows if num_windows > FOLDS else np.arange(num_windows)
-    tries = _tries(num_windows, num_slots) // TRIAL
+    tries = most_tries(num_windows, num_slots) // TRIAL
 
     def held_out(strength: Strength) -> FloatArray:
         peaks = np.empty((num_windows, layers.size))
@@ -158,12 +177,16 @@ def choose_strength(history: History, num_slots: int, seed: int = 0) -> Strength
     return best
 
 
-def _tries(num_windows: int, num_slots: int) -> int:
-    return int(EFFORT / (num_windows * num_slots**1.5))
+def most_tries(num_windows: int, num_slots: int) -> int:
+    """Random changes that a layer may take."""
+    return min(BY_SLOTS // num_slots, int(EFFORT / (num_windows * num_slots**1.5)))
 
 
 def _finite(windows: FloatArray, noise: FloatArray, sharpness: float, width: int) -> float:
-    """The given sharpness, halved until no choice of `width` experts is too hot for a rank."""
+    """The given sharpness, halved until no choice of `width` experts is too hot for a rank.
+
+    It ends: an expert's load is at most the number of ranks, and its variance that number squared.
+    """
     while True:
         power = sharpness * windows + 0.5 * sharpness**2 * noise
         if np.partition(power, -width, axis=1)[:, -width:].sum(axis=1).max() < HOTTEST:
