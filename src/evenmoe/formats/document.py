@@ -11,7 +11,9 @@ import numpy as np
 from evenmoe.errors import FileFormatError
 
 #: Beyond 10 × its size, what reading a file may take: room for small files' fixed costs. Every reader's budget.
-ALLOWANCE_BYTES = 16 << 20
+ALLOWANCE_BYTES = 8 << 20
+
+_MOST_TOKENS = 2.0**53
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,19 @@ class Document:
             return value.astype(np.float64, copy=False)
         if value.dtype == np.uint64 and value.max() >= 2**63:
             raise self.refuse(f"with {where} up to {value.max()}", "must fit 63 bits there", "check for an overflow")
+        if not integers:
+            self.check_total(value, where)
         return value.astype(np.int64, copy=False)
+
+    def check_total(self, counts: np.ndarray, where: str) -> None:
+        """Refuse counts whose sums may overflow or lose digits."""
+        total = counts.sum(dtype=np.float64)
+        if total >= _MOST_TOKENS:
+            raise self.refuse(
+                f"with {where} of {total:.3g} tokens together",
+                "must hold fewer than 2**53, so that sums are exact",
+                "check for an overflow where it was recorded",
+            )
 
 
 def _short(value: object) -> str:

@@ -10,7 +10,6 @@ import numpy as np
 
 from evenmoe.formats.contents import IntArray, RawLoad, RawMap
 
-_MOST_TOKENS = 2.0**62  # in a file, so that no sum overflows int64
 _INT32 = 2**31 - 1
 
 
@@ -85,15 +84,6 @@ def inspect_load(raw: RawLoad) -> Iterator[Finding]:
             )
     if wrong.any():
         return
-    if load.sum(dtype=np.float64) >= _MOST_TOKENS:
-        yield Finding(
-            "error",
-            "overflow",
-            f"{load.sum(dtype=np.float64):.3g} tokens together",
-            "must hold fewer than 2**62 tokens, or sums overflow",
-            "divide them, or keep fewer windows",
-            fatal=True,
-        )
     summed = load.sum(axis=0, dtype=np.float64)
     for row in np.flatnonzero(summed.sum(axis=1) == 0).tolist():
         layer = raw.layer_ids[row] if raw.layer_ids else row

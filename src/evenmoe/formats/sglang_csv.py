@@ -22,6 +22,7 @@ def read(document: Document, options: Options) -> RawLoad:
         raise document.refuse(f"with the header {','.join(header)[:40]!r}", f"must have {','.join(_HEADER)}", "add it")
     table = document.numbers(table, "its lines", (2,), integers=True)
     layers, experts, counts = table.T
+    document.check_total(counts, "its counts")
     if table[:, :2].min() < 0 or table[:, :2].max() >= 2**31:
         raise document.refuse(
             f"with ids from {table[:, :2].min()} to {table[:, :2].max()}", "must have ids from 0", "correct them"

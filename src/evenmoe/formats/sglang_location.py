@@ -61,4 +61,5 @@ def _trivial(document: Document, options: Options) -> RawMap:
 
 
 def _is_trivial(slots: np.ndarray) -> bool:
-    return np.array_equal(slots, np.arange(len(slots)) % (1 + slots.max(initial=0)))
+    experts = min(int(slots.max(initial=0)), len(slots)) + 1
+    return np.array_equal(slots, np.arange(len(slots)) % max(1, experts))

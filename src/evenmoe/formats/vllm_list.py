@@ -34,7 +34,10 @@ def fits(value: Any) -> bool | None:
             return None
         if row.min() < -1 or row.max() >= len(row):
             return None
-        whole = whole and row.min() == 0 and len(np.unique(row)) == row.max() + 1
+        different = len(np.unique(row))
+        if 2 * different < len(row):  # counts of little traffic: a placement has few replicas of most experts
+            return None
+        whole = whole and row.min() == 0 and different == row.max() + 1
     return whole and max(int(row.max()) for row in rows) > 0
 
 

@@ -21,6 +21,9 @@ _OF_NUMBERS = b"0123456789+-.eE, \t\r\n"
 _WORDS = {b"true": True, b"false": False, b"null": None}
 _DEEPEST = 16  # levels; the deepest format has five
 _LONGEST_STRING = 1 << 16
+_MOST_PARTS = 1 << 19  # lists, objects, words: five seconds; the largest map that we know of has 60,000
+_EMPTY = np.empty(0, np.int64)
+_EMPTY.flags.writeable = False
 _ROWS = 256  # stacked at a time, so that no list of small arrays grows long
 _ROW_BYTES = 150  # a small array's header and its pointer
 
@@ -50,6 +53,7 @@ class _Parser:
         self.data, self.at = data, 0
         self.left = 8 * len(data) + ALLOWANCE_BYTES  # bytes of objects
         self.keys: dict[bytes, str] = {}
+        self.parts = 0
 
     def values(self, most: int | None) -> list[Any]:
         found = []
@@ -65,6 +69,9 @@ class _Parser:
     def value(self, depth: int) -> Any:
         if depth > _DEEPEST:
             raise self.wrong(f"nested more than {_DEEPEST} levels deep")
+        self.parts += 1
+        if self.parts > _MOST_PARTS:
+            raise self.wrong(f"more than {_MOST_PARTS} lists, objects and words")
         first = self.data[self.at : self.at + 1]
         if first == b"{":
             return self.object(depth)
@@ -120,7 +127,7 @@ class _Parser:
         self.at += 1
         self.space()
         if self.take(b"]"):
-            return np.empty(0, np.int64)
+            return _EMPTY
         numbers = self.row_of_numbers()
         if numbers is not None:
             return numbers
@@ -131,6 +138,7 @@ class _Parser:
             self.spend(16)
             self.space()
             if self.take(b"]"):
+                self.spend(rows.apart() * _ROW_BYTES)
                 return rows.value()
             if not self.take(b","):
                 raise self.wrong("`,` or `]` is missing")
@@ -218,12 +226,23 @@ class Rows:
                 self.items = []
                 self.released = (_ROWS - 1) * _ROW_BYTES
 
+    def apart(self) -> int:
+        """How many rows were stacked that must be taken apart again, because another one does not fit them."""
+        return 0 if self._whole() is not None else sum(len(block) for block in self.blocks)
+
     def value(self) -> Any:
-        parts = [part for part in (*self.blocks, _stack(self.items) if self.items else None) if part is not None]
-        whole = not self.items or len(parts) > len(self.blocks)
-        if whole and all(part.shape[1:] == parts[0].shape[1:] for part in parts):
-            return np.concatenate(parts) if len(parts) > 1 else parts[0]
+        """The items: one array if all are arrays of one shape, otherwise a list."""
+        whole = self._whole()
+        if whole is not None:
+            return np.concatenate(whole) if len(whole) > 1 else whole[0]
         return [row for block in self.blocks for row in block] + self.items
+
+    def _whole(self) -> list[np.ndarray] | None:
+        last = _stack(self.items) if self.items else None
+        if self.items and last is None:
+            return None
+        parts = self.blocks if last is None else [*self.blocks, last]
+        return parts if all(part.shape[1:] == parts[0].shape[1:] for part in parts) else None
 
 
 def _stack(items: list[Any]) -> np.ndarray | None:

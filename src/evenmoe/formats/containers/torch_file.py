@@ -78,8 +78,10 @@ def _plain(value: Any, tensor: type, seen: dict[int, Any], depth: int) -> Any:
     elif isinstance(value, (list, tuple)):
         seen[id(value)] = None
         seen[id(value)] = [_plain(item, tensor, seen, depth + 1) for item in value]
-    else:
+    elif value is None or isinstance(value, (bool, int, float, str)):
         return value
+    else:
+        raise TorchFileError(f"a value of type {type(value).__name__}, which none of these files needs")
     return seen[id(value)]
 
 

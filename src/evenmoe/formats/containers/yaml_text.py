@@ -16,7 +16,7 @@ _INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,18})")
 _REAL = re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?")
 _WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
 _DEEPEST = 8
-_LARGEST_BYTES = 16 << 20  # libyaml makes 300,000 events a second: half a minute for so much text
+_LARGEST_BYTES = 4 << 20  # libyaml makes 300,000 events a second; 61 layers of 320 slots take 100 kB
 
 
 class YamlError(ValueError):
@@ -101,6 +101,7 @@ class _Builder:
             self.left += rows.released
         if rows is None:
             return np.array(whole, np.int64)
+        self.spend(event, 150 * rows.apart())
         value = rows.value()
         if isinstance(value, list) and all(type(item) in (int, float) for item in value):
             return np.array(value, np.float64)

@@ -1,0 +1,117 @@
+"""A small valid file of every format and file type, as bytes, or as a folder's files; what the fuzzer starts from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evenmoe import formats
+from evenmoe.formats.catalogue import FORMATS, Format
+from evenmoe.formats.containers.torch_file import torch_bytes
+from evenmoe.placement import Placement
+
+LAYERS, EXPERTS, RANKS, WINDOWS = 3, 6, 4, 2
+#: No expert twice on a rank, every expert somewhere, not the identity in any layer.
+PLACEMENT = Placement(
+    [[1, 0, 2, 3, 4, 5, 0, 1], [5, 4, 3, 2, 1, 0, 5, 4], [2, 3, 0, 1, 4, 5, 3, 2]], RANKS, num_experts=EXPERTS
+)
+LOAD = np.random.default_rng(5).integers(100, 1000, (WINDOWS, LAYERS, EXPERTS))
+
+Content = bytes | dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A file: its format, its content, and what `read` must be told beside it."""
+
+    name: str
+    entry: Format
+    content: Content
+    told: dict[str, Any] = field(default_factory=dict)
+
+
+def put(content: Content, path: Path) -> Path:
+    """Write a file or a folder."""
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+        return path
+    path.mkdir(exist_ok=True)
+    for old in path.iterdir():
+        old.unlink()
+    for name, data in content.items():
+        (path / name).write_bytes(data)
+    return path
+
+
+def told_for(entry: Format) -> dict[str, Any]:
+    """What a file of this format does not say itself."""
+    if entry.name == "mindie-csv":
+        return {"num_layers": LAYERS, "num_experts": EXPERTS}
+    return {"num_ranks": RANKS} if entry.kind == "placement" and not entry.stores_ranks else {}
+
+
+def write_sample(entry: Format, container: str, folder: Path) -> Path:
+    """The placement or the load above, in this format and file type."""
+    target = folder / (entry.name + ("" if container == "folder" else f".{container}"))
+    numbers = range(LAYERS) if entry.model_layers else None
+    formats.write(target, PLACEMENT if entry.kind == "placement" else LOAD, format=entry.name, layer_ids=numbers)
+    return target
+
+
+def samples(folder: Path) -> list[Sample]:
+    """Every format in every file type, and the variants that evenmoe reads but does not write."""
+    found = []
+    for entry in FORMATS.values():
+        for container in entry.containers:
+            if container == "text":
+                continue
+            path = write_sample(entry, container, folder)
+            files = {file.name: file.read_bytes() for file in path.iterdir()} if path.is_dir() else {}
+            found.append(Sample(f"{entry.name}.{container}", entry, files or path.read_bytes(), told_for(entry)))
+    return found + _variants()
+
+
+def _variants() -> list[Sample]:
+    slots = PLACEMENT.slot_to_expert.astype(np.int64)
+    per_slot = np.random.default_rng(6).integers(1, 100, (LAYERS, RANKS, 2))
+    tokens = np.random.default_rng(7).integers(-1, 8, (LAYERS, 5, 8), dtype=np.int32)
+    record = {"forward_pass_id": 1, "rank": 2, "gatherer_key": "primary", "topk_ids_of_layer": tokens, "input_ids": [1]}
+    devices = [{"device_id": d, "device_expert": e} for d, e in enumerate([[0], [0, 1], [2, 3]])]
+    layer = {"layer_id": 0, "device_count": 3, "device_list": devices}
+    table = np.array([[2, 0, 2], [1, 1, 0], [1, 3, 0]], np.int32)
+    ranks = {
+        f"decode_{rank}.csv": b"".join(b"%d,%d\n" % tuple(row) for row in per_slot[:, rank]) for rank in range(RANKS)
+    }
+    return [
+        Sample(
+            "sglang-detail.tokens",
+            FORMATS["sglang-detail"],
+            torch_bytes({"records": [record], "last_physical_to_logical_map": slots}),
+        ),
+        Sample(
+            "ascend-map.shared",
+            FORMATS["ascend-map"],
+            json.dumps({"strategy_version": 3, "moe_layer_count": 1, "layer_list": [layer]}).encode(),
+        ),
+        Sample(
+            "vllm-ascend-load.per-slot",
+            FORMATS["vllm-ascend-load"],
+            torch_bytes(per_slot + 100),
+            {"placement": PLACEMENT},
+        ),
+        Sample("mindie-csv.ranks", FORMATS["mindie-csv"], ranks, {"placement": PLACEMENT}),
+        Sample("eplb-table.layers", FORMATS["eplb-table"], torch_bytes([table, table]), {"num_ranks": 2}),
+        Sample("deepseek.list", FORMATS["deepseek"], _deepseek_list(), {"num_ranks": RANKS}),
+        Sample("vllm-list.one", FORMATS["vllm-list"], b"[0, 1, 2, 3, 0, 1]", {"num_ranks": 2, "num_layers": 3}),
+    ]
+
+
+def _deepseek_list() -> bytes:
+    log2phy = np.full((LAYERS, EXPERTS, 2), -1, np.int64)
+    rows = np.arange(LAYERS)[:, None]
+    log2phy[rows, PLACEMENT.slot_to_expert, PLACEMENT.replica_index] = np.arange(PLACEMENT.num_slots)
+    return torch_bytes([PLACEMENT.slot_to_expert.astype(np.int64), log2phy, PLACEMENT.num_replicas.astype(np.int64)])
