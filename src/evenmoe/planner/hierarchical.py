@@ -52,7 +52,7 @@ def plan_hierarchical(
 
 
 def pack_groups(load: FloatArray, shape: Shape, seed: int) -> Indices:
-    """The experts of every node, int64 (L, nodes, E / nodes) ascending, with groups packed as in `plan_hierarchical`."""
+    """The experts of every node, int64 (L, nodes, E / nodes) ascending, groups packed as in `plan_hierarchical`."""
     return _pack_groups(load, shape.num_ranks, shape.num_slots, shape.num_nodes, shape.num_groups, seed)[0]
 
 

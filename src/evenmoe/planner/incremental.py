@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from evenmoe.metrics import FloatArray, count_copies, peak_to_average
 from evenmoe.placement import IntArray, Placement
-from evenmoe.planner import _moves
+from evenmoe.planner import _moves, _places
 from evenmoe.planner.hierarchical import plan_hierarchical
 from evenmoe.planner.static import plan_peaks
 
@@ -64,10 +64,7 @@ def plan_incremental(
         new = plan_anew(np.arange(previous.num_layers))
         reached = peak_to_average(windows, Placement(new, num_ranks, num_experts=previous.num_experts))
         target = np.maximum(NEAR_MEAN, NEAR_NEW * reached.mean(axis=0))
-    weights = np.ascontiguousarray(_by_mean_rank(windows, num_ranks).transpose(1, 0, 2))
-    slots, peaks = previous.slot_to_expert.astype(np.int64), np.empty(previous.num_layers)
-    level = LEVEL * _busiest_node(weights, previous, num_nodes)
-    _moves.walk_layers(weights, num_ranks, num_ranks // num_nodes, target, level, budget, slots, peaks)
+    slots, peaks = _walk(windows, previous, target, budget, num_nodes)
     behind = np.flatnonzero(peaks > target)
     # A new plan moves nine experts of ten, so below a quarter of the slots it is not worth the time.
     if behind.size and 4 * budget >= previous.num_slots:
@@ -82,8 +79,23 @@ def plan_incremental(
             slots,
         )
     ordered = previous.slot_to_expert.astype(np.int64)
-    _moves.keep_places(slots, num_ranks, ordered)
+    _places.keep_places(slots, num_ranks, ordered)
     return ordered.astype(np.int32)
+
+
+def _walk(
+    windows: FloatArray, previous: Placement, target: FloatArray, budget: int, num_nodes: int
+) -> tuple[npt.NDArray[np.int64], FloatArray]:
+    """Slots int64 (L, S) after a walk of few copies, and their mean peaks (L,), in mean rank loads."""
+    order = np.argsort(-windows.mean(axis=0), axis=1, kind="stable")  # so that ties do not depend on names
+    by_load = np.take_along_axis(_by_mean_rank(windows, previous.num_ranks), order[None], axis=2)
+    weights = np.ascontiguousarray(by_load.transpose(1, 0, 2))
+    slots = np.take_along_axis(np.argsort(order, axis=1), previous.slot_to_expert, axis=1)
+    level = LEVEL * _busiest_node(weights, slots, previous.num_ranks, num_nodes)
+    peaks = np.empty(len(slots))
+    node_ranks = previous.num_ranks // num_nodes
+    _moves.walk_layers(weights, previous.num_ranks, node_ranks, target, level, budget, slots, peaks)
+    return np.take_along_axis(order, slots, axis=1), peaks
 
 
 def _by_mean_rank(windows: FloatArray, num_ranks: int) -> FloatArray:
@@ -92,15 +104,14 @@ def _by_mean_rank(windows: FloatArray, num_ranks: int) -> FloatArray:
     return np.divide(windows, mean, out=np.zeros_like(windows), where=mean > 0)
 
 
-def _busiest_node(weights: FloatArray, previous: Placement, num_nodes: int) -> FloatArray:
+def _busiest_node(weights: FloatArray, slots: npt.NDArray[np.int64], num_ranks: int, num_nodes: int) -> FloatArray:
     """(L, T): the mean rank load of the busiest node, in mean rank loads: no peak inside the nodes can be lower."""
-    num_layers, num_windows, _ = weights.shape
-    node = np.arange(previous.num_slots) // (previous.num_slots // num_nodes)
-    load = np.zeros((num_layers, num_windows, num_nodes))
-    share = weights / previous.num_replicas[:, None]
-    held = np.take_along_axis(share, np.broadcast_to(previous.slot_to_expert[:, None], (*load.shape[:2], node.size)), 2)
-    np.add.at(load, (slice(None), slice(None), node), held)
-    return np.maximum(load.max(axis=2) * num_nodes / previous.num_ranks, 1.0)
+    level = np.ones(weights.shape[:2])
+    if num_nodes > 1:
+        for layer, held in enumerate(slots.reshape(len(slots), num_nodes, -1)):
+            node_load = np.stack([weights[layer][:, np.unique(node)].sum(axis=1) for node in held])
+            level[layer] = node_load.max(axis=0) * num_nodes / num_ranks
+    return level
 
 
 def _take_better(

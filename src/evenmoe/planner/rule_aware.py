@@ -47,7 +47,7 @@ def plan_for_rule(
         index = index.reshape(-1, shape.num_slots)
     else:
         slots = plan_batch(load, shape.num_ranks // num_nodes, shape.num_slots // num_nodes, seed)
-    slots = np.take_along_axis(order, slots, axis=1)
+    slots = np.take_along_axis(order, slots, axis=1).astype(np.int32)
     if members is not None:
         slots = put_nodes(slots, members)
     return Placement(slots, shape.num_ranks, num_experts=shape.num_experts, replica_index=index)
