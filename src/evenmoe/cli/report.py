@@ -17,7 +17,6 @@ from rich.text import Text
 from evenmoe.errors import ConstraintError
 from evenmoe.report import quantities, write_report
 from evenmoe.report.markup import shortened
-from evenmoe.report.quantities import BYTES, common_unit, significant
 from evenmoe.report.summary import Summary, best_policy, summarise
 from evenmoe.simulator.store import load_simulation
 
@@ -53,6 +52,7 @@ def _object(summaries: tuple[Summary, ...], best: int, written: list[Path], inpu
                 "mean_step_us": summary.step_time,
                 "mean_copying_us_per_step": summary.copy_time,
                 "gain_percent": _number(summary.gain),
+                "gain_percent_with_copying": _number(summary.net_gain),
                 "copies_experts": summary.copies,
                 "refreshes": summary.refreshes,
                 "break_even_steps": _number(summary.break_even),
@@ -70,19 +70,18 @@ def _number(value: float) -> float | None:
 
 
 def _table(summaries: tuple[Summary, ...]) -> Table:
-    memory = common_unit([summary.memory for summary in summaries], BYTES)
+    """What fits 80 columns; everything else is on the page."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    table.add_column("policy", overflow="fold")
-    for head in ("mean PAR", "worst PAR", "gain", "copies", "break-even\nsteps", f"memory\n{memory.name} per rank"):
-        table.add_column(head, justify="right")
-    for s in summaries:
+    table.add_column("policy", overflow="fold", min_width=20)
+    for head in ("mean\nPAR", "worst\nPAR", "gain with\ncopying", "copies\nexperts", "break-even\nsteps"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for summary in summaries:
         table.add_row(
-            Text(shortened(s.name, 60)),
-            quantities.par(s.mean_par),
-            quantities.par(s.worst_par),
-            quantities.percent(s.gain),
-            quantities.count(s.copies),
-            quantities.steps(s.break_even),
-            significant(s.memory / memory.size),
+            Text(shortened(summary.name, 60)),
+            quantities.par(summary.mean_par),
+            quantities.par(summary.worst_par),
+            quantities.percent(summary.net_gain),
+            quantities.count(summary.copies),
+            quantities.steps(summary.break_even),
         )
     return table

@@ -67,7 +67,7 @@ def table(caption: str, columns: Sequence[Column], rows: Iterable[Sequence[str]]
         body.append(element("tr", *cells))
     return element(
         "div",
-        element("table", element("caption", caption), element("thead", head), element("tbody", *body)),
+        element("table", element("caption", element("span", caption)), element("thead", head), element("tbody", *body)),
         class_="scroll",
         role="region",
         aria_label=caption,

@@ -46,7 +46,7 @@ def heat_map(
         parts.append(element("text", y.text(tick), class_="tick end", x="-8", y=at, dy="4"))
     parts.append(element("text", y.label, class_="axis", x="0", y="-10"))
     parts.append(bottom_labels(x, height))
-    return drawing(join(*parts), key, title, description, height, max_width=max(40 * columns, 120), kind="cells")
+    return drawing(join(*parts), key, title, description, height, max_width=max(56 * columns, 120), kind="cells")
 
 
 def row_height(rows: int) -> float:

@@ -129,7 +129,7 @@ def _names(lines: list[Line], y: Axis, height: float) -> Markup:
             element(
                 "svg",
                 element("path", class_=f"mark s{line.style.colour}", d=line.style.marker.path),
-                element("text", shortened(line.name, 18), x="9", y="4"),
+                element("text", shortened(line.name, 24), x="9", y="4"),
                 class_="name",
                 x="100%",
                 y=f"{places[i]:.1f}",

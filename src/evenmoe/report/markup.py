@@ -78,10 +78,13 @@ def name(text: str) -> Markup:
 
 
 def shortened(text: str, length: int) -> str:
-    """At most `length` characters, the last one an ellipsis if some are left out.
+    """At most `length` characters; an ellipsis stands for what is left out, nearer to the end than to the start.
 
-    >>> shortened("identity", 5)
-    'iden…'
+    >>> shortened("evenmoe:rule=occurrence,slots=72", 20)
+    'evenmoe:rul…slots=72'
     """
     text = " ".join(printable(text).split())
-    return text if len(text) <= length else text[: length - 1] + "…"
+    if len(text) <= length:
+        return text
+    tail = 2 * length // 5
+    return f"{text[: length - 1 - tail]}…{text[len(text) - tail :]}"

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 #: Lines and bars, on light and on dark paper; the first is the baseline's.
-SERIES_LIGHT = ("#5b6470", "#0b62a8", "#b3430a", "#0a7257", "#8b3a91", "#7d5a00")
-SERIES_DARK = ("#aab3bf", "#6fb7ff", "#ff9d5c", "#4fd3ae", "#dd9be6", "#e6c24a")
+SERIES_LIGHT = ("#5b6470", "#0b62a8", "#b3430a", "#0a7257", "#8b3a91", "#7d5a00", "#b01e5a")
+SERIES_DARK = ("#aab3bf", "#6fb7ff", "#ff9d5c", "#4fd3ae", "#dd9be6", "#e6c24a", "#ff87b2")
 
 #: Cells from little over the middle (index 3), which is as good as the paper, to much, which stands out most.
 RAMP_LIGHT = ("#86aedb", "#b3cfec", "#dbe8f5", "#faf8f1", "#fbdca6", "#f3aa58", "#dc6b2b", "#ad3135", "#5f123e")
@@ -40,7 +40,7 @@ DASHES = ((), (7.0, 3.0), (2.0, 3.0), (9.0, 3.0, 2.0, 3.0), (12.0, 4.0))
 
 @dataclass(frozen=True)
 class Style:
-    """How one policy is drawn everywhere; the 6 colours, 5 dashes and 7 markers repeat together after 210 policies."""
+    """How one policy is drawn everywhere; the 7 colours and markers repeat with the 5 dashes after 35 policies."""
 
     colour: int
     dash: tuple[float, ...]

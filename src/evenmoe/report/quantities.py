@@ -97,13 +97,9 @@ def counted(value: int, thing: str, things: str = "") -> str:
 
 
 def steps(value: float) -> str:
-    """A number of steps until a copy has paid: "never" if it does not, "none copied" at 0.
+    """A number of steps until copies have paid: "never" if they do not.
 
     >>> steps(float("inf")), steps(0.0), steps(41.26)
-    ('never', 'none copied', '41.3')
+    ('never', '0', '41.3')
     """
-    if math.isnan(value):
-        return NOTHING
-    if value == 0:
-        return "none copied"
     return "never" if math.isinf(value) else significant(value)

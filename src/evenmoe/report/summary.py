@@ -27,7 +27,8 @@ class Summary:
         mean_par, worst_par: mean and maximum over steps and layers of the peak-to-average load.
         step_time: mean microseconds of one step, copying not included.
         copy_time: mean microseconds of copying per step.
-        gain: per cent of the first policy's time per step, copying included, that this one saves; nan if that is zero.
+        gain: per cent of the first policy's step time that this one saves; nan if that is zero.
+        net_gain: the same with the time of copying in both.
         copies: experts copied, all steps and layers.
         refreshes: how often the placement was replaced.
         break_even: steps until a mean refresh has paid for its copies; inf is never, 0.0 nothing copied.
@@ -43,6 +44,7 @@ class Summary:
     step_time: float
     copy_time: float
     gain: float
+    net_gain: float
     copies: int
     refreshes: int
     break_even: float
@@ -88,7 +90,8 @@ def _summary(policy: PolicyResult, baseline: PolicyResult) -> Summary:
         worst_par=float(policy.par.max()),
         step_time=float(policy.step_time.mean()),
         copy_time=float(policy.copy_time.mean()),
-        gain=_saved(_time(policy), _time(baseline)),
+        gain=_saved(float(policy.step_time.mean()), float(baseline.step_time.mean())),
+        net_gain=_saved(_time(policy), _time(baseline)),
         copies=int(policy.copies.sum()),
         refreshes=len(policy.refreshes),
         break_even=float(policy.break_even_steps),

@@ -18,6 +18,7 @@ from evenmoe.simulator.result import PolicyResult
 
 POINTS = 200  # of a line: on a page 1,200 px wide one every 6 px
 ALL_HEIGHT, ONE_HEIGHT = 260, 150  # px
+STROKES = 50  # refreshes that are marked one by one at most; more would touch each other on a phone
 
 
 def balance(content: Content) -> Markup:
@@ -36,8 +37,13 @@ def balance(content: Content) -> Markup:
         tops[1:] = [max(tops[1:])] * (len(tops) - 1)
     else:
         tops = [max(tops)] * len(tops)
-    figures += [_alone(content, index, policy, top) for (index, policy), top in zip(policies, tops, strict=True)]
-    return section("balance", "Balance over time", element("div", *figures, class_="grid"))
+    alone = [_alone(content, index, policy, top) for (index, policy), top in zip(policies, tops, strict=True)]
+    return section(
+        "balance",
+        "Balance over time",
+        element("div", *figures, class_="grid"),
+        element("div", *alone, class_="grid small"),
+    )
 
 
 def buckets(content: Content) -> Buckets:
@@ -73,8 +79,9 @@ def _together(content: Content, policies: Sequence[tuple[int, PolicyResult]], ke
     description = f"Lines over {steps}. Mean over time of the median layer: {means}."
     caption = f"Peak-to-average load of the median layer at every step; lower is better.{averaged(buckets(content))}"
     legend = lines_legend([(index, policy.name) for index, policy in policies])
+    numbers = _numbers(policies) if policies[0][0] == 0 else ""  # an enlarged part has no numbers of its own
     svg = drawing(line_chart(lines, x, y, ALL_HEIGHT), key, title, description, ALL_HEIGHT, kind="named")
-    return figure(title, svg, caption, legend=legend, table=_numbers(policies), wide=True)
+    return figure(title, svg, caption, legend=legend, table=numbers, wide=True)
 
 
 def _numbers(policies: Sequence[tuple[int, PolicyResult]]) -> Markup:
@@ -93,10 +100,12 @@ def _numbers(policies: Sequence[tuple[int, PolicyResult]]) -> Markup:
 def _alone(content: Content, index: int, policy: PolicyResult, top: float) -> Markup:
     line = _line(content, index, policy, band=True)
     x, y = index_axis(content.num_steps, "step", at_most=4), par_axis(top)
-    body = join(line_chart([line], x, y, ONE_HEIGHT), ticks_below(policy.refreshes, x, ONE_HEIGHT))
+    body, refreshes = line_chart([line], x, y, ONE_HEIGHT), ""
+    if 0 < len(policy.refreshes) <= STROKES:
+        body = join(body, ticks_below(policy.refreshes, x, ONE_HEIGHT))
+        refreshes = "; strokes on the axis: refreshes"
     low, high = quantities.par(float(policy.par.min())), quantities.par(float(policy.par.max()))
     description = f"The median layer's PAR over time within the range of all layers, which lies from {low} to {high}."
-    refreshes = "; strokes on the axis: refreshes" if len(policy.refreshes) else ""
     caption = f"Line: median layer. Band: from the best to the worst layer, {low} to {high}{refreshes}."
     if top > float(policy.par.max()) or index:
         caption += " Same scale as its neighbours."

@@ -35,7 +35,7 @@ def _time(content: Content) -> Markup:
     for i, summary in enumerate(summaries):
         value = f"{significant(summary.time / unit.size)} {unit.name}"
         shares = (summary.step_time / longest, summary.copy_time / longest)
-        bars.append(Bar(shortened(summary.name, 24), value, shares, style(i).colour))
+        bars.append(Bar(shortened(summary.name, 20), value, shares, style(i).colour))
     height = bars_height(bars)
     title = "Mean time per step"
     listing = "; ".join(f"{summary.name} {bar.value}" for summary, bar in zip(summaries, bars, strict=True))
@@ -43,7 +43,7 @@ def _time(content: Content) -> Markup:
     svg = drawing(bar_chart(bars, reference), "time", title, f"{listing}.", height, kind="bars")
     legend = patches_legend([("solid s0", "expert layers and wire"), ("hollow s0", "copying experts")])
     caption = f"By the cost model in the settings; lower is better. Upright stroke: {content.before.name}."
-    return figure(title, svg, caption, legend=legend)
+    return figure(title, svg, caption, legend=legend, wide=True)
 
 
 def _saved(content: Content) -> Markup:
@@ -73,7 +73,7 @@ def _saved(content: Content) -> Markup:
         "Running total of step and copying time less than the baseline's; above zero a policy has paid for all its "
         f"copies so far.{averaged(runs).replace('mean', 'end')}"
     )
-    return figure(title, svg, caption, legend=lines_legend([(i, policy.name) for i, policy in others]))
+    return figure(title, svg, caption, legend=lines_legend([(i, policy.name) for i, policy in others]), wide=True)
 
 
 def _numbers(content: Content) -> Markup:
@@ -88,6 +88,7 @@ def _numbers(content: Content) -> Markup:
         Column("Step and copying", f"{time.name}, mean", "step-time"),
         Column("Copying", f"{total.name}, all steps", "copy-time"),
         Column("Copies", "experts", "copy"),
+        Column("Refreshes", "times", "refresh"),
         Column("Copies per refresh", "experts, mean", "copy"),
         Column("Break-even", "steps", "break-even"),
         Column("Memory", f"{memory.name} per rank", "memory"),
@@ -102,6 +103,7 @@ def _numbers(content: Content) -> Markup:
                 data(s.time, significant(s.time / time.size)),
                 data(copied, significant(copied / total.size)),
                 data(s.copies, quantities.count(s.copies)),
+                data(s.refreshes, quantities.count(s.refreshes)),
                 data(each, significant(each)),
                 data(s.break_even, quantities.steps(s.break_even)),
                 data(s.memory, significant(s.memory / memory.size)),

@@ -23,10 +23,11 @@ def _sentence(content: Content) -> Markup:
             "carries ", element("strong", f"{quantities.par(baseline.mean_par)} times the mean load"), ".",
             class_="lead",
         )  # fmt: skip
-    if best.gain > 0:
+    if best.net_gain > 0:
         result = join(
             "With ", name(best.name), " a step takes ",
-            element("strong", f"{significant(best.gain)}\u00a0% less time"), " than with ", name(baseline.name),
+            element("strong", f"{significant(best.net_gain)}\u00a0% less time"), " than with ", name(baseline.name),
+            ", copying included",
         )  # fmt: skip
     else:
         result = join(
@@ -57,7 +58,7 @@ def _cards(content: Content) -> Markup:
         ("PAR, worst", data(best.worst_par, quantities.par(best.worst_par)),
          f"was {quantities.par(baseline.worst_par)}" if content.compares else "of any step and layer"),
         ("Time per step", data(best.time, f"{significant(best.time / time.size)} {time.name}"),
-         f"{before}, gain {quantities.percent(best.gain)}" if content.compares else "copying included"),
+         f"{before}, gain {quantities.percent(best.net_gain)}" if content.compares else "copying included"),
         ("Experts copied", data(best.copies, quantities.count(best.copies)),
          f"{counted(best.refreshes, 'refresh', 'refreshes')} in {counted(content.num_steps, 'step')}"),
         ("Break-even", data(best.break_even, quantities.steps(best.break_even)), "steps after each refresh"),
@@ -75,18 +76,16 @@ def _cards(content: Content) -> Markup:
 def _policies(content: Content) -> Markup:
     summaries = content.summaries
     time = common_unit([summary.step_time for summary in summaries], TIMES)
-    memory = common_unit([summary.memory for summary in summaries], BYTES)
     columns = [
         Column("Policy"),
         Column("Mean PAR", "max ÷ mean", "par"),
         Column("Worst PAR", "max ÷ mean", "par"),
         Column("Step", f"{time.name}, mean", "step-time"),
         Column("Copying", f"{time.name} per step", "copy-time"),
-        Column("Gain", f"% of {content.before.name}"[:24], "gain"),
+        Column("Gain", "% of step", "gain"),
+        Column("Net gain", "% with copying", "gain"),
         Column("Copies", "experts", "copy"),
-        Column("Refreshes", "times", "refresh"),
         Column("Break-even", "steps", "break-even"),
-        Column("Memory", f"{memory.name} per rank", "memory"),
         Column("Extra memory", "% per rank", "memory"),
     ]
     rows = [
@@ -97,10 +96,9 @@ def _policies(content: Content) -> Markup:
             data(s.step_time, significant(s.step_time / time.size)),
             data(s.copy_time, significant(s.copy_time / time.size)),
             data(s.gain, quantities.percent(s.gain)),
+            data(s.net_gain, quantities.percent(s.net_gain)),
             data(s.copies, quantities.count(s.copies)),
-            data(s.refreshes, quantities.count(s.refreshes)),
             data(s.break_even, quantities.steps(s.break_even)),
-            data(s.memory, significant(s.memory / memory.size)),
             data(s.extra_memory_share, quantities.percent(s.extra_memory_share)),
         )
         for i, s in enumerate(summaries)
@@ -112,7 +110,7 @@ def _descriptions(content: Content) -> Markup:
     items = []
     for policy in content.simulation.policies:
         items.append(element("dt", name(policy.name)))
-        items.append(element("dd", name(policy.description), " Rule: ", element("code", policy.rule), "."))
+        items.append(element("dd", name(policy.description)))
     notes = content.simulation.notes
     listed = element("ul", *(element("li", note) for note in notes), class_="notes") if notes else ""
     return join(element("dl", *items, class_="policies"), listed)

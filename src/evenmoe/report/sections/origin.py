@@ -7,6 +7,9 @@ from evenmoe.report.blocks import Column, paragraph, section, table
 from evenmoe.report.content import Content
 from evenmoe.report.markup import Markup, element, join, name
 
+#: Names under which a replay keeps its command, and the digests of its files, among the settings.
+COMMAND, DIGEST = "command", "SHA-256 of "
+
 #: Key, word and definition, in the order shown; tables link to the key.
 WORDS = (
     (
@@ -39,8 +42,8 @@ WORDS = (
     (
         "gain",
         "Gain",
-        "100 % minus (step + copying) ÷ (step + copying of the first policy), from the means over all steps; above 0 "
-        "is faster.",
+        "100 % minus step time ÷ step time of the first policy, from the means over all steps; above 0 is faster. Net "
+        "gain is the same with the time of copying added to both.",
     ),
     (
         "copy",
@@ -56,7 +59,7 @@ WORDS = (
         "break-even",
         "Break-even",
         "Steps after which a mean refresh has paid for its copies, beside the first policy: copying time of a refresh "
-        "÷ step time saved per step. “never”: no time is saved.",
+        "÷ step time saved per step. “never”: no time is saved; 0: copying takes none.",
     ),
     (
         "memory",
@@ -68,19 +71,27 @@ WORDS = (
 
 
 def origin(content: Content) -> Markup:
-    """Settings, then command and inputs."""
-    simulation = content.simulation
-    settings = [(setting, element("bdi", value), unit) for setting, value, unit in simulation.settings]
+    """Settings, then commands and inputs, the replay's own among them, which it keeps as settings."""
+    settings = content.simulation.settings
+    commands = [value for key, value, _ in settings if key == COMMAND]
+    digests = {key.removeprefix(DIGEST): value for key, value, _ in settings if key.startswith(DIGEST)}
+    chosen = [
+        (key, element("bdi", value), unit)
+        for key, value, unit in settings
+        if key != COMMAND and not key.startswith(DIGEST)
+    ]
     columns = [Column("Setting"), Column("Value", text=True), Column("Unit", text=True)]
-    shown = table("Everything that was chosen", columns, settings) if settings else paragraph("None are recorded.")
-    files = [(name(path), element("code", digest)) for path, digest in content.inputs.items()]
+    shown = table("Everything that was chosen", columns, chosen) if chosen else paragraph("None are recorded.")
+    if content.command not in commands:
+        commands.append(content.command)
+    files = [(name(path), element("code", digest)) for path, digest in (digests | content.inputs).items()]
     return join(
         section("settings", "Settings", shown),
         section(
             "origin",
             "How this page was made",
-            paragraph("evenmoe ", __version__, ", with this command; the same input gives the same bytes:"),
-            element("pre", element("code", content.command), tabindex="0"),
+            paragraph(f"By evenmoe {__version__}. The same commands on the same files give the same bytes."),
+            *(element("pre", element("code", command), tabindex="0") for command in commands),
             table("Files read", [Column("File"), Column("SHA-256", text=True)], files) if files else "",
         ),
     )

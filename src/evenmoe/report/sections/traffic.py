@@ -25,9 +25,9 @@ def traffic(content: Content) -> Markup:
         kind="bars",
     )  # fmt: skip
     caption = (
-        "Mean per step over all layers, on the way to the experts; as many come back. “per expert”: one row for each "
-        "token and expert. “per rank”: one row for each token and destination rank, however many of its experts are "
-        "there. Rows of a token that stay on their rank are not counted."
+        "Mean per step over all layers, on the way to the experts; as many come back. Per expert: a row for each token "
+        "and expert. Per rank: a row for each token and destination rank, however many of its experts are there. "
+        "Rows of a token that stay on their rank are not counted."
     )
     legend = patches_legend([("solid s0", "within a node"), ("hollow s0", "between nodes")])
     chart = figure(title, svg, caption, legend=legend, wide=True)
@@ -40,17 +40,18 @@ def _totals(summary: Summary) -> tuple[float, float]:
 
 
 def _bars(index: int, summary: Summary, longest: float, unit: Unit) -> list[Bar]:
-    rows, label = summary.rows, shortened(summary.name, 18)
+    rows = summary.rows
     return [
         Bar(
-            f"{label}, {kind}",
+            kind,
             f"{significant((within + between) / unit.size)} {unit.name}",
             (within / longest, between / longest),
             style(index).colour,
+            heading,
         )
-        for kind, within, between in (
-            ("per expert", rows.within_node, rows.between_nodes),
-            ("per rank", rows.within_node_once, rows.between_nodes_once),
+        for kind, heading, within, between in (
+            ("one row per expert", shortened(summary.name, 24), rows.within_node, rows.between_nodes),
+            ("one row per rank", "", rows.within_node_once, rows.between_nodes_once),
         )
     ]
 
