@@ -20,9 +20,9 @@ from evenmoe.placement import Placement
 def matches(document: Document) -> bool:
     value = document.value
     if isinstance(value, Mapping):
-        if not value or not all(isinstance(name, str) for name in value) or len(value) > 1000:
-            return False
-        return "load" not in value and all(fits(value[name]) for name in value)
+        # Other formats name their tensors, and a small map under such a name may look like a table.
+        named = all("table" in str(name) or str(name)[-1:].isdigit() for name in value)
+        return named and 0 < len(value) <= 1000 and all(fits(value[name]) for name in value)
     if isinstance(value, list):
         return bool(value) and all(fits(layer) for layer in value)
     return fits(value)

@@ -134,7 +134,8 @@ def _parse_text(data: bytes) -> tuple[str, Any]:
     if start[:1] in (b"{", b"["):
         return _parse_json(data)
     line = start.split(b"\n", 1)[0]
-    if b":" not in line and (b"," in line or not line.strip().translate(None, b"0123456789.+-eE")):
+    numeric = not line.strip().translate(None, b"0123456789.+-eE, ")
+    if numeric or (b":" not in line and line[:1] not in (b"#", b"%", b"-")):  # what YAML may begin with
         return "csv", parse_csv(data)
     from evenmoe.formats.containers.yaml_text import parse_yaml
 
