@@ -58,14 +58,13 @@ def test_json_is_one_object_whose_keys_have_units(evenmoe, trace):
 
 def test_every_option_reaches_the_replay(evenmoe, trace, tmp_path):
     out, page = tmp_path / "out.sim", tmp_path / "page.html"
-    done = evenmoe(
-        "simulate", trace, "--ranks", 8, "--nodes", 4, "--tokens-per-rank", 6, "--chunk", 2, "--steps", 5,
-        "--slots", 48, "--groups", 4, "--refresh", 2, "--window", 3, "--seed", 7, "--workers", 2, "--details", "--top-k", 4,
-        "--hidden", 10, "--expert-flops", 1, "--expert-bytes", 2, "--copy-bytes", 3, "--dispatch-row-bytes", 4,
-        "--combine-row-bytes", 5, "--flops-per-s", 6, "--memory-bytes-per-s", 7, "--within-bytes-per-s", 8,
-        "--between-bytes-per-s", 9, "--latency-us", 11, "--row-per-expert", "--out", out, "--report", page,
-        "-p", "greedy",
-    )  # fmt: skip
+    sizes = ("--ranks", 8, "--nodes", 4, "--tokens-per-rank", 6, "--chunk", 2, "--steps", 5, "--top-k", 4, "--seed", 7)
+    plans = ("--slots", 48, "--groups", 4, "--refresh", 2, "--window", 3, "-p", "greedy")
+    bytes_ = ("--expert-bytes", 2, "--copy-bytes", 3, "--dispatch-row-bytes", 4, "--combine-row-bytes", 5)
+    speeds = ("--flops-per-s", 6, "--memory-bytes-per-s", 7, "--within-bytes-per-s", 8, "--between-bytes-per-s", 9)
+    costs = ("--hidden", 10, "--expert-flops", 1, "--latency-us", 11, "--row-per-expert", *bytes_, *speeds)
+    rest = ("--workers", 2, "--details", "--out", out, "--report", page)
+    done = evenmoe("simulate", trace, *sizes, *plans, *costs, *rest)
     assert done.code == 0, done.err
     simulation = load_simulation(out)
     settings = {name: value for name, value, _ in simulation.settings}

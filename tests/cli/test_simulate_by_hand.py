@@ -22,10 +22,12 @@ POLICIES = (
     ("greedy:rule=even", "greedy", "even", {}),
     ("evenmoe:rule=rank", "evenmoe", "rank", {}),
     ("evenmoe:rule=occurrence,max-copies=3", "evenmoe", "occurrence", {"max_copies": 3}),
+    ("evenmoe:rule=even,start=previous", "evenmoe", "even", {"start": "previous"}),
+    ("evenmoe:rule=rank,start=scratch", "evenmoe", "rank", {"start": "scratch"}),
     ("evenmoe:rule=batch", "evenmoe", "batch", {}),
     ("oracle", "oracle", "batch", {}),
 )
-FEW = tuple(policy for policy in POLICIES if policy[1] != "static" and "even," not in policy[0])
+FEW = tuple(policy for policy in POLICIES if policy[1] != "static" and "start" not in policy[0])
 
 
 def assert_found(setup: Setup, by_hand: dict[str, ByHand], saved: Path, printed: dict) -> None:

@@ -198,13 +198,15 @@ def copy(before: em.Placement, after: em.Placement, setup: Setup) -> tuple[list[
     return copies, (slowest + setup.latency) * 1e6
 
 
-def plan_by_hand(kind: str, rule: str, load: np.ndarray, setup: Setup, current: em.Placement, options: dict):
+def plan_by_hand(kind: str, rule: str, load: np.ndarray, setup: Setup, current: em.Placement, is_first: bool, options):
     if kind == "greedy":
         slots = [greedy(layer.tolist(), setup, setup.slots) for layer in load]
         return em.Placement(slots, setup.ranks, num_experts=load.shape[1])
     shape = {"num_ranks": setup.ranks, "num_slots": setup.slots, "num_nodes": setup.nodes}
-    if kind == "evenmoe":
-        return em.plan(load, **shape, rule=rule, previous=current, **options)
+    start = options.get("start", "first")
+    if kind == "evenmoe" and (start == "previous" or (start == "first" and not is_first)):
+        bound = options.get("max_copies", max(1, setup.slots // 8))
+        return em.plan(load, **shape, rule=rule, previous=current, max_copies=bound)
     return em.plan(load, **shape, rule="even" if kind == "oracle" else rule)
 
 
@@ -219,6 +221,7 @@ def replay(routing: np.ndarray, starts: list[int], experts: int, setup: Setup, p
         slots = fewest if kind == "identity" else setup.slots
         current = em.Placement([[s % experts for s in range(slots)]] * layers, setup.ranks)
         past: list[np.ndarray] = []
+        is_first = True
         for step, tokens in enumerate(batches):
             picks = [[[routing[token, layer].tolist() for token in rank] for rank in tokens] for layer in range(layers)]
             load = np.zeros((layers, experts))
@@ -233,7 +236,8 @@ def replay(routing: np.ndarray, starts: list[int], experts: int, setup: Setup, p
             copies, spent = [0] * layers, 0.0
             if due or kind == "oracle":
                 seen = load if kind == "oracle" else sum(past[max(0, step - setup.window) :])
-                new = plan_by_hand(kind, rule, seen, setup, current, options)
+                new = plan_by_hand(kind, rule, seen, setup, current, is_first, options)
+                is_first = False
                 if new != current and step > 0:
                     copies, spent = copy(current, new, setup)
                     result.refreshes.append(step)

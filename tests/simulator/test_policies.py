@@ -36,7 +36,8 @@ def test_what_is_not_said_comes_from_the_call():
         10,
         7,
     )
-    assert (policy.pieces, policy.max_copies, policy.target_par, policy.from_previous) == (1, None, None, True)
+    assert (policy.pieces, policy.max_copies, policy.target_par, policy.start) == (1, 4, None, "first")
+    assert (parse("greedy")[1].max_copies, parse("greedy")[1].start) == (None, "scratch")
 
 
 def test_every_key_is_read():
@@ -46,7 +47,7 @@ def test_every_key_is_read():
     assert (policy.rule, policy.num_slots, policy.num_groups, policy.refresh) == ("batch", 40, 4, 3)
     assert (policy.window, policy.pieces, policy.plan_for) == (9, 2, "even")
     assert (policy.max_copies, policy.target_par) == (0, 1.05)
-    assert not parse("evenmoe:start=scratch")[1].from_previous
+    assert (parse("evenmoe:start=scratch")[1].start, parse("evenmoe:start=scratch")[1].max_copies) == ("scratch", None)
     assert parse("static:planner=greedy")[1].planner == "greedy"
     assert parse("oracle")[1].plan_for == "even"
 
@@ -79,7 +80,7 @@ def test_identity_comes_first_and_once():
         ("greedy:window=99999999999", "use a whole number, 1 or more"),
         ("evenmoe:target-par=0.9", "use a number, 1 or more"),
         ("evenmoe:target-par=nan", "use a number, 1 or more"),
-        ("evenmoe:start=now", "use one of previous, scratch"),
+        ("evenmoe:start=now", "use one of first, previous, scratch"),
         ("evenmoe:start=scratch,max-copies=3", "a limit needs a placement to keep"),
         ("greedy:slots=16", "use a multiple of 8, 24 or more"),
         ("greedy:slots=33", "use a multiple of 8, 24 or more"),
@@ -102,7 +103,8 @@ def test_descriptions_say_what_is_done():
     *_, policy = parse("evenmoe:rule=batch,pieces=2,max-copies=3,target-par=1.1")
     assert policy.description == (
         "evenmoe's plan for the batch rule, made every 10 steps from the 7 steps before as 2 windows, starting from "
-        "the placement in use, at most 3 copies a layer, down to a PAR of 1.1, replicas chosen by the batch rule."
+        "the placement in use but for the first time, at most 3 copies a layer, down to a PAR of 1.1, replicas chosen "
+        "by the batch rule."
     )
     assert len({policy.description for policy in parse(*DEFAULT)}) == len(DEFAULT)
 
@@ -120,11 +122,10 @@ def test_a_window_is_cut_into_pieces():
         ["evenmoe:rule=even,start=scratch", "evenmoe:rule=even,start=scratch,pieces=2"],
         world, num_experts=4, num_slots=4, refresh=1, window=6,
     )  # fmt: skip
-    current = first_placement(whole, world, 1, 4)
-    slots = plan_policy(pieces, world, past, current, 0).slot_to_expert.reshape(2, 2) // 2
+    slots = plan_policy(pieces, world, past, None, 0).slot_to_expert.reshape(2, 2) // 2
     assert [sorted(rank) for rank in slots.tolist()] == [[0, 1], [0, 1]]
-    level = plan_policy(whole, world, past, current, 0)
-    assert plan_policy(whole, world, past[::-1].copy(), current, 0) == level  # one sum has no order
+    level = plan_policy(whole, world, past, None, 0)
+    assert plan_policy(whole, world, past[::-1].copy(), None, 0) == level  # one sum has no order
 
 
 @settings(deadline=None)

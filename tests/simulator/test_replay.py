@@ -122,8 +122,12 @@ def test_every_policy_plans_when_it_says():
 
 
 def test_a_limit_of_copies_is_kept():
-    policy = run(with_requests(), ["evenmoe:rule=even,max-copies=2"]).policies[1]
-    assert policy.copies.max() == 2
+    _, kept, first = run(
+        with_requests(), ["evenmoe:rule=even,start=previous,max-copies=2", "evenmoe:rule=even,max-copies=2"]
+    ).policies
+    assert kept.copies.max() == 2
+    assert first.copies[REFRESH].max() > 2
+    assert first.copies[REFRESH + 1 :].max() == 2
 
 
 def test_an_oracle_is_better_than_what_only_knows_the_past():

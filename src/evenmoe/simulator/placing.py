@@ -20,10 +20,11 @@ def first_placement(policy: Policy, world: World, num_layers: int, num_experts: 
     return Placement(slots, world.num_ranks, num_experts=num_experts)
 
 
-def plan_policy(policy: Policy, world: World, past: FloatArray, current: Placement, seed: int) -> Placement:
+def plan_policy(policy: Policy, world: World, past: FloatArray, previous: Placement | None, seed: int) -> Placement:
     """The policy's plan from `past`, tokens float64 (steps, L, E), the newest step last.
 
-    The steps are added up to `policy.pieces` windows of consecutive steps, as equal in number as they can be.
+    `previous` is the placement to start from, within the policy's limits; None for a plan made anew. The steps are
+    added up to `policy.pieces` windows of consecutive steps, as equal in number as they can be.
     """
     edges = np.arange(min(policy.pieces, len(past)) + 1) * len(past) // min(policy.pieces, len(past))
     windows = np.stack([past[begin:end].sum(axis=0) for begin, end in pairwise(edges)])
@@ -38,9 +39,9 @@ def plan_policy(policy: Policy, world: World, past: FloatArray, current: Placeme
         num_slots=policy.num_slots,
         num_nodes=world.num_nodes,
         num_groups=policy.num_groups,
-        previous=current if policy.from_previous else None,
-        max_copies=policy.max_copies,
-        target_par=policy.target_par,
+        previous=previous,
+        max_copies=None if previous is None else policy.max_copies,
+        target_par=None if previous is None else policy.target_par,
         rule=policy.plan_for,
         seed=seed,
     )
@@ -54,8 +55,9 @@ def check_policy(policy: Policy, world: World, num_experts: int) -> None:
     """
     if policy.kind == "identity":
         return
+    first = None if policy.start == "scratch" else first_placement(policy, world, 1, num_experts)
     try:
-        plan_policy(policy, world, np.ones((1, 1, num_experts)), first_placement(policy, world, 1, num_experts), 0)
+        plan_policy(policy, world, np.ones((1, 1, num_experts)), first, 0)
     except ConstraintError as error:
         raise ConstraintError(
             "policy",

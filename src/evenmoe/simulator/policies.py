@@ -5,7 +5,7 @@
     identity  slot s holds expert s mod E for ever, in the fewest slots that the ranks can share
     static    planned once, when the first window is over
     greedy    the published greedy planner (DeepSeek's), planned anew at every refresh
-    evenmoe   evenmoe's plan, from the placement in use, at every refresh
+    evenmoe   evenmoe's plan at every refresh; the first one made anew, the others from the placement in use
     oracle    planned on each step itself, which nobody can; its copies cost nothing
 
 A policy that plans starts like identity, in its own number of slots, and sees only steps that are over.
@@ -39,7 +39,7 @@ _KEYS = {
     "evenmoe": (*_PLANNED, "refresh", "window", "pieces", "plan-for", "max-copies", "target-par", "start"),
     "oracle": (*_PLANNED, "planner", "plan-for"),
 }
-_WORDS = {"rule": RULES, "plan-for": RULES, "start": ("previous", "scratch"), "planner": ("evenmoe", "greedy")}
+_WORDS = {"rule": RULES, "plan-for": RULES, "start": ("first", "previous", "scratch"), "planner": ("evenmoe", "greedy")}
 _LEAST = {"slots": 1, "groups": 1, "refresh": 1, "window": 1, "pieces": 1, "max-copies": 0}
 
 
@@ -57,9 +57,9 @@ class Policy:
         window: past steps that a plan is made from, at most.
         pieces: windows that those steps are added up to; a plan from more than one looks at how loads vary.
         plan_for: rule that the plan is made for.
-        max_copies: per layer and refresh, or None.
-        target_par: or None.
-        from_previous: whether a plan starts from the placement in use.
+        max_copies: of a layer in a plan that starts from the placement in use; None for no bound.
+        target_par: at which such a plan stops copying, or None.
+        start: which plans are made anew: "first" the first one, "scratch" all, "previous" none.
         planner: "evenmoe" or "greedy".
     """
 
@@ -74,7 +74,7 @@ class Policy:
     plan_for: str
     max_copies: int | None
     target_par: float | None
-    from_previous: bool
+    start: str
     planner: str
 
     @property
@@ -93,10 +93,11 @@ class Policy:
         past = f"the {self.window} steps before" + (f" as {self.pieces} windows" if self.pieces > 1 else "")
         if self.kind == "static":
             return f"{plan}, made once from {past} step {self.window}, {how}."
-        limits = "" if self.max_copies is None else f", at most {self.max_copies} copies a layer"
-        limits += "" if self.target_par is None else f", down to a PAR of {self.target_par:g}"
-        begin = ", starting from the placement in use" if self.from_previous else ""
-        return f"{plan}, made every {self.refresh} steps from {past}{begin}{limits}, {how}."
+        begin = "" if self.start == "scratch" else ", starting from the placement in use"
+        begin += " but for the first time" if self.start == "first" else ""
+        begin += "" if self.max_copies is None else f", at most {self.max_copies} copies a layer"
+        begin += "" if self.target_par is None else f", down to a PAR of {self.target_par:g}"
+        return f"{plan}, made every {self.refresh} steps from {past}{begin}, {how}."
 
     def is_due(self, step: int) -> bool:
         """Whether a plan is made before this step, from the steps that are over."""
@@ -160,10 +161,14 @@ def _parse(text: str, world: World, num_experts: int, defaults: dict[str, int]) 
     slots, groups = whole("slots", defaults.get("slots", 1)), whole("groups", defaults.get("groups", 1))
     slots = _check_slots(text, kind, slots, groups, world, num_experts)
     rule = word("rule", "batch" if kind == "oracle" else "rank")
-    start = word("start", "previous")
+    start = word("start", "first" if kind == "evenmoe" else "scratch")
     limits = [key for key in ("max-copies", "target-par") if key in found]
-    if start == "scratch" and limits:
+    if start == "scratch" and limits:  # only evenmoe takes limits
         _refuse(text, f"has {limits[0]} with start=scratch", "leave out one of them: a limit needs a placement to keep")
+    bound = None
+    if start != "scratch":
+        # Keeping up with a drift of 15 % takes DeepSeek-V3's layers 28 to 35 copies of 288 slots to a PAR of 1.01.
+        bound = whole("max-copies", max(1, slots // 8))
     return Policy(
         name=text,
         kind=kind,
@@ -174,9 +179,9 @@ def _parse(text: str, world: World, num_experts: int, defaults: dict[str, int]) 
         window=whole("window", defaults.get("window", 1)),
         pieces=whole("pieces", 1),
         plan_for=word("plan-for", "even" if kind == "oracle" else rule),
-        max_copies=whole("max-copies", 0) if "max-copies" in found else None,
+        max_copies=bound,
         target_par=_number(text, "target-par", found["target-par"], float, 1) if "target-par" in found else None,
-        from_previous=kind == "evenmoe" and start == "previous",
+        start=start,
         planner="greedy" if kind == "greedy" else word("planner", "evenmoe"),
     )
 

@@ -163,7 +163,7 @@ class _Run:
 
     def _plan(self, step: int, tracks: list[Track], seen: list[FloatArray]) -> None:
         def plan_one(track: Track, loads: FloatArray) -> Any:
-            return plan_policy(track.policy, track.world, loads, track.placement, self._seed)
+            return plan_policy(track.policy, track.world, loads, track.start_of_plan(), self._seed)
 
         for track, placement in zip(tracks, self._pool.map(plan_one, tracks, seen), strict=True):
             track.replace(step, placement, self._costs)

@@ -63,8 +63,9 @@ class Track:
         self._details = None
         if details:
             self._details = Details(np.zeros((num_steps, layers, ranks), np.int64), np.zeros((num_steps, layers, 4)))
-        self._use(first)
+        self._planned = False
         self._initial = first
+        self._use(first)
 
     def _use(self, placement: Placement) -> None:
         """Take up a placement: its replicas in table order, and its graphs where batches are split."""
@@ -80,8 +81,14 @@ class Track:
             for row in (placement.slot_to_expert if self.policy.rule == "batch" else ())
         ]
 
+    def start_of_plan(self) -> Placement | None:
+        """What the next plan starts from; None where it is made anew."""
+        anew = self.policy.start == "scratch" or (self.policy.start == "first" and not self._planned)
+        return None if anew else self.placement
+
     def replace(self, step: int, placement: Placement, costs: CostModel) -> None:
         """Use another placement from this step on. Before step 0 it becomes the first one, which costs nothing."""
+        self._planned = True
         if placement == self.placement:
             return
         if step == 0:

@@ -15,8 +15,8 @@ _WORLD, _POLICIES, _COSTS, _RESULTS = "World", "Policies", "Costs, in place of t
 _POLICY_HELP = (
     "NAME[:key=value,...], once per policy. identity (always compared with): rule. static: rule, slots, groups, "
     "window, pieces, planner, plan-for. greedy (published): rule, slots, groups, refresh, window. evenmoe: rule, "
-    "slots, groups, refresh, window, pieces, plan-for, max-copies, target-par, start=previous|scratch. oracle: rule, "
-    "slots, groups, planner, plan-for. Rules: rank, token, occurrence, batch, even. Without any: all kinds."
+    "slots, groups, refresh, window, pieces, plan-for, max-copies, target-par, start=first|previous|scratch. oracle: "
+    "rule, slots, groups, planner, plan-for. Rules: rank, token, occurrence, batch, even. Without any: all kinds."
 )
 
 
