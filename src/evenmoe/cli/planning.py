@@ -72,11 +72,12 @@ def run_plan(order: Order, *, as_json: bool) -> None:
     ranks, slots = _sizes(order, previous)
     assert contents.load is not None
     load = as_load(contents.load)
-    windows = _merged(load, 1 if order.mean else order.most_windows)
+    windows = _merged(load, order.most_windows)
+    goal = windows.sum(axis=0, keepdims=True) if order.mean else windows
     console = Console(stderr=True)
-    with console.status(f"planning {windows.shape[1]} layers for {len(windows)} windows …"):
+    with console.status(f"planning {windows.shape[1]} layers for {len(goal)} windows …"):
         placement = em.plan(
-            windows[0] if len(windows) == 1 else windows,
+            goal[0] if len(goal) == 1 else goal,
             num_ranks=ranks,
             num_slots=slots,
             num_nodes=order.nodes,
@@ -89,7 +90,7 @@ def run_plan(order: Order, *, as_json: bool) -> None:
         )
     numbers = _layer_numbers(order, contents)
     notes = list(contents.notes)
-    if len(windows) < len(load) and not order.mean:
+    if len(windows) < len(load):
         notes.append(f"merged {len(load)} windows into {len(windows)} (--most-windows)")
     if order.out is not None:
         notes += write(
@@ -102,7 +103,7 @@ def run_plan(order: Order, *, as_json: bool) -> None:
             load.sum(axis=0), num_ranks=ranks, num_slots=slots, num_nodes=order.nodes, num_groups=order.groups
         )
     shown = numbers or range(placement.num_layers)
-    summary = _summary(order, contents, len(windows), placement, previous, rows, bound, shown)
+    summary = _summary(order, contents, len(goal), placement, previous, rows, bound, shown)
     out = sys.stderr if order.out == "-" else sys.stdout
     if as_json:
         print(json.dumps({**summary, "notes": notes}), file=out)
@@ -152,14 +153,24 @@ def _read_previous(order: Order, contents: Contents) -> em.Placement | None:
     if found.placement is None:
         raise ConstraintError("--previous", order.previous, "must be a placement and is a load", "name a placement")
     ours, theirs = contents.layer_ids, found.layer_ids
-    if ours is not None and theirs is not None and ours != theirs:
+    if ours is None or theirs is None or ours == theirs:
+        return found.placement
+    if not set(ours) <= set(theirs):
         raise ConstraintError(
             "--previous",
             f"a placement of the layers {_spans(theirs)}",
-            f"must be of the load's layers, {_spans(ours)}",
+            f"must hold the load's layers, {_spans(ours)}",
             "choose the layers of the load with --layers, or the placement of the same model",
         )
-    return found.placement
+    # Dense layers have rows in some formats, and a load may be of some layers only.
+    rows = [theirs.index(number) for number in ours]
+    whole = found.placement
+    return em.Placement(
+        whole.slot_to_expert[rows],
+        whole.num_ranks,
+        num_experts=whole.num_experts,
+        replica_index=whole.replica_index[rows],
+    )
 
 
 def _sizes(order: Order, previous: em.Placement | None) -> tuple[int, int]:
@@ -326,7 +337,8 @@ def _cells(values: FloatArray, numbers: Sequence[int]) -> tuple[str, str]:
 
 def _print_worst(rows: list[_Row], planned: FloatArray, numbers: Sequence[int], console: Console) -> None:
     worst: npt.NDArray[np.intp] = np.argsort(-planned, kind="stable")[:_WORST_SHOWN]
-    table = Table("layer", *(row.name for row in rows), title="layers that stay the most uneven, mean of windows")
+    console.print("layers that stay the most uneven, mean of windows:")
+    table = Table("layer", *(row.name for row in rows))
     for column in table.columns:
         column.justify = "right"
     for layer in worst:
