@@ -16,15 +16,14 @@ WITHIN, BETWEEN = range(2)
 def rank_work(per_slot, num_ranks, tokens, busy):
     """Fill, per rank, the rows that it computes, int64 (G,), and how many of its slots have any, int64 (G,)."""
     slots_per_rank = per_slot.shape[0] // num_ranks
-    tokens[:] = 0
-    busy[:] = 0
-    for slot in range(per_slot.shape[0]):
-        total = 0
-        for rank in range(num_ranks):
-            total += per_slot[slot, rank]
-        tokens[slot // slots_per_rank] += total
-        if total > 0:
-            busy[slot // slots_per_rank] += 1
+    for rank in range(num_ranks):
+        tokens[rank] = 0
+        busy[rank] = 0
+        for slot in range(rank * slots_per_rank, (rank + 1) * slots_per_rank):
+            total = _total(per_slot[slot])
+            tokens[rank] += total
+            if total > 0:
+                busy[rank] += 1
 
 
 @njit(cache=True, nogil=True)
@@ -32,15 +31,35 @@ def count_rows(per_slot, ranks_per_node, sent, received):
     """Fill float64 `sent` and `received`: one row per pick."""
     num_ranks = sent.shape[1]
     slots_per_rank = per_slot.shape[0] // num_ranks
-    row = np.empty(num_ranks)
-    sent[:] = 0.0
-    received[:] = 0.0
+    # Whole numbers until the end: eight of them fit where two of float64 would wait for each other.
+    row = np.empty(num_ranks, np.int32)
+    near, all_sent = np.zeros(num_ranks, np.int32), np.zeros(num_ranks, np.int32)
     for target in range(num_ranks):
-        row[:] = 0.0
-        for slot in range(target * slots_per_rank, (target + 1) * slots_per_rank):
+        row[:] = per_slot[target * slots_per_rank]
+        for slot in range(target * slots_per_rank + 1, (target + 1) * slots_per_rank):
             for rank in range(num_ranks):
                 row[rank] += per_slot[slot, rank]
-        _book(row, target, ranks_per_node, sent, received)
+        begin = target // ranks_per_node * ranks_per_node
+        end = begin + ranks_per_node
+        row[target] = 0
+        total, inside = _total(row), _total(row[begin:end])
+        for rank in range(num_ranks):
+            all_sent[rank] += row[rank]
+        for rank in range(begin, end):
+            near[rank] += row[rank]
+        received[WITHIN, target] = inside
+        received[BETWEEN, target] = total - inside
+    for rank in range(num_ranks):
+        sent[WITHIN, rank] = near[rank]
+        sent[BETWEEN, rank] = all_sent[rank] - near[rank]
+
+
+@njit(cache=True, nogil=True)
+def _total(values):
+    total = 0
+    for i in range(values.size):
+        total += values[i]
+    return total
 
 
 @njit(cache=True, nogil=True)
