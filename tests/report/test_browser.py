@@ -15,7 +15,7 @@ NASTY = '<script>document.title="owned"</script><img src="http://example.com/x.p
 PAGES = {
     "usual": {},
     "tiny": {"steps": 1, "layers": 1, "ranks": 1, "experts": 1, "policies": ("identity",), "nodes": 1},
-    "long": {"policies": ("identity", "W" * 300, "a " * 150, NASTY), "trace": "x" * 400, "layers": 2},
+    "long": {"policies": ("identity", "Wide" * 75, "a " * 150, NASTY), "trace": "x" * 400, "layers": 2},
     "wide": {"steps": 300, "layers": 12, "ranks": 64, "experts": 64, "policies": tuple("ABCDEFGH"), "nodes": 8},
 }
 WIDTHS = (400, 1600)

@@ -99,6 +99,20 @@ def test_the_best_policy_is_the_fastest_that_could_be_run(root, simulation):
     assert shown == pytest.approx([*expected, policy.break_even_steps, policy.memory_per_rank], **SAME)
 
 
+def test_a_policy_that_only_its_copies_make_slow(tmp_path):
+    simulation = make_replay(steps=40, layers=2, policies=("identity", "one"))
+    policy = simulation.policies[1]
+    object.__setattr__(policy, "copy_time", policy.copy_time * 1000)
+    object.__setattr__(policy, "break_even_steps", 1234.5)
+    write_report(simulation, tmp_path / "page.html", "evenmoe report a")
+    root = parse((tmp_path / "page.html").read_text(encoding="utf-8"))
+    lead = next(p for p in root.all("p") if p.attributes.get("class") == "lead").text
+    gain = 100 * (1 - mean(policy.step_time.tolist()) / mean(simulation.policies[0].step_time.tolist()))
+    assert lead.startswith("No policy makes a step faster than identity, copying included. one comes nearest: ")
+    assert f"without copying it would save {significant(gain)}\u00a0%" in lead
+    assert "after 1,230 steps" in lead
+
+
 def test_median_layers(root, simulation):
     rows = table(root, "PAR of the median layer, by step")
     for policy, row in zip(simulation.policies, rows, strict=True):

@@ -64,9 +64,15 @@ def value_axis(low: float, high: float, label: str, least: float, at_most: int =
 
 
 def par_axis(high: float) -> Axis:
-    """From 1.0, the best that there is, to above `high`."""
-    axis = value_axis(0.0, max(high - 1.0, 0.0), "PAR (busiest ÷ mean rank; 1 is perfect)", 0.05)
-    return Axis(1.0, 1.0 + axis.high, tuple(1.0 + tick for tick in axis.ticks), axis.label, axis.text)
+    """From 1.0, the best that there is, to above `high`; other ticks are round numbers.
+
+    >>> par_axis(1.43).ticks, par_axis(44.3).ticks
+    ((1.0, 1.1, 1.2, 1.3, 1.4, 1.5), (1.0, 10.0, 20.0, 30.0, 40.0, 50.0))
+    """
+    axis = value_axis(1.0, max(high, 1.0), "PAR (busiest ÷ mean rank; 1 is perfect)", 0.05)
+    step = axis.ticks[1] - axis.ticks[0]
+    ticks = (1.0, *(tick for tick in axis.ticks if tick > 1.0 + step / 2 + 1e-9))
+    return Axis(1.0, ticks[-1], ticks, axis.label, axis.text)
 
 
 def index_axis(size: int, label: str, at_most: int = 5) -> Axis:

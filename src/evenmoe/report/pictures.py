@@ -84,6 +84,7 @@ def _par(figure: Figure, content: Content) -> None:
             color=palette.SERIES_LIGHT[look.colour],
             linestyle=(0, tuple(part / 2 for part in look.dash)) if look.dash else "solid",
             linewidth=1.8,
+            clip_on=False,  # half of a line at 1.0 would be cut away
             marker=look.marker.matplotlib,
             markersize=5,
             markevery=(i % 4 * max(1, len(steps) // 40), max(1, len(steps) // 8)) if len(steps) > 8 else None,

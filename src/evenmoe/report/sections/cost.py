@@ -35,7 +35,7 @@ def _time(content: Content) -> Markup:
     for i, summary in enumerate(summaries):
         value = f"{significant(summary.time / unit.size)} {unit.name}"
         shares = (summary.step_time / longest, summary.copy_time / longest)
-        bars.append(Bar(shortened(summary.name, 20), value, shares, style(i).colour))
+        bars.append(Bar(shortened(summary.name, 24), value, shares, style(i).colour))
     height = bars_height(bars)
     title = "Mean time per step"
     listing = "; ".join(f"{summary.name} {bar.value}" for summary, bar in zip(summaries, bars, strict=True))

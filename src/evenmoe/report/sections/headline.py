@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from evenmoe.report import quantities
 from evenmoe.report.blocks import Column, paragraph, section, swatch, table
 from evenmoe.report.content import Content
@@ -23,21 +25,30 @@ def _sentence(content: Content) -> Markup:
             "carries ", element("strong", f"{quantities.par(baseline.mean_par)} times the mean load"), ".",
             class_="lead",
         )  # fmt: skip
+    balance = join(
+        element("strong", f"{quantities.par(best.mean_par)} times the mean load"),
+        f" instead of {quantities.par(baseline.mean_par)}, for {_more_memory(best)}.",
+    )
     if best.net_gain > 0:
-        result = join(
+        return paragraph(
             "With ", name(best.name), " a step takes ",
             element("strong", f"{significant(best.net_gain)}\u00a0% less time"), " than with ", name(baseline.name),
-            ", copying included",
+            ", copying included: the busiest rank carries ", balance, class_="lead",
         )  # fmt: skip
-    else:
-        result = join(
-            "No policy makes a step faster than ", name(baseline.name), "; the next best is ", name(best.name)
-        )
     return paragraph(
-        result, ": the busiest rank carries ",
-        element("strong", f"{quantities.par(best.mean_par)} times the mean load"),
-        f" instead of {quantities.par(baseline.mean_par)}, for {_more_memory(best)}.", class_="lead",
+        element("strong", "No policy makes a step faster"), " than ", name(baseline.name), ", copying included. ",
+        name(best.name), " comes nearest", _but_for_copying(best), ". Its busiest rank carries ", balance,
+        class_="lead",
     )  # fmt: skip
+
+
+def _but_for_copying(summary: Summary) -> str:
+    if not (summary.gain > 0 and math.isfinite(summary.break_even)):
+        return ""
+    return (
+        f": without copying it would save {significant(summary.gain)}\u00a0%, and a refresh has paid for its copies "
+        f"after {significant(summary.break_even)} steps"
+    )
 
 
 def _more_memory(summary: Summary) -> str:

@@ -17,7 +17,8 @@ WORDS = (
         "PAR, peak-to-average",
         "The busiest rank's load ÷ the mean rank's load, in one layer and one step. 1 is perfect; at 2 the busiest "
         "rank computes twice the mean, and all others wait for it. “Mean PAR” is the plain mean over all steps and "
-        "layers, “worst PAR” the maximum. A layer without load counts as 1. No unit.",
+        "layers, “worst PAR” the maximum. A layer without load counts as 1; steps before a policy's "
+        "first plan count as well. No unit.",
     ),
     ("expert", "Expert", "A logical expert of one layer, numbered from 0. Layers count from 0 in the trace's order."),
     (
