@@ -12,6 +12,8 @@ from evenmoe.errors import FileFormatError
 from evenmoe.traces.trace import Trace, load_trace
 from tests.traces.npz import archive, npy, npz
 
+BY_RANK = np.arange(48).reshape(2, 2, 3, 4)
+METADATA = '{"model": "mixtral-8x7b", "skew": 0.5, "seed": 3}'
 LOAD = np.arange(24).reshape(2, 3, 4)
 ROUTING = np.arange(30).reshape(5, 3, 2) % 4
 HEADERS = [
@@ -57,6 +59,14 @@ WORDS = [
 def originals() -> list[bytes]:
     return [
         npz(load=LOAD),
+        npz(
+            load=BY_RANK.sum(axis=1),
+            load_by_rank=BY_RANK,
+            routing=ROUTING,
+            seq_start=np.array([0, 2, 2, 5]),
+            layer_ids=np.array([1, 2, 4]),
+            metadata=np.array(METADATA),
+        ),
         npz(load=LOAD[0], routing=ROUTING, seq_start=np.array([0, 5])),
         npz(load=np.asfortranarray(LOAD.astype(">i2")), routing=ROUTING.astype(np.uint8)),
         *(
@@ -108,7 +118,8 @@ def mutated_member(rng: random.Random) -> bytes:
     data = b"\x93NUMPY" + version + length + body + bytes(rng.choice([192, 48, 24, 0, 191, 400]))
     if rng.random() < 0.2:
         data = data[: rng.randrange(len(data))]
-    members = {rng.choice(["load.npy", "load.npy", "load", "routing.npy"]): data}
+    names = ["load.npy", "load.npy", "load", "routing.npy", "seq_start.npy", "load_by_rank.npy", "layer_ids.npy"]
+    members = {rng.choice([*names, "metadata.npy"]): data}
     if rng.random() < 0.5:
         members.setdefault("load.npy", npy(LOAD))
     return archive(members, compression=rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]))
@@ -130,7 +141,37 @@ def outcome(path) -> str:
         assert trace.routing.dtype == np.uint16
         assert trace.routing.shape[1] == trace.num_layers
         assert 0 <= trace.routing.min() <= trace.routing.max() < trace.num_experts
+    if trace.seq_start is not None:
+        assert trace.routing is not None
+        assert trace.seq_start[0] == 0
+        assert trace.seq_start[-1] == len(trace.routing)
+        assert (np.diff(trace.seq_start) >= 0).all()
+    if trace.load_by_rank is not None:
+        assert (trace.load_by_rank.sum(axis=1) == trace.load).all()
+    if trace.layer_ids is not None:
+        assert len(set(trace.layer_ids.tolist())) == trace.num_layers
+    assert all(isinstance(value, str | int | float) for value in trace.metadata.values())
     return "read"
+
+
+def mutated_text(rng: random.Random) -> bytes:
+    """Damage inside the metadata, which is JSON in an intact array."""
+    text = METADATA
+    for _ in range(rng.choice([1, 1, 2])):
+        start = rng.randrange(len(text) + 1)
+        stop = min(len(text), start + rng.choice([0, 1, 4]))
+        text = text[:start] + rng.choice([*WORDS, "null", "true", "[1]", '{"a": 1}', "1e999", "NaN"]) + text[stop:]
+    return npz(load=LOAD, metadata=np.array(text))
+
+
+def test_mutated_metadata(tmp_path):
+    rng = random.Random(20250802)
+    path, outcomes = tmp_path / "some.npz", Counter()
+    for _ in range(400):
+        path.write_bytes(mutated_text(rng))
+        outcomes[outcome(path)] += 1
+    assert outcomes["refused"] > 150
+    assert outcomes["read"] > 20
 
 
 def test_mutated_files(tmp_path):

@@ -237,6 +237,19 @@ def test_requests_share_windows_and_live_on():
         assert together == pytest.approx(expected, abs=0.15), apart
 
 
+def test_many_requests_drift_as_little_as_many():
+    """Drawn one by one (64) and as bundles of 16 (1,024); and one of a single token cannot clump."""
+    sizes = {"num_windows": 200, "tokens_per_window": 1_000_000, "num_layers": 4, "seed": 1, "locality": 0.0}
+    each, bundled = (float(np.median(drift(synthesise("gpt-oss-20b", requests=n, **sizes).load))) for n in (64, 1024))
+    assert each / bundled == pytest.approx(4, rel=0.15)
+    sizes.update(tokens_per_window=8192, locality=0.5, drift=0.0)
+    for requests, least, most in ((8192, 0.95, 1.03), (1, 1.4, 9)):
+        load = synthesise("gpt-oss-20b", requests=requests, **sizes).load
+        share = load.mean(axis=0) / 8192
+        wider = load.std(axis=0) / np.sqrt(8192 * share * (1 - share))
+        assert least < wider.mean() < most, requests  # the fixed sum takes 1/32 off a variance
+
+
 def test_parameters_do_what_they_say():
     def of(name: str, value: float) -> Trace:
         parameters = {"skew": 0.5, "drift": 0.5, "locality": 0.2, "comovement": 0.3, name: value}

@@ -26,6 +26,10 @@ _LARGEST_BYTES = 1 << 32  # of one array of the trace: what a trace file may hol
 #: Of the parameters: the largest value, and how it is said. Beyond 8, weights leave the range of float64.
 _HIGHEST = {"skew": (8.0, "8"), "drift": (8.0, "8"), "locality": (0.99, "0.99"), "comovement": (1.0, "1")}
 
+#: Live requests that are drawn one by one where only counts are made. With more, each stands for several: it is moved
+#: towards the mean of all, so that the windows' mean and variance are those of all the requests.
+_MOST_PLACES = 64
+
 
 @dataclass(frozen=True)
 class _Traffic:
@@ -36,12 +40,14 @@ class _Traffic:
         num_requests: requests altogether.
         edges: int64 (requests + 1,), where each place's tokens begin in a window.
         parts: float64 (R, requests), tokens of a place that source rank r owns.
+        requests_per_place: at least 1.
     """
 
     live: IntArray
     num_requests: int
     edges: IntArray
     parts: FloatArray
+    requests_per_place: float = 1.0
 
 
 def synthesise(
@@ -72,7 +78,8 @@ def synthesise(
         model: name or alias in `MODELS`, or a shape. One that was not measured takes the parameters of its nearest
             (`profiles.NEAREST`).
         num_windows: T; tokens_per_window: tokens of each, every one of which picks K experts in every layer.
-        requests: live at a time, at most one per token. More of them drift less together.
+        requests: live at a time, at most one per token. More of them drift less together; without `routing`, beyond 64
+            the windows' means and variances are drawn as of so many, not every request.
         request_windows: windows that a request lives.
         num_layers: only the first so many MoE layers; None for all.
         skew: standard deviation of the experts' log-popularity, 0 to 8.
@@ -132,7 +139,9 @@ def synthesise(
     _check_range("seed", seed, 0, 1 << 63, "a seed")
     if source_ranks is not None:
         _check_range("source_ranks", source_ranks, 1, tokens_per_window, "at most one for each token of a window")
-    traffic = _traffic(num_windows, tokens_per_window, requests, request_windows, source_ranks or 1)
+    places = requests if routing else min(requests, _MOST_PLACES)
+    traffic = _traffic(num_windows, tokens_per_window, places, request_windows, source_ranks or 1)
+    traffic = replace(traffic, requests_per_place=requests / places)
     _check_size(shape, num_windows, source_ranks or 1, num_windows * tokens_per_window if routing else 0)
     starts = chosen = None
     if routing:
@@ -214,7 +223,10 @@ def _draw_loads(shape: ModelShape, traffic: _Traffic, character: Character, seed
         rng = np.random.default_rng((seed, 1, layer))
         popularity, sticky = layer_popularity(shape.num_experts, factors, character, rng)
         picked = pick_probability(popularity, shape.top_k)
-        clumps = clumping(sticky, traffic.edges[-1] / (len(traffic.edges) - 1))
+        if traffic.requests_per_place > 1:
+            center = picked.mean(axis=0)
+            picked = center + (picked - center) / np.sqrt(traffic.requests_per_place)
+        clumps = clumping(sticky, traffic.edges[-1] / (traffic.live.shape[1] * traffic.requests_per_place))
         for first in range(0, windows, step):
             block = picked[traffic.live[first : first + step]]
             mean = traffic.parts @ block
