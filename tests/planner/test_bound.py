@@ -29,6 +29,8 @@ def bound(loads: list[float], num_ranks: int, num_slots: int) -> float:
         ([0, 0, 0], 3, 3, 1.0),
         ([7], 1, 1, 1.0),
         ([7, 1], 4, 8, 1.0),  # every rank can hold both
+        # Expert 0 on all 32 ranks leaves 256 slots to 255 ones: two halves, and 30 ranks with eight whole ones.
+        ([2295] + [1] * 255, 32, 288, (2295 / 32 + 8) / (2550 / 32)),
     ],
 )
 def test_cases_by_hand(loads: list[float], num_ranks: int, num_slots: int, expected: float) -> None:
@@ -57,6 +59,7 @@ def placements(draw: st.DrawFn) -> tuple[np.ndarray, em.Placement]:
     # One slot after another to rank 0, 1, …: at most G replicas in a row never meet.
     slots = np.concatenate([np.repeat(e, counts[e]) for e in random.permutation(num_experts)])
     load = random.lognormal(0, draw(st.sampled_from([0.1, 1.0, 2.0])), (1, num_experts))
+    load[0, 0] += load.sum() * draw(st.sampled_from([0, 1, 9]))
     return load, em.Placement(slots.reshape(width, num_ranks).T.reshape(1, -1), num_ranks, num_experts=num_experts)
 
 
@@ -81,6 +84,21 @@ def test_what_the_published_bound_misses() -> None:
     lightest = np.sort(load)[:7].sum() / (load.sum() / 32)
     assert ours == pytest.approx(published + lightest, rel=EXACT)
     assert em.peak_to_average([load], em.plan([load], num_ranks=32, num_slots=256))[0] == pytest.approx(ours, rel=1e-8)
+
+
+def test_a_hot_expert_and_others_that_do_not_fit_beside_it() -> None:
+    # Nine tenths of the load in one expert, Zipf the others: on 29 ranks it leaves too little room for what the three
+    # others cannot hold, on 31 or 32 too few ranks without it. On 30, two ranks with the heaviest are not full.
+    random = np.random.default_rng(6)
+    rest = np.stack([random.permutation(1.0 / np.arange(1, 256)) for _ in range(4)]) * random.lognormal(
+        0, 0.1, (4, 255)
+    )
+    load = np.concatenate([9 * rest.sum(axis=1, keepdims=True), rest], axis=1)
+    limit = em.lower_bound(load, num_ranks=32, num_slots=288)
+    placement = em.plan(load, num_ranks=32, num_slots=288)
+    assert (placement.num_replicas[:, 0] == 30).all()
+    assert (limit > 1.003).all()
+    assert (em.peak_to_average(load, placement) / limit).mean() <= 1.001
 
 
 def test_counts_rise_only() -> None:

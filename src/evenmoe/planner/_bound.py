@@ -103,6 +103,11 @@ def needs(loads, num_ranks, width, peak, least):
                 spare -= 1
                 if counts[expert] > num_ranks or spare < 0:
                     return -1
+        while spare >= 0 and crowds_out(loads, num_ranks, width, peak * (1 + 1e-14), spare, least):
+            counts[0] += 1
+            spare -= 1
+        if counts[0] > num_ranks or spare < 0:
+            return -1
         if spare == before:
             break
     if crowded(loads.size, num_ranks, width, peak * (1 + 1e-14), spare, least):
@@ -150,6 +155,41 @@ def lightest_company(loads, number, spare, least):
 
 
 @njit(cache=True, nogil=True)
+def crowds_out(loads, num_ranks, width, peak, spare, least):
+    """Whether the heaviest expert at its count leaves too few other ranks for what does not fit beside it."""
+    count = least.counts[0]
+    if count > num_ranks or num_ranks == 1:
+        return False
+    beside = least.lightest[max(0, width - 2 - spare)]
+    room = peak - loads[0] / count - beside
+    outside = -(num_ranks - count) * peak  # more than 0 of it finds no rank
+    for expert in range(1, loads.size):
+        if loads[expert] > room * least.counts[expert]:
+            outside += loads[expert]
+    rest, limit = spare, np.inf
+    while (
+        outside > 1e-9 * peak and rest > 0 and room > 0
+    ):  # the best that spare replicas can do: each on the most load it frees
+        best, most = 0, 0.0
+        for expert in range(1, loads.size):
+            if loads[expert] > room * least.counts[expert]:
+                parts = int(np.ceil(loads[expert] / room * (1 - 1e-14))) - least.counts[expert]
+                value = loads[expert] / max(parts, 1)
+                if most < value < limit:
+                    best, most = expert, value
+        if best == 0:
+            break
+        limit = most
+        for expert in range(1, loads.size):  # those of one value together
+            if loads[expert] > room * least.counts[expert]:
+                parts = max(int(np.ceil(loads[expert] / room * (1 - 1e-14))) - least.counts[expert], 1)
+                if loads[expert] / parts == most and rest > 0:
+                    outside -= most * min(parts, rest)
+                    rest -= min(parts, rest)
+    return outside > 1e-9 * peak  # less is the rounding of the sum
+
+
+@njit(cache=True, nogil=True)
 def crowded(num_experts, num_ranks, width, peak, spare, least):
     """Whether the heaviest replicas cannot all find ranks, however the spare replicas are dealt out."""
     number, cuts = num_ranks * width - spare, min(spare, num_experts)
@@ -159,6 +199,9 @@ def crowded(num_experts, num_ranks, width, peak, spare, least):
         least.touched[expert + 1] = most
     for expert in range(num_experts):
         least.touched[expert + 1] += least.touched[expert]
+    whole = num_ranks - least.touched[cuts] - spare  # ranks without a replica that a spare one has made lighter
+    if whole > 0 and least.lightest[whole * width] > whole * peak:
+        return True
     for top in range(1, min(number, num_ranks + 1 + least.touched[cuts]) + 1):
         lightest_top = least.replica[number - top]
         may_share = width > 1 and 2 * lightest_top + least.lightest[max(0, width - 2 - spare)] <= peak

@@ -53,11 +53,16 @@ def lower_bound(
        m heaviest replicas remain as they were. If two of these cannot share a rank (2 × the lightest > T), they need n
        ranks, so n ≤ G, and with the lightest company (3) they weigh at most n T. With two slots a rank, also the
        heaviest of n companions, beside at least the lightest of the n, is within T.
-    5. *Everywhere.* An expert with b = G is on every rank: what is left is the problem without it, with w − 1 slots and
+       At most Σ b of these s experts plus s replicas are lighter: the u ranks that have none of them hold u w replicas
+       as they were, so the u w lightest weigh at most u T.
+    5. *Crowding out.* With c replicas the heaviest expert leaves T − load / c − the lightest w − 2 beside it. An expert
+       too heavy for that even when split by spare replicas is altogether on the other G − c ranks, which take
+       (G − c) T; what s spare replicas can free of that is at most what the best of them free, taken in fractions.
+    6. *Everywhere.* An expert with b = G is on every rank: what is left is the problem without it, with w − 1 slots and
        T − load / G tokens per rank.
-    6. *Exhaustion.* Up to 24 slots, caps just above the bound are searched exhaustively; one without a placement
+    7. *Exhaustion.* Up to 24 slots, caps just above the bound are searched exhaustively; one without a placement
        is a bound, and the best placement below a cap is the optimum.
-    7. *Nodes.* Each node is a problem of its own, with its groups, G / nodes ranks and S / nodes slots. The bound is
+    8. *Nodes.* Each node is a problem of its own, with its groups, G / nodes ranks and S / nodes slots. The bound is
        the least over all packings of groups into nodes of the largest bound of a node. Where there are more than 20,000
        packings: the heaviest group has the lightest others beside it, and the bound across nodes holds as well.
 
