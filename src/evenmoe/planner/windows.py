@@ -12,10 +12,12 @@ from evenmoe.placement import IntArray, Placement
 from evenmoe.planner._soft_peak import new_layer, search
 from evenmoe.planner.static import plan_peaks, plan_static
 
-# Random changes a layer: at most BY_SLOTS / slots, 400 on 40 slots; at most EFFORT / (windows ×
+# Random changes a layer: at most BY_SLOTS / slots, 800 on 40 slots; at most EFFORT / (windows ×
 # slots^1.5), so that hundreds of windows take no longer than tens; and no more after PATIENCE × slots of them in a row
-# found nothing, which is what ends tiny layers.
-BY_SLOTS, EFFORT, PATIENCE = 16_000, 5_000_000, 10
+# found nothing, which is what ends tiny layers. Measured on requests of gpt-oss-20b (35 windows, 40 slots), held out:
+# 1.391 after 40 changes, 1.382 after 150, 1.377 after 300, 1.374 after 1,000. On 288 slots and synthetic factors, 300
+# changes gain 0.4 % over 20.
+BY_SLOTS, EFFORT, PATIENCE = 32_000, 5_000_000, 10
 # Cross-validation makes each of its plans with a twentieth of that, and looks at this many layers and folds.
 TRIAL, LAYERS, FOLDS = 20, 8, 5
 # exp(700) is the end of float64.
@@ -35,9 +37,12 @@ class Strength(NamedTuple):
     independence: float
 
 
-# What to use unless the history clearly shows another to be better, and what to try.
+# What to use unless the history clearly shows another to be better, and what to try. On requests of gpt-oss-20b, topics
+# of Mixtral-8x7B, samples of DeepSeek-V2-Lite and synthetic factors, held-out peaks differ by less than 1 % from
+# sharpness 1.5 to 3 and independence 0 to 0.5. Sharpness 40 without independence costs up to 3.4 %, and independence 1
+# costs 8 to 20 % where experts move together; where each moves for itself, 0.8 gains 1 %.
 USUAL = Strength(3.0, 0.2)
-INDEPENDENCES = (0.6, 1.0)
+INDEPENDENCES = (0.8, 1.0)
 SHARPNESSES = (1.5, 8.0)
 # Standard errors by which another strength must win: the best of several noisy figures looks better than it is.
 MARGIN = 2.0
