@@ -73,7 +73,7 @@ def test_help_and_version(evenmoe):
     for option in ("--trace", "--ranks", "--seed", "--json"):
         assert option in done.out
     assert evenmoe("--version").out == f"{em.__version__}\n"
-    assert "Usage" in evenmoe().out  # without anything, the help
+    assert "Usage" in evenmoe().err  # without anything, the help
 
 
 MISTAKES = {
