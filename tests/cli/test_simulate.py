@@ -105,6 +105,20 @@ def test_loads_alone_say_what_is_drawn(evenmoe, loads):
     assert "expected values" in done.err
 
 
+def test_a_load_of_another_format_is_replayed_like_a_trace(evenmoe, loads, tmp_path):
+    rows = [
+        f"{layer},{expert},{count}"
+        for layer, experts in enumerate(small_trace().load[0].tolist())
+        for expert, count in enumerate(experts)
+    ]
+    (tmp_path / "counts.csv").write_text("\n".join(["layer_id,expert_id,count", *rows]) + "\n")
+    np.savez(tmp_path / "one.npz", load=small_trace().load[0])
+    options = (*SMALL, "--top-k", 4, "-p", "greedy", "--json")
+    found = [json.loads(evenmoe("simulate", tmp_path / name, *options).out) for name in ("counts.csv", "one.npz")]
+    assert found[0]["policies"] == found[1]["policies"]
+    assert found[0]["trace"] == "counts"
+
+
 def test_a_synthetic_trace_brings_its_model(evenmoe):
     done = evenmoe(
         "simulate", "synthetic:mixtral", "--ranks", 4, "--tokens-per-rank", 8, "--steps", 3, "--json", "-p", "greedy"
@@ -154,7 +168,15 @@ def test_wrong_files_are_explained(evenmoe, tmp_path, trace):
     assert missing.code == 2
     assert "nothing.npz" in missing.err
     (tmp_path / "text.npz").write_text("hello")
-    assert "not an intact .npz" in evenmoe("simulate", tmp_path / "text.npz", *SMALL).err
+    text = evenmoe("simulate", tmp_path / "text.npz", *SMALL)
+    assert text.code == 2
+    assert "text.npz" in text.err
+    np.savez(tmp_path / "bad.npz", load=np.ones(3))
+    assert "bad.npz" in evenmoe("simulate", tmp_path / "bad.npz", *SMALL).err
+    devices = [{"device_id": device, "device_expert": [0, 1 + device]} for device in range(2)]
+    layers = [{"layer_id": 0, "device_count": 2, "device_list": devices}]
+    (tmp_path / "placement.json").write_text(json.dumps({"moe_layer_count": 1, "layer_list": layers}))
+    assert "must be a load or a trace" in evenmoe("simulate", tmp_path / "placement.json", *SMALL).err
     assert "must be one of" in evenmoe("simulate", "synthetic:nothing", *SMALL).err
     assert "must not be the trace" in evenmoe("simulate", trace, *SMALL, "--out", trace).err
     both = evenmoe("simulate", trace, *SMALL, "--out", tmp_path / "a", "--report", tmp_path / "a")

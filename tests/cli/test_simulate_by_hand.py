@@ -20,6 +20,7 @@ POLICIES = (
     ("static:rule=token", "static", "token", {}),
     ("greedy", "greedy", "rank", {}),
     ("greedy:rule=even", "greedy", "even", {}),
+    ("greedy:refresh=4,window=2", "greedy", "rank", {"refresh": 4, "window": 2}),
     ("evenmoe:rule=rank", "evenmoe", "rank", {}),
     ("evenmoe:rule=occurrence,max-copies=3", "evenmoe", "occurrence", {"max_copies": 3}),
     ("evenmoe:rule=even,start=previous", "evenmoe", "even", {"start": "previous"}),

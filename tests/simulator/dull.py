@@ -230,12 +230,13 @@ def replay(routing: np.ndarray, starts: list[int], experts: int, setup: Setup, p
                     for chosen in rank:
                         for expert in chosen:
                             load[layer, expert] += 1
-            due = (kind == "static" and step == setup.window) or (
-                kind in ("greedy", "evenmoe") and step > 0 and step % setup.refresh == 0
+            refresh, window = options.get("refresh", setup.refresh), options.get("window", setup.window)
+            due = (kind == "static" and step == window) or (
+                kind in ("greedy", "evenmoe") and step > 0 and step % refresh == 0
             )
             copies, spent = [0] * layers, 0.0
             if due or kind == "oracle":
-                seen = load if kind == "oracle" else sum(past[max(0, step - setup.window) :])
+                seen = load if kind == "oracle" else sum(past[max(0, step - window) :])
                 new = plan_by_hand(kind, rule, seen, setup, current, is_first, options)
                 is_first = False
                 if new != current and step > 0:

@@ -53,6 +53,7 @@ def test_reading_weights_takes_over_where_rows_are_few():
 def test_a_link_sends_and_receives_at_once_and_the_links_do_not_wait():
     assert seconds(sent=rows(0, 3, 0), received=rows(0, 0, 3)) == 6  # dispatch and combine
     assert seconds(sent=rows(0, 3, 0) + rows(1, 5, 0), received=rows(0, 4, 0)) == 10
+    assert seconds(sent=rows(0, 3, 3), received=rows(0, 0, 6)) == 12
     assert seconds(replace(UNIT, within_bytes_per_s=0.5), sent=rows(0, 3, 0) + rows(1, 5, 0)) == 12
     assert seconds(replace(UNIT, dispatch_row_bytes=3), sent=rows(1, 0, 2)) == 8
 
@@ -101,6 +102,15 @@ def test_an_expert_comes_from_its_own_node_if_it_can_and_senders_take_turns():
     # Expert 0 to rank 1 from rank 0; expert 1 to rank 2 from rank 1, over nodes; expert 2 to rank 3 from rank 2.
     assert sent.tolist() == [[1, 0, 1, 0], [0, 1, 0, 0]]
     assert received.tolist() == [[0, 1, 0, 1], [0, 0, 1, 0]]
+    # Expert 0 is on ranks 0 and 2, and rank 3 gets it from its neighbour.
+    sent, _ = route_copies(Placement([[0, 1, 0, 2]], 4), Placement([[0, 1, 2, 0]], 4), ranks_per_node=2)
+    assert sent.tolist() == [[0, 0, 1, 1], [0, 0, 0, 0]]
+    # Rank 0 has sent over its inner link, which does not count on the outer one.
+    before = Placement([[0, 1, 1, 2, 2, 0, 1, 2], [0, 1, 0, 1, 2, 1, 2, 2]], 4)
+    after = Placement([[0, 1, 0, 2, 2, 0, 1, 2], [0, 1, 0, 1, 2, 0, 2, 2]], 4)
+    sent, received = route_copies(before, after, ranks_per_node=2)
+    assert sent.tolist() == [[1, 0, 0, 0], [1, 0, 0, 0]]
+    assert received.tolist() == [[0, 1, 0, 0], [0, 0, 1, 0]]
     layers = Placement([[0, 1, 2, 3, 4, 0]] * 2, 6), Placement([[1, 2, 3, 0, 4, 0]] * 2, 6)
     sent, _ = route_copies(*layers, ranks_per_node=6)
     assert sent[0].tolist() == [1, 2, 2, 2, 0, 1]  # expert 0 came from rank 0 in one layer, from rank 5 in the other

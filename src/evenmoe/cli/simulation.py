@@ -6,12 +6,14 @@ import hashlib
 import json
 import math
 import shlex
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evenmoe.errors import ConstraintError, MissingArgumentError
+from evenmoe.metrics import as_load
 from evenmoe.simulator.costs import CostModel
 from evenmoe.simulator.policies import DEFAULT
 from evenmoe.simulator.replay import simulate
@@ -122,7 +125,7 @@ def _check_outputs(choices: Choices) -> None:
 
 def _open_trace(choices: Choices, world: World) -> Trace:
     if not choices.trace.startswith(SYNTHETIC):
-        return load_trace(choices.trace)
+        return _read_trace(choices.trace)
     from evenmoe.traces.synthesis import synthesise
 
     lanes = world.num_ranks * world.tokens_per_rank // (choices.chunk or world.tokens_per_rank)
@@ -134,6 +137,39 @@ def _open_trace(choices: Choices, world: World) -> Trace:
         request_windows=_REQUEST_WINDOWS,
         seed=choices.seed,
     )
+
+
+def _read_trace(source: str) -> Trace:
+    """A trace file, or the load in a file of any other format."""
+    if _is_trace_file(source):
+        return load_trace(source)
+    from evenmoe.formats.reading import read
+
+    contents = read(source)
+    if contents.load is None:
+        raise ConstraintError(
+            source,
+            f"a placement ({contents.format})",
+            "must be a load or a trace",
+            "name a recorded load: policies make their own placements",
+        )
+    load = np.rint(as_load(contents.load, source)).astype(np.int64)
+    name = "standard input" if source == "-" else Path(source).stem
+    return Trace(name, load if load.ndim == 3 else load[None])
+
+
+def _is_trace_file(source: str) -> bool:
+    """Whether the file has `load` as an .npz has it; also where there is none, so that the trace's reader says so."""
+    if source == "-":
+        return False
+    path = Path(source)
+    if not path.exists():
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "load.npy" in archive.namelist()
+    except (zipfile.BadZipFile, OSError):
+        return False
 
 
 def _find_shape(trace: Trace, name: str | None) -> ModelShape | None:
@@ -187,7 +223,7 @@ def _with_origin(
 
 
 def _digests(trace: str) -> dict[str, str]:
-    if trace.startswith(SYNTHETIC):
+    if trace.startswith(SYNTHETIC) or not Path(trace).is_file():
         return {}
     with Path(trace).open("rb") as file:
         digest = hashlib.sha256()

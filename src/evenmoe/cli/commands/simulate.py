@@ -22,7 +22,9 @@ _POLICY_HELP = (
 
 @app.command()
 def simulate(
-    trace: Annotated[str, typer.Argument(help="A trace file (.npz), or synthetic:MODEL for a made-up one.")],
+    trace: Annotated[
+        str, typer.Argument(help="A trace (.npz), a load in any format, or synthetic:MODEL for a made-up one.")
+    ],
     model: Annotated[str | None, typer.Option(help="Sizes of experts and rows. Default: told by the trace.")] = None,
     ranks: Annotated[int, typer.Option(rich_help_panel=_WORLD, min=1, help="Ranks; each owns tokens and slots.")] = 32,
     nodes: Annotated[
