@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from evenmoe.errors import ConstraintError
-from evenmoe.formats.check import Checked
-from evenmoe.formats.check import check as check_file
+from evenmoe.formats.checking import Checked
+from evenmoe.formats.checking import check as check_file
 from evenmoe.formats.contents import Contents, Options
 from evenmoe.formats.converting import convert as convert_file
-from evenmoe.formats.diff import Difference
-from evenmoe.formats.diff import diff as compare
+from evenmoe.formats.difference import Difference
+from evenmoe.formats.difference import diff as compare
 from evenmoe.formats.reading import read
 from evenmoe.placement import Placement
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from evenmoe.formats.catalogue import FORMATS as FORMATS
     from evenmoe.formats.catalogue import Format as Format
-    from evenmoe.formats.check import check as check
+    from evenmoe.formats.checking import check as check
     from evenmoe.formats.contents import Contents as Contents
     from evenmoe.formats.converting import convert as convert
-    from evenmoe.formats.diff import diff as diff
+    from evenmoe.formats.difference import diff as diff
     from evenmoe.formats.findings import Finding as Finding
     from evenmoe.formats.reading import read as read
     from evenmoe.formats.writing import write as write
@@ -24,9 +24,9 @@ _HOME = {
     "Contents": "evenmoe.formats.contents",
     "Finding": "evenmoe.formats.findings",
     "Format": "evenmoe.formats.catalogue",
-    "check": "evenmoe.formats.check",
+    "check": "evenmoe.formats.checking",
     "convert": "evenmoe.formats.converting",
-    "diff": "evenmoe.formats.diff",
+    "diff": "evenmoe.formats.difference",
     "read": "evenmoe.formats.reading",
     "write": "evenmoe.formats.writing",
 }

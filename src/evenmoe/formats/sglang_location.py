@@ -36,7 +36,7 @@ def read(document: Document, options: Options) -> RawMap:
         dense += 1
     if 0 < dense < len(slots):
         raw.notes.append(
-            f"layers 0 to {dense - 1} have the trivial map, as dense layers do: --layers {dense}: drops them"
+            f"the first {dense} layers have the trivial map, as dense layers do: --layers {dense}: drops them"
         )
     return raw
 

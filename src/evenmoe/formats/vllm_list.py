@@ -28,7 +28,7 @@ def fits(value: Any) -> bool | None:
         return None
     if isinstance(rows, np.ndarray) and rows.ndim != 2:
         return None
-    whole = True
+    whole, last_experts = True, set()
     for row in rows:
         if not isinstance(row, np.ndarray) or row.ndim != 1 or row.dtype.kind != "i" or not row.size:
             return None
@@ -38,7 +38,8 @@ def fits(value: Any) -> bool | None:
         if 2 * different < len(row):  # counts of little traffic: a placement has few replicas of most experts
             return None
         whole = whole and row.min() == 0 and different == row.max() + 1
-    return whole and max(int(row.max()) for row in rows) > 0
+        last_experts.add(int(row.max()))
+    return whole and len(last_experts) == 1 and last_experts != {0}
 
 
 def read(document: Document, options: Options) -> RawMap:

@@ -41,11 +41,11 @@ class Arrays(Mapping[str, np.ndarray]):
             with self._archive.open(entry) as stream:
                 array = _read(stream, entry.file_size, name, self._left)
         except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as error:
-            raise NpyError(f"`{name}` that cannot be unpacked ({error})") from None
+            raise NpyError(f"`{name}` that cannot be unpacked ({str(error)[:80]})") from None
         except NpyError:
             raise
         except Exception as error:  # zlib.error, struct.error, UnicodeDecodeError: a damaged entry
-            raise NpyError(f"`{name}` that cannot be unpacked ({str(error) or type(error).__name__})") from None
+            raise NpyError(f"`{name}` that cannot be unpacked ({str(error)[:80] or type(error).__name__})") from None
         self._left -= array.nbytes if name not in self._seen else 0
         self._seen.add(name)
         return array

@@ -50,7 +50,7 @@ def _check(data: bytes) -> None:
     try:
         pickle = archive.read(pickles[0])
     except Exception as error:  # a bad local header or checksum
-        raise TorchFileError(f"a damaged zip ({str(error) or type(error).__name__})") from None
+        raise TorchFileError(f"a damaged zip ({str(error)[:80] or type(error).__name__})") from None
 
     def record_bytes(key: str) -> int | None:
         entry = entries.get(f"{root}data/{key}")

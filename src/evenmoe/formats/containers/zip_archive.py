@@ -17,7 +17,7 @@ def open_zip(data: bytes) -> zipfile.ZipFile:
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
     except Exception as error:  # damaged directories raise BadZipFile, struct.error, NotImplementedError, …
-        raise ValueError(f"a damaged zip ({str(error) or type(error).__name__})") from None
+        raise ValueError(f"a damaged zip ({str(error)[:80] or type(error).__name__})") from None
     entries = archive.infolist()
     if len(entries) > _MOST_ENTRIES:
         raise ValueError(f"a zip of {len(entries)} entries, more than {_MOST_ENTRIES}")

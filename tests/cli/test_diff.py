@@ -1,0 +1,84 @@
+"""`evenmoe diff`, as on the command line."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+
+import evenmoe as em
+from evenmoe import formats
+from evenmoe.formats.contents import Options
+from evenmoe.placement import Placement
+from tests.ground.placements import placements, random_placement
+
+BEFORE = '{"0": [0, 1, 0, 2], "1": [0, 1, 2, 1]}'
+AFTER = '{"physical_to_logical_map": [[0, 1, 1, 2], [0, 1, 2, 1]]}'
+
+
+def test_copies_by_layer_and_rank(evenmoe):
+    """Only layer 0 changes: expert 1 comes to rank 1 in the place of expert 0's second replica."""
+    done = evenmoe("diff", BEFORE, AFTER, "--ranks", 2, "--expert-bytes", 44_000_000)
+    assert done.code == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.out.splitlines() if line.startswith("│")]
+    assert rows == [["0", "1", "0 1", "2", "1", "44.0"]]
+    assert "1 copies in 1 of 2 layers, 0.044 GB to move\ncopies per rank: 0 1\n" in done.out
+
+
+def test_the_json_has_the_whole_matrix(evenmoe):
+    done = evenmoe("diff", BEFORE, AFTER, "--ranks", 2, "--expert-bytes", 10, "--json")
+    assert json.loads(done.out) == {
+        "before": BEFORE,
+        "after": AFTER,
+        "layers": [0, 1],
+        "copies": 1,
+        "copies_per_layer_and_rank": [[0, 1], [0, 0]],
+        "experts_with_other_replica_count_per_layer": [2, 0],
+        "slots_changed_per_layer": [1, 0],
+        "expert_bytes": 10,
+        "bytes_to_move": 10,
+        "bytes_to_move_per_rank": [0, 10],
+    }
+
+
+def test_the_same_placement_in_two_formats_needs_nothing(evenmoe, tmp_path):
+    formats.convert(AFTER, tmp_path / "m.json", "ascend-map", options=Options(num_ranks=2))
+    done = evenmoe("diff", AFTER, tmp_path / "m.json", "--ranks", 2)
+    assert done.code == 0
+    assert "0 copies in 0 of 2 layers" in done.out
+
+
+@pytest.mark.parametrize(
+    ("after", "message"),
+    [
+        ('{"0": [0, 1, 0, 2]}', "`placement` is one with num_layers 1: it must have the num_layers of the previous"),
+        ('{"0": [0, 1, 0, 1], "1": [0, 1, 1, 1]}', "must have the num_experts of the previous placement, 3"),
+        ('{"logical_count": [[5, 6]]}', "is a load: it must be a placement"),
+    ],
+)
+def test_what_cannot_be_compared(after, message, evenmoe):
+    done = evenmoe("diff", BEFORE, after, "--ranks", 2)
+    assert done.code == 2
+    assert message in done.err
+
+
+@given(placements())
+def test_copies_add_up_to_what_metrics_count(placement):
+    rng = np.random.default_rng(1)
+    other = random_placement(
+        rng, placement.num_layers, placement.num_experts, placement.num_ranks, placement.slots_per_rank
+    )
+    change = formats.diff(placement, other)
+    assert change.copies.sum(axis=1).tolist() == em.count_copies(placement, other).tolist()
+    for layer, rank in np.ndindex(*change.copies.shape):  # by the definition, with sets
+        first, last = rank * placement.slots_per_rank, (rank + 1) * placement.slots_per_rank
+        held = set(placement.slot_to_expert[layer, first:last].tolist())
+        new = [expert for expert in other.slot_to_expert[layer, first:last].tolist() if expert not in held]
+        assert change.copies[layer, rank] == len(new)
+
+
+def test_another_number_of_slots():
+    change = formats.diff(Placement([[0, 1]], 2), Placement([[0, 1, 1, 0]], 2))
+    assert (change.copies.tolist(), change.slots_changed.tolist()) == ([[1, 1]], [-1])
