@@ -54,6 +54,12 @@ def coarse(values: npt.NDArray[np.float64], rows: Buckets, columns: Buckets) -> 
     return columns.highest(rows.highest(values), axis=1)
 
 
+def merged(columns: Buckets, things: str, rows: Buckets) -> str:
+    """A sentence for a caption: how many neighbours a cell stands for."""
+    parts = [f"{runs.width} {name}" for runs, name in ((columns, things), (rows, "layers")) if runs.width > 1]
+    return f" A cell shows the highest of {' by '.join(parts)} beside each other." if parts else ""
+
+
 def node_borders(num_ranks: int, num_nodes: int, at_most: int = 16) -> tuple[float, ...]:
     """Ranks at which a node begins, the first left out; none where there are too many to be told apart."""
     return tuple(num_ranks / num_nodes * node for node in range(1, num_nodes)) if num_nodes <= at_most else ()
@@ -82,8 +88,7 @@ def _map(content: Content, key: str, title: str, policy: PolicyResult, legend: s
         "Rows that each rank computed in all steps together ÷ the mean rank of that layer. "
         f"Highest: {highest}; highest of the median layer: {median}."
     )
-    if columns.width > 1 or rows.width > 1:
-        caption += f" A cell shows the highest of {columns.width} neighbouring ranks \u00d7 {rows.width} layers."
+    caption += merged(columns, "ranks", rows)
     if borders:
         caption += " Vertical lines: borders of nodes."
     if np.isnan(values).any():

@@ -12,7 +12,7 @@ from evenmoe.report.downsample import Buckets
 from evenmoe.report.heat_map import EMPTY, heat_map
 from evenmoe.report.markup import Markup, data, element, name
 from evenmoe.report.quantities import significant
-from evenmoe.report.sections.load import COLUMNS, ROWS, coarse, node_borders
+from evenmoe.report.sections.load import COLUMNS, ROWS, coarse, merged, node_borders
 
 EDGES = (2, 3, 5, 9)  # replicas at which the colour changes
 COLOURS = (3, 4, 5, 7, 8)  # of the ramp, for 1, 2, 3–4, 5–8 and 9 or more replicas
@@ -52,8 +52,7 @@ def _by_expert(content: Content) -> Markup:
         f"Slots that hold each expert in the placement of the last step: {quantities.count(replicated)} of "
         f"{quantities.count(counts.size)} experts have more than one, the most has {int(counts.max())}."
     )
-    if columns.width > 1 or rows.width > 1:
-        caption += f" A cell shows the most of {columns.width} neighbouring experts \u00d7 {rows.width} layers."
+    caption += merged(columns, "experts", rows)
     legend = patches_legend([(f"patch h{c}", text) for c, text in zip(COLOURS, LABELS, strict=True)])
     return figure(title, svg, caption, legend=legend)
 

@@ -1,0 +1,61 @@
+"""Measured traces, replayed and reported: what the page says is what `evenmoe simulate --json` printed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.running import runner
+from tests.report.parsed import parse, table
+
+TRACES = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "traces"
+NAMES = (
+    "gpt_oss_20b_mmlu_pro_and_other",
+    "deepseek_v2_lite_esft_intent",
+    "deepseek_v2_lite_esft_law",
+    "deepseek_v2_lite_esft_summary",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_measured_trace(tmp_path, monkeypatch, capsys, name):
+    trace = TRACES / f"{name}.npz"
+    if not trace.exists():
+        pytest.skip("the measured traces are not beside the repository (shared/data/traces)")
+    evenmoe = runner(monkeypatch, capsys)
+    replay, page = tmp_path / "replay.sim", tmp_path / "page.html"
+    policies = ("-p", "greedy", "-p", "evenmoe:rule=batch", "-p", "oracle")
+    world = ("--ranks", 8, "--nodes", 2, "--tokens-per-rank", 32, "--steps", 12, "--refresh", 4, "--workers", 1)
+    done = evenmoe("simulate", trace, *world, *policies, "--out", replay, "--json")
+    assert done.code == 0, done.err
+    said = json.loads(done.out)
+    assert evenmoe("report", replay, "-o", page).code == 0
+    root = parse(page.read_text(encoding="utf-8"))
+    rows = table(root, "All policies on the same steps")
+    costs = table(root, "Costs by the model in the settings")
+    wire = table(root, "Rows on the wire, mean per step")
+    assert root.one("h1").text == said["trace"]
+    for policy, row, cost, rows_sent in zip(said["policies"], rows, costs, wire, strict=True):
+        even = policy["break_even_steps"]
+        assert row[0].shown == policy["name"]
+        assert row[1].value == policy["par_mean"]
+        assert row[2].value == policy["par_max"]
+        assert row[3].value == policy["step_us_mean"]
+        assert row[5].value == policy["step_us_gain_percent"]
+        assert row[7].value == policy["copies_experts"]
+        assert row[8].value == (float("inf") if even is None else even)
+        assert cost[4].value == policy["refreshes"]
+        assert cost[7].value == policy["memory_bytes_per_rank"]
+        assert cost[8].value == policy["redundancy_bytes_per_rank"]
+        assert [cell.value for cell in rows_sent[1:5]] == [
+            policy["within_node_rows_per_step"],
+            policy["between_nodes_rows_per_step"],
+            policy["within_node_rows_once_per_step"],
+            policy["between_nodes_rows_once_per_step"],
+        ]
+    files = {row[0].shown: row[1].shown for row in table(root, "Files read")}
+    assert files == {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in (trace, replay)}
+    assert [pre.text.split()[1] for pre in root.all("pre")] == ["simulate", "report"]
