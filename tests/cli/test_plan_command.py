@@ -122,9 +122,11 @@ def test_every_placement_format_holds_the_plan(evenmoe: Run, tmp_path, trace, lo
     # SGLang's file has a row for the dense layer 0 as well.
     assert (written.slot_to_expert[-3:] == expected.slot_to_expert).all()
     assert written.num_layers == (4 if name == "sglang-location" else 3)
-    again = evenmoe("plan", trace, "--ranks", RANKS, "--previous", target, "--max-copies", 0, "--json")
+    kept = tmp_path / "kept.json"
+    again = evenmoe("plan", trace, "--ranks", RANKS, "--previous", target, "--max-copies", 0, "-o", kept, "--json")
     assert again.code == 0, again.err
     assert json.loads(again.out)["copies"] == 0
+    assert count_copies(expected, read(kept).placement).tolist() == [0, 0, 0]
 
 
 def test_from_a_placement_in_use(evenmoe: Run, tmp_path, trace, load):

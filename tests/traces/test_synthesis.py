@@ -235,6 +235,9 @@ def test_requests_share_windows_and_live_on():
     for apart, expected in ((1, 7 / 8), (4, 4 / 8), (8, 0.0), (12, 0.0)):
         together = (load[apart:] * load[:-apart]).sum() / (load**2).sum() * 96 / (96 - apart)
         assert together == pytest.approx(expected, abs=0.15), apart
+    # They end one after the other: one of the four in every second window, not all four in every eighth.
+    alike = [(a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()) for a, b in zip(load, load[1:], strict=False)]
+    assert np.mean(np.array(alike) > 0.98) == pytest.approx(0.5, abs=0.06)
 
 
 def test_many_requests_drift_as_little_as_many():
