@@ -32,7 +32,7 @@ def _sentence(content: Content) -> Markup:
     if best.net_gain > 0:
         return paragraph(
             "With ", name(best.name), " a step takes ",
-            element("strong", f"{significant(best.net_gain)}\u00a0% less time"), " than with ", name(baseline.name),
+            element("strong", f"{_saved(best.net_gain)} less time"), " than with ", name(baseline.name),
             ", copying included: the busiest rank carries ", balance, class_="lead",
         )  # fmt: skip
     return paragraph(
@@ -42,11 +42,15 @@ def _sentence(content: Content) -> Markup:
     )  # fmt: skip
 
 
+def _saved(gain: float) -> str:
+    return quantities.percent(gain).removeprefix("+")
+
+
 def _but_for_copying(summary: Summary) -> str:
     if not (summary.gain > 0 and math.isfinite(summary.break_even)):
         return ""
     return (
-        f": without copying it would save {significant(summary.gain)}\u00a0%, and a refresh has paid for its copies "
+        f": without copying it would save {_saved(summary.gain)}, and a refresh has paid for its copies "
         f"after {significant(summary.break_even)} steps"
     )
 
