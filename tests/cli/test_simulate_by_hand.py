@@ -70,7 +70,7 @@ def assert_found(setup: Setup, by_hand: dict[str, ByHand], saved: Path, printed:
     assert np.sum(simulation.load) == np.sum(next(iter(by_hand.values())).loads)
 
 
-def run_both(evenmoe, tmp_path: Path, path: Path, setup: Setup, policies, *extra: object) -> None:
+def run_both(evenmoe, tmp_path: Path, path: Path, setup: Setup, policies, *extra: object) -> dict[str, ByHand]:
     out = tmp_path / "out.sim"
     options = [part for name, *_ in policies for part in ("--policy", name)]
     done = evenmoe(
@@ -84,6 +84,7 @@ def run_both(evenmoe, tmp_path: Path, path: Path, setup: Setup, policies, *extra
         starts = file["seq_start"].tolist() if "seq_start" in file else list(range(len(routing) + 1))
     by_hand = replay(routing, starts, load.shape[2], setup, policies)
     assert_found(setup, by_hand, out, json.loads(done.out))
+    return by_hand
 
 
 def small_file(tmp_path: Path) -> Path:
@@ -103,7 +104,11 @@ def small_setup(**changes) -> Setup:
 
 
 def test_the_built_in_trace(evenmoe, tmp_path):
-    run_both(evenmoe, tmp_path, small_file(tmp_path), small_setup(), POLICIES, *SMALL_COSTS)
+    """On ranks so slow that balance pays: every break-even is a number."""
+    setup = small_setup(flops_per_s=1e12, memory_per_s=1e13)
+    speeds = ("--flops-per-s", 1e12, "--memory-bytes-per-s", 1e13)
+    by_hand = run_both(evenmoe, tmp_path, small_file(tmp_path), setup, POLICIES, *SMALL_COSTS, *speeds)
+    assert all(0 < found.break_even < math.inf for name, found in by_hand.items() if name not in ("identity", "oracle"))
 
 
 def test_decode_on_one_node_with_a_row_per_expert(evenmoe, tmp_path):

@@ -128,6 +128,12 @@ def test_a_window_is_cut_into_pieces():
     assert plan_policy(whole, world, past[::-1].copy(), None, 0) == level  # one sum has no order
 
 
+def test_greedy_adds_the_pieces_up():
+    _, whole, pieces = parse("static:planner=greedy", "static:planner=greedy,pieces=3")
+    past = np.random.default_rng(0).exponential(size=(7, 2, 20)) ** 3
+    assert plan_policy(pieces, WORLD, past, None, 0) == plan_policy(whole, WORLD, past, None, 0)
+
+
 @settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 2**32), st.integers(0, 3))
 def test_greedy_is_the_published_one(ranks, width, seed, spread):

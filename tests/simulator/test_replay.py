@@ -147,6 +147,19 @@ def test_drawn_totals_add_up():
     assert abs(simulation.load.sum() - expected) < 6 * np.sqrt(expected)
 
 
+def test_large_batches_are_counted_in_larger_integers():
+    """40,000 tokens of a rank that all pick one expert do not fit 16 bits."""
+    load = np.zeros((1, 1, 4), np.int64)
+    load[0, 0, 1] = 1
+    for tokens, counted in ((32767, np.int16), (40000, np.int32)):
+        world = World(2, 1, tokens)
+        assert world.count_type is counted
+        trace = Trace("one", load)
+        (policy,) = simulate(trace, ["identity"], world=world, costs=COSTS, num_steps=1, top_k=1, workers=1).policies
+        assert policy.rank_tokens.tolist() == [[2 * tokens, 0]]
+        assert policy.traffic.within_node_once.tolist() == [tokens]
+
+
 def test_a_trace_of_nothing_is_perfectly_balanced():
     simulation = run(Trace("nothing", np.zeros((2, 1, 32), np.int64)), num_steps=5)
     for policy in simulation.policies:

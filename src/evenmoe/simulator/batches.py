@@ -14,7 +14,7 @@ from evenmoe.metrics import FloatArray
 from evenmoe.simulator.world import World
 from evenmoe.traces.trace import Trace
 
-Counts = npt.NDArray[np.int32]
+Counts = npt.NDArray[np.signedinteger]  # of `World.count_type`
 
 
 class Batches(Protocol):

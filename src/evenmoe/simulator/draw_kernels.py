@@ -36,7 +36,7 @@ def draw_counts(chance, num_tokens, seed, step, layer, counts):
         chance: float64 (E, R), R = 1 for the same chance on every rank, else one column per rank.
         num_tokens: tokens per rank.
         seed, step, layer: decide the random numbers.
-        counts: int32 (E, G), filled.
+        counts: int16 or int32 (E, G), filled.
 
     Inversion with numbers of 32 bits, so that probabilities are met within 2⁻³².
     """
@@ -98,12 +98,12 @@ def _tabulate(chance, num_tokens, table, guide):
 
 @njit(cache=True, nogil=True)
 def share_by_row(counts, num_tokens, first, slots, seed, step, layer, per_slot):
-    """Fill `per_slot` int32 (S, G) by the token rule: row i of a rank's batch takes replica i mod count.
+    """Fill `per_slot` int16 or int32 (S, G) by the token rule: row i of a rank's batch takes replica i mod count.
 
     Which rows pick an expert is drawn without replacement.
 
     Args:
-        counts: int32 (E, G), rows that pick each expert on every rank, at most `num_tokens`.
+        counts: int16 or int32 (E, G), rows that pick each expert on every rank, at most `num_tokens`.
         num_tokens: rows of a rank's batch.
         first, slots: the replicas, as in `share_kernels`.
         seed, step, layer: decide the random numbers.

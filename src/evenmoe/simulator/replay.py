@@ -136,10 +136,10 @@ class _Run:
         workers: int,
     ) -> None:
         layers, experts = trace.num_layers, trace.num_experts
-        ranks = tracks[0].world.num_ranks
+        world = tracks[0].world
         self.load = np.zeros((layers, experts), np.int64)
         self._batches, self._tracks, self._costs, self._seed, self._pool = batches, tracks, costs, seed, pool
-        self._counts = np.zeros((layers, experts, ranks), np.int32)
+        self._counts = np.zeros((layers, experts, world.num_ranks), world.count_type)
         self._totals = np.zeros((layers, experts), np.int64)
         longest = max(track.policy.window for track in tracks)
         self._past: deque[FloatArray] = deque(maxlen=longest)

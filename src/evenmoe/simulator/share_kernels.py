@@ -13,7 +13,7 @@ RANK, TOKEN, OCCURRENCE, BATCH, EVEN = range(5)
 
 @njit(cache=True, nogil=True)
 def count_picks(experts, counts):
-    """Add picks to `counts` int32 (E, G): experts integers (G, B, K)."""
+    """Add picks to `counts` int16 or int32 (E, G): experts integers (G, B, K)."""
     num_ranks, num_tokens, top_k = experts.shape
     counts[:] = 0
     for rank in range(num_ranks):
@@ -66,7 +66,7 @@ def choose_slots(experts, first, slots, rule, quotas, chosen):
 
 @njit(cache=True, nogil=True)
 def count_chosen(chosen, per_slot):
-    """Fill `per_slot` int32 (S, G) with the picks that each slot takes from each source rank."""
+    """Fill `per_slot` int16 or int32 (S, G) with the picks that each slot takes from each source rank."""
     per_slot[:] = 0
     for rank in range(chosen.shape[0]):
         for token in range(chosen.shape[1]):
@@ -76,12 +76,12 @@ def count_chosen(chosen, per_slot):
 
 @njit(cache=True, nogil=True)
 def share_counts(counts, first, slots, rule, quotas, per_slot):
-    """Fill `per_slot` int32 (S, G) with the picks that each slot takes from each source rank, from counts alone.
+    """Fill `per_slot` int16 or int32 (S, G) with the picks that each slot takes from each source rank, from counts.
 
     As `choose_slots` would choose, pick by pick. Not by TOKEN, which needs to know the rows of the picks.
 
     Args:
-        counts: int32 (E, G), picks of each expert on each source rank. Other arguments as for `choose_slots`.
+        counts: int16 or int32 (E, G), picks of each expert on each source rank. Other arguments as for `choose_slots`.
     """
     num_experts, num_ranks = counts.shape
     for expert in range(num_experts):

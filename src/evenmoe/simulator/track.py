@@ -37,11 +37,11 @@ class Scratch:
     """Memory of one thread for one policy.
 
     Attributes:
-        per_slot: int32 (S, G), picks that each slot takes from each source rank.
+        per_slot: `World.count_type` (S, G), picks that each slot takes from each source rank.
         chosen: int32 (G, B, K), the slot of every pick; empty where picks are counts.
     """
 
-    per_slot: npt.NDArray[np.int32]
+    per_slot: npt.NDArray[np.signedinteger]
     chosen: npt.NDArray[np.int32]
 
 
@@ -105,7 +105,7 @@ class Track:
         """`top_k` is 0 where picks are counts."""
         world = self.world
         return Scratch(
-            np.empty((self.policy.num_slots, world.num_ranks), np.int32),
+            np.empty((self.policy.num_slots, world.num_ranks), world.count_type),
             np.empty((world.num_ranks, world.tokens_per_rank, top_k), np.int32),
         )
 
@@ -114,14 +114,14 @@ class Track:
         step: int,
         layer: int,
         seed: int,
-        counts: npt.NDArray[np.int32],
+        counts: npt.NDArray[np.signedinteger],
         experts: npt.NDArray[np.integer] | None,
         scratch: Scratch,
     ) -> None:
         """Find what one layer of one step does under the placement in use.
 
         Args:
-            counts: int32 (E, G), picks of each expert on each source rank.
+            counts: `World.count_type` (E, G), picks of each expert on each source rank.
             experts: integers (G, B, K), the picks themselves, or None.
         """
         from evenmoe.simulator import (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from evenmoe.errors import ConstraintError
 
 
@@ -40,3 +42,8 @@ class World:
     @property
     def ranks_per_node(self) -> int:
         return self.num_ranks // self.num_nodes
+
+    @property
+    def count_type(self) -> type[np.signedinteger]:
+        """The smallest integers that count the picks of an expert on a rank: a replay waits for their memory."""
+        return np.int16 if self.tokens_per_rank < 1 << 15 else np.int32
