@@ -60,17 +60,16 @@ def measure(case: Case, seeds: int, repeat: int) -> None:
         print(
             f"  {name:22}{spent:9.2f}{spent / yardstick:9.2f}{par.mean():9.5f}{par.max():9.4f}{bound:9.5f}{copies:8.1f}"
         )
-    if case.groups == 1:
-        used = em.plan(loads[0], **shape)
-        spent = milliseconds(lambda: em.plan(later[0], **shape, previous=used), repeat)
-        after = em.plan(later[0], **shape, previous=used)
-        par = em.peak_to_average(later[0], after)
-        limit = em.lower_bound(later[0], **shape).mean()
-        copies = em.count_copies(used, after).mean()
-        print(
-            f"  {'evenmoe, previous':22}{spent:9.2f}{spent / yardstick:9.2f}{par.mean():9.5f}{par.max():9.4f}"
-            f"{limit:9.5f}{copies:8.1f}"
-        )
+    used = em.plan(loads[0], **shape)
+    spent = milliseconds(lambda: em.plan(later[0], **shape, previous=used), repeat)
+    after = em.plan(later[0], **shape, previous=used)
+    par = em.peak_to_average(later[0], after)
+    limit = em.lower_bound(later[0], **shape).mean()
+    copies = em.count_copies(used, after).mean()
+    print(
+        f"  {'evenmoe, previous':22}{spent:9.2f}{spent / yardstick:9.2f}{par.mean():9.5f}{par.max():9.4f}"
+        f"{limit:9.5f}{copies:8.1f}"
+    )
     search(case, loads[0], yardstick, repeat)
 
 

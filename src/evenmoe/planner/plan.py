@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
@@ -11,8 +9,7 @@ from evenmoe.errors import ConstraintError
 from evenmoe.metrics import FloatArray, as_load
 from evenmoe.placement import Placement
 from evenmoe.planner._shape import Shape, check_shape, whole_number
-
-RULES: Sequence[str] = ("even", "rank", "token", "occurrence", "batch")
+from evenmoe.rules.shares import check_rule
 
 
 def plan(
@@ -99,8 +96,7 @@ def plan(
 
 
 def _check_rule(rule: object) -> None:
-    if rule not in RULES:
-        raise ConstraintError("rule", repr(rule), f"must be one of {', '.join(RULES)}", 'the default is "even"')
+    check_rule(rule)
 
 
 def _check_previous(previous: object, tokens: FloatArray, shape: Shape) -> None:

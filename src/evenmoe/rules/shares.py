@@ -17,6 +17,12 @@ from evenmoe.rules.split_batch import SplitPlan
 RULES = ("even", "rank", "token", "occurrence", "batch")
 
 
+def check_rule(rule: str) -> None:
+    """Raise a ConstraintError unless `rule` is one of `RULES`."""
+    if rule not in RULES:
+        raise ConstraintError("rule", repr(rule), f"must be one of {', '.join(RULES)}", 'the default is "even"')
+
+
 def slot_shares(placement: Placement, rule: str) -> FloatArray:
     """The share of its expert's tokens that each slot gets, float64 (L, S); the shares of an expert add up to 1.
 
@@ -65,8 +71,7 @@ def slot_loads(load: npt.ArrayLike, placement: Placement, rule: str) -> FloatArr
             f"must end in the placement's layers and experts, ({placement.num_layers}, {placement.num_experts})",
             "pass the load of the same model",
         )
-    if rule not in RULES:
-        raise ConstraintError("rule", repr(rule), f"must be one of {', '.join(RULES)}", 'the default is "even"')
+    check_rule(rule)
     if rule == "batch":
         return SplitPlan(placement.slot_to_expert, placement.num_ranks, placement.num_experts).split_load(tokens)
     index = np.broadcast_to(placement.slot_to_expert, (*tokens.shape[:-1], placement.num_slots))
