@@ -61,7 +61,7 @@ def _safetensors(header: object, data: bytes = b"") -> bytes:
 
 
 def _pickled(pickle: bytes, records: dict[str, bytes] | None = None, packed: int = zipfile.ZIP_STORED) -> bytes:
-    return _zip({"archive/data.pkl": pickle, **(records or {})}, packed)
+    return _zip({"archive/data.pkl": pickle, "archive/version": b"3\n", **(records or {})}, packed)
 
 
 def _tensor_pickle(count: int, shape: tuple[int, int], stride: tuple[int, int]) -> bytes:
@@ -134,7 +134,7 @@ BOMBS = {
     "pt, a storage beyond its record": _pickled(_tensor_pickle(1 << 30, (1, 1), (1, 1)), {"archive/data/0": bytes(8)}),
     "pt, a view beyond its storage": _pickled(_tensor_pickle(1, (1 << 20, 999), (1, 1)), {"archive/data/0": bytes(8)}),
     "pt, a view of one number": _pickled(_tensor_pickle(1, (1 << 20, 1 << 10), (0, 0)), {"archive/data/0": bytes(8)}),
-    "pt, lists of lists": _pickled(b"\x80\x02]q\x00" + b"](" + b"h\x00" * 9 + b"eq\x00" * 20 + b"."),
+    "pt, lists of lists": _pickled(b"\x80\x02]q\x00" + (b"](" + b"h\x00" * 9 + b"eq\x00") * 14 + b"."),
 }  # fmt: skip
 
 
@@ -172,3 +172,49 @@ def test_reading_a_large_honest_file_takes_less(content, tmp_path):
 def test_the_measure_sees_memory():
     """Or no bomb would ever be seen."""
     assert 60 << 20 < peak_bytes(lambda: np.ones(8 << 20)) < 100 << 20
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pt, packed", "entry 'archive/data.pkl' is compressed, which torch.save never does"),
+        ("pt, a storage beyond its record", "a storage '0' of 8589934592 bytes whose record has 8, at byte"),
+        ("pt, a view of one number", "more than a file of its size may hold in memory, at byte"),
+        ("pt, lists of lists", "is a pt file of no known format"),
+        ("npz, zeros", "`load` of 268435456 bytes, more than 10 times the file"),
+        ("npz, header", r"`load` of shape (1048576, 1048576) in"),
+        ("yaml, aliases", "an anchor or alias, which none of these files needs, line 1 column 4"),
+        ("json, brackets", "nested more than 16 levels deep, line 1 column 18"),
+        ("json, empty objects", "more small values than a file of its size may hold in memory"),
+        ("sglang csv, far ids", "with 1000 lines for 999 layers of 2000001 experts: it must have a line for most"),
+        ("safetensors, shared bytes", "a gap or an overlap at byte 0 of the data"),
+    ],
+)
+def test_a_bomb_is_named(name, message, tmp_path):
+    path = tmp_path / "bomb"
+    path.write_bytes(BOMBS[name])
+    with pytest.raises(FileFormatError) as caught:
+        formats.read(path, num_ranks=1)
+    assert message in str(caught.value)
+
+
+def test_a_view_beyond_its_storage_is_refused(tmp_path):
+    path = tmp_path / "file"
+    for shape, stride, fits in (((2, 4), (4, 1), True), ((2, 4), (5, 1), False), ((3, 4), (4, 1), False)):
+        path.write_bytes(_pickled(_tensor_pickle(8, shape, stride), {"archive/data/0": np.arange(1, 9).tobytes()}))
+        if fits:
+            load = formats.read(path).load
+            assert load is not None
+            assert load.tobytes() == np.arange(1, 9).tobytes()
+            continue
+        with pytest.raises(FileFormatError, match=r"a tensor of shape \(., 4\) that reaches (8|11) in a storage of 8"):
+            formats.read(path)
+
+
+def test_entries_of_a_zip_that_share_bytes_are_refused(tmp_path):
+    data = bytearray(_zip({"load.npy": _npy((1,), bytes(8)), "loae.npy": _npy((1,), bytes(8))}))
+    second = data.rindex(b"PK\x01\x02")
+    data[second + 42 : second + 46] = bytes(4)  # the directory's second entry begins where the first does
+    (tmp_path / "file").write_bytes(data)
+    with pytest.raises(FileFormatError, match=r"a zip whose entry 'loae\.npy' overlaps another or the end"):
+        formats.read(tmp_path / "file")
