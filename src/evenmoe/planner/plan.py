@@ -65,7 +65,7 @@ def plan(
     tokens = as_load(load)
     shape = check_shape(tokens.shape[-1], num_ranks, num_slots, num_nodes, num_groups)
     seed = whole_number("seed", seed, 0)
-    _check_rule(rule)
+    check_rule(rule)
     _check_previous(previous, tokens, shape)
     if max_copies is not None:
         max_copies = whole_number("max_copies", max_copies, 0)
@@ -93,10 +93,6 @@ def plan(
 
         slots = plan_static(tokens, shape.num_ranks, shape.num_slots, seed)
     return Placement(slots, shape.num_ranks, num_experts=shape.num_experts)
-
-
-def _check_rule(rule: object) -> None:
-    check_rule(rule)
 
 
 def _check_previous(previous: object, tokens: FloatArray, shape: Shape) -> None:
