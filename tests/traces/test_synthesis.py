@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import tracemalloc
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -236,7 +237,7 @@ def test_requests_share_windows_and_live_on():
         together = (load[apart:] * load[:-apart]).sum() / (load**2).sum() * 96 / (96 - apart)
         assert together == pytest.approx(expected, abs=0.15), apart
     # They end one after the other: one of the four in every second window, not all four in every eighth.
-    alike = [(a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()) for a, b in zip(load, load[1:], strict=False)]
+    alike = [(a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()) for a, b in pairwise(load)]
     assert np.mean(np.array(alike) > 0.98) == pytest.approx(0.5, abs=0.06)
 
 
