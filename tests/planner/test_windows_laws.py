@@ -142,13 +142,13 @@ def test_the_search_ends_when_nothing_helps() -> None:
 
 
 def test_held_out_windows_gain_over_a_plan_for_the_mean() -> None:
-    """The mean of 3 layers × 40 held-out windows; over seeds 0 to 9 the gain is 0.05 to 0.12."""
+    """The mean of 3 layers × 40 held-out windows; over seeds 0 to 9 the gain is 0.22 to 0.33."""
     load = comoving(0, windows=64)
     past, future = load[:24], load[24:]
     shape = {"num_ranks": 8, "num_slots": 40}
     from_windows = em.peak_to_average(future, em.plan(past, **shape)).mean()
     from_mean = em.peak_to_average(future, em.plan(past.sum(axis=0), **shape)).mean()
-    assert from_windows < from_mean - 0.04
+    assert from_windows < from_mean - 0.15
 
 
 def test_the_strength_is_changed_where_the_history_is_clear(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ from evenmoe.planner._groups import (
     count_packings,
     even_packing,
 )
-from evenmoe.planner._names import by_load
 from evenmoe.planner._shape import Shape
 from evenmoe.planner.static import plan_peaks
 
@@ -60,7 +59,7 @@ def _plan_nodes(load: FloatArray, num_ranks: int, num_slots: int, seed: int) -> 
     if load.ndim == 3:
         from evenmoe.planner.windows import plan_windows
 
-        return by_load(plan_windows, load, num_ranks, num_slots, seed)
+        return plan_windows(load, num_ranks, num_slots, seed)
     return plan_peaks(load, num_ranks, num_slots, seed)[0]
 
 

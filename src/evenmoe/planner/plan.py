@@ -84,10 +84,9 @@ def plan(
 
         slots = plan_hierarchical(tokens, shape.num_ranks, shape.num_slots, shape.num_nodes, shape.num_groups, seed)
     elif tokens.ndim == 3:
-        from evenmoe.planner._names import by_load
         from evenmoe.planner.windows import plan_windows
 
-        slots = by_load(plan_windows, tokens, shape.num_ranks, shape.num_slots, seed)
+        slots = plan_windows(tokens, shape.num_ranks, shape.num_slots, seed)
     else:
         from evenmoe.planner.static import plan_static
 
