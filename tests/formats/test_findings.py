@@ -236,3 +236,11 @@ def test_a_safetensors_header_that_lies(header, data, message, tmp_path):
     text = json.dumps(header).encode()
     (tmp_path / "s").write_bytes(len(text).to_bytes(8, "little") + text + data)
     assert message in refused(tmp_path / "s")
+
+
+def test_a_signalling_nan_is_a_nan(tmp_path):
+    from safetensors.numpy import save
+
+    load = np.array([[0x7F800001, 0x3F800000]], np.uint32).view(np.float32)
+    (tmp_path / "s").write_bytes(save({"m": load}))
+    assert [f.kind for f in formats.check(tmp_path / "s").findings] == ["not-a-number"]

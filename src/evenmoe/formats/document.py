@@ -70,7 +70,8 @@ class Document:
                 raise self.refuse(
                     f"with {where} of dtype {value.dtype}", "must hold integers there", "write whole numbers"
                 )
-            return value.astype(np.float64, copy=False)
+            with np.errstate(invalid="ignore"):  # a signalling NaN warns here, and is found later like any other
+                return value.astype(np.float64, copy=False)
         if value.dtype == np.uint64 and value.max() >= 2**63:
             raise self.refuse(f"with {where} up to {value.max()}", "must fit 63 bits there", "check for an overflow")
         if not integers:
