@@ -304,14 +304,14 @@ def _print(simulation: Simulation) -> None:
     )
     found = [_policy(policy, simulation.policies[0]) for policy in simulation.policies]
     gains = _table("mean\nPAR", "worst\nPAR", "step\nms", "saved\n%", "rows between\nnodes, step")
-    prices = _table("copies\nexperts", "refreshes", "copying\nms each", "break-even\nsteps", "redundancy\nGB/rank")
+    prices = _table("copies\nexperts", "plans", "copying\nms each", "break-even\nsteps", "extra\nGB/rank")
     for row in found:
         gains.add_row(
             Text(row["name"]),
             f"{row['par_mean']:.3f}",
             f"{row['par_max']:.3f}",
             f"{row['step_us_mean'] / 1e3:.3f}",
-            f"{row['step_us_gain_percent']:.1f}",
+            f"{round(row['step_us_gain_percent'], 1) + 0.0:.1f}",  # no -0.0
             f"{row['between_nodes_rows_once_per_step']:,.0f}",
         )
         even = row["break_even_steps"]
