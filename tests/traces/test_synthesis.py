@@ -336,6 +336,12 @@ REFUSALS = [
     ({"locality": 1.0}, "`locality` is 1.0: it must be 0 to 0.99; "),
     ({"comovement": 1.1}, "`comovement` is 1.1: it must be 0 to 1; "),
     ({"model": "deepseek"}, "`model` is 'deepseek': it must be one of deepseek-v2-lite, "),
+    (
+        {"model": ModelShape("olmoe-1b-7b", 1, 8, 9, 1, 1)},
+        "`model` is of 8 experts in 1 groups, top-9: it must have equal ",
+    ),
+    ({"model": ModelShape("olmoe-1b-7b", 1, 1 << 17, 9, 1, 1)}, "`model` is of 131072 experts in 1 groups, top-9: "),
+    ({"model": ModelShape("olmoe-1b-7b", 1, 8, 2, 1, 1, num_groups=3)}, "`model` is of 8 experts in 3 groups, top-2: "),
     ({"model": ModelShape("mine", 1, 8, 2, 1, 1)}, "`model` is 'mine': it must be one that was measured or resembles"),
     (
         {"num_windows": 10**6},

@@ -128,6 +128,13 @@ def synthesise(
     ([1, 2, 3], [0, 12, 25])
     """
     shape = find_model(model) if isinstance(model, str) else model
+    if not 1 <= shape.top_k <= shape.num_experts <= 1 << 16 or shape.num_experts % shape.num_groups:
+        raise ConstraintError(
+            "model",
+            f"of {shape.num_experts} experts in {shape.num_groups} groups, top-{shape.top_k}",
+            "must have equal groups, at most 65536 experts, and no more picks per token than experts",
+            "correct the shape",
+        )
     if num_layers is not None:
         _check_range("num_layers", num_layers, 1, shape.num_layers, f"the MoE layers of {shape.name}")
         shape = replace(shape, num_layers=num_layers)
