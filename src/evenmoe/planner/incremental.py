@@ -152,9 +152,11 @@ def _best_pairs(common: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
     >>> _best_pairs(np.array([[1, 5], [3, 4]]))
     [(0, 1), (1, 0)]
     """
-    pairs, size = [], len(common)
-    for pair in np.argsort(-common, axis=None, kind="stable").tolist():
-        row, column = divmod(pair, size)
-        if all(row != i and column != j for i, j in pairs):
-            pairs.append((row, column))
-    return pairs
+    rows, columns = np.nonzero(common)
+    order = np.argsort(-common[rows, columns], kind="stable")
+    column_of, row_of = [-1] * len(common), [-1] * len(common)
+    for row, column in zip(rows[order].tolist(), columns[order].tolist(), strict=True):
+        if column_of[row] < 0 and row_of[column] < 0:
+            column_of[row], row_of[column] = column, row
+    left = iter([column for column, row in enumerate(row_of) if row < 0])
+    return [(row, next(left) if column < 0 else column) for row, column in enumerate(column_of)]
