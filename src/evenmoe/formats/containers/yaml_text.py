@@ -87,6 +87,7 @@ class _Builder:
         rows: Rows | None = None
         for event in events:
             if isinstance(event, yaml.SequenceEndEvent):
+                self.spend(event, 150 * rows.apart() if rows else 0)
                 break
             item = self.node(event, events, depth + 1)
             if rows is None and type(item) is int:
@@ -101,7 +102,6 @@ class _Builder:
             self.left += rows.released
         if rows is None:
             return np.array(whole, np.int64)
-        self.spend(event, 150 * rows.apart())
         value = rows.value()
         if isinstance(value, list) and all(type(item) in (int, float) for item in value):
             return np.array(value, np.float64)
