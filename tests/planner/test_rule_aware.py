@@ -178,3 +178,16 @@ def test_rules_with_even_shares_are_planned_as_even(rule):
     load = zipf(2, 32, 0)
     even = em.plan(load, num_ranks=4, num_slots=40)
     assert em.plan(load, num_ranks=4, num_slots=40, rule=rule) == even
+
+
+@pytest.mark.parametrize("rule", ["rank", "batch"])
+def test_from_a_placement_that_is_far_off_a_new_plan_is_as_good_as_ever(rule: str) -> None:
+    """Experts in the order of their load, so that the first rank has nearly all: no walk of small moves gets away."""
+    load = np.tile(1000.0 / np.arange(1, 65), (2, 1))
+    used = em.Placement(np.tile(np.arange(72) % 64, (2, 1)), num_ranks=8)
+    shape = {"num_ranks": 8, "num_slots": 72, "rule": rule}
+    plans = em.plan(load, **shape), em.plan(load, **shape, previous=used)
+    new, again = (shares.rank_loads(load, plan, rule).max(axis=1) for plan in plans)
+    assert again.tolist() == pytest.approx(new.tolist(), rel=1e-9)  # rounding of sums in another order
+    few = em.plan(load, **shape, previous=used, max_copies=4)
+    assert em.count_copies(used, few).max() <= 4

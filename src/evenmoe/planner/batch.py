@@ -27,7 +27,7 @@ _CANDIDATES = 8
 # What a move must gain, and each copy on top, in mean rank loads: less is within what 32 scenarios can only pretend. At
 # 0.0005 a copy, a third more copies came out no better on unseen drift (288 slots on 32 ranks).
 _LEAST_GAIN = 1e-4
-_PRICE_OF_COPY = 2e-3
+PRICE_OF_COPY = 2e-3
 
 
 def plan_batch(load: FloatArray, num_ranks: int, num_slots: int, seed: int = 0) -> IntArray:
@@ -69,6 +69,17 @@ def improve_batch(
         copies = num_slots if max_copies is None else max_copies
         result[layer] = _spend(held, scenarios, kept, copies, num_ranks // num_nodes).reshape(-1)
     return result
+
+
+def judge_batch(load: FloatArray, placement: Placement, seed: int = 0) -> FloatArray:
+    """The mean peak of the scenarios of `load` after their best splits, (L,): what the plans here make small."""
+    windows = load if load.ndim == 3 else load[None]
+    held = placement.slot_to_expert.astype(np.int64).reshape(placement.num_layers, placement.num_ranks, -1)
+    peaks = np.ones(placement.num_layers)
+    for layer, scenarios in _scenarios(windows, placement.num_ranks, placement.num_slots, seed):
+        total = batch_kernels.evaluate(held[layer], scenarios, np.ones(len(scenarios)), np.inf)[0]
+        peaks[layer] = total / len(scenarios)
+    return peaks
 
 
 def _scenarios(windows: FloatArray, num_ranks: int, num_slots: int, seed: int) -> Iterator[tuple[int, FloatArray]]:
@@ -132,7 +143,7 @@ class _Search:
 
     def step(self, copies: int, tries: int) -> int | None:
         """Make one move that pays for at most `copies` more; returns its copies, or None after `tries` in vain."""
-        price = _PRICE_OF_COPY * len(self.scenarios)
+        price = PRICE_OF_COPY * len(self.scenarios)
         limit = self.total - _LEAST_GAIN * len(self.scenarios)
         by_expert = np.ascontiguousarray(self.scenarios.T)
         moves, floors = self._moves, self._floors

@@ -8,6 +8,7 @@ import numpy.typing as npt
 from evenmoe.metrics import FloatArray, count_copies, peak_to_average
 from evenmoe.placement import IntArray, Placement
 from evenmoe.planner import _moves, _places
+from evenmoe.planner._renaming import rename_ranks
 from evenmoe.planner.hierarchical import plan_hierarchical
 from evenmoe.planner.static import plan_peaks
 
@@ -125,38 +126,7 @@ def _take_better(
     slots: npt.NDArray[np.int64],
 ) -> None:
     """Take a new plan of `layers` where it is within the budget and better than what the walk found."""
-    renamed = Placement(_rename_ranks(new, previous, num_nodes), previous.num_ranks, num_experts=previous.num_experts)
+    renamed = rename_ranks(Placement(new, previous.num_ranks, num_experts=previous.num_experts), previous, num_nodes)
     par = peak_to_average(windows, renamed).mean(axis=0)
     better = (count_copies(previous, renamed) <= budget) & (par < peaks[layers])
     slots[layers[better]] = renamed.slot_to_expert[better]
-
-
-def _rename_ranks(new: IntArray, previous: Placement, num_nodes: int) -> IntArray:
-    """Nodes are alike, and the ranks of one, so each is put where most of its experts are already."""
-    num_ranks, width, node_ranks = previous.num_ranks, previous.slots_per_rank, previous.num_ranks // num_nodes
-    renamed = np.empty_like(new)
-    for layer in range(len(new)):
-        planned, placed = new[layer].reshape(num_ranks, width), renamed[layer].reshape(num_ranks, width)
-        held = np.zeros((num_ranks, previous.num_experts), np.int64)
-        held[np.arange(num_ranks)[:, None], previous.slot_to_expert[layer].reshape(num_ranks, width)] = 1
-        common = held[:, planned].sum(axis=2).reshape(num_nodes, node_ranks, num_nodes, node_ranks)
-        for node, taken in _best_pairs(common.sum(axis=(1, 3))):
-            for rank, other in _best_pairs(common[node, :, taken]):
-                placed[node * node_ranks + rank] = planned[taken * node_ranks + other]
-    return renamed
-
-
-def _best_pairs(common: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Every row with a column of its own, those that have most in common first.
-
-    >>> _best_pairs(np.array([[1, 5], [3, 4]]))
-    [(0, 1), (1, 0)]
-    """
-    rows, columns = np.nonzero(common)
-    order = np.argsort(-common[rows, columns], kind="stable")
-    column_of, row_of = [-1] * len(common), [-1] * len(common)
-    for row, column in zip(rows[order].tolist(), columns[order].tolist(), strict=True):
-        if column_of[row] < 0 and row_of[column] < 0:
-            column_of[row], row_of[column] = column, row
-    left = iter([column for column, row in enumerate(row_of) if row < 0])
-    return [(row, next(left) if column < 0 else column) for row, column in enumerate(column_of)]

@@ -8,7 +8,7 @@ from evenmoe.metrics import FloatArray
 from evenmoe.placement import IntArray, Placement
 
 # What a copy must gain when starting from a placement in use, in mean rank loads: as for the other rules.
-_PRICE_OF_COPY = 5e-4
+PRICE_OF_COPY = 5e-4
 # Replica counts are tried for the loads to these powers, until a mean peak is good. With many slots the first is. Last
 # the lightest are replicated: with few slots two halves of a light expert can fill up ranks best.
 _POWERS = (1.0, 0.8, 1.25, 0.5, 0.0)
@@ -56,7 +56,7 @@ def improve_rank_rule(
             _scaled(windows[:, layer], num_ranks),
             kept,
             copies,
-            _PRICE_OF_COPY,
+            PRICE_OF_COPY,
             num_ranks,
             num_ranks // num_nodes,
         )

@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from evenmoe.metrics import FloatArray
+from evenmoe.metrics import FloatArray, count_copies, peak_over_mean
 from evenmoe.placement import Placement
+from evenmoe.planner import batch, rank_rule
+from evenmoe.planner._renaming import rename_ranks
 from evenmoe.planner._shape import Shape
-from evenmoe.planner.batch import improve_batch, plan_batch
+from evenmoe.planner.batch import improve_batch, judge_batch, plan_batch
 from evenmoe.planner.hierarchical import pack_groups, put_nodes, take_nodes
 from evenmoe.planner.rank_rule import improve_rank_rule, plan_rank_rule
+from evenmoe.rules.shares import rank_loads
 
 
 def plan_for_rule(
@@ -70,13 +73,53 @@ def _from_previous(
         slots, index = improve_rank_rule(load, start, max_copies, num_nodes)
     else:
         slots = improve_batch(load, start, max_copies, seed, num_nodes)
+    found = Placement(slots, previous.num_ranks, num_experts=previous.num_experts, replica_index=index)
+    # A new plan moves nine experts of ten, so below a quarter of the slots it is not worth the time.
+    if num_nodes == 1 and (max_copies is None or 4 * max_copies >= shape.num_slots):
+        found = _or_anew(load, shape, rule, start, found, max_copies, seed)
     placement = Placement(
-        np.take_along_axis(order, slots, axis=1),
+        np.take_along_axis(order, found.slot_to_expert, axis=1),
         previous.num_ranks,
         num_experts=previous.num_experts,
-        replica_index=index,
+        replica_index=found.replica_index,
     )
     return _in_the_slots_of(previous, placement)
+
+
+def _or_anew(
+    load: FloatArray, shape: Shape, rule: str, start: Placement, found: Placement, max_copies: int | None, seed: int
+) -> Placement:
+    """`found`, but a new plan for the layers in which that is better, its copies are allowed and, if free, they pay."""
+    judge, price = (_judge_rank_rule, rank_rule.PRICE_OF_COPY) if rule == "rank" else (judge_batch, batch.PRICE_OF_COPY)
+    price = price if max_copies is None else 0.0
+    reached = judge(load, found, seed)
+    behind = np.flatnonzero(reached > 1 + price * shape.num_slots / 4)
+    if not behind.size:
+        return found
+    part = load[..., behind, :]
+    in_use, walked = _layers(start, behind), _layers(found, behind)
+    new = rename_ranks(plan_for_rule(part, shape, rule, seed=seed), in_use)
+    copies = count_copies(in_use, new)
+    gain = reached[behind] - judge(part, new, seed) - price * (copies - count_copies(in_use, walked))
+    better = (gain > 0) & (copies <= (shape.num_slots if max_copies is None else max_copies))
+    slots, index = found.slot_to_expert.copy(), found.replica_index.copy()
+    slots[behind[better]], index[behind[better]] = new.slot_to_expert[better], new.replica_index[better]
+    return Placement(slots, found.num_ranks, num_experts=found.num_experts, replica_index=index)
+
+
+def _judge_rank_rule(load: FloatArray, placement: Placement, _: int) -> FloatArray:
+    """(L,): the mean peak-to-average load of the windows."""
+    peaks = peak_over_mean(rank_loads(load, placement, "rank"))
+    return peaks.mean(axis=0) if load.ndim == 3 else peaks
+
+
+def _layers(placement: Placement, layers: npt.NDArray[np.int64]) -> Placement:
+    return Placement(
+        placement.slot_to_expert[layers],
+        placement.num_ranks,
+        num_experts=placement.num_experts,
+        replica_index=placement.replica_index[layers],
+    )
 
 
 def _by_load(load: FloatArray) -> npt.NDArray[np.int64]:
