@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
-import numpy as np
 import torch
 
 from evenmoe.contract.dispatch import check_dispatch
 from evenmoe.contract.layout import Layout, scale_down
 from evenmoe.contract.limits import resolve_limits
 from evenmoe.dispatched import Dispatched
+from evenmoe.ops import memory
 from evenmoe.ops.exchange import Received, copy_rows, exchange
 from evenmoe.ops.groups import exchanges, find_groups, operator_arguments, refusing_together, survivors, tp_step
 from evenmoe.ops.quantise import quantise_rows, reinterpret
@@ -29,7 +28,6 @@ from evenmoe.transport.agreement import digest, dtype_code, exchange_counts
 from evenmoe.transport.contract import Transport
 
 DYNAMIC_INT8 = 2  # quant_mode of §2.8
-_PAGES = 1 << 20  # bytes, from which numpy gets its zeros from the system's allocator
 Zeros = Callable[[torch.Tensor, tuple[int, ...], torch.dtype], torch.Tensor]
 
 
@@ -234,11 +232,7 @@ def _fake_zeros(x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> 
 
 
 def _zeros(x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros on the device of x. A CPU's own zero pages cost nothing until written: of A rows few are ever received."""
-    size = prod(shape) * dtype.itemsize
-    if x.device.type != "cpu" or size < _PAGES:
-        return x.new_zeros(shape, dtype=dtype)
-    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
+    return memory.zeros(shape, dtype, x.device)  # of A rows few are ever received, and only they are written
 
 
 def _fill(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from evenmoe.ops import memory
 from evenmoe.ops.routing import Routing, received_order
 from evenmoe.transport.contract import Transport
 
@@ -73,7 +74,7 @@ def exchange(
     source = torch.repeat_interleave(ranks.repeat(counts.shape[1]), counts.T.flatten())
     entries = entries[received_order(counts)]
     position = (recv_wire.cumsum(0) - recv_wire)[source] + entries[:, 2]
-    out = None if allocate is None else allocate(len(position))
+    out = memory.empty((len(position), *rows.shape[1:]), rows) if allocate is None else allocate(len(position))
     rows = torch.index_select(rows, 0, position, out=out)
     return Received(rows, source.int(), entries[:, 0], entries[:, 1], counts)
 
