@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -187,6 +188,14 @@ def test_a_directory_that_cannot_be_written_is_refused_on_the_command_line(tmp_p
     result = CliRunner().invoke(app, ["cann", "--out", str(tmp_path / "file" / "out")])
     assert isinstance(result.exception, ConstraintError)
     assert "must be a directory that can be written (Not a directory)" in str(result.exception)
+
+
+def test_the_command_says_where_the_tree_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "build_tree", lambda out: out / "latest")  # that it builds one, the others show
+    text = CliRunner().invoke(app, ["cann", "--out", str(tmp_path)])
+    assert text.output == f"source {tmp_path}/latest/bin/setenv.bash\n"
+    found = json.loads(CliRunner().invoke(app, ["cann", "--out", str(tmp_path), "--json"]).output)
+    assert found == {"tree": f"{tmp_path}/latest", "setenv": f"{tmp_path}/latest/bin/setenv.bash"}
 
 
 def test_anothers_latest_is_left_alone(tmp_path: Path) -> None:

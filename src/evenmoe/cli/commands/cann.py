@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from evenmoe.cli.root import app
+from evenmoe.cli.root import Json, app
 
 
-@app.command()
+@app.command(short_help="Write the C headers and libraries of CANN for this CPU.")
 def cann(
     out: Annotated[Path, typer.Option(help="Where the tree `latest` is written; the cann_path of a build script.")],
+    as_json: Json = False,
 ) -> None:
     """Write headers and libraries that run C++ programs for Ascend's operators on this machine's CPU.
 
     The tree has latest/include, latest/lib64 and latest/bin/setenv.bash; a program written for CANN compiles against it
-    unchanged. Needs g++. A tree of an earlier run is replaced.
+    unchanged. Needs g++. A tree of an earlier run is replaced. Exit codes: 0 done; 2 nothing can be built here.
     """
     from evenmoe.ascend.cann.build import build_tree
 
-    typer.echo(f"source {build_tree(out)}/bin/setenv.bash")
+    tree = build_tree(out)
+    if as_json:
+        typer.echo(json.dumps({"tree": str(tree), "setenv": str(tree / "bin" / "setenv.bash")}))
+    else:
+        typer.echo(f"source {tree}/bin/setenv.bash")

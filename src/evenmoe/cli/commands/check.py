@@ -10,7 +10,7 @@ from evenmoe.cli.file_options import Experts, FormatName, Layers, Map, NumLayers
 from evenmoe.cli.root import Json, app
 
 
-@app.command()
+@app.command(short_help="Find what is wrong with a placement or a load.")
 def check(
     file: Annotated[str, typer.Argument(help="File, folder, `-` for standard input, or inline JSON.")],
     from_: FormatName = None,

@@ -27,7 +27,10 @@ def _list_formats(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.command(epilog="Formats: " + ", ".join(FORMATS) + ". --list-formats describes them.")
+@app.command(
+    short_help="Convert a placement or a load to another tool's format.",
+    epilog="Formats: " + ", ".join(FORMATS) + ". --list-formats describes them.",
+)
 def convert(
     source: Annotated[str, typer.Argument(help="File, folder, `-` for standard input, inline JSON, or `trivial`.")],
     target: Annotated[str, typer.Argument(help="File or folder to write, `-` for standard output.")],

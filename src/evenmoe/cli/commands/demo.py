@@ -10,7 +10,7 @@ import typer
 from evenmoe.cli.root import Json, app
 
 
-@app.command()
+@app.command(short_help="Run the whole chain here and compare it with a dense model.")
 def demo(
     trace: Annotated[
         Path | None,

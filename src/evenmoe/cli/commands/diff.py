@@ -10,7 +10,7 @@ from evenmoe.cli.file_options import Experts, Layers, NumLayers, Ranks, SharedDe
 from evenmoe.cli.root import Json, app
 
 
-@app.command()
+@app.command(short_help="Count what it takes to move from one placement to another.")
 def diff(
     before: Annotated[str, typer.Argument(help="Placement in use: file, `-`, inline JSON, or `trivial`.")],
     after: Annotated[str, typer.Argument(help="Placement to move to, in any format.")],
@@ -28,6 +28,7 @@ def diff(
     """Count what it takes to move from one placement to another: copies per layer and rank, bytes to move.
 
     A copy is an expert that a rank must receive because it did not hold it before. The options hold for both files.
+    Exit codes: 0 done, whether they differ or not; 2 a file or an option is wrong.
     """
     from evenmoe.cli.files import run_diff
 

@@ -71,7 +71,7 @@ def plan(
 
     Reads loads and traces of any tool, writes the placement in any tool's format, and shows how even the ranks are
     before and after: the peak-to-average load (PAR), 1.0 being perfect. With `-` as output the summary goes to standard
-    error.
+    error. Exit codes: 0 done; 2 a file or an option is wrong.
     """
     from evenmoe.cli.planning import Order, run_plan
 

@@ -11,7 +11,7 @@ import typer
 from evenmoe.cli.root import Json, app
 
 
-@app.command()
+@app.command(short_help="Show what a simulation found, as one HTML page.")
 def report(
     simulation: Annotated[Path, typer.Argument(metavar="INPUT", help="The file that `evenmoe simulate --out` wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page; a file there is replaced.")] = Path(

@@ -20,7 +20,7 @@ _POLICY_HELP = (
 )
 
 
-@app.command()
+@app.command(short_help="Replay a trace under several policies, without a GPU.")
 def simulate(
     trace: Annotated[
         str, typer.Argument(help="A trace (.npz), a load in any format, or synthetic:MODEL for a made-up one.")
