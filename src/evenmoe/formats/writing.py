@@ -147,7 +147,7 @@ def _write_file(target: Path, content: bytes) -> None:
         if path.exists():
             shutil.copymode(path, beside)
         beside.replace(path)
-    except BaseException:
+    except BaseException:  # an interrupt too must leave nothing half-written behind; it is raised again
         beside.unlink(missing_ok=True)
         raise
 
@@ -166,6 +166,6 @@ def _write_folder(target: str | Path, files: dict[str, bytes]) -> None:
         for name, content in files.items():
             (beside / name).write_bytes(content)
         beside.replace(path)
-    except BaseException:
+    except BaseException:  # an interrupt too must leave nothing half-written behind; it is raised again
         shutil.rmtree(beside, ignore_errors=True)
         raise

@@ -245,7 +245,7 @@ def _fill(
         hidden = x.shape[1]
         dynamic_scales[: len(rows)] = reinterpret(rows[:, hidden:], torch.float32)[:, 0]
         rows = rows[:, :hidden].view(torch.int8)
-    if rows.data_ptr() != expand_x.data_ptr():
+    if given["quant_mode"] == DYNAMIC_INT8 or peer is not None:  # else they were gathered where they stay
         expand_x[: len(rows)] = rows
     assist[: 3 * own] = torch.stack([received.source, received.token, received.k], dim=1).flatten()
     ordered = received.counts.T.flatten()  # (local expert, source rank)
