@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import partial
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -12,8 +12,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import evenmoe as em
-from evenmoe.ops.combine import combine_arguments
-from evenmoe.ops.groups import operator_arguments
+from evenmoe.ops.combine import combining
+from evenmoe.ops.groups import collective
 from evenmoe.ops.update_expert import update_expert
 from evenmoe.transport.world import Rank
 from tests.worlds import CONST_EXPERTS, Case, Spec, assert_same_bits, outputs_of, run_rank
@@ -32,11 +32,12 @@ def registered_call(function: Callable, translate: Callable, *args: Any, **keywo
     """What a public function passes to its registered operator."""
     bound = inspect.signature(function).bind(*args, **keywords)
     bound.apply_defaults()
-    return translate(dict(bound.arguments))
+    with translate(function.__name__, dict(bound.arguments)) as arguments:
+        return arguments
 
 
-def dispatch_arguments(given: dict[str, Any]) -> dict[str, Any]:
-    return operator_arguments(given, "dispatch", "dispatch", given["x"])
+def dispatching(name: str, given: dict[str, Any]) -> AbstractContextManager[dict[str, Any]]:
+    return collective(given, name, name, given["x"])
 
 
 def calls_on_one_rank(rank: Rank, case: Case) -> dict[str, dict[str, Any]]:
@@ -55,10 +56,10 @@ def calls_on_one_rank(rank: Rank, case: Case) -> dict[str, dict[str, Any]]:
     rows = (case.expert_out(0, len(dispatched.expand_x)), case.ids[0], dispatched, case.weights[0])
     norm = (case.residual[0], case.gamma[0])
     return {
-        "dispatch": registered_call(em.dispatch, dispatch_arguments, case.x[0], case.ids[0], **sending),
-        "combine": registered_call(em.combine, partial(combine_arguments, "combine"), *rows, **returning),
+        "dispatch": registered_call(em.dispatch, dispatching, case.x[0], case.ids[0], **sending),
+        "combine": registered_call(em.combine, combining, *rows, **returning),
         "combine_add_rms_norm": registered_call(
-            em.combine_add_rms_norm, partial(combine_arguments, "combine_add_rms_norm"), *rows, *norm, **returning
+            em.combine_add_rms_norm, combining, *rows, *norm, **returning
         ),
     }
 
