@@ -18,17 +18,20 @@ _lock = threading.Lock()
 
 def remember(assist_info: torch.Tensor | None, number: torch.Tensor) -> None:
     """Keep `number`, the last output of `torch.ops.evenmoe.dispatch`, for what its assist info was written to."""
+    assert assist_info is not None, "the first stage refuses null outputs"
     with _lock:
         _numbers[assist_info] = _version(assist_info), number
 
 
 def number_of(assist_info: object) -> torch.Tensor | None:
     """Return the number of the dispatch that wrote `assist_info`, None if it is not known."""
+    if not isinstance(assist_info, torch.Tensor):
+        return None
     with _lock:
         known = _numbers.get(assist_info)
     return known[1] if known is not None and known[0] == _version(assist_info) else None
 
 
-def _version(tensor: object) -> int:
+def _version(tensor: torch.Tensor) -> int:
     """How often it was written to; tensors made in inference mode do not count."""
-    return tensor._version if isinstance(tensor, torch.Tensor) and not tensor.is_inference() else -1
+    return -1 if tensor.is_inference() else tensor._version

@@ -162,7 +162,7 @@ class LocalTransport(GroupEnd):
             self._on_close()
 
     def _meet(self, value: object, members: Sequence[int] | None) -> dict[int, Any]:
-        meeting = self._key(members), self.number(members)
-        found = self._board.meet(self._rank, meeting, value, members or range(self.world_size))
+        number = self.number(members)
+        found = self._board.meet(self._rank, (self._key(members), number), value, members or range(self.world_size))
         self._count(members)
         return found
