@@ -362,8 +362,6 @@ def _call(operator: str, given: dict[str, Any], check_first: Callable[[], None] 
     exchanged = "dispatch" if operator == "dispatch" else "combine"
     parts = calls_of(exchanged, ep, tp, given["elastic_info"] is not None, rows)
     with together(*in_order(exchanged, *parts)):
-        if operator != "dispatch":
-            given["dispatch_number"] = number_of(given["assist_info_for_combine"])
         arguments = _complete(operator, given)
         check_first()
         refuse_other_places(arguments)
@@ -388,7 +386,8 @@ def _complete(operator: str, given: dict[str, Any]) -> dict[str, Any]:
     for name in ("group_ep", "group_tp"):
         if given[name] is None:
             raise MissingArgumentError(name, None, "must be a name", 'pass a str, "" for no tensor parallelism')
-    arguments = of_right_types(operator, {**given, **_ON_CHIP})
+    known = {} if operator == "dispatch" else {"dispatch_number": number_of(given["assist_info_for_combine"])}
+    arguments = of_right_types(operator, {**given, **known, **_ON_CHIP})
     expert_ids = arguments["expert_ids"]
     if arguments["global_bs"] == 0 and expert_ids is not None and expert_ids.dim():
         arguments["global_bs"] = given["global_bs"] = expert_ids.shape[0] * arguments["ep_world_size"]
