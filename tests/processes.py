@@ -94,6 +94,51 @@ class Processes:
             self._pipes.append(ours)
 
 
+def run_once(count: int, job: Callable[..., Any], *arguments: Any, patience_s: float = 60.0) -> list:
+    """`job(index, *arguments)` in as many new processes; results in order, None for one that ended without a result.
+
+    Raises:
+        AssertionError: a process is still there after `patience_s`; it is ended.
+    """
+    context = multiprocessing.get_context("fork")
+    children, pipes = [], []
+    for index in range(count):
+        ours, theirs = context.Pipe(duplex=False)
+        child = context.Process(target=_run_job, args=(theirs, job, index, arguments), daemon=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child.start()
+        theirs.close()
+        children.append(child)
+        pipes.append(ours)
+    deadline, results, late = time.monotonic() + patience_s, [], []
+    for index, (child, pipe) in enumerate(zip(children, pipes, strict=True)):
+        result = None
+        with suppress(EOFError):
+            if pipe.poll(max(0.0, deadline - time.monotonic())):
+                result = pickle.loads(pipe.recv_bytes())
+            else:
+                late.append(index)
+        results.append(result)
+        child.join(max(0.0, deadline - time.monotonic()))
+        if child.is_alive():
+            late.append(index)
+            child.kill()
+            child.join()
+        pipe.close()
+    assert not late, f"processes {sorted(set(late))} did not end within {patience_s} s"
+    return results
+
+
+def _run_job(pipe: Connection, job: Callable[..., Any], index: int, arguments: Sequence[Any]) -> None:
+    torch.set_num_threads(1)
+    try:
+        result = job(index, *arguments)
+    except Exception as error:
+        result = error
+    pipe.send_bytes(pickle.dumps(result))
+
+
 def _serve(
     index: int, count: int, worlds: Sequence[tuple[int, int]], timeout_s: float, store_path: str, pipe: Connection
 ) -> None:

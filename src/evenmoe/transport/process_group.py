@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -177,7 +178,9 @@ class ProcessGroupTransport(GroupEnd):
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    """What happened, without gloo's source file and its advice, which says to look at the other ranks' logs."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return re.sub(r"^\[[^\]]*\] ", "", text).split(". This is typically")[0]
 
 
 def _listed(ranks: Sequence[int]) -> str:

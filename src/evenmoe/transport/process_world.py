@@ -24,6 +24,7 @@ from evenmoe.transport.world import Rank, check_world
 #: What a public function takes for a group.
 Group: TypeAlias = Transport | dist.ProcessGroup | DeviceMesh
 
+_SEEN_S = 2.0  # the processes' time-outs end about when they came, which is seconds apart at most under a launcher
 _worlds = itertools.count()
 _of_groups: dict[str, tuple[dist.ProcessGroup, ProcessGroupTransport]] = {}  # by the name of the user's group
 
@@ -68,7 +69,11 @@ def process_world(
         processes = size
     assert store is not None
     assert index is not None
-    if size != processes or not 0 <= index < size:
+    if not 0 <= index < processes:
+        raise ConstraintError(
+            "index", index, f"must be 0 to {processes - 1}", "number the processes of the world from 0"
+        )
+    if size != processes:
         raise ConstraintError(
             "ep_size",
             f"{ep_size} with tp_size {tp_size}",
@@ -227,6 +232,12 @@ def _call_the_roll(store: distributed_c10d.Store, index: int, size: int, timeout
             f"missing ({str(error).splitlines()[0]})"
         ) from error
     if absent:
+        with suppress(RuntimeError):
+            # Rank 0 may hold the store, so it stays until the others have seen who is missing too.
+            store.set(f"seen/{index}", "")
+            if index == 0:
+                present = [f"seen/{i}" for i in range(size) if i not in absent]
+                store.wait(present, timedelta(seconds=_SEEN_S))
         raise LostRankError(
             f"rank {index} waited {timeout.total_seconds():g} s for the {size} processes of the world; "
             f"{_ranks(absent)} did not come",
