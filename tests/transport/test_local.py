@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import math
+import pickle
+import subprocess
 import sys
 import threading
 import time
@@ -13,7 +17,9 @@ import torch
 
 import evenmoe as em
 from evenmoe.errors import ConstraintError, LostRankError
+from evenmoe.placement import Placement
 from evenmoe.transport import registry
+from evenmoe.transport.local import LocalTransport
 from evenmoe.transport.world import Rank
 
 
@@ -168,11 +174,29 @@ def test_a_failure_in_one_group_wakes_the_other_group():
     assert woken[3] == (0,)  # EP rank 0 of the second EP group
 
 
-def test_sizes_that_make_no_world():
-    for sizes, name in (((0, 1), "ep_size"), ((1, 0), "tp_size"), ((-3, 1), "ep_size")):
-        with pytest.raises(ConstraintError) as caught, em.local_world(*sizes):
-            pass
-        assert caught.value.argument == name
+@pytest.mark.parametrize(
+    ("sizes", "timeout_s", "text"),
+    [
+        ((0, 1), 1.0, "`ep_size` is 0: it must be 1 or more; a world has at least one rank."),
+        ((-3, 1), 1.0, "`ep_size` is -3: it must be 1 or more; a world has at least one rank."),
+        ((1, 0), 1.0, "`tp_size` is 0: it must be 1 or more; a world has at least one rank."),
+        ((1, 3), 1.0, "`tp_size` is 3: it must be 1 or 2; the operators serve two tensor-parallel peers at most."),
+        ((1.5, 1), 1.0, "`ep_size` is 1.5: it must be an integer; pass the number of ranks."),
+        ((True, 1), 1.0, "`ep_size` is True: it must be 1 or more; a world has at least one rank."),
+        *(
+            (
+                (1, 1),
+                wrong,
+                f"`timeout_s` is {wrong!r}: it must be a number of seconds above 0; say how long to wait for a rank.",
+            )
+            for wrong in (0, -1.0, math.nan, math.inf, "5", None, True)
+        ),
+    ],
+)
+def test_what_makes_no_world_is_refused(sizes, timeout_s, text):
+    with pytest.raises(ConstraintError) as caught, em.local_world(*sizes, timeout_s=timeout_s):
+        pass
+    assert str(caught.value) == text
 
 
 def test_threads_are_given_back():
@@ -226,3 +250,192 @@ def test_worlds_do_not_meet():
     for thread in threads:
         thread.join()
     assert results == {0: True, 1: True, 2: True}
+
+
+def test_a_closed_world_refuses():
+    with em.local_world(2) as world:
+        layer = em.ExpertParallel(world.ranks[0].ep, Placement([[0, 1]], 2).eplb_table(0), num_slots=2)
+    with pytest.raises(ConstraintError) as caught:
+        world.run(lambda rank: None)
+    assert str(caught.value) == (
+        "`run` is called on a world that has been closed: it needs an open world; open another."
+    )
+    with pytest.raises(ConstraintError) as caught:
+        layer.dispatch(torch.ones(1, 1), torch.zeros((1, 1), dtype=torch.int64), torch.ones(1, 1))
+    assert str(caught.value) == (
+        f"`ep` is group {world.ranks[0].ep.name!r}, which is closed: it must be open; make calls before the world is "
+        "closed, or open another one."
+    )
+    world.close()  # once more
+
+
+def test_two_threads_cannot_run_one_world():
+    inside, done = threading.Event(), threading.Event()
+
+    def step(rank: Rank) -> bool:
+        inside.set()
+        return done.wait(60.0)
+
+    with em.local_world(2) as world:
+        other = threading.Thread(target=world.run, args=(step,))
+        other.start()
+        assert inside.wait(60.0)
+        with pytest.raises(ConstraintError) as caught:
+            world.run(lambda rank: None)
+        done.set()
+        other.join()
+        assert world.run(lambda rank: rank.index) == [0, 1]
+    assert str(caught.value) == (
+        "`run` is called while another thread runs the same world: it serves one call at a time; wait for it, or open "
+        "a world for each thread."
+    )
+
+
+def test_two_threads_cannot_call_on_one_rank():
+    """The second thread is refused while the first waits in an exchange, which then ends as if nothing had been."""
+    waiting = threading.Event()
+
+    class Slow(LocalTransport):
+        def _meet(self, value, members):
+            waiting.set()
+            return super()._meet(value, members)
+
+    refused: list[str] = []
+
+    def step(rank: Rank) -> list:
+        layer = em.ExpertParallel(rank.ep, Placement([[0, 1]], 2).eplb_table(0), num_slots=2)
+
+        def call() -> list:
+            rows = layer.dispatch(torch.ones(1, 1), torch.tensor([[0]]), torch.ones(1, 1))
+            return layer.combine(rows, rows.rows).tolist()
+
+        if rank.index == 1:
+            waiting.wait(60.0)
+            with pytest.raises(ConstraintError) as caught:
+                em.ExpertParallel(
+                    world.ranks[0].ep, Placement([[0, 1]], 2).eplb_table(0), num_slots=2, layer=0
+                ).dispatch(torch.ones(1, 1), torch.tensor([[0]]), torch.ones(1, 1))
+            refused.append(str(caught.value))
+        else:
+            rank.ep.__class__ = Slow
+        return call()
+
+    with em.local_world(2, timeout_s=60.0) as world:
+        assert world.run(step) == [[[1.0]], [[1.0]]]
+    assert refused == [
+        f"`ep` is group {world.ranks[0].ep.name!r}, in the midst of another call of rank 0: it serves one call of a "
+        "rank at a time; let the calls of a rank follow each other, or open a group for each of its threads."
+    ]
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+import torch
+import evenmoe as em
+
+waiting = threading.Barrier(3)
+
+def step(rank):
+    if rank.index == 0:
+        waiting.wait(60.0)
+        os.kill(os.getpid(), signal.SIGINT)
+        if sys.argv[1] == "computes":
+            time.sleep(600.0)
+    else:
+        waiting.wait(60.0)
+    rank.ep.exchange_counts(torch.zeros((3, 1), dtype=torch.int64))
+    rank.ep.exchange_counts(torch.zeros((3, 1), dtype=torch.int64))
+    time.sleep(0.0 if rank.index else 600.0)
+
+with em.local_world(3, timeout_s=500.0) as world:
+    try:
+        world.run(step)
+    except KeyboardInterrupt:
+        print("interrupted")
+    try:
+        world.run(lambda rank: None)
+    except ValueError as error:
+        print(error)
+with em.local_world(3) as world:
+    print(world.run(lambda rank: rank.index))
+"""
+
+
+@pytest.mark.parametrize("rank_0", ["computes", "waits"])
+def test_an_interrupt_ends_a_run_at_once(rank_0):
+    """One rank computes (sleeps) for ten minutes; the others wait for it in an exchange."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, rank_0], check=False, capture_output=True, text=True, timeout=200
+    )
+    assert done.stdout.splitlines() == [
+        "interrupted",
+        "`run` is called on a world that was ended by KeyboardInterrupt: it needs an open world; open another.",
+        "[0, 1, 2]",
+    ]
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy])
+def test_copies_share_a_connection(copier):
+    with em.local_world(2) as world:
+        assert copier(world.ranks[0].ep) is world.ranks[0].ep
+
+
+def test_connections_and_layers_are_not_pickled():
+    with em.local_world(2) as world:
+        end = world.ranks[0].ep
+        layer = em.ExpertParallel(end, Placement([[0, 1]], 2).eplb_table(0), num_slots=2)
+        texts = []
+        for thing in (end, layer):
+            with pytest.raises(ConstraintError) as caught:
+                pickle.dumps({"model": thing})
+            texts.append(str(caught.value))
+    assert texts == [
+        "`LocalTransport` is an open connection to other ranks: it cannot be pickled; pickle the placement, and open "
+        "the world anew where it is loaded.",
+        "`ExpertParallel` is a layer with an open connection to other ranks: it cannot be pickled; pickle its "
+        "placement, and make the layer anew where it is loaded.",
+    ]
+
+
+def test_after_a_lost_rank_the_group_is_closed_for_good():
+    """Until the next run of the world."""
+
+    def step(rank: Rank) -> list[tuple[int, ...]] | None:
+        if rank.index == 1:
+            return None
+        return [lost(rank).ranks, lost(rank).ranks, str(lost(rank))]
+
+    with em.local_world(3, timeout_s=60.0) as world:
+        first, _, third = world.run(step)
+        name = world.ranks[0].ep.name
+        assert all(world.run(tell_all))
+    for index, found in ((0, first), (2, third)):
+        assert found[:2] == [(1,), (1,)]
+        assert found[2] == (
+            f"group {name!r} is closed for good on rank {index}: rank {index} waits in group {name!r} for rank 1, "
+            "which ended its part of the run; open another world"
+        )
+
+
+def test_the_cause_is_named_and_not_those_who_stopped_because_of_it():
+    """Rank 2 fails; rank 0 stops because of that; rank 1, which comes last, waits for both."""
+    stopped = threading.Event()
+
+    def step(rank: Rank) -> tuple[int, ...] | None:
+        if rank.index == 2:
+            raise KeyError("gone")
+        if rank.index == 1:
+            stopped.wait(60.0)
+            time.sleep(0.05)
+            found.append(lost(rank).ranks)
+            return None
+        try:
+            rank.ep.exchange_counts(torch.zeros((3, 1), dtype=torch.int64))
+        finally:
+            stopped.set()
+
+    found: list[tuple[int, ...]] = []
+    with em.local_world(3, timeout_s=60.0) as world, pytest.raises(KeyError):
+        world.run(step)
+    assert found == [(2,)]

@@ -111,7 +111,7 @@ def test_what_makes_no_world_is_refused():
         (ConstraintError, "`index` is 5: it must be 0 to 1; number the processes of the world from 0."),
         (
             ConstraintError,
-            "`timeout_s` is nan: it must be a number of seconds above 0; pass how long a rank may be waited for.",
+            "`timeout_s` is nan: it must be a number of seconds above 0; say how long to wait for a rank.",
         ),
         (
             ConstraintError,

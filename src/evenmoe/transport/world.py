@@ -212,6 +212,6 @@ def check_world(ep_size: object, tp_size: object, timeout_s: object) -> tuple[in
             "timeout_s",
             repr(timeout_s),
             "must be a number of seconds above 0",
-            "pass how long a rank may be waited for",
+            "say how long to wait for a rank",
         )
     return sizes[0], sizes[1], float(timeout_s)
