@@ -10,7 +10,7 @@ from types import ModuleType
 
 import numpy as np
 
-from evenmoe.errors import ConstraintError
+from evenmoe.errors import ConstraintError, FileFormatError
 from evenmoe.formats.catalogue import FORMATS, Format
 from evenmoe.formats.containers.npz_file import NpyError
 from evenmoe.formats.contents import Contents, Options, Raw, RawLoad, RawMap
@@ -97,23 +97,66 @@ def contents_of(document: Document, entry: Format, raw: Raw, options: Options) -
     return Contents("load", entry.name, raw.placement, load, raw.layer_ids, raw.metadata, notes, empty)
 
 
+def read_placement(
+    source: str | Path,
+    options: Options,
+    layers: str | None = None,
+    *,
+    argument: str | None = None,
+    ranks_matter: bool = True,
+) -> Contents:
+    """As `read`, of what must be a placement; errors call it `argument`, where it is that of an option.
+
+    Without `ranks_matter` a file that does not say how slots divide among ranks is read as one rank's.
+
+    Raises:
+        ConstraintError: it is a load.
+    """
+    document, entry = open_format(source, None, options)
+    if entry.kind != "placement":
+        name, value = (str(source), "a load") if argument is None else (argument, f"{source}, a load")
+        raise ConstraintError(name, value, "must be a placement", "plan one from it, or name the file of the placement")
+    raw = read_raw(document, entry, options, layers)
+    assert isinstance(raw, RawMap)
+    if not ranks_matter and raw.rank_sizes is None:
+        options = dataclasses.replace(options, num_ranks=options.num_ranks or 1)
+    return contents_of(document, entry, raw, options)
+
+
 def open_raw(
     source: str | Path, format: str | None, options: Options, layers: str | None = None
 ) -> tuple[Document, Format, Raw]:
     """The file as it is, its format, and what it holds before it is judged."""
+    document, entry = open_format(source, format, options)
+    return document, entry, read_raw(document, entry, options, layers)
+
+
+def open_format(source: str | Path, format: str | None, options: Options) -> tuple[Document, Format]:
+    """The file as it is, and its format."""
     for name in ("num_ranks", "num_experts", "num_layers", "num_slots"):
         value = getattr(options, name)
         if value is not None and not 1 <= value < 2**31:
             raise ConstraintError(name, value, "must be at least 1 and fit int32", "pass the model's own number")
     document = open_document(source)
     try:
-        entry = _named(document, format) if format else _detect(document)
+        return document, _named(document, format) if format else _detect(document)
+    except NpyError as error:
+        raise _damaged(document, error) from None
+
+
+def read_raw(document: Document, entry: Format, options: Options, layers: str | None) -> Raw:
+    """What a file of this format holds before it is judged."""
+    try:
         raw = _module(entry).read(document, options)
         if isinstance(raw, RawLoad):
             raw = _as_told(document, by_placement(document, raw, options), options)
     except NpyError as error:  # an .npz unpacks when it is asked for an array
-        raise document.refuse(error, "must be an intact .npz file", "write or download it again") from None
-    return document, entry, select_layers(document, raw, layers) if layers else raw
+        raise _damaged(document, error) from None
+    return select_layers(document, raw, layers) if layers else raw
+
+
+def _damaged(document: Document, error: NpyError) -> FileFormatError:
+    return document.refuse(error, "must be an intact .npz file", "write or download it again")
 
 
 def inspect(raw: Raw, options: Options) -> Iterator[Finding]:
