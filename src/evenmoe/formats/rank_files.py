@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from evenmoe.errors import FileFormatError
 from evenmoe.formats.document import Document
 from evenmoe.formats.findings import Finding
 from evenmoe.formats.source import parse_document, read_bytes
@@ -27,11 +28,26 @@ def documents_of(document: Document, suffix: str, notes: list[str]) -> Iterator[
     files = files_in(document.value, suffix)
     if not files:
         raise document.refuse(f"a folder without {suffix} files", "must hold one a rank", "name the recorder's folder")
-    others = sum(path.is_file() for path in document.value.iterdir()) - len(files)
-    if others:
-        notes.append(f"left out {others} other files of the folder")
+    notes += left_out(document.value, files)
     for path in files:
         yield parse_document(str(path), read_bytes(path))
+
+
+def left_out(folder: Path, files: list[Path]) -> list[str]:
+    """The note on the folder's other files, if there are any."""
+    others = sum(path.is_file() for path in folder.iterdir()) - len(files)
+    return [f"left out {others} other files of the folder"] if others else []
+
+
+def first_line(path: Path, most: int) -> bytes:
+    """At most so many bytes of the file's first line. Raises FileFormatError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.readline(most)
+    except OSError as error:
+        raise FileFormatError(
+            str(path), f"not readable ({error.strerror})", "must be a readable file", "check its permissions"
+        ) from error
 
 
 def alone(rank: int | None) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from evenmoe.formats.contents import Load, Options, RawLoad, WriteOptions
 from evenmoe.formats.document import ALLOWANCE_BYTES, Document
 from evenmoe.formats.hidden_layers import without_dense
-from evenmoe.formats.rank_files import alone, files_in, missing_ranks, summed
+from evenmoe.formats.rank_files import alone, files_in, first_line, left_out, missing_ranks, summed
 from evenmoe.formats.source import parse_document, read_bytes
 from evenmoe.formats.values import one_window, whole_counts
 
@@ -79,8 +79,7 @@ def write(value: Load, options: WriteOptions) -> bytes:
 
 
 def _is_mine(path: Path) -> bool:
-    with path.open("rb") as file:
-        line = file.readline(100).removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
+    line = first_line(path, 100).removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
     return [name.strip() for name in line.split(",")] == _HEADER
 
 
@@ -91,9 +90,7 @@ def _folder(document: Document, notes: list[str]) -> tuple[list[list[np.ndarray]
         raise document.refuse(
             f"a folder without a CSV of {','.join(_HEADER)}", "must hold one a rank", "name the recorder's folder"
         )
-    others = sum(path.is_file() for path in document.value.iterdir()) - len(files)
-    if others:
-        notes.append(f"left out {others} other files of the folder")
+    notes += left_out(document.value, files)
     by_rank: dict[object, list[tuple[float, str, bytes]]] = {}
     for path in files:
         rank, time = _RANK.search(path.name), _TIME.search(path.name)
