@@ -137,10 +137,10 @@ def test_report_says_how_many(evenmoe: Run, tmp_path):
 
 def test_a_step_draws_a_layer_from_the_window_that_knows_it(evenmoe: Run, tmp_path):
     """Every token passes through every layer, so a window without tokens in one does not say that it rests."""
-    load = np.random.default_rng(2).integers(1, 90, (4, 2, 4))
+    load = np.random.default_rng(2).integers(1, 90, (6, 2, 4))
     filled = load.copy()
-    load[0, 1] = load[2, 1] = 0
-    filled[0, 1], filled[2, 1] = filled[1, 1], filled[1, 1]
+    load[[0, 4, 5], 1] = 0
+    filled[0, 1], filled[4, 1], filled[5, 1] = filled[1, 1], filled[3, 1], filled[3, 1]
     save_trace(tmp_path / "gaps.npz", Trace("", load))
     save_trace(tmp_path / "filled.npz", Trace("", filled))
     found = simulated(evenmoe, tmp_path / "gaps.npz")

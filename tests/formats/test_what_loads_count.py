@@ -235,7 +235,7 @@ def test_the_ranks_of_a_pass_are_one_window(tmp_path):
 def test_passes_come_in_order_from_several_files_of_a_rank_each_under_its_own_map(tmp_path):
     """Rank 1 was dumped twice; before the second dump the placement had changed."""
     folder = tmp_path / "dumps"
-    detail(folder / "1.5_0.pt", per_pass(9, 0, [1, 0, 0, 0]), per_pass(10, 0, [0, 1, 0, 0]))
+    detail(folder / "1.5_0.pt", per_pass(10, 0, [0, 1, 0, 0]), per_pass(9, 0, [1, 0, 0, 0]))
     detail(folder / "1.5_1.pt", per_pass(9, 1, [2, 0, 0, 0]))
     detail(folder / "2.5_1.pt", per_pass(10, 1, [4, 0, 0, 0]), slots=[[3, 2, 1, 0]])
     (folder / "notes.txt").write_text("mine")
