@@ -71,7 +71,7 @@ def test_a_layer_without_tokens_in_a_window_does_not_enter_its_mean(evenmoe: Run
         "mean_of_layers": 2.0, "worst": 2.0, "worst_layer": 0,
     }  # fmt: skip
     assert said["peak_to_average_per_layer_mean_of_windows"]["as_loaded"] == [2.0, 2.0]
-    assert said["notes"] == ["no tokens in some windows in layers 1: those windows do not count for them"]
+    assert said["notes"] == ["layers without tokens in some windows, which do not count for them: 1"]
     assert said["empty_windows"] == 0
 
 
@@ -82,7 +82,7 @@ def test_a_layer_without_any_token_does_not_enter_the_mean_of_layers(evenmoe: Ru
     assert found["mean_of_windows"] == {"mean_of_layers": 1.75, "worst": 2.0, "worst_layer": 1}
     assert found["all_tokens"] == {"mean_of_layers": 1.75, "worst": 2.0, "worst_layer": 1}
     assert said["picks_per_layer"] == 8
-    assert said["notes"] == ["no tokens in layers 0: they are placed, and left out of the means"]
+    assert said["notes"] == ["layers without tokens, placed but left out of the means: 0"]
     assert "1.750" in evenmoe("plan", source, *WORLD).out
 
 
@@ -200,15 +200,15 @@ def test_options_that_would_do_nothing_are_refused(evenmoe: Run, tmp_path, place
     experts = npz(tmp_path / "l.npz", [[1, 2, 4]])
     out = ("convert", experts, tmp_path / "out", "--to", "lmdeploy")
     for arguments, text in (
-        ((*out, "--map", placement), "with 3 counts for each layer: it must have one for each of the 4 slots of its"),
+        ((*out, "--map", placement), "a load with 3 counts per layer: it must have one for each of the 4 slots of its"),
         (("check", experts, "--map", placement), "leave placement (--map) out if it counts logical experts"),
-        (("plan", experts, "--ranks", 1, "--slots", 3, "--map", placement), "with 3 counts for each layer"),
-        (("check", placement, "--map", placement), "it must be a load for placement (--map) to matter; leave that out"),
-        ((*out, "--ranks", 2), "it must be a placement for num_ranks (--ranks) to matter; leave that out"),
+        (("plan", experts, "--ranks", 1, "--slots", 3, "--map", placement), "a load with 3 counts per layer"),
+        (("check", placement, "--map", placement), "it takes no placement (--map); leave that out"),
+        ((*out, "--ranks", 2), "it takes no num_ranks (--ranks); leave that out"),
         ((*out, "--slots", 4), "num_slots (--slots)"),
         ((*out, "--shared-devices", 1), "shared_devices (--shared-devices)"),
-        (("check", experts, "--num-layers", 4), "with 1 layers: it must have the 4 that were asked for; leave"),
-        ((*out, "--experts", 4), "with 3 experts: it must have the 4 that were asked for; leave num_experts"),
+        (("check", experts, "--num-layers", 4), "a load with 1 layers: it must have the 4 that were asked for; leave"),
+        ((*out, "--experts", 4), "a load with 3 experts: it must have the 4 that were asked for; leave num_experts"),
         (("check", experts, "--map", experts), "`--map` is "),
         (("diff", experts, placement, "--ranks", 2), "is a load: it must be a placement"),
     ):
@@ -246,7 +246,9 @@ def test_a_folder_sums_its_ranks_and_a_file_is_said_to_be_alone(evenmoe: Run, tm
     dump(tmp_path / "dumps" / "b.pt", 1, [0, 0, 0, 5])
     done = evenmoe("check", tmp_path / "dumps")
     assert done.code == 2
-    assert "with pass 7 of rank 1 twice, in a_1.pt and b.pt: it must hold each pass of a rank once" in done.err
+    assert (
+        "a recording with pass 7 of rank 1 twice, in a_1.pt and b.pt: it must hold each pass of a rank once" in done.err
+    )
 
 
 # Loads at the ends of what numbers hold.

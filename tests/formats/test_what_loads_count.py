@@ -125,7 +125,7 @@ def test_the_map_is_refused_where_the_width_is_another(entry, tmp_path):
     formats.write(target, PER_SLOT[..., :3], format=entry.name, layer_ids=[0, 1])
     message = refused(target, format=entry.name, placement=MAP)
     if entry.name not in ("sglang-detail", "vllm-jsonl"):
-        assert "with 3 counts for each layer: it must have one for each of the 4 slots of its placement; " in message
+        assert "a load with 3 counts per layer: it must have one for each of the 4 slots of its placement; " in message
     assert "leave placement (--map) out" in message
 
 
@@ -138,9 +138,10 @@ def test_slots_of_several_windows_and_layers_are_found_by_number(tmp_path):
     assert found == [[[4, 2 + 8, 1]], [[64, 32 + 128, 16]]]
     message = refused(tmp_path / "l.npz", placement=numbered, placement_layers=(2, 3, 4))
     assert (
-        "with layer 5: it must have layers of its placement, which are 2 to 4; give the placement that was" in message
+        "a load with layer 5: it must have layers of its placement, which are 2 to 4; give the placement that was"
+        in message
     )
-    assert "with 1 layers: it must have the 3 layers of its placement" in refused(
+    assert "a load with 1 layers: it must have the 3 layers of its placement" in refused(
         tmp_path / "l.npz", placement=numbered
     )
 
@@ -148,26 +149,33 @@ def test_slots_of_several_windows_and_layers_are_found_by_number(tmp_path):
 def test_the_map_is_refused_for_a_placement():
     text = json.dumps({"physical_to_logical_map": [[0, 1, 2, 0], [2, 1, 0, 1]]})
     message = refused(text, num_ranks=2, placement=MAP)
-    assert (
-        "is a placement (sglang-location): it must be a load for placement (--map) to matter; leave that out" in message
-    )
+    assert "is a placement (sglang-location): it takes no placement (--map); leave that out" in message
 
 
 @pytest.mark.parametrize(
     ("told", "message"),
     [
-        ({"num_ranks": 4}, "it must be a placement for num_ranks (--ranks) to matter"),
-        ({"num_slots": 4}, "it must be a placement for num_slots (--slots) to matter"),
-        ({"shared_devices": 0}, "it must be a placement for shared_devices (--shared-devices) to matter"),
-        ({"num_layers": 3}, "with 2 layers: it must have the 3 that were asked for; leave num_layers (--num-layers)"),
-        ({"num_experts": 6}, "with 4 experts: it must have the 6 that were asked for; leave num_experts (--experts)"),
-        ({"num_experts": 3}, "with 4 experts: it must have the 3 that were asked for; if it counts slots, pass their"),
+        ({"num_ranks": 4}, "it takes no num_ranks (--ranks)"),
+        ({"num_slots": 4}, "it takes no num_slots (--slots)"),
+        ({"shared_devices": 0}, "it takes no shared_devices (--shared-devices)"),
+        (
+            {"num_layers": 3},
+            "a load with 2 layers: it must have the 3 that were asked for; leave num_layers (--num-layers)",
+        ),
+        (
+            {"num_experts": 6},
+            "a load with 4 experts: it must have the 6 that were asked for; leave num_experts (--experts)",
+        ),
+        (
+            {"num_experts": 3},
+            "a load with 4 experts: it must have the 3 that were asked for; if it counts slots, pass their",
+        ),
     ],
 )
 def test_what_says_nothing_about_a_load_is_no_option_for_it(told, message, tmp_path):
     formats.write(tmp_path / "l.npz", PER_SLOT, format="evenmoe-trace")
     assert message in refused(tmp_path / "l.npz", **told)
-    with pytest.raises(FileFormatError, match=r"matter|asked for"):
+    with pytest.raises(FileFormatError, match=r"takes no|asked for"):
         formats.check(tmp_path / "l.npz", **told)
 
 
@@ -265,10 +273,11 @@ def test_a_pass_of_a_rank_is_counted_once(tmp_path):
     detail(tmp_path / "dumps" / "copy of a.pt", per_pass(7, 0, [3, 0, 0, 0]))
     message = refused(tmp_path / "dumps")
     assert (
-        "with pass 7 of rank 0 twice, in a.pt and copy of a.pt: it must hold each pass of a rank once; put" in message
+        "a recording with pass 7 of rank 0 twice, in a.pt and copy of a.pt: it must hold each pass of a rank once; put"
+        in message
     )
     one = detail(tmp_path / "one.pt", per_pass(7, 0, [3, 0, 0, 0]), per_pass(7, 0, [1, 0, 0, 0]))
-    assert "with pass 7 of rank 0 twice, in one.pt" in refused(one)
+    assert "a recording with pass 7 of rank 0 twice, in one.pt" in refused(one)
 
 
 def test_a_file_of_one_rank_is_said_to_be_alone(tmp_path):
@@ -298,8 +307,9 @@ def test_ranks_and_passes_that_are_missing_are_found(tmp_path):
 def test_dumps_of_two_models_are_refused(tmp_path):
     detail(tmp_path / "dumps" / "a.pt", per_pass(7, 0, [3, 0, 0, 0]))
     detail(tmp_path / "dumps" / "b.pt", per_pass(7, 1, [3, 0]), slots=[[0, 1]])
-    assert "with 1 layers of 4 experts in a.pt and 1 layers of 2 experts in b.pt: it must hold dumps of one" in refused(
-        tmp_path / "dumps"
+    assert (
+        "a folder with 1 layers of 4 experts in a.pt and 1 layers of 2 experts in b.pt: it must hold dumps of one"
+        in refused(tmp_path / "dumps")
     )
 
 
@@ -330,8 +340,9 @@ def test_tables_of_several_dumps_are_windows(tmp_path):
         table(folder / f"expert_distribution_rank{rank}_timestamp9.{rank}.csv", f"0,{rank},4", "0,2,1")
     assert loaded(folder) == [[[4, 4, 2]], [[1, 1, 0]]]
     table(folder / "expert_distribution_rank1_timestamp11.csv", "0,1,9")
-    assert "with 3 files of rank 1 and 2 of rank 0: it must have as many of every rank; put the files" in refused(
-        folder
+    assert (
+        "a folder with 3 files of rank 1 and 2 of rank 0: it must have as many of every rank; put the files"
+        in refused(folder)
     )
 
 
@@ -340,7 +351,10 @@ def test_a_table_of_a_rank_is_counted_once(tmp_path):
     table(folder / "rank0_timestamp1.csv", "0,0,3", "0,1,1")
     table(folder / "rank0_timestamp2.csv", "0,0,3", "0,1,1")
     message = refused(folder)
-    assert "with the same counts of rank 0 twice, in rank0_timestamp1.csv and rank0_timestamp2.csv: it must" in message
+    assert (
+        "a folder with the same counts of rank 0 twice, in rank0_timestamp1.csv and rank0_timestamp2.csv: it must"
+        in message
+    )
 
 
 def test_tables_without_a_rank_in_their_names_are_ranks(tmp_path):

@@ -208,9 +208,9 @@ def _gaps(windows: FloatArray, numbers: Sequence[int]) -> list[str]:
     partly = [numbers[row] for row in np.flatnonzero(recorded.any(axis=0) & ~recorded.all(axis=0)).tolist()]
     notes = []
     if never:
-        notes.append(f"no tokens in layers {_spans(never)}: they are placed, and left out of the means")
+        notes.append(f"layers without tokens, placed but left out of the means: {_spans(never)}")
     if partly:
-        notes.append(f"no tokens in some windows in layers {_spans(partly)}: those windows do not count for them")
+        notes.append(f"layers without tokens in some windows, which do not count for them: {_spans(partly)}")
     return notes
 
 

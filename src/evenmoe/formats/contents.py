@@ -46,7 +46,7 @@ class Contents:
 
 @dataclass(frozen=True)
 class Options:
-    """What a reader is told beside the file.
+    """What a reader is given beside the file.
 
     Attributes:
         num_ranks, num_experts, num_layers, num_slots, shared_devices: sizes; None where the file must say.
@@ -93,7 +93,7 @@ class RawLoad:
     Attributes:
         load: (T, L, E), counts per logical expert; per slot only where `Options.placement` says whose they are.
         placement: as in `Contents`.
-        has_own_map: whether the file holds the map of its slots, by which they are brought to experts already.
+        has_own_map: whether the file holds the map of its slots, by which they are converted to experts already.
     """
 
     load: Load

@@ -12,7 +12,7 @@ from evenmoe.placement import Placement, layers_of
 
 
 def by_placement(document: Document, raw: RawLoad, options: Options) -> RawLoad:
-    """The load brought from the slots of `options.placement` to logical experts, where there is one.
+    """The load converted from the slots of `options.placement` to logical experts, where there is one.
 
     Raises FileFormatError where the counts cannot be those of its slots.
     """
@@ -25,7 +25,7 @@ def by_placement(document: Document, raw: RawLoad, options: Options) -> RawLoad:
     width = raw.load.shape[2]
     if width != placement.num_slots:
         raise document.refuse(
-            f"with {width} counts for each layer",
+            f"a load with {width} counts per layer",
             f"must have one for each of the {placement.num_slots} slots of its placement",
             f"pass the placement that was in use when it was recorded, or {leave_out} if it counts logical experts",
         )
@@ -46,13 +46,13 @@ def _layers_of(
     if layer_ids is None or placement_layers is None:
         if rows != placement.num_layers:
             raise document.refuse(
-                f"with {rows} layers", f"must have the {placement.num_layers} layers of its placement", fix
+                f"a load with {rows} layers", f"must have the {placement.num_layers} layers of its placement", fix
             )
         return placement
     absent = sorted(set(layer_ids) - set(placement_layers))
     if absent:
         raise document.refuse(
-            f"with layer {absent[0]}",
+            f"a load with layer {absent[0]}",
             f"must have layers of its placement, which are {placement_layers[0]} to {placement_layers[-1]}",
             fix,
         )

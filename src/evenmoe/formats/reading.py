@@ -46,7 +46,7 @@ def read(
 ) -> Contents:
     """Read a placement or a load.
 
-    Windows of a load in which nothing at all was recorded are left out, such as the unused places of a ring buffer;
+    Windows of a load in which nothing at all was recorded are left out, such as the unused positions of a ring buffer;
     `Contents.empty_windows` counts them.
 
     Args:
@@ -149,7 +149,7 @@ def read_raw(document: Document, entry: Format, options: Options, layers: str | 
     try:
         raw = _module(entry).read(document, options)
         if isinstance(raw, RawLoad):
-            raw = _as_told(document, by_placement(document, raw, options), options)
+            raw = _check_sizes(document, by_placement(document, raw, options), options)
     except NpyError as error:  # an .npz unpacks when it is asked for an array
         raise _damaged(document, error) from None
     return select_layers(document, raw, layers) if layers else raw
@@ -177,21 +177,21 @@ def check_use(document: Document, entry: Format, raw: Raw, options: Options) -> 
         if value is not None:
             raise document.refuse(
                 f"a {entry.kind} ({entry.name})",
-                f"must be a {'load' if isinstance(raw, RawMap) else 'placement'} for {name} ({_FLAGS[name]}) to matter",
+                f"takes no {name} ({_FLAGS[name]})",
                 "leave that out",
             )
 
 
-def _as_told(document: Document, raw: RawLoad, options: Options) -> RawLoad:
+def _check_sizes(document: Document, raw: RawLoad, options: Options) -> RawLoad:
     """The load, if it has the sizes that were given. Raises FileFormatError."""
     for name, found in (("num_layers", raw.load.shape[1]), ("num_experts", raw.load.shape[2])):
-        told = getattr(options, name)
-        if told is not None and told != found:
+        given = getattr(options, name)
+        if given is not None and given != found:
             what = name.removeprefix("num_")
             fix = f"leave {name} ({_FLAGS[name]}) out"
-            if name == "num_experts" and options.placement is None and told < found:
+            if name == "num_experts" and options.placement is None and given < found:
                 fix = f"if it counts slots, pass their placement (--map FILE); else {fix}"
-            raise document.refuse(f"with {found} {what}", f"must have the {told} that were asked for", fix)
+            raise document.refuse(f"a load with {found} {what}", f"must have the {given} that were asked for", fix)
     return raw
 
 

@@ -104,7 +104,7 @@ def _folder(document: Document, notes: list[str]) -> tuple[list[list[np.ndarray]
     least = min(counted, key=lambda rank: counted[rank])
     if counted[most] != counted[least]:
         raise document.refuse(
-            f"with {counted[most]} files of rank {most} and {counted[least]} of rank {least}",
+            f"a folder with {counted[most]} files of rank {most} and {counted[least]} of rank {least}",
             "must have as many of every rank",
             "put the files that belong together into a folder of their own",
         )
@@ -122,7 +122,7 @@ def _check_once(document: Document, rank: object, dumps: list[tuple[float, str, 
         before = names.setdefault(data, name)
         if before != name:
             raise document.refuse(
-                f"with the same counts of rank {rank} twice, in {before} and {name}",
+                f"a folder with the same counts of rank {rank} twice, in {before} and {name}",
                 "must hold each file of a rank once",
                 "remove the copy",
             )

@@ -128,7 +128,7 @@ def _by_pass(document: Document, records: list[_Record]) -> dict[int, list[_Reco
         if record.counts.shape != shape:
             sizes = [f"{layers} layers of {experts} experts" for layers, experts in (shape, record.counts.shape)]
             raise document.refuse(
-                f"with {sizes[0]} in {Path(records[0].file).name} and {sizes[1]} in {Path(record.file).name}",
+                f"a folder with {sizes[0]} in {Path(records[0].file).name} and {sizes[1]} in {Path(record.file).name}",
                 "must hold dumps of one model",
                 "put each model's dumps into a folder of their own",
             )
@@ -136,9 +136,9 @@ def _by_pass(document: Document, records: list[_Record]) -> dict[int, list[_Reco
         before = ranks.setdefault(record.file if record.rank is None else record.rank, record)
         if before is not record:
             files = sorted({Path(before.file).name, Path(record.file).name})
+            rank = "one rank" if record.rank is None else f"rank {record.rank}"
             raise document.refuse(
-                f"with pass {record.forward_pass} of {'one rank' if record.rank is None else f'rank {record.rank}'} "
-                f"twice, in {' and '.join(files)}",
+                f"a recording with pass {record.forward_pass} of {rank} twice, in {' and '.join(files)}",
                 "must hold each pass of a rank once",
                 "put every recording into a folder of its own",
             )

@@ -1,4 +1,4 @@
-"""The part of a trace's loads in which anything was recorded: an unused place of a ring buffer is no step."""
+"""The part of a trace's loads in which anything was recorded: an unused position of a ring buffer is no step."""
 
 from __future__ import annotations
 
