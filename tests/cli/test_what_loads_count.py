@@ -189,6 +189,25 @@ def test_the_map_brings_slots_to_experts_in_every_command(evenmoe: Run, tmp_path
     assert "they are of slots, which the files do not tell; then pass its placement (--map FILE)" in plain.err
 
 
+def test_simulate_takes_the_map_too(evenmoe: Run, tmp_path, statistics, placement):
+    """The same draws as from the experts' own counts; a trace file keeps what else it says."""
+    save_trace(tmp_path / "slots.npz", Trace("", np.array([[[4, 4, 6, 2]]]), layer_ids=np.array([3])))
+    save_trace(tmp_path / "right.npz", Trace("", np.array([[[10, 4, 2]]])))
+    right = simulated(evenmoe, tmp_path / "right.npz")
+    for source in (statistics, tmp_path / "slots.npz"):
+        assert simulated(evenmoe, source, "--map", placement)["policies"] == right["policies"]
+    routing = np.zeros((2, 1, 1), np.uint16)
+    save_trace(tmp_path / "routed.npz", Trace("", np.array([[[2, 0, 0, 0]]]), routing))
+    for source, text in (
+        (tmp_path / "routed.npz", "it must be left out for a trace with routing or loads by rank, which name experts"),
+        (tmp_path / "right.npz", "a load with 3 counts per layer: it must have one for each of the 4 slots"),
+        ("synthetic:olmoe", "it must come with a file, whose slots it holds; leave it out"),
+    ):
+        done = evenmoe("simulate", source, *SIMULATED, "--map", placement)
+        assert (done.code, done.out) == (2, "")
+        assert text in done.err
+
+
 def test_a_map_without_ranks_needs_none(evenmoe: Run, tmp_path):
     source = npz(tmp_path / "l.npz", [[1, 2, 4, 8]])
     done = evenmoe("convert", source, tmp_path / "l.json", "--to", "lmdeploy", "--map", '{"0": [0, 1, 2, 0]}')

@@ -65,6 +65,7 @@ class Choices:
     details: bool
     seed: int
     workers: int | None
+    map: Path | None
     command: tuple[str, ...]
 
 
@@ -135,7 +136,9 @@ def _check_outputs(choices: Choices) -> None:
 def _open_trace(choices: Choices, world: World) -> tuple[Trace, Contents | None]:
     """The trace, and what its file held where that was no trace file."""
     if not choices.trace.startswith(SYNTHETIC):
-        return _read_trace(choices.trace)
+        return _read_trace(choices.trace, choices.map)
+    if choices.map is not None:
+        raise ConstraintError("--map", choices.map, "must come with a file, whose slots it holds", "leave it out")
     from evenmoe.traces.synthesis import synthesise
 
     lanes = world.num_ranks * world.tokens_per_rank // (choices.chunk or world.tokens_per_rank)
@@ -150,13 +153,22 @@ def _open_trace(choices: Choices, world: World) -> tuple[Trace, Contents | None]
     return trace, None
 
 
-def _read_trace(source: str) -> tuple[Trace, Contents | None]:
-    """A trace file, or the load in a file of any other format."""
-    if _is_trace_file(source):
-        return load_trace(source), None
+def _read_trace(source: str, map_: Path | None) -> tuple[Trace, Contents | None]:
+    """A trace file, or the load in a file of any other format, or in either that of the slots of a map."""
+    trace = load_trace(source) if _is_trace_file(source) else None
+    if trace is not None and map_ is None:
+        return trace, None
+    if trace is not None and (trace.routing is not None or trace.load_by_rank is not None):
+        raise ConstraintError(
+            "--map",
+            map_,
+            "must be left out for a trace with routing or loads by rank, which name experts",
+            "leave it out",
+        )
+    from evenmoe.cli.files import read_map
     from evenmoe.formats.reading import read
 
-    contents = read(source)
+    contents = read(source, **({} if map_ is None else read_map(map_, None)))
     if contents.load is None:
         raise ConstraintError(
             source,
@@ -165,7 +177,8 @@ def _read_trace(source: str) -> tuple[Trace, Contents | None]:
             "name a recorded load: policies make their own placements",
         )
     name = "standard input" if source == "-" else Path(source).stem
-    return Trace(name, whole_tokens(as_load(contents.load, source))), contents
+    load = whole_tokens(as_load(contents.load, source))
+    return Trace(name, load, metadata={} if trace is None else trace.metadata), contents
 
 
 def whole_tokens(load: FloatArray) -> npt.NDArray[np.int64]:
