@@ -195,7 +195,7 @@ def statistics(folder: Path, *ranks: list[int]) -> Path:
 
 def test_tensorrt_llm_counts_slots_under_its_load_balancer(tmp_path):
     folder = statistics(tmp_path / "s", [4, 3, 5, 0], [0, 1, 1, 2])
-    contents = formats.read(folder, placement=Placement([[0, 1, 0, 2]], 2), placement_layers=(3,))
+    contents = formats.read(folder, placement=Placement([[0, 1, 0, 2]], 2))
     assert contents.load is not None
     assert contents.load.tolist() == [[[10, 4, 2]]]
     assert not any("slots" in note for note in contents.notes)
