@@ -5,6 +5,8 @@ Shapes: T windows, L layers, E logical experts, S slots, G ranks. Loads are toke
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -13,14 +15,22 @@ from evenmoe.placement import Placement
 
 FloatArray = npt.NDArray[np.float64]
 
+# The square of 2^500 is still far enough from the end of float64, 2^1024, for a million of them to be added.
+_FARTHEST = 500
+
 
 def as_load(load: npt.ArrayLike, name: str = "load") -> FloatArray:
     """`load` as float64 (L, E) or (T, L, E), checked: finite, not negative, no axis empty.
 
+    Any real numbers are taken: lists, arrays, and tensors of every device and type, with gradients or without.
+
     Raises:
-        ConstraintError: naming the first entry that breaks the rule.
+        ConstraintError: no array of numbers; or it names the first entry that breaks the rule.
+
+    >>> as_load([[6, 1, 1]]).tolist()
+    [[6.0, 1.0, 1.0]]
     """
-    values = np.asarray(load, dtype=np.float64)
+    values = _as_numbers(load, name)
     if values.ndim not in (2, 3) or values.size == 0:
         raise ConstraintError(
             name,
@@ -40,6 +50,64 @@ def as_load(load: npt.ArrayLike, name: str = "load") -> FloatArray:
     return values
 
 
+def as_array(values: object) -> np.ndarray:
+    """`values` as numpy holds them; a torch tensor is detached and brought to the CPU, bfloat16 and float8 as float64.
+
+    Raises what numpy or torch raise where that is not possible.
+    """
+    if isinstance(values, list | tuple) and values and hasattr(values[0], "detach"):
+        return np.stack([as_array(value) for value in values])
+    if not hasattr(values, "detach"):  # no torch tensor; torch is not imported here
+        return np.asarray(values)
+    tensor: Any = values.detach().cpu()  # pyright: ignore[reportAttributeAccessIssue]
+    if tensor.is_sparse:
+        tensor = tensor.to_dense()
+    return (tensor.double() if tensor.is_floating_point() else tensor).numpy()
+
+
+def _as_numbers(load: object, name: str) -> FloatArray:
+    rule, fix = "must be an array of real numbers, rows of one length", "pass tokens per expert, one row per layer"
+    try:
+        array = as_array(load)
+        if array.dtype.kind == "O":  # Python's own big integers
+            array = np.asarray(load, np.float64)
+    except Exception as error:  # what torch and numpy raise for what has no numbers: five types at least
+        reason = " ".join(str(error).split())[:80]
+        raise ConstraintError(name, f"a {type(load).__name__} that is no such array ({reason})", rule, fix) from None
+    if array.dtype.kind not in "biuf":
+        raise ConstraintError(name, f"an array of dtype {array.dtype}", rule, fix)
+    with np.errstate(over="ignore"):  # a longdouble beyond float64 becomes infinite, and is found as such
+        return array.astype(np.float64, copy=False)
+
+
+def within_range(load: FloatArray) -> FloatArray:
+    """The load (L, E) or (T, L, E) with layers near the ends of float64 moved inwards, so that nothing overflows.
+
+    A layer whose largest load is beyond 2^±500 is multiplied by a power of two, which leaves every ratio as it is;
+    other layers stay as they are.
+
+    >>> within_range(np.array([[6.0, 3.0], [2.0**1000, 2.0**999]])).tolist() == [[6.0, 3.0], [2.0**499, 2.0**498]]
+    True
+    """
+    largest = load.max(axis=tuple(axis for axis in range(load.ndim) if axis != load.ndim - 2), keepdims=True)
+    exponent = np.frexp(largest)[1]
+    shift = np.clip(exponent, -_FARTHEST, _FARTHEST) - exponent
+    return np.ldexp(load, shift) if shift.any() else load
+
+
+def mean_over_windows(values: FloatArray, load: FloatArray) -> FloatArray:
+    """The mean (L,) of a figure (T, L) over the windows in which the layer had any load (T, L, E).
+
+    A window without tokens in a layer says nothing about it; a layer without any in all windows gets the plain mean.
+
+    >>> mean_over_windows(np.array([[2.0], [1.0]]), np.array([[[6.0, 2.0]], [[0.0, 0.0]]])).tolist()
+    [2.0]
+    """
+    seen = load.any(axis=-1)
+    seen |= ~seen.any(axis=0)
+    return (values * seen).sum(axis=0) / seen.sum(axis=0)
+
+
 def rank_loads(load: npt.ArrayLike, placement: Placement) -> FloatArray:
     """Tokens each rank computes when every replica takes an even share of its expert.
 
@@ -50,27 +118,29 @@ def rank_loads(load: npt.ArrayLike, placement: Placement) -> FloatArray:
     Returns:
         float64 (L, G) or (T, L, G), tokens.
 
+    Raises:
+        ConstraintError: a load of another model, or of more tokens on a rank than float64 can hold.
+
     >>> rank_loads([[6, 1, 1]], Placement([[0, 1, 0, 2]], num_ranks=2)).tolist()
     [[4.0, 4.0]]
     """
-    tokens = as_load(load)
-    if tokens.shape[-2:] != (placement.num_layers, placement.num_experts):
+    with np.errstate(over="ignore"):
+        loads = _shared_evenly(_fitting(load, placement), placement)
+    if not np.isfinite(loads).all():
         raise ConstraintError(
             "load",
-            f"an array of shape {tokens.shape}",
-            f"must end in the placement's layers and experts, ({placement.num_layers}, {placement.num_experts})",
-            "pass the load of the same model",
+            "of more tokens on one rank than the largest float64, 1.8e308",
+            "must be small enough to be added up",
+            "divide it by its largest entry",
         )
-    share = tokens / placement.num_replicas
-    index = np.broadcast_to(placement.slot_to_expert, (*share.shape[:-1], placement.num_slots))
-    per_slot = np.take_along_axis(share, index, axis=-1)
-    return per_slot.reshape(*share.shape[:-1], placement.num_ranks, placement.slots_per_rank).sum(axis=-1)
+    return loads
 
 
 def peak_to_average(load: npt.ArrayLike, placement: Placement) -> FloatArray:
     """Peak-to-average load (PAR): the busiest rank's tokens over the mean rank's; 1.0 is perfect.
 
-    Every replica takes an even share of its expert. A layer without any load counts as 1.0.
+    Every replica takes an even share of its expert. A layer without any load counts as 1.0; `mean_over_windows` leaves
+    such windows out of a mean.
 
     Args:
         load: tokens per logical expert, (L, E) or (T, L, E).
@@ -79,12 +149,36 @@ def peak_to_average(load: npt.ArrayLike, placement: Placement) -> FloatArray:
     Returns:
         float64 (L,), or (T, L) for windows.
 
+    Raises:
+        ConstraintError: a load that is no array of token counts, or of another model.
+
     Rank 0 holds experts 0 and 1, so it computes 7 of 8 tokens where the mean is 4:
 
     >>> peak_to_average([[6, 1, 1, 0]], Placement([[0, 1, 2, 3]], num_ranks=2)).tolist()
     [1.75]
     """
-    return peak_over_mean(rank_loads(load, placement))
+    tokens = _fitting(load, placement)
+    tokens = within_range(tokens.reshape(-1, tokens.shape[-1])).reshape(tokens.shape)
+    return peak_over_mean(_shared_evenly(tokens, placement))
+
+
+def _fitting(load: npt.ArrayLike, placement: Placement) -> FloatArray:
+    tokens = as_load(load)
+    if tokens.shape[-2:] != (placement.num_layers, placement.num_experts):
+        raise ConstraintError(
+            "load",
+            f"an array of shape {tokens.shape}",
+            f"must end in the placement's layers and experts, ({placement.num_layers}, {placement.num_experts})",
+            "pass the load of the same model",
+        )
+    return tokens
+
+
+def _shared_evenly(tokens: FloatArray, placement: Placement) -> FloatArray:
+    share = tokens / placement.num_replicas
+    index = np.broadcast_to(placement.slot_to_expert, (*share.shape[:-1], placement.num_slots))
+    per_slot = np.take_along_axis(share, index, axis=-1)
+    return per_slot.reshape(*share.shape[:-1], placement.num_ranks, placement.slots_per_rank).sum(axis=-1)
 
 
 def peak_over_mean(loads: FloatArray) -> FloatArray:

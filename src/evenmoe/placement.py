@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -178,6 +179,20 @@ def identity_placement(num_layers: int, num_experts: int, num_ranks: int) -> Pla
     [[0, 1, 2, 3]]
     """
     return Placement(np.tile(np.arange(num_experts, dtype=np.int32), (num_layers, 1)), num_ranks)
+
+
+def layers_of(placement: Placement, layers: Sequence[int] | npt.NDArray[np.int64]) -> Placement:
+    """The placement of these layers alone, by row, in the given order.
+
+    >>> layers_of(Placement([[0, 1], [1, 0]], num_ranks=2), [1]).slot_to_expert.tolist()
+    [[1, 0]]
+    """
+    return Placement(
+        placement.slot_to_expert[layers],
+        placement.num_ranks,
+        num_experts=placement.num_experts,
+        replica_index=placement.replica_index[layers],
+    )
 
 
 def _rebuild(slots: IntArray, num_ranks: int, num_experts: int, order: IntArray) -> Placement:

@@ -86,7 +86,14 @@ def _variants() -> list[Sample]:
     ranks = {
         f"decode_{rank}.csv": b"".join(b"%d,%d\n" % tuple(row) for row in per_slot[:, rank]) for rank in range(RANKS)
     }
+    lines = b"layer_id,expert_id,count\n"
     return [
+        Sample("sglang-detail.ranks", FORMATS["sglang-detail"], {f"{rank}.pt": _one_rank(rank) for rank in range(2)}),
+        Sample(
+            "sglang-csv.ranks",
+            FORMATS["sglang-csv"],
+            {f"x_rank{rank}_timestamp{rank}.5.csv": lines + b"3,0,%d\n3,1,5\n" % rank for rank in range(3)},
+        ),
         Sample(
             "sglang-detail.tokens",
             FORMATS["sglang-detail"],
@@ -108,6 +115,15 @@ def _variants() -> list[Sample]:
         Sample("deepseek.list", FORMATS["deepseek"], _deepseek_list(), {"num_ranks": RANKS}),
         Sample("vllm-list.one", FORMATS["vllm-list"], b"[0, 1, 2, 3, 0, 1]", {"num_ranks": 2, "num_layers": 3}),
     ]
+
+
+def _one_rank(rank: int) -> bytes:
+    counts = np.random.default_rng(rank).integers(1, 9, (2, LAYERS, 4), dtype=np.int32)
+    records = [
+        {"forward_pass_id": 7 + i, "rank": rank, "gatherer_key": "primary", "global_physical_count": row}
+        for i, row in enumerate(counts)
+    ]
+    return torch_bytes({"records": records, "last_physical_to_logical_map": np.tile(np.arange(4), (LAYERS, 1))})
 
 
 def _deepseek_list() -> bytes:

@@ -177,7 +177,7 @@ def test_the_ranks_of_tensorrt_llm_are_summed(tmp_path):
     assert contents.load is not None
     assert contents.load.tolist() == [[[2, 4], [6, 8]], [[10, 12], [7, 8]]]
     assert contents.layer_ids == (3, 4)
-    assert contents.notes == ("summed 2 ranks",)
+    assert contents.notes[-1] == "summed 2 ranks"
     (folder / "rank1.safetensors").rename(folder / "rank2.safetensors")
     assert [f.kind for f in formats.check(folder).findings] == ["missing-rank"]
 
@@ -239,7 +239,7 @@ def test_counts_per_pass_are_brought_to_experts_by_the_map_of_the_dump(tmp_path)
     contents = formats.read(written(tmp_path, torch_bytes(dump)))
     assert contents.load is not None
     assert contents.load.tolist() == [[[5, 2]]]
-    assert contents.notes == ("left out 1 records of other gatherers than `primary`",)
+    assert contents.notes[0] == "left out 1 records of other gatherers than `primary`"
 
 
 def test_tokens_of_one_rank_are_counted_and_the_fixed_k_is_said(tmp_path):
@@ -250,7 +250,8 @@ def test_tokens_of_one_rank_are_counted_and_the_fixed_k_is_said(tmp_path):
     contents = formats.read(written(tmp_path, torch_bytes(dump)))
     assert contents.load is not None
     assert contents.load.tolist() == [[[5, 1]]]
-    assert contents.notes == ("counted the tokens of rank 3 alone, at most 8 experts a token",)
+    assert contents.notes[0] == "counted at most 8 experts a token, as many as the recorder keeps"
+    assert contents.notes[1].startswith("rank 3 alone: ")
 
 
 def test_vllms_lines_are_brought_to_experts_by_their_own_maps(tmp_path):

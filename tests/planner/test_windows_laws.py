@@ -13,7 +13,20 @@ from hypothesis import strategies as st
 import evenmoe as em
 from evenmoe.planner import windows
 from evenmoe.planner._soft_peak import new_layer, search
-from evenmoe.planner.windows import USUAL, History, choose_strength, most_tries, plan_history, plan_windows
+from evenmoe.planner.windows import (
+    FOLDS,
+    INDEPENDENCES,
+    MARGIN,
+    SHARPNESSES,
+    TRIAL,
+    USUAL,
+    History,
+    Strength,
+    choose_strength,
+    most_tries,
+    plan_history,
+    plan_windows,
+)
 
 Load = npt.NDArray[np.float64]
 
@@ -176,3 +189,35 @@ def test_more_slots_do_not_make_the_plan_worse() -> None:
     pars = [em.peak_to_average(load, em.plan(load, num_ranks=8, num_slots=slots)).mean() for slots in range(32, 65, 8)]
     assert all(more <= fewer + 0.005 for fewer, more in itertools.pairwise(pars)), pars
     assert pars[-1] < pars[0] - 0.1
+
+
+@pytest.mark.parametrize("seed", [22, 83, 96, 119])
+def test_strengths_are_judged_where_a_layer_has_load(seed):
+    """Of two layers the second has no load in half of the windows; plain loops over the windows that it has.
+
+    The seeds are those of the first 120 in which counting the other windows as even ones chooses another strength.
+    """
+    rng = np.random.default_rng(seed)
+    number = int(rng.integers(6, 10))
+    load = np.exp(rng.normal(0, 1, (number, 2, 8))) * 10
+    load[rng.random(number) < 0.5, 1] = 0
+    history = History(load, 2)
+    layers = np.arange(2)
+    fold = np.arange(number) * FOLDS // number
+
+    def held_out(strength: Strength) -> np.ndarray:
+        peaks = []
+        for window in range(number):
+            past = history.part(fold != fold[window], layers)
+            slots = plan_history(past, 8, strength, most_tries(number, 8) // TRIAL, 0)
+            ranks = load[window, layers[:, None], slots].reshape(2, 2, 4).sum(axis=2)
+            peaks.append([max(row) / (sum(row) / 2) for row in ranks.tolist() if sum(row)])
+        return np.array([sum(row) / len(row) for row in peaks])
+
+    best = USUAL
+    for field, values in (("independence", INDEPENDENCES), ("sharpness", SHARPNESSES)):
+        for value in values:
+            gain = held_out(best) - held_out(best._replace(**{field: value}))
+            if gain.mean() > MARGIN * gain.std(ddof=1) / np.sqrt(number):
+                best = best._replace(**{field: value})
+    assert choose_strength(history, 8) == best

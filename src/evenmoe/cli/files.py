@@ -12,15 +12,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from evenmoe.errors import ConstraintError
 from evenmoe.formats.checking import Checked
 from evenmoe.formats.checking import check as check_file
 from evenmoe.formats.contents import Contents, Options
 from evenmoe.formats.converting import convert as convert_file
 from evenmoe.formats.difference import Difference
 from evenmoe.formats.difference import diff as compare
-from evenmoe.formats.reading import read
-from evenmoe.placement import Placement
+from evenmoe.formats.reading import read_placement
 
 _SHOWN = 100  # findings in text; --json has them all
 _RANKS_SHOWN = 16  # of a layer in text; --json has them all
@@ -36,10 +34,10 @@ def run_convert(
     map_: Path | None,
     *,
     as_json: bool,
-    **sizes: int | None,
+    **sizes: Any,
 ) -> None:
     """Convert, and say what was read, written, dropped and assumed."""
-    options = Options(placement=_placement(map_, sizes), **sizes)
+    options = Options(**_read_map(map_, sizes), **sizes)
     done = convert_file(source, target, to, format=format, layers=layers, first_layer=first_layer, options=options)
     out = sys.stderr if target == "-" else sys.stdout
     if as_json:
@@ -58,16 +56,17 @@ def run_convert(
             file=out,
         )
         return
-    sizes_text = ", ".join(f"{value} {name.removeprefix('num_')}" for name, value in _sizes(done.contents).items())
-    print(f"{source} ({done.contents.format}: {sizes_text}) -> {target} ({done.format})", file=out)
+    print(
+        f"{source} ({done.contents.format}: {_sizes_text(_sizes(done.contents))}) -> {target} ({done.format})", file=out
+    )
     _print_notes(done.notes)
 
 
 def run_check(
-    source: str, format: str | None, layers: str | None, map_: Path | None, *, as_json: bool, **sizes: int | None
+    source: str, format: str | None, layers: str | None, map_: Path | None, *, as_json: bool, **sizes: Any
 ) -> bool:
     """Print every finding; whether there was no error."""
-    found = check_file(source, format=format, layers=layers, placement=_placement(map_, sizes), **sizes)
+    found = check_file(source, format=format, layers=layers, **_read_map(map_, sizes), **sizes)
     errors = sum(finding.severity == "error" for finding in found.findings)
     if as_json:
         summary: dict[str, Any] = {
@@ -88,16 +87,13 @@ def run_check(
 
 
 def run_diff(
-    before: str, after: str, expert_bytes: int | None, layers: str | None, *, as_json: bool, **sizes: int | None
+    before: str, after: str, expert_bytes: int | None, layers: str | None, *, as_json: bool, **sizes: Any
 ) -> None:
     """Print the copies, layer by layer and rank by rank."""
-    first = read(before, format=None, placement=None, layers=layers, **sizes)
-    second = read(after, format=None, placement=None, layers=layers, **sizes)
-    if first.placement is None or second.placement is None:
-        name = before if first.placement is None else after
-        raise ConstraintError(
-            name, "a load", "must be a placement", "plan one from it, or name the file of the placement"
-        )
+    first = read_placement(before, Options(**sizes), layers)
+    second = read_placement(after, Options(**sizes), layers)
+    assert first.placement is not None
+    assert second.placement is not None
     change = compare(first.placement, second.placement, expert_bytes=expert_bytes)
     numbers = list(second.layer_ids or first.layer_ids or range(len(change.copies)))
     if as_json:
@@ -107,20 +103,26 @@ def run_diff(
     _print_notes([*first.notes, *second.notes])
 
 
-def _placement(map_: Path | None, sizes: dict[str, int | None]) -> Placement | None:
-    if map_ is None:
-        return None
-    contents = read(map_, num_ranks=sizes["num_ranks"] or None, num_experts=sizes["num_experts"])
-    if contents.placement is None:
-        raise ConstraintError("map", map_, "must be a placement and is a load", "name the file of the placement")
-    return contents.placement
+def read_map(path: Path, num_experts: int | None, num_ranks: int | None = None) -> dict[str, Any]:
+    """The placement of the slots that a load counts, and its layers, as `Options` and `read` take them.
+
+    Which ranks have the slots does not matter; `num_ranks` is for maps that do not say it, and held against the others.
+    """
+    sizes = Options(num_ranks=num_ranks, num_experts=num_experts)
+    found = read_placement(path, sizes, argument="--map", ranks_matter=False)
+    return {"placement": found.placement, "placement_layers": found.layer_ids}
+
+
+def _read_map(path: Path | None, sizes: dict[str, Any]) -> dict[str, Any]:
+    return {} if path is None else read_map(path, sizes["num_experts"], sizes["num_ranks"])
 
 
 def _sizes(contents: Contents) -> dict[str, int]:
     if contents.kind == "load":
         assert contents.load is not None
         windows, layers, experts = contents.load.shape
-        return {"num_windows": windows, "num_layers": layers, "num_experts": experts}
+        sizes = {"num_windows": windows, "num_layers": layers, "num_experts": experts}
+        return {**sizes, "num_empty_windows": contents.empty_windows}
     assert contents.placement is not None
     placement = contents.placement
     return {
@@ -130,9 +132,13 @@ def _sizes(contents: Contents) -> dict[str, int]:
     }
 
 
+def _sizes_text(sizes: dict[str, int]) -> str:
+    shown = {name: value for name, value in sizes.items() if value or name != "num_empty_windows"}
+    return ", ".join(f"{value} {name.removeprefix('num_').replace('_', ' ')}" for name, value in shown.items())
+
+
 def _print_findings(source: str, found: Checked, errors: int) -> None:
-    sizes = ", ".join(f"{value} {name.removeprefix('num_')}" for name, value in found.summary.items())
-    print(f"{source}: {found.format}, {sizes}")
+    print(f"{source}: {found.format}, {_sizes_text(found.summary)}")
     if not found.findings:
         print("nothing wrong")
         return

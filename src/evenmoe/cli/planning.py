@@ -15,12 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 import evenmoe as em
+from evenmoe.cli.files import read_map
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.formats.catalogue import FORMATS
-from evenmoe.formats.contents import Contents
-from evenmoe.formats.reading import read
+from evenmoe.formats.contents import Contents, Options
+from evenmoe.formats.reading import read, read_placement
 from evenmoe.formats.writing import write
-from evenmoe.metrics import FloatArray, as_load, peak_over_mean
+from evenmoe.metrics import FloatArray, as_load, mean_over_windows, peak_over_mean, within_range
 from evenmoe.placement import identity_placement
 from evenmoe.rules.shares import rank_loads
 
@@ -71,7 +72,7 @@ def run_plan(order: Order, *, as_json: bool) -> None:
     previous = _read_previous(order, contents)
     ranks, slots = _sizes(order, previous)
     assert contents.load is not None
-    load = as_load(contents.load)
+    load = within_range(as_load(contents.load))
     windows = _merged(load, order.most_windows)
     goal = windows.sum(axis=0, keepdims=True) if order.mean else windows
     console = Console(stderr=True)
@@ -92,6 +93,7 @@ def run_plan(order: Order, *, as_json: bool) -> None:
     notes = list(contents.notes)
     if len(windows) < len(load):
         notes.append(f"merged {len(load)} windows into {len(windows)} (--most-windows)")
+    notes += _gaps(windows, numbers or range(windows.shape[1]))
     if order.out is not None:
         notes += write(
             order.out, placement, format=order.to_format, layer_ids=numbers, metadata=dict(contents.metadata)
@@ -103,12 +105,13 @@ def run_plan(order: Order, *, as_json: bool) -> None:
             load.sum(axis=0), num_ranks=ranks, num_slots=slots, num_nodes=order.nodes, num_groups=order.groups
         )
     shown = numbers or range(placement.num_layers)
-    summary = _summary(order, contents, len(goal), placement, previous, rows, bound, shown)
+    summary = _summary(order, contents, windows, len(goal), placement, previous, rows, bound, shown)
     out = sys.stderr if order.out == "-" else sys.stdout
     if as_json:
         print(json.dumps({**summary, "notes": notes}), file=out)
         return
-    _print(summary, rows, bound, shown, Console(file=out) if out.isatty() else Console(file=out, width=120))
+    console = Console(file=out) if out.isatty() else Console(file=out, width=120)
+    _print(summary, rows, bound, shown, _judged(windows), console)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
 
@@ -122,18 +125,13 @@ def _check_target(name: str) -> None:
 
 
 def _read_load(order: Order) -> Contents:
-    recorded = None
-    if order.map is not None:
-        recorded = read(order.map, num_ranks=order.ranks, num_experts=order.experts).placement
-        if recorded is None:
-            raise ConstraintError("--map", order.map, "must be a placement and is a load", "name a placement's file")
     contents = read(
         order.source,
         format=order.from_format,
         num_experts=order.experts,
         num_layers=order.num_layers,
         layers=order.layers,
-        placement=recorded,
+        **({} if order.map is None else read_map(order.map, order.experts)),
     )
     if contents.load is None:
         raise ConstraintError(
@@ -149,9 +147,9 @@ def _read_previous(order: Order, contents: Contents) -> em.Placement | None:
     if order.previous is None:
         return None
     assert contents.load is not None
-    found = read(order.previous, num_ranks=order.ranks, num_experts=contents.load.shape[-1])
-    if found.placement is None:
-        raise ConstraintError("--previous", order.previous, "must be a placement and is a load", "name a placement")
+    known = Options(num_ranks=order.ranks, num_experts=contents.load.shape[-1])
+    found = read_placement(order.previous, known, argument="--previous")
+    assert found.placement is not None
     ours, theirs = contents.layer_ids, found.layer_ids
     if ours is None or theirs is None or ours == theirs:
         return found.placement
@@ -197,6 +195,25 @@ def _merged(load: FloatArray, most: int) -> FloatArray:
     return np.add.reduceat(load, starts, axis=0)
 
 
+def _judged(windows: FloatArray) -> npt.NDArray[np.bool_]:
+    """(L,): the layers that enter means, which are those with tokens; all where none has any."""
+    judged = np.asarray(windows.any(axis=(0, 2)))
+    return judged if judged.any() else np.ones(len(judged), bool)
+
+
+def _gaps(windows: FloatArray, numbers: Sequence[int]) -> list[str]:
+    """Notes on layers without tokens in all windows, or in some."""
+    recorded = windows.any(axis=2)
+    never = [numbers[row] for row in np.flatnonzero(~recorded.any(axis=0)).tolist()]
+    partly = [numbers[row] for row in np.flatnonzero(recorded.any(axis=0) & ~recorded.all(axis=0)).tolist()]
+    notes = []
+    if never:
+        notes.append(f"layers without tokens, placed but left out of the means: {_spans(never)}")
+    if partly:
+        notes.append(f"layers without tokens in some windows, which do not count for them: {_spans(partly)}")
+    return notes
+
+
 def _layer_numbers(order: Order, contents: Contents) -> tuple[int, ...] | None:
     assert contents.load is not None
     if order.first_layer is not None:
@@ -227,7 +244,7 @@ def _rows(order: Order, windows: FloatArray, placement: em.Placement, previous: 
             name,
             each.num_slots,
             peak_over_mean(rank_loads(total, each, order.rule)),
-            peak_over_mean(rank_loads(windows, each, order.rule)).mean(axis=0),
+            mean_over_windows(peak_over_mean(rank_loads(windows, each, order.rule)), windows),
         )
         for name, each in compared
     ]
@@ -236,7 +253,8 @@ def _rows(order: Order, windows: FloatArray, placement: em.Placement, previous: 
 def _summary(
     order: Order,
     contents: Contents,
-    num_windows: int,
+    windows: FloatArray,
+    num_planned: int,
     placement: em.Placement,
     previous: em.Placement | None,
     rows: list[_Row],
@@ -244,6 +262,9 @@ def _summary(
     numbers: Sequence[int],
 ) -> dict[str, Any]:
     assert contents.load is not None
+    judged = _judged(windows)
+    with np.errstate(over="ignore"):
+        picks = float(contents.load.sum() / judged.sum())
     copies = None if previous is None else em.count_copies(previous, placement)
     return {
         "source": order.source,
@@ -251,7 +272,8 @@ def _summary(
         "from": contents.format,
         "to": order.to_format if order.out is not None else None,
         "recorded_windows": int(contents.load.shape[0]),
-        "planned_windows": num_windows,
+        "empty_windows": contents.empty_windows,
+        "planned_windows": num_planned,
         "layers": placement.num_layers,
         "experts": placement.num_experts,
         "ranks": placement.num_ranks,
@@ -259,15 +281,15 @@ def _summary(
         "nodes": order.nodes,
         "groups": order.groups,
         "rule": order.rule,
-        "picks_per_layer": float(contents.load.sum() / placement.num_layers),
+        "picks_per_layer": picks if np.isfinite(picks) else None,
         "peak_to_average": {
             row.name.replace(" ", "_"): {
-                "all_tokens": _mean_and_worst(row.all_tokens, numbers),
-                "mean_of_windows": _mean_and_worst(row.windows, numbers),
+                "all_tokens": _mean_and_worst(row.all_tokens, numbers, judged),
+                "mean_of_windows": _mean_and_worst(row.windows, numbers, judged),
             }
             for row in rows
         },
-        "peak_to_average_lower_bound_all_tokens": None if bound is None else _mean_and_worst(bound, numbers),
+        "peak_to_average_lower_bound_all_tokens": None if bound is None else _mean_and_worst(bound, numbers, judged),
         "replicas_per_expert": {"min": int(placement.num_replicas.min()), "max": int(placement.num_replicas.max())},
         "copies": None if copies is None else int(copies.sum()),
         "copies_per_layer": None if copies is None else copies.tolist(),
@@ -278,21 +300,30 @@ def _summary(
     }
 
 
-def _mean_and_worst(values: FloatArray, numbers: Sequence[int]) -> dict[str, Any]:
-    worst = int(values.argmax())
+def _mean_and_worst(values: FloatArray, numbers: Sequence[int], judged: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    worst = int(np.where(judged, values, 0.0).argmax())
     return {
-        "mean_of_layers": round(float(values.mean()), 6),
+        "mean_of_layers": round(float(values[judged].mean()), 6),
         "worst": round(float(values[worst]), 6),
         "worst_layer": int(numbers[worst]),
     }
 
 
 def _print(
-    summary: dict[str, Any], rows: list[_Row], bound: FloatArray | None, numbers: Sequence[int], console: Console
+    summary: dict[str, Any],
+    rows: list[_Row],
+    bound: FloatArray | None,
+    numbers: Sequence[int],
+    judged: npt.NDArray[np.bool_],
+    console: Console,
 ) -> None:
+    empty = f" ({summary['empty_windows']} empty ones left out)" if summary["empty_windows"] else ""
+    picks = summary["picks_per_layer"]
     console.print(
-        f"{summary['source']} ({summary['from']}): {summary['recorded_windows']} windows, {summary['layers']} layers, "
-        f"{summary['experts']} experts, {summary['picks_per_layer']:,.0f} picks per layer\n"
+        f"{summary['source']} ({summary['from']}): {summary['recorded_windows']} windows{empty}, "
+        f"{summary['layers']} layers, {summary['experts']} experts, "
+        f"{'more than 1.8e308' if picks is None else f'{picks:,.0f}' if picks < 1e15 else f'{picks:.3g}'} "
+        "picks per layer\n"
         f"{summary['ranks']} ranks, {summary['slots']} slots, rule {summary['rule']}; "
         f"planned on {summary['planned_windows']} {'window' if summary['planned_windows'] == 1 else 'windows'}",
         highlight=False,
@@ -309,15 +340,14 @@ def _print(
         title="peak-to-average load (1.0 is perfect), mean of layers",
     )
     for row in rows:
-        cells = [_cell for values in (row.all_tokens, row.windows) for _cell in _cells(values, numbers)]
+        cells = [_cell for values in (row.all_tokens, row.windows) for _cell in _cells(values, numbers, judged)]
         table.add_row(row.name, str(row.slots), *cells)
     if bound is not None:
-        table.add_row("no placement beats", str(summary["slots"]), *_cells(bound, numbers), "", "")
+        table.add_row("no placement beats", str(summary["slots"]), *_cells(bound, numbers, judged), "", "")
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
-    planned = rows[-1].windows
-    _print_worst(rows, planned, numbers, console)
+    _print_worst(rows, np.where(judged, rows[-1].windows, 0.0), numbers, int(judged.sum()), console)
     replicas = summary["replicas_per_expert"]
     console.print(f"replicas per expert: {replicas['min']} to {replicas['max']}", highlight=False)
     if summary["copies"] is not None:
@@ -330,13 +360,15 @@ def _print(
         console.print(f"written: {summary['target']} ({summary['to']})", highlight=False, markup=False, soft_wrap=True)
 
 
-def _cells(values: FloatArray, numbers: Sequence[int]) -> tuple[str, str]:
-    worst = int(values.argmax())
-    return f"{values.mean():.3f}", f"{values[worst]:.3f} (layer {numbers[worst]})"
+def _cells(values: FloatArray, numbers: Sequence[int], judged: npt.NDArray[np.bool_]) -> tuple[str, str]:
+    found = _mean_and_worst(values, numbers, judged)
+    return f"{found['mean_of_layers']:.3f}", f"{found['worst']:.3f} (layer {found['worst_layer']})"
 
 
-def _print_worst(rows: list[_Row], planned: FloatArray, numbers: Sequence[int], console: Console) -> None:
-    worst: npt.NDArray[np.intp] = np.argsort(-planned, kind="stable")[:_WORST_SHOWN]
+def _print_worst(
+    rows: list[_Row], planned: FloatArray, numbers: Sequence[int], num_judged: int, console: Console
+) -> None:
+    worst: npt.NDArray[np.intp] = np.argsort(-planned, kind="stable")[: min(_WORST_SHOWN, num_judged)]
     console.print("layers that stay the most uneven, mean of windows:")
     table = Table("layer", *(row.name for row in rows))
     for column in table.columns:

@@ -30,9 +30,12 @@ def run_report(source: Path, output: Path, png: Path | None, command: list[str],
     written = write_report(simulation, output, shlex.join(command), {str(source): digest}, png)
     summaries = summarise(simulation)
     if as_json:
-        print(json.dumps(_object(summaries, best_policy(simulation), written, {str(source): digest}), indent=2))
+        found = _object(summaries, best_policy(simulation), written, {str(source): digest})
+        print(json.dumps({**found, "empty_windows": simulation.empty_windows}, indent=2))
         return
     Console().print(_table(summaries))
+    if simulation.empty_windows:
+        print(f"{quantities.count(simulation.empty_windows)} empty windows of the trace left out")
     for path in written:
         print(f"{path}  {quantities.count(path.stat().st_size)} bytes")
 

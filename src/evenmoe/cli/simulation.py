@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,7 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from evenmoe.errors import ConstraintError, MissingArgumentError
-from evenmoe.metrics import as_load
+from evenmoe.formats.contents import Contents
+from evenmoe.metrics import FloatArray, as_load
 from evenmoe.simulator.costs import CostModel
 from evenmoe.simulator.policies import DEFAULT
 from evenmoe.simulator.replay import simulate
@@ -34,6 +36,7 @@ from evenmoe.traces.trace import Trace, load_trace
 SYNTHETIC = "synthetic:"
 _SYNTHETIC_WINDOWS, _REQUEST_WINDOWS = 100, 4
 _RANKS_PER_NODE = 8
+_MOST_TOKENS, _LARGEST_BITS = 2.0**53, 40
 _NEEDED = {"expert_flops_per_token": "--expert-flops", "expert_bytes": "--expert-bytes"}
 
 
@@ -62,6 +65,7 @@ class Choices:
     details: bool
     seed: int
     workers: int | None
+    map: Path | None
     command: tuple[str, ...]
 
 
@@ -72,7 +76,7 @@ def run_simulation(choices: Choices, *, as_json: bool) -> None:
         nodes = choices.ranks // _RANKS_PER_NODE if choices.ranks % _RANKS_PER_NODE == 0 else 1
     world = World(choices.ranks, nodes, choices.tokens_per_rank)
     _check_outputs(choices)
-    trace = _open_trace(choices, world)
+    trace, contents = _open_trace(choices, world)
     model = _find_shape(trace, choices.model)
     top_k = choices.top_k
     if top_k is None and trace.routing is None and "top_k" not in trace.metadata and model is not None:
@@ -95,6 +99,12 @@ def run_simulation(choices: Choices, *, as_json: bool) -> None:
             workers=choices.workers,
             details=choices.details,
             progress=progress,
+        )
+    if contents is not None:
+        simulation = replace(
+            simulation,
+            notes=(*simulation.notes, *contents.notes),
+            empty_windows=simulation.empty_windows + contents.empty_windows,
         )
     digests = _digests(choices.trace)
     simulation = _with_origin(simulation, choices, model, digests)
@@ -123,13 +133,16 @@ def _check_outputs(choices: Choices) -> None:
         seen[path.resolve()] = f"the file of {name}"
 
 
-def _open_trace(choices: Choices, world: World) -> Trace:
+def _open_trace(choices: Choices, world: World) -> tuple[Trace, Contents | None]:
+    """The trace, and what its file held where that was no trace file."""
     if not choices.trace.startswith(SYNTHETIC):
-        return _read_trace(choices.trace)
+        return _read_trace(choices.trace, choices.map)
+    if choices.map is not None:
+        raise ConstraintError("--map", choices.map, "must come with a file, whose slots it holds", "leave it out")
     from evenmoe.traces.synthesis import synthesise
 
     lanes = world.num_ranks * world.tokens_per_rank // (choices.chunk or world.tokens_per_rank)
-    return synthesise(
+    trace = synthesise(
         choices.trace.removeprefix(SYNTHETIC),
         num_windows=min(choices.steps or _SYNTHETIC_WINDOWS, _SYNTHETIC_WINDOWS),
         tokens_per_window=world.num_ranks * world.tokens_per_rank,
@@ -137,15 +150,25 @@ def _open_trace(choices: Choices, world: World) -> Trace:
         request_windows=_REQUEST_WINDOWS,
         seed=choices.seed,
     )
+    return trace, None
 
 
-def _read_trace(source: str) -> Trace:
-    """A trace file, or the load in a file of any other format."""
-    if _is_trace_file(source):
-        return load_trace(source)
+def _read_trace(source: str, map_: Path | None) -> tuple[Trace, Contents | None]:
+    """A trace file, or the load in a file of any other format, or in either that of the slots of a map."""
+    trace = load_trace(source) if _is_trace_file(source) else None
+    if trace is not None and map_ is None:
+        return trace, None
+    if trace is not None and (trace.routing is not None or trace.load_by_rank is not None):
+        raise ConstraintError(
+            "--map",
+            map_,
+            "must be left out for a trace with routing or loads by rank, which name experts",
+            "leave it out",
+        )
+    from evenmoe.cli.files import read_map
     from evenmoe.formats.reading import read
 
-    contents = read(source)
+    contents = read(source, **({} if map_ is None else read_map(map_, None)))
     if contents.load is None:
         raise ConstraintError(
             source,
@@ -153,9 +176,22 @@ def _read_trace(source: str) -> Trace:
             "must be a load or a trace",
             "name a recorded load: policies make their own placements",
         )
-    load = np.rint(as_load(contents.load, source)).astype(np.int64)
     name = "standard input" if source == "-" else Path(source).stem
-    return Trace(name, load if load.ndim == 3 else load[None])
+    load = whole_tokens(as_load(contents.load, source))
+    return Trace(name, load, metadata={} if trace is None else trace.metadata), contents
+
+
+def whole_tokens(load: FloatArray) -> npt.NDArray[np.int64]:
+    """A load (T, L, E) in whole tokens, to draw from: unless it is so already, with 2^40 of them for the largest entry.
+
+    Only ratios inside a layer count there, so parts of tokens, shares and the largest float64 keep their meaning.
+
+    >>> whole_tokens(np.array([[[3.0, 1.0]]])).tolist(), (whole_tokens(np.array([[[0.75, 0.25]]])) >> 38).tolist()
+    ([[[3, 1]]], [[[3, 1]]])
+    """
+    if load.sum() < _MOST_TOKENS and (load == np.rint(load)).all():
+        return load.astype(np.int64)
+    return np.rint(np.ldexp(load, _LARGEST_BITS - np.frexp(load.max())[1])).astype(np.int64)
 
 
 def _is_trace_file(source: str) -> bool:
@@ -260,6 +296,7 @@ def describe(simulation: Simulation) -> dict[str, Any]:
         "experts": simulation.num_experts,
         "top_k": simulation.top_k,
         "tokens_per_step": int(simulation.tokens[0]),
+        "empty_windows": simulation.empty_windows,
         "settings": [{"name": name, "value": value, "unit": unit} for name, value, unit in simulation.settings],
         "notes": list(simulation.notes),
         "policies": [_policy(policy, simulation.policies[0]) for policy in simulation.policies],
@@ -301,6 +338,7 @@ def _print(simulation: Simulation) -> None:
     print(
         f"{simulation.trace}: {len(simulation.tokens)} steps of {int(simulation.tokens[0]):,} tokens "
         f"on {simulation.num_ranks} ranks, {simulation.num_nodes} nodes"
+        + (f"; {simulation.empty_windows:,} empty windows left out" if simulation.empty_windows else "")
     )
     found = [_policy(policy, simulation.policies[0]) for policy in simulation.policies]
     gains = _table("mean\nPAR", "worst\nPAR", "step\nms", "saved\n%", "rows between\nnodes, step")

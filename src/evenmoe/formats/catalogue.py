@@ -82,15 +82,15 @@ _ALL = (
     Format(
         "sglang-detail",
         "load",
-        "SGLang recorder, modes per_pass and per_token: records and last_physical_to_logical_map",
-        ("pt",),
+        "SGLang recorder, modes per_pass and per_token: one rank's records and map; a folder of all ranks' files",
+        ("pt", "folder"),
         model_layers=True,
     ),
     Format(
         "sglang-csv",
         "load",
-        "SGLang recorder, old: CSV of layer_id,expert_id,count",
-        ("csv",),
+        "SGLang recorder, old: one rank's CSV of layer_id,expert_id,count; a folder of all ranks' files",
+        ("csv", "folder"),
         model_layers=True,
     ),
     Format(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from evenmoe.formats.contents import Options, RawMap
 from evenmoe.formats.findings import Finding
-from evenmoe.formats.reading import inspect, open_raw
+from evenmoe.formats.reading import check_use, inspect, open_raw
+from evenmoe.formats.values import without_empty_windows
 from evenmoe.placement import Placement
 
 _MOST_FINDINGS = 10_000
@@ -21,7 +22,7 @@ class Checked:
     Attributes:
         format: name in `FORMATS`.
         findings: at most 10,000, errors and warnings in the file's order.
-        summary: sizes by name.
+        summary: sizes by name; of a load without the windows in which nothing was recorded, which are counted too.
         notes: as in `Contents`.
     """
 
@@ -47,19 +48,22 @@ def check(
     shared_devices: int | None = None,
     layers: str | None = None,
     placement: Placement | None = None,
+    placement_layers: tuple[int, ...] | None = None,
 ) -> Checked:
     """Every finding about a file; the arguments are those of `read`.
 
     Without `num_ranks`, a file that does not say how slots divide among ranks is not checked for what concerns ranks.
 
     Raises:
-        FileFormatError: not readable as any format, so that nothing can be said about it.
+        FileFormatError: not readable as any format, so that nothing can be said about it; or an argument that
+            contradicts it, or that it has no use for.
 
     >>> [finding.text for finding in check('{"physical_to_logical_map": [[0, 2, 0, 2]]}', num_ranks=2).findings]
     ['no slot for expert 1 in layer 0']
     """
-    options = Options(num_ranks, num_experts, num_layers, num_slots, shared_devices, placement)
-    _, entry, raw = open_raw(source, format, options, layers)
+    options = Options(num_ranks, num_experts, num_layers, num_slots, shared_devices, placement, placement_layers)
+    document, entry, raw = open_raw(source, format, options, layers)
+    check_use(document, entry, raw, options)
     findings = tuple(islice(inspect(raw, options), _MOST_FINDINGS))
     notes = list(raw.notes)
     if isinstance(raw, RawMap):
@@ -73,6 +77,7 @@ def check(
                 "the file does not say how slots divide among ranks: nothing about ranks was checked (--ranks)"
             )
     else:
-        windows, rows, experts = raw.load.shape
-        summary = {"num_windows": windows, "num_layers": rows, "num_experts": experts}
+        load, empty = without_empty_windows(raw.load)
+        windows, rows, experts = load.shape
+        summary = {"num_windows": windows, "num_layers": rows, "num_experts": experts, "num_empty_windows": empty}
     return Checked(entry.name, findings, summary, tuple(notes))

@@ -31,6 +31,7 @@ class Contents:
             rows merely count MoE layers. `write` takes them.
         metadata: what else the file says and `write` puts back: SGLang's num_hidden_layers, verl's strategy_version, …
         notes: one sentence for everything that was dropped or assumed.
+        empty_windows: windows of a load file that were dropped because nothing at all was recorded in them.
     """
 
     kind: Kind
@@ -40,11 +41,18 @@ class Contents:
     layer_ids: tuple[int, ...] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    empty_windows: int = 0
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a reader is told beside the file: sizes, None where the file must say; `placement` for loads per slot."""
+    """What a reader is given beside the file.
+
+    Attributes:
+        num_ranks, num_experts, num_layers, num_slots, shared_devices: sizes; None where the file must say.
+        placement: of the slots that a load counts.
+        placement_layers: the model's own number of every row of `placement`, where known.
+    """
 
     num_ranks: int | None = None
     num_experts: int | None = None
@@ -52,6 +60,7 @@ class Options:
     num_slots: int | None = None
     shared_devices: int | None = None
     placement: Placement | None = None
+    placement_layers: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -79,11 +88,18 @@ class RawMap:
 
 @dataclass
 class RawLoad:
-    """A load as the file has it: `load` (T, L, E), counts per logical expert; the rest as in `RawMap`."""
+    """A load as the file has it; what is not listed is as in `RawMap`.
+
+    Attributes:
+        load: (T, L, E), counts per logical expert; per slot only where `Options.placement` says whose they are.
+        placement: as in `Contents`.
+        has_own_map: whether the file holds the map of its slots, by which they are converted to experts already.
+    """
 
     load: Load
     layer_ids: tuple[int, ...] | None = None
     placement: Placement | None = None
+    has_own_map: bool = False
     metadata: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)

@@ -84,7 +84,11 @@ def inspect_load(raw: RawLoad) -> Iterator[Finding]:
             )
     if wrong.any():
         return
-    summed = load.sum(axis=0, dtype=np.float64)
+    if not load.any():
+        yield _fatal("no-tokens", "no tokens in any layer", "must hold recorded counts", "record some traffic first")
+        return
+    with np.errstate(over="ignore"):
+        summed = load.sum(axis=0, dtype=np.float64)
     for row in np.flatnonzero(summed.sum(axis=1) == 0).tolist():
         layer = raw.layer_ids[row] if raw.layer_ids else row
         yield Finding(
@@ -100,13 +104,19 @@ def inspect_load(raw: RawLoad) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "int32-overflow",
-            f"{summed[row, expert]:.0f} tokens in layer {layer}, expert {expert}, over all windows",
+            f"{_tokens(summed[row, expert])} tokens in layer {layer}, expert {expert}, over all windows",
             "should stay below 2**31 for tools that sum in int32",
             "sum fewer windows",
             layer=layer,
             expert=expert,
         )
     yield from number_gaps(raw.layer_ids)
+
+
+def _tokens(count: float) -> str:
+    if count == np.inf:
+        return "more than 1.8e308"
+    return f"{count:.0f}" if count < 2.0**63 else f"{count:.6g}"
 
 
 def number_gaps(layer_ids: tuple[int, ...] | None) -> Iterator[Finding]:

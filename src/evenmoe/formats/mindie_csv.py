@@ -14,7 +14,6 @@ import numpy as np
 from evenmoe.formats.contents import Load, Options, RawLoad, WriteOptions
 from evenmoe.formats.document import Document
 from evenmoe.formats.findings import Finding
-from evenmoe.formats.physical import to_logical
 from evenmoe.formats.source import parse_document, read_bytes
 from evenmoe.formats.values import whole_counts
 
@@ -48,11 +47,7 @@ def read(document: Document, options: Options) -> RawLoad:
             f"of {len(rows)} lines", f"must have whole dumps of {layers} layers", "check --num-layers, or cut the last"
         )
     per_slot = rows.reshape(-1, layers, rows.shape[1])
-    if options.placement is not None:
-        slots = options.placement.slot_to_expert.astype(np.int64)
-        load = to_logical(document, per_slot, slots, options.placement.num_experts)
-        return RawLoad(load, placement=options.placement, notes=notes, findings=findings)
-    if options.num_experts != rows.shape[1]:
+    if options.placement is None and options.num_experts != rows.shape[1]:
         raise document.refuse(
             f"with counts of {rows.shape[1]} slots",
             "must be read with their placement, or with as many experts as slots",
@@ -101,7 +96,9 @@ def _folder(document: Document, folder: Path, notes: list[str], findings: list[F
         if len({part.shape for part in parts}) != 1:
             raise document.refuse(f"with {_SPLIT} and ranks of different widths", "must have equal ranks", "remove it")
         notes.append(f"summed {len(files)} ranks: {_SPLIT} means split mode")
-        return np.sum(parts, axis=0)
+        total = np.sum(parts, axis=0)
+        document.check_total(total, "its counts over all ranks")
+        return total
     notes.append(f"put {len(files)} ranks side by side")
     return np.concatenate(parts, axis=1)
 

@@ -2,10 +2,62 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
-from evenmoe.formats.contents import IntArray, Load
+from evenmoe.formats.contents import IntArray, Load, Options, RawLoad
 from evenmoe.formats.document import ALLOWANCE_BYTES, Document
+from evenmoe.placement import Placement, layers_of
+
+
+def by_placement(document: Document, raw: RawLoad, options: Options) -> RawLoad:
+    """The load converted from the slots of `options.placement` to logical experts, where there is one.
+
+    Raises FileFormatError where the counts cannot be those of its slots.
+    """
+    placement = options.placement
+    if placement is None:
+        return raw
+    leave_out = "leave placement (--map) out"
+    if raw.has_own_map:
+        raise document.refuse("a load that holds the map of its own slots", "must be read by that", leave_out)
+    width = raw.load.shape[2]
+    if width != placement.num_slots:
+        raise document.refuse(
+            f"a load with {width} counts per layer",
+            f"must have one for each of the {placement.num_slots} slots of its placement",
+            f"pass the placement that was in use when it was recorded, or {leave_out} if it counts logical experts",
+        )
+    held = _layers_of(document, placement, raw.load.shape[1], raw.layer_ids, options.placement_layers)
+    load = to_logical(document, raw.load, held.slot_to_expert.astype(np.int64), held.num_experts)
+    return dataclasses.replace(raw, load=load, placement=held)
+
+
+def _layers_of(
+    document: Document,
+    placement: Placement,
+    rows: int,
+    layer_ids: tuple[int, ...] | None,
+    placement_layers: tuple[int, ...] | None,
+) -> Placement:
+    """The rows of the placement that are the load's layers, found by number where both are numbered."""
+    fix = "give the placement that was in use when it was recorded"
+    if layer_ids is None or placement_layers is None:
+        if rows != placement.num_layers:
+            raise document.refuse(
+                f"a load with {rows} layers", f"must have the {placement.num_layers} layers of its placement", fix
+            )
+        return placement
+    absent = sorted(set(layer_ids) - set(placement_layers))
+    if absent:
+        raise document.refuse(
+            f"a load with layer {absent[0]}",
+            f"must have layers of its placement, which are {placement_layers[0]} to {placement_layers[-1]}",
+            fix,
+        )
+    chosen = [placement_layers.index(number) for number in layer_ids]
+    return layers_of(placement, chosen)
 
 
 def to_logical(document: Document, per_slot: Load, slots: IntArray, num_experts: int | None) -> Load:
@@ -38,6 +90,7 @@ def to_logical(document: Document, per_slot: Load, slots: IntArray, num_experts:
     logical = np.zeros((*per_slot.shape[:2], experts), per_slot.dtype)
     if logical.nbytes > 9 * per_slot.nbytes + ALLOWANCE_BYTES:
         raise document.refuse(f"read with {experts} experts", "must have a slot for each", "check --experts")
-    for layer, row in enumerate(slots):
-        np.add.at(logical[:, layer].T, row, per_slot[:, layer].T)
+    with np.errstate(over="ignore"):  # a sum beyond float64 is infinite, and found as such
+        for layer, row in enumerate(slots):
+            np.add.at(logical[:, layer].T, row, per_slot[:, layer].T)
     return logical

@@ -10,14 +10,25 @@ from types import ModuleType
 
 import numpy as np
 
-from evenmoe.errors import ConstraintError
+from evenmoe.errors import ConstraintError, FileFormatError
 from evenmoe.formats.catalogue import FORMATS, Format
 from evenmoe.formats.containers.npz_file import NpyError
-from evenmoe.formats.contents import Contents, Options, Raw, RawMap
+from evenmoe.formats.contents import Contents, Options, Raw, RawLoad, RawMap
 from evenmoe.formats.document import Document
 from evenmoe.formats.findings import Finding, inspect_load, inspect_map
+from evenmoe.formats.physical import by_placement
 from evenmoe.formats.source import open_document
-from evenmoe.placement import Placement
+from evenmoe.formats.values import without_empty_windows
+from evenmoe.placement import Placement, layers_of
+
+_FLAGS = {
+    "num_ranks": "--ranks",
+    "num_experts": "--experts",
+    "num_layers": "--num-layers",
+    "num_slots": "--slots",
+    "shared_devices": "--shared-devices",
+    "placement": "--map",
+}
 
 
 def read(
@@ -31,12 +42,17 @@ def read(
     shared_devices: int | None = None,
     layers: str | None = None,
     placement: Placement | None = None,
+    placement_layers: tuple[int, ...] | None = None,
 ) -> Contents:
     """Read a placement or a load.
 
+    Windows of a load in which nothing at all was recorded are left out, such as the unused positions of a ring buffer;
+    `Contents.empty_windows` counts them.
+
     Args:
-        source: a path; a folder (TensorRT-LLM statistics, MindIE CSV); "-" for standard input; JSON text that begins
-            with "{"; or "trivial", slot i → expert i mod E, which needs all four sizes.
+        source: a path; a folder with a file of every rank (TensorRT-LLM statistics, MindIE CSV, SGLang's dumps); "-"
+            for standard input; JSON text that begins with "{"; or "trivial", slot i → expert i mod E, which needs all
+            four sizes.
         format: name in `FORMATS`; None to tell by content.
         num_ranks: ranks that share the slots, where the file does not say (`Format.stores_ranks`).
         num_experts: logical experts; default: the largest id + 1. Needed where the last experts may be missing.
@@ -44,23 +60,28 @@ def read(
         num_slots: slots of "trivial"; default: one per expert.
         shared_devices: devices of an Ascend map that hold only the shared expert; default: told by content.
         layers: "first:end" or a number: only these layers, in the file's numbering, `end` left out.
-        placement: the one in use when a load per slot was recorded, where the file does not hold it.
+        placement: the one in use when a load per slot was recorded, where the file does not hold it. The counts of an
+            expert's slots are added up.
+        placement_layers: the model's own number of every row of `placement`, as `Contents.layer_ids` has them. Without,
+            its rows are the load's layers in order.
 
     Raises:
         FileFormatError: not readable, damaged, of no known format or of several, or no placement or load can be made of
-            it. `check` lists everything that is wrong.
+            it. `check` lists everything that is wrong. Or an argument that contradicts the file, or that it has no use
+            for: `placement` with counts of experts, numbers of ranks or slots with a load.
         ConstraintError: an argument that no file fits.
 
     >>> contents = read('{"physical_to_logical_map": [[0, 1, 0, 2]]}', num_ranks=2)
     >>> contents.format, contents.placement.num_replicas.tolist()
     ('sglang-location', [[2, 1, 1]])
     """
-    options = Options(num_ranks, num_experts, num_layers, num_slots, shared_devices, placement)
+    options = Options(num_ranks, num_experts, num_layers, num_slots, shared_devices, placement, placement_layers)
     return contents_of(*open_raw(source, format, options, layers), options)
 
 
 def contents_of(document: Document, entry: Format, raw: Raw, options: Options) -> Contents:
     """What `read` returns. Raises FileFormatError on the first finding that leaves no placement or load."""
+    check_use(document, entry, raw, options)
     for finding in inspect(raw, options):
         if finding.fatal:
             raise document.refuse(
@@ -70,24 +91,72 @@ def contents_of(document: Document, entry: Format, raw: Raw, options: Options) -
     if isinstance(raw, RawMap):
         placement = _placement(document, entry, raw, options)
         return Contents("placement", entry.name, placement, None, raw.layer_ids, raw.metadata, notes)
-    return Contents("load", entry.name, raw.placement, raw.load, raw.layer_ids, raw.metadata, notes)
+    load, empty = without_empty_windows(raw.load)
+    if empty:
+        notes = (*notes, f"left out {empty} of {len(raw.load)} windows, in which nothing was recorded")
+    return Contents("load", entry.name, raw.placement, load, raw.layer_ids, raw.metadata, notes, empty)
+
+
+def read_placement(
+    source: str | Path,
+    options: Options,
+    layers: str | None = None,
+    *,
+    argument: str | None = None,
+    ranks_matter: bool = True,
+) -> Contents:
+    """As `read`, of what must be a placement; errors call it `argument`, where it is that of an option.
+
+    Without `ranks_matter` a file that does not say how slots divide among ranks is read as one rank's.
+
+    Raises:
+        ConstraintError: it is a load.
+    """
+    document, entry = open_format(source, None, options)
+    if entry.kind != "placement":
+        name, value = (str(source), "a load") if argument is None else (argument, f"{source}, a load")
+        raise ConstraintError(name, value, "must be a placement", "plan one from it, or name the file of the placement")
+    raw = read_raw(document, entry, options, layers)
+    assert isinstance(raw, RawMap)
+    if not ranks_matter and raw.rank_sizes is None:
+        options = dataclasses.replace(options, num_ranks=options.num_ranks or 1)
+    return contents_of(document, entry, raw, options)
 
 
 def open_raw(
     source: str | Path, format: str | None, options: Options, layers: str | None = None
 ) -> tuple[Document, Format, Raw]:
     """The file as it is, its format, and what it holds before it is judged."""
+    document, entry = open_format(source, format, options)
+    return document, entry, read_raw(document, entry, options, layers)
+
+
+def open_format(source: str | Path, format: str | None, options: Options) -> tuple[Document, Format]:
+    """The file as it is, and its format."""
     for name in ("num_ranks", "num_experts", "num_layers", "num_slots"):
         value = getattr(options, name)
         if value is not None and not 1 <= value < 2**31:
             raise ConstraintError(name, value, "must be at least 1 and fit int32", "pass the model's own number")
     document = open_document(source)
     try:
-        entry = _named(document, format) if format else _detect(document)
+        return document, _named(document, format) if format else _detect(document)
+    except NpyError as error:
+        raise _damaged(document, error) from None
+
+
+def read_raw(document: Document, entry: Format, options: Options, layers: str | None) -> Raw:
+    """What a file of this format holds before it is judged."""
+    try:
         raw = _module(entry).read(document, options)
+        if isinstance(raw, RawLoad):
+            raw = _check_sizes(document, by_placement(document, raw, options), options)
     except NpyError as error:  # an .npz unpacks when it is asked for an array
-        raise document.refuse(error, "must be an intact .npz file", "write or download it again") from None
-    return document, entry, select_layers(document, raw, layers) if layers else raw
+        raise _damaged(document, error) from None
+    return select_layers(document, raw, layers) if layers else raw
+
+
+def _damaged(document: Document, error: NpyError) -> FileFormatError:
+    return document.refuse(error, "must be an intact .npz file", "write or download it again")
 
 
 def inspect(raw: Raw, options: Options) -> Iterator[Finding]:
@@ -95,6 +164,35 @@ def inspect(raw: Raw, options: Options) -> Iterator[Finding]:
     if isinstance(raw, RawMap):
         return inspect_map(raw, options.num_ranks, options.num_experts)
     return inspect_load(raw)
+
+
+def check_use(document: Document, entry: Format, raw: Raw, options: Options) -> None:
+    """Raise FileFormatError where an option says nothing about a file of this kind, and would silently do nothing."""
+    useless = {"placement": options.placement}
+    if isinstance(raw, RawLoad):
+        useless = {"num_slots": options.num_slots, "shared_devices": options.shared_devices}
+        if options.placement is None:  # whose ranks they would be
+            useless["num_ranks"] = options.num_ranks
+    for name, value in useless.items():
+        if value is not None:
+            raise document.refuse(
+                f"a {entry.kind} ({entry.name})",
+                f"takes no {name} ({_FLAGS[name]})",
+                "leave that out",
+            )
+
+
+def _check_sizes(document: Document, raw: RawLoad, options: Options) -> RawLoad:
+    """The load, if it has the sizes that were given. Raises FileFormatError."""
+    for name, found in (("num_layers", raw.load.shape[1]), ("num_experts", raw.load.shape[2])):
+        given = getattr(options, name)
+        if given is not None and given != found:
+            what = name.removeprefix("num_")
+            fix = f"leave {name} ({_FLAGS[name]}) out"
+            if name == "num_experts" and options.placement is None and given < found:
+                fix = f"if it counts slots, pass their placement (--map FILE); else {fix}"
+            raise document.refuse(f"a load with {found} {what}", f"must have the {given} that were asked for", fix)
+    return raw
 
 
 def select_layers(document: Document, raw: Raw, layers: str) -> Raw:
@@ -126,7 +224,8 @@ def select_layers(document: Document, raw: Raw, layers: str) -> Raw:
             replica_index=raw.replica_index and [raw.replica_index[row] for row in kept],
             layer_ids=layer_ids,
         )
-    return dataclasses.replace(raw, load=raw.load[:, kept], layer_ids=layer_ids, findings=findings)
+    held = None if raw.placement is None else layers_of(raw.placement, kept)
+    return dataclasses.replace(raw, load=raw.load[:, kept], layer_ids=layer_ids, placement=held, findings=findings)
 
 
 def _placement(document: Document, entry: Format, raw: RawMap, options: Options) -> Placement:

@@ -1,7 +1,8 @@
 """TensorRT-LLM's statistics: a folder of meta_info.json and rank<r>.safetensors.
 
 Each tensor `<iteration>_<layer>` (E,) counts one rank's tokens in one iteration and one of the model's own layers;
-ranks are summed here. Files rank<r>_raw.safetensors keep the selected ids and are left alone.
+ranks are summed here. Under its load balancer the counts are per slot, and `num_experts` is the number of slots; the
+files do not tell which of the two they are. Files rank<r>_raw.safetensors keep the selected ids and are left alone.
 """
 
 from __future__ import annotations
@@ -45,7 +46,13 @@ def read(document: Document, options: Options) -> RawLoad:
         raise meta.refuse(
             f"with `num_experts` {stated}", f"must say the {raw.load.shape[2]} of its tensors", "correct it"
         )
-    raw.metadata.update({key: value for key, value in meta.fields.items() if isinstance(value, (int, float, str))})
+    known = {key: value for key, value in meta.fields.items() if isinstance(value, (int, float, str))}
+    raw.metadata.update({key: value for key, value in known.items() if key != "num_experts"})  # `write` counts them
+    if options.placement is None and options.num_experts is None:
+        raw.notes.append(
+            f"took the {raw.load.shape[2]} counts for those of experts: recorded under TensorRT-LLM's load balancer "
+            "they are of slots, which the files do not tell; then pass its placement (--map FILE)"
+        )
     raw.notes.append(f"summed {len(files)} ranks")
     if [rank for rank, _ in files] != list(range(len(files))):
         text = f"ranks {files[0][0]} to {files[-1][0]}, {len(files)} of them"
@@ -81,7 +88,8 @@ def _add_rank(document: Document, counts: dict[tuple[int, int], np.ndarray]) -> 
         row = document.numbers(tensor, f"the tensor {name!r}", (1,))
         if key in counts and counts[key].shape != row.shape:
             raise document.refuse(f"with {len(row)} experts in {name!r}", "must have as many on every rank", "check it")
-        counts[key] = counts[key] + row if key in counts else row.copy()
+        with np.errstate(over="ignore"):  # a sum beyond float64 is infinite, and found as such
+            counts[key] = counts[key] + row if key in counts else row.copy()
 
 
 def _table(document: Document, counts: dict[tuple[int, int], np.ndarray]) -> RawLoad:

@@ -11,7 +11,6 @@ from evenmoe.formats import eplb_table, slot_map
 from evenmoe.formats.arrays_output import array_bytes
 from evenmoe.formats.contents import Load, Options, RawLoad, WriteOptions
 from evenmoe.formats.document import Document
-from evenmoe.formats.physical import to_logical
 from evenmoe.formats.values import one_window
 
 
@@ -33,10 +32,7 @@ def read(document: Document, options: Options) -> RawLoad:
             "pass placement (--map FILE)",
         )
     counts = counts[None] if counts.ndim == 3 else counts
-    per_slot = counts.reshape(*counts.shape[:2], -1)
-    placement = options.placement
-    load = to_logical(document, per_slot, placement.slot_to_expert.astype(np.int64), placement.num_experts)
-    return RawLoad(load, placement=placement)
+    return RawLoad(counts.reshape(*counts.shape[:2], -1))
 
 
 def write(value: Load, options: WriteOptions) -> bytes:

@@ -37,7 +37,7 @@ def read(document: Document, options: Options) -> RawLoad:
         raise document.refuse("without a record of loads", f"must hold {_STATS}", "record some traffic first")
     if any(window.shape != windows[0].shape for window in windows):
         raise document.refuse("with windows of different shapes", "must keep one", "pass num_experts (--experts)")
-    return RawLoad(np.stack(windows), metadata=metadata)
+    return RawLoad(np.stack(windows), has_own_map=True, metadata=metadata)
 
 
 def write(value: Load, options: WriteOptions) -> bytes:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from evenmoe.errors import ConstraintError
 from evenmoe.formats.contents import Load, Options, RawLoad, WriteOptions
 from evenmoe.formats.document import Document
 from evenmoe.formats.values import one_window
 
 _EXACT = 2**24  # float32 holds every whole number up to here
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def matches(document: Document) -> bool:
@@ -35,6 +37,14 @@ def write(value: Load, options: WriteOptions) -> bytes:
     from safetensors.numpy import save
 
     load = one_window(value, options)
+    if load.max() > _LARGEST:
+        layer, expert = np.unravel_index(int(load.argmax()), load.shape)
+        raise ConstraintError(
+            "value",
+            f"{load.max():.6g} in layer {layer}, expert {expert}",
+            "must be at most 3.4e38 for vllm-safetensors, which holds float32",
+            "divide the load by a common factor, or use another format",
+        )
     rounded = load.astype(np.float32)
     if (rounded.astype(np.float64) != load).any():
         options.notes.append("rounded to float32, which the format demands")

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from evenmoe.errors import ConstraintError
 from evenmoe.formats.catalogue import FORMATS, Format
 from evenmoe.formats.contents import Load, WriteOptions
+from evenmoe.metrics import as_array
 from evenmoe.placement import Placement
 
 _BY_SUFFIX = {
@@ -89,7 +90,15 @@ def _checked(value: Placement | npt.ArrayLike, entry: Format) -> Placement | Loa
         )
     if isinstance(value, Placement):
         return value
-    load = np.asarray(value)
+    try:
+        load = as_array(value)
+    except Exception as error:  # what torch and numpy raise for what is no array: five types at least
+        raise ConstraintError(
+            "value",
+            f"a {type(value).__name__} that is no array ({' '.join(str(error).split())[:80]})",
+            "must hold numbers, (windows, layers, experts) or (layers, experts), rows of one length",
+            "pass tokens per expert, one row per layer",
+        ) from None
     if load.ndim == 2:
         load = load[None]
     if load.ndim != 3 or load.size == 0 or load.dtype.kind not in "iuf":
@@ -99,7 +108,10 @@ def _checked(value: Placement | npt.ArrayLike, entry: Format) -> Placement | Loa
             "must hold numbers, (windows, layers, experts) or (layers, experts), no axis empty",
             "pass tokens per expert, one row per layer",
         )
-    load = load.astype(np.float64 if load.dtype.kind == "f" else np.int64)
+    if load.dtype == np.uint64 and load.max() >= 2**63:
+        raise ConstraintError("value", f"an array of up to {load.max()}", "must fit int64", "check for an overflow")
+    with np.errstate(over="ignore"):  # a longdouble beyond float64 becomes infinite, and is found as such
+        load = load.astype(np.float64 if load.dtype.kind == "f" else np.int64)
     wrong = ~np.isfinite(load) | (load < 0)
     if wrong.any():
         index = tuple(int(i) for i in np.argwhere(wrong)[0])

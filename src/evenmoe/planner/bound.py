@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from evenmoe.metrics import FloatArray, as_load
+from evenmoe.metrics import FloatArray, as_load, within_range
 from evenmoe.planner._bound import lower_bounds, scratch
 from evenmoe.planner._exact import improve
 from evenmoe.planner._groups import MOST_PACKINGS, all_packings, best_packings, count_packings
@@ -76,7 +76,7 @@ def lower_bound(
     """
     tokens = as_load(load)
     shape = check_shape(tokens.shape[-1], num_ranks, num_slots, num_nodes, num_groups)
-    rows = tokens.reshape(-1, shape.num_experts)
+    rows = within_range(tokens.reshape(-1, shape.num_experts))
     mean = rows.sum(axis=1) / shape.num_ranks
     peaks = _floors(rows, shape.num_ranks, shape.num_slots)
     if shape.is_hierarchical:

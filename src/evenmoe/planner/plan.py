@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.errors import ConstraintError
-from evenmoe.metrics import FloatArray, as_load
-from evenmoe.placement import Placement
+from evenmoe.metrics import FloatArray, as_load, within_range
+from evenmoe.placement import Placement, layers_of
 from evenmoe.planner._shape import Shape, check_shape, whole_number
 from evenmoe.rules.shares import check_rule
 
@@ -32,7 +32,8 @@ def plan(
 
     Args:
         load: tokens per logical expert, (L, E); or windows (T, L, E): then the mean over windows of the
-            peak-to-average load is made small, for loads like the ones recorded, not for their sum.
+            peak-to-average load is made small, for loads like the ones recorded, not for their sum. A window in which
+            a layer has no tokens says nothing about that layer: it is planned as if the window were not there.
         num_ranks: G.
         num_slots: S, at least E and a multiple of G.
         num_nodes: nodes that share the ranks evenly, in rank order.
@@ -62,7 +63,7 @@ def plan(
     >>> placement.num_replicas.tolist()
     [[2, 1, 1]]
     """
-    tokens = as_load(load)
+    tokens = _without_empty(within_range(as_load(load)))
     shape = check_shape(tokens.shape[-1], num_ranks, num_slots, num_nodes, num_groups)
     seed = whole_number("seed", seed, 0)
     check_rule(rule)
@@ -70,6 +71,56 @@ def plan(
     if max_copies is not None:
         max_copies = whole_number("max_copies", max_copies, 0)
     _check_goals(previous, max_copies, target_par, rule)
+    if tokens.ndim == 3 and previous is not None:
+        return _plan_each_history(tokens, shape, rule, previous, max_copies, target_par, seed)
+    return _plan(tokens, shape, rule, previous, max_copies, target_par, seed)
+
+
+def _without_empty(tokens: FloatArray) -> FloatArray:
+    """Windows (T, L, E) without those in which nothing at all was recorded; one of them is kept if all are so."""
+    if tokens.ndim == 2:
+        return tokens
+    recorded = tokens.any(axis=(1, 2))
+    return tokens[recorded] if recorded.any() else tokens[:1]
+
+
+def _plan_each_history(
+    tokens: FloatArray,
+    shape: Shape,
+    rule: str,
+    previous: Placement,
+    max_copies: int | None,
+    target_par: float | None,
+    seed: int,
+) -> Placement:
+    """Plan layers with tokens in the same windows together, from those windows alone.
+
+    The means over windows that decide about copies would otherwise count a window without tokens as an even one.
+    """
+    seen = tokens.any(axis=2).T
+    seen[~seen.any(axis=1)] = True
+    histories, which = np.unique(seen, axis=0, return_inverse=True)
+    if len(histories) == 1:
+        return _plan(tokens, shape, rule, previous, max_copies, target_par, seed)
+    slots, order = np.empty_like(previous.slot_to_expert), np.empty_like(previous.replica_index)
+    for number, windows in enumerate(histories):
+        layers = np.flatnonzero(which.reshape(-1) == number)
+        in_use = layers_of(previous, layers)
+        part = _plan(tokens[windows][:, layers], shape, rule, in_use, max_copies, target_par, seed)
+        slots[layers], order[layers] = part.slot_to_expert, part.replica_index
+    return Placement(slots, shape.num_ranks, num_experts=shape.num_experts, replica_index=order)
+
+
+def _plan(
+    tokens: FloatArray,
+    shape: Shape,
+    rule: str,
+    previous: Placement | None,
+    max_copies: int | None,
+    target_par: float | None,
+    seed: int,
+) -> Placement:
+    """The planner that the checked arguments call for."""
     if rule in ("rank", "batch"):
         from evenmoe.planner.rule_aware import plan_for_rule
 

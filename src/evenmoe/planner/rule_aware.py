@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.metrics import FloatArray, count_copies, peak_over_mean
-from evenmoe.placement import Placement
+from evenmoe.placement import Placement, layers_of
 from evenmoe.planner import batch, rank_rule
 from evenmoe.planner._renaming import rename_ranks
 from evenmoe.planner._shape import Shape
@@ -97,7 +97,7 @@ def _or_anew(
     if not behind.size:
         return found
     part = load[..., behind, :]
-    in_use, walked = _layers(start, behind), _layers(found, behind)
+    in_use, walked = layers_of(start, behind), layers_of(found, behind)
     new = rename_ranks(plan_for_rule(part, shape, rule, seed=seed), in_use)
     copies = count_copies(in_use, new)
     gain = reached[behind] - judge(part, new, seed) - price * (copies - count_copies(in_use, walked))
@@ -111,15 +111,6 @@ def _judge_rank_rule(load: FloatArray, placement: Placement, _: int) -> FloatArr
     """(L,): the mean peak-to-average load of the windows."""
     peaks = peak_over_mean(rank_loads(load, placement, "rank"))
     return peaks.mean(axis=0) if load.ndim == 3 else peaks
-
-
-def _layers(placement: Placement, layers: npt.NDArray[np.int64]) -> Placement:
-    return Placement(
-        placement.slot_to_expert[layers],
-        placement.num_ranks,
-        num_experts=placement.num_experts,
-        replica_index=placement.replica_index[layers],
-    )
 
 
 def _by_load(load: FloatArray) -> npt.NDArray[np.int64]:

@@ -153,12 +153,14 @@ def choose_strength(history: History, num_slots: int, seed: int = 0) -> Strength
 
     Blocks of consecutive windows are held out in turn, since neighbours in time are alike. A strength replaces the
     usual one if its mean held-out peak, over at most eight layers, is lower by two standard errors of the difference
-    over windows.
+    over windows. Where a window has no load in a layer, there is nothing to judge.
     """
     num_windows = len(history.windows)
-    if num_windows < FEWEST:
-        return USUAL
     layers = np.unique(np.linspace(0, history.windows.shape[1] - 1, LAYERS).round().astype(np.int64))
+    seen = history.seen[:, layers]
+    judged = seen.any(axis=1)
+    if judged.sum() < FEWEST:
+        return USUAL
     fold = np.arange(num_windows) * FOLDS // num_windows if num_windows > FOLDS else np.arange(num_windows)
     tries = most_tries(num_windows, num_slots) // TRIAL
 
@@ -169,7 +171,7 @@ def choose_strength(history: History, num_slots: int, seed: int = 0) -> Strength
             slots = plan_history(past, num_slots, strength, tries, seed)
             placement = Placement(slots, history.num_ranks, num_experts=history.windows.shape[2])
             peaks[fold == block] = peak_to_average(rest.windows, placement)
-        return peaks.mean(axis=1)
+        return peaks[judged].mean(axis=1, where=seen[judged])
 
     best, least = USUAL, held_out(USUAL)
     for field, values in (("independence", INDEPENDENCES), ("sharpness", SHARPNESSES)):
@@ -177,7 +179,7 @@ def choose_strength(history: History, num_slots: int, seed: int = 0) -> Strength
             candidate = best._replace(**{field: value})
             peaks = held_out(candidate)
             gain = least - peaks
-            if gain.mean() > MARGIN * gain.std(ddof=1) / np.sqrt(num_windows):
+            if gain.mean() > MARGIN * gain.std(ddof=1) / np.sqrt(len(gain)):
                 best, least = candidate, peaks
     return best
 

@@ -81,6 +81,8 @@ def slot_loads(load: npt.ArrayLike, placement: Placement, rule: str) -> FloatArr
 def rank_loads(load: npt.ArrayLike, placement: Placement, rule: str) -> FloatArray:
     """Tokens that each rank computes under a rule: load (L, E) or (T, L, E) -> float64 (L, G) or (T, L, G).
 
+    The load of a layer must be far from the ends of float64 (`metrics.within_range`).
+
     >>> rank_loads([[6, 1, 3]], Placement([[0, 1, 0, 2]], num_ranks=2), "batch").tolist()
     [[5.0, 5.0]]
     """

@@ -6,8 +6,11 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
+from evenmoe.metrics import as_array
 
 IntArray = npt.NDArray[np.int64]
+
+_MOST_TOKENS = 2.0**62
 
 
 class SplitPlan:
@@ -114,7 +117,7 @@ def split_batch(num_tokens: object, slot_to_expert: object, num_ranks: int) -> I
 
     Raises:
         UnsupportedTypeError: an array that does not hold integers.
-        ConstraintError: a wrong shape, a negative entry, tokens of an expert that has no slot.
+        ConstraintError: a wrong shape, a negative entry, too many tokens, tokens of an expert that has no slot.
 
     Method: water-filling, then exact improvement along chains of replicas; see `rules/split_kernels.py`.
 
@@ -131,17 +134,29 @@ def split_batch(num_tokens: object, slot_to_expert: object, num_ranks: int) -> I
             "must be (experts,) or (layers, experts)",
             "pass the tokens of every logical expert, over all ranks",
         )
+    if tokens.sum(axis=-1, dtype=np.float64).max() >= _MOST_TOKENS:
+        raise ConstraintError(
+            "num_tokens",
+            f"an array of up to {tokens.max()}",
+            "must hold fewer than 2**62 tokens in a layer, so that their sums are exact",
+            "check how they were counted",
+        )
     return SplitPlan(slot_to_expert, num_ranks, tokens.shape[-1]).split(tokens)
 
 
 def _integers(name: str, values: object) -> IntArray:
-    if not isinstance(values, np.ndarray) and hasattr(values, "detach"):  # a torch tensor; torch is not imported here
-        values = values.detach().cpu().numpy()  # pyright: ignore[reportAttributeAccessIssue]
-    array = np.asarray(values)
-    if array.dtype.kind not in "iu" and array.size:
+    try:
+        array = as_array(values)
+    except Exception as error:  # what torch and numpy raise for what is no array: five types at least
+        reason = " ".join(str(error).split())[:80]
         raise UnsupportedTypeError(
-            name, f"of dtype {array.dtype}", "must hold integers", "convert it with .astype(np.int64)"
-        )
+            name, f"a {type(values).__name__} that is no array ({reason})", "must hold integers", "pass int64"
+        ) from None
+    if array.dtype.kind not in "iu" and array.size:
+        dtype = str(getattr(values, "dtype", array.dtype)).removeprefix("torch.")
+        raise UnsupportedTypeError(name, f"of dtype {dtype}", "must hold integers", "convert it with .astype(np.int64)")
+    if array.dtype == np.uint64 and array.size and array.max() >= 2**63:
+        raise ConstraintError(name, f"an array of up to {array.max()}", "must fit int64", "check for an overflow")
     return np.asarray(array, np.int64, order="C")
 
 

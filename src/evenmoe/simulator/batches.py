@@ -99,6 +99,9 @@ class DrawnBatches:
     the chance K × load / total load of the layer, at most 1, independently; so a token picks K experts on average.
     Where the trace knows loads by source rank they give every rank its own chances: source rank g of G takes recorded
     rank g × R // G, or with G < R the sum of the ranks from there to (g + 1) × R // G.
+
+    Every token passes through every layer, so windows without a token in a layer only do not know its load: a step of
+    such windows draws that layer from the last window before them that does, or else from the first one after.
     """
 
     def __init__(self, trace: Trace, world: World, num_steps: int, top_k: int, seed: int) -> None:
@@ -111,6 +114,7 @@ class DrawnBatches:
         self._step = -1
         self._window: tuple[int, int] = (0, 0)
         self._chances: FloatArray = np.zeros((0, 0, 0))
+        self._known = np.asarray(load.any(axis=(1, 3)))  # (T, L)
         by_rank = "" if trace.load_by_rank is None else " of its own"
         self.notes: tuple[str, ...] = (
             f"The trace has no tokens: every source rank draws its counts of picks from the windows' loads{by_rank}, "
@@ -118,6 +122,12 @@ class DrawnBatches:
             "the rule works; by token, the rows that pick an expert are drawn too.",
             "Rows once per rank are expected values: a rank's tokens are taken to combine their picks independently.",
         )
+        partly = int((np.asarray(self._known.any(axis=0)) & ~self._known.all(axis=0)).sum())
+        if partly:
+            self.notes += (
+                f"{partly} of {load.shape[2]} layers have no token in some windows: steps of those draw the layer from "
+                "the last window before that has some, or else from the first one after.",
+            )
 
     def advance(self) -> None:
         self._step += 1
@@ -127,10 +137,19 @@ class DrawnBatches:
         if (begin, end) != self._window:
             self._window = (begin, end)
             load = self._load[begin:end].sum(axis=0, dtype=np.float64)
+            self._fill_in(load, begin)
             if len(load) > 1:
                 load = _fit_ranks(load, self._world.num_ranks)
             # (L, E, R), as the draws go through it
             self._chances = np.ascontiguousarray(pick_chances(load, self._top_k).transpose(1, 2, 0))
+
+    def _fill_in(self, load: FloatArray, begin: int) -> None:
+        """Give the layers of `load` (R, L, E), from window `begin` on, that have no token those of another window."""
+        for layer in np.flatnonzero(~load.any(axis=(0, 2))).tolist():
+            known = np.flatnonzero(self._known[:, layer])
+            if known.size:
+                before = known[known < begin]
+                load[:, layer] = self._load[before[-1] if before.size else known[0], :, layer]
 
     def experts(self, layer: int) -> None:
         return None

@@ -16,6 +16,7 @@ from evenmoe.simulator.batches import Batches, new_batches
 from evenmoe.simulator.costs import CostModel
 from evenmoe.simulator.placing import check_policy, first_placement, plan_policy
 from evenmoe.simulator.policies import DEFAULT, parse_policies
+from evenmoe.simulator.recorded import recorded_part
 from evenmoe.simulator.result import Simulation
 from evenmoe.simulator.settings import describe_settings
 from evenmoe.simulator.track import Track
@@ -49,7 +50,8 @@ def simulate(
     excepted); what comes later cannot change what came before.
 
     Args:
-        trace: with tokens every pick is replayed, else counts are drawn from the loads (`batches`).
+        trace: with tokens every pick is replayed, else counts are drawn from the loads (`batches`), of the windows and
+            layers in which anything was recorded (`recorded`).
         policies: as `--policy` takes them (`policies`); the first identity comes first, added where there is none.
         world: ranks, nodes and tokens per rank.
         costs: what times are made from.
@@ -77,6 +79,7 @@ def simulate(
     >>> found.par.tolist(), found.rank_tokens.tolist(), found.traffic.within_node.tolist()
     ([[2.0]], [[2, 0]], [1])
     """
+    trace, empty_windows, left_out = recorded_part(trace)
     chunk = _check_chunk(chunk, world)
     top_k = _find_top_k(trace, top_k)
     num_steps = _find_steps(trace, world, num_steps)
@@ -117,7 +120,8 @@ def simulate(
         tokens=np.full(num_steps, world.num_ranks * world.tokens_per_rank, np.int64),
         load=run.load,
         policies=tuple(track.result(tracks[0], costs) for track in tracks),
-        notes=batches.notes,
+        notes=(*batches.notes, *left_out),
+        empty_windows=empty_windows,
     )
 
 

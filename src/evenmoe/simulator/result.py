@@ -100,6 +100,7 @@ class Simulation:
         load: int64 (L, E), rows per logical expert, all steps together.
         policies: the first one is the static baseline, "identity".
         notes: sentences on what is exact and what is drawn or expected, to be shown with the numbers.
+        empty_windows: int, windows of the trace that were left out because nothing was recorded in them.
     """
 
     trace: str
@@ -112,3 +113,4 @@ class Simulation:
     load: IntArray
     policies: tuple[PolicyResult, ...]
     notes: tuple[str, ...] = ()
+    empty_windows: int = 0

@@ -77,6 +77,7 @@ def save_simulation(path: str | Path, simulation: Simulation) -> None:
         "num_experts": simulation.num_experts,
         "top_k": simulation.top_k,
         "notes": simulation.notes,
+        "empty_windows": simulation.empty_windows,
         "policies": policies,
     }
     text = json.dumps(head, ensure_ascii=False, allow_nan=False).encode()
@@ -139,6 +140,7 @@ def _read(archive: zipfile.ZipFile, path: Path) -> Simulation:
         top_k=_whole(path, head, "top_k"),
         policies=found,
         notes=tuple(_texts(path, head, "notes")),
+        empty_windows=_whole(path, {"empty_windows": 0, **head}, "empty_windows", least=0),  # younger than version 1
         **{name: _array(archive, path, name, dtype, sizes, axes) for name, (dtype, axes) in _ARRAYS.items()},
     )
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from evenmoe.cli.file_options import Map
 from evenmoe.cli.root import Json, app
 
 _WORLD, _POLICIES, _COSTS, _RESULTS = "World", "Policies", "Costs, in place of the model's", "Results"
@@ -25,6 +26,7 @@ def simulate(
     trace: Annotated[
         str, typer.Argument(help="A trace (.npz), a load in any format, or synthetic:MODEL for a made-up one.")
     ],
+    map_: Map = None,
     model: Annotated[str | None, typer.Option(help="Sizes of experts and rows. Default: told by the trace.")] = None,
     ranks: Annotated[int, typer.Option(rich_help_panel=_WORLD, min=1, help="Ranks; each owns tokens and slots.")] = 32,
     nodes: Annotated[
@@ -157,6 +159,7 @@ def simulate(
             details=details,
             seed=seed,
             workers=workers,
+            map=map_,
             command=("evenmoe", *sys.argv[1:]),
         ),
         as_json=json,

@@ -12,6 +12,7 @@ _DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
+    "BF16": np.uint16,  # numpy has none: see `_widened`
     "I64": np.int64,
     "I32": np.int32,
     "I16": np.int16,
@@ -28,7 +29,7 @@ class SafetensorsError(ValueError):
 
 
 def parse_safetensors(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Tensors by name, views of `data`, and the metadata. Raises `SafetensorsError`."""
+    """Tensors by name, views of `data` (bfloat16 as float32), and the metadata. Raises `SafetensorsError`."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > len(data) - 8:
         raise SafetensorsError(f"with a header of {length} bytes in a file of {len(data)}")
@@ -73,7 +74,13 @@ def _tensor(name: str, entry: Any, body: memoryview, places: list[tuple[int, int
     if shape.size > 8 or (shape < 0).any():
         raise SafetensorsError(f"with {name[:60]!r} of shape {shape.tolist()}")
     places.append((span[0], span[1]))
-    return np.frombuffer(body[span[0] : span[1]], np.dtype(_DTYPES[dtype]).newbyteorder("<")).reshape(shape)
+    values = np.frombuffer(body[span[0] : span[1]], np.dtype(_DTYPES[dtype]).newbyteorder("<")).reshape(shape)
+    return _widened(values) if dtype == "BF16" else values
+
+
+def _widened(halves: np.ndarray) -> np.ndarray:
+    """bfloat16 as float32, whose upper half it is."""
+    return (halves.astype(np.uint32) << 16).view(np.float32)
 
 
 def _integers(value: Any) -> bool:

@@ -26,6 +26,7 @@ _ITEM_BYTES = {
     "torch BoolStorage": 1,
 }
 _REBUILD, _ORDERED = "torch._utils _rebuild_tensor_v2", "collections OrderedDict"
+_PARAMETER = "torch._utils _rebuild_parameter"  # (tensor, whether it requires gradients, hooks)
 _LARGEST_BYTES = 32 << 20  # pickletools walks a million operations a second
 _TENSOR_BYTES = 1500  # of Python and C++ objects for one tensor and its storage
 _PUSHED_BYTES = {"EMPTY_DICT": 80, "EMPTY_LIST": 72, "EMPTY_TUPLE": 8, "NONE": 8, "NEWTRUE": 8, "NEWFALSE": 8}
@@ -113,7 +114,7 @@ class _Walk:
             raise self.wrong(f"the operation {name}")
 
     def known(self, name: str) -> _Global:
-        if name not in _ITEM_BYTES and name not in (_REBUILD, _ORDERED):
+        if name not in _ITEM_BYTES and name not in (_REBUILD, _ORDERED, _PARAMETER):
             raise self.wrong(f"the name `{name[:80]}`, which is code")
         return _Global(name)
 
@@ -132,6 +133,9 @@ class _Walk:
     def call(self, function: Any, arguments: Any) -> Any:
         if function == _Global(_ORDERED) and arguments == ():
             self.spend(150)
+            return _OPAQUE
+        if function == _Global(_PARAMETER) and arguments == (_OPAQUE,) * 3:
+            self.spend(_TENSOR_BYTES)
             return _OPAQUE
         if function != _Global(_REBUILD) or not isinstance(arguments, tuple) or len(arguments) not in (6, 7):
             raise self.wrong("a call of something else than a tensor's making")
