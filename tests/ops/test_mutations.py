@@ -200,7 +200,9 @@ BUGS = {
     "position behind its block": bug(
         worlds, OPS + "exchange", "- (row_counts.cumsum(0) - row_counts)[dest", "- (row_counts.cumsum(0))[dest"
     ),
-    "head taken for a row": bug(worlds, TRANSPORT + "call", "first = [start + head for", "first = [start for"),
+    "head taken for a row": bug(
+        worlds, TRANSPORT + "call", "self.first = starts, [start + head for", "self.first = starts, [start for"
+    ),
     "numbers of the next rank": bug(worlds, TRANSPORT + "call", "            taken = 0\n", "            taken = 1\n"),
     "numbers over the head": bug(worlds, TRANSPORT + "call", "place += _HEAD_BYTES", "place += 0"),
     # §2.7, §2.12: what dispatch returns

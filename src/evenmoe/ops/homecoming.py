@@ -15,7 +15,7 @@ from evenmoe.contract.layout import Layout
 from evenmoe.errors import ConstraintError
 from evenmoe.ops.groups import active_ranks, calls_of, find_groups, in_order
 from evenmoe.ops.quantise import pack_blocks, unpack_blocks
-from evenmoe.ops.routing import active_tokens, runs, sent_entries
+from evenmoe.ops.routing import active_tokens, sent_entries
 from evenmoe.ops.values import check_physical_ids
 from evenmoe.transport.agreement import DISPATCH, UNKNOWN, digest, dtype_code
 from evenmoe.transport.call import GroupCall, Outgoing, together
@@ -137,8 +137,7 @@ def _send_home(
     if given["check_values"]:
         _check_places(slot, layout, given)
     place = torch.full((layout.num_tokens * places,), -1, dtype=torch.int64, device=rows.device)
-    starts, lengths = torch.tensor([incoming.first, incoming.rows], device=rows.device)
-    place[slot] = runs(starts, lengths)
+    place[slot] = incoming.positions()
     received = unpack_blocks(incoming.buffer, layout.hidden, rows.dtype) if packed else incoming.buffer
     return received, place.view(layout.num_tokens, places)
 

@@ -14,7 +14,7 @@ import torch
 from evenmoe.contract.layout import Layout, make_layout
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
 from evenmoe.ops.exchange import exchange, prepare_sending
-from evenmoe.ops.routing import Routing, route, runs
+from evenmoe.ops.routing import Routing, route
 from evenmoe.ops.specs import refuse_other_places
 from evenmoe.ops.weighted_sum import add_rows
 from evenmoe.runtime.replica_choice import RULES, ReplicaChoice, refuse_other_types
@@ -339,8 +339,7 @@ def _weighted_sum(incoming: Incoming, routing: Routing, topk_weights: torch.Tens
     """Rows come home in the order in which `routing` sent the tokens out, so each one's place is known."""
     (num_tokens, top_k), rows = topk_weights.shape, incoming.buffer
     place = torch.full((num_tokens, top_k), -1, dtype=torch.int64, device=rows.device)
-    starts, lengths = torch.tensor([incoming.first, incoming.rows], device=rows.device)
-    place[routing.token, routing.k] = runs(starts, lengths)
+    place[routing.token, routing.k] = incoming.positions()
     total = torch.zeros((num_tokens, rows.shape[1]), dtype=torch.float32, device=rows.device)
     add_rows(total, rows, place, topk_weights)
     return total.to(rows.dtype)

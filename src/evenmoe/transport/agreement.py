@@ -138,6 +138,8 @@ def check_headers(headers: Words, choices: Mapping[str, Sequence[str]]) -> None:
     Raises:
         RankDisagreementError: a rank failed, or they differ in the call or in a size; the same on every rank.
     """
+    if not headers[0, 2] and (headers == headers[0]).all():
+        return
     for rank, words in enumerate(headers):
         if words[2]:
             raise failed_there(rank, _NAMES[words[1]], text_of(words[4 + FIELDS :]), refused=words[2] != FAILED)

@@ -15,7 +15,7 @@ Shapes: W ranks, H width of a row, N rows of a packet, M numbers of a packet.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
@@ -28,13 +28,13 @@ from evenmoe.errors import LostRankError, RankDisagreementError
 from evenmoe.transport import agreement
 from evenmoe.transport.contract import Transport
 
-_HEAD_WORDS = 32  # number of the exchange, rows of the block, status, nothing; text of a failure
+_HEAD_WORDS, _TEXT = 32, 3  # number of the exchange, rows of the block, status; the text of a failure
 _HEAD_BYTES = 8 * _HEAD_WORDS
 # What the others wait for: the exchange that comes next; not known, since this rank has not understood their headers;
 # nothing more.
 _PENDING, _UNKNOWN, _DONE = range(3)
 _NUMPY = {torch.int32: np.int32, torch.int64: np.int64}
-_SIZES = 2  # counts that stand before the operator's own: numbers and rows of the packet that follows
+_COUNTS = agreement.HEADER + 2  # where counts begin, behind the numbers and the rows of the packet that follows
 
 
 @dataclass(frozen=True)
@@ -68,26 +68,31 @@ class Incoming:
     rows: list[int]
     numbers: torch.Tensor
 
+    def positions(self) -> torch.Tensor:
+        """int64 (N,), where every row lies in `buffer`, by source."""
+        ranges = [np.arange(first, first + count) for first, count in zip(self.first, self.rows, strict=True)]
+        return torch.from_numpy(np.concatenate(ranges)).to(self.buffer.device)
 
-@dataclass(frozen=True)
+
 class _Blocks:
-    """How the blocks of all ranks lie in a buffer, one after the other: W of each, in rows but for `numbers`."""
+    """How the blocks of all ranks lie in a buffer, one after the other: W of each.
 
-    numbers: list[int]
-    rows: list[int]
-    heads: list[int]
-    starts: list[int]
-    total: int
+    Attributes:
+        numbers, rows: int32 numbers and rows of every block.
+        lengths: rows of the whole block. starts, first: where it begins, and its first row of all. total: of all.
+    """
 
-    @classmethod
-    def of(cls, numbers: Sequence[int], rows: Sequence[int], row_bytes: int) -> _Blocks:
+    def __init__(self, numbers: Sequence[int], rows: Sequence[int], row_bytes: int) -> None:
+        self.numbers, self.rows = numbers, list(rows)
         heads = [-(-(_HEAD_BYTES + 4 * n) // row_bytes) for n in numbers]
-        stops = list(accumulate(head + n for head, n in zip(heads, rows, strict=True)))
-        return cls(list(numbers), list(rows), heads, [0, *stops[:-1]], stops[-1])
+        self.lengths = [head + n for head, n in zip(heads, rows, strict=True)]
+        *starts, self.total = accumulate(self.lengths, initial=0)
+        self.starts, self.first = starts, [start + head for start, head in zip(starts, heads, strict=True)]
 
-    @property
-    def lengths(self) -> list[int]:
-        return [head + n for head, n in zip(self.heads, self.rows, strict=True)]
+    def places(self, num_bytes: int) -> list[int]:
+        """Where the blocks begin in the memory of the whole buffer, in bytes."""
+        row_bytes = num_bytes // self.total
+        return [start * row_bytes for start in self.starts]
 
 
 @dataclass(frozen=True)
@@ -117,10 +122,12 @@ class GroupCall:
         self._stage = _PENDING
         self._plan: _Plan | None = None  # once agreed
         self._rest: torch.Tensor | None = None  # counts that did not fit beside the header
+        self._fitting = agreement.fitting(group.world_size)  # counts beside it; later headers come with few
 
     def narrow(self, group: Transport) -> None:
         """Go on with the ranks that are left, which wait for this one from now on."""
         self.group, self._heard, self._next = group, True, group.number()
+        self._fitting = agreement.fitting(group.world_size)
 
     def agree(
         self,
@@ -147,20 +154,14 @@ class GroupCall:
             RankDisagreementError: ranks make different calls or call with different sizes, or one of them failed.
             LostRankError: a rank is gone, or out of step.
         """
-        group = self.group
         self._operator = operator or self._operator
-        fitting, size = agreement.fitting(group.world_size), group.world_size
-        packets = counts.new_zeros((size, _SIZES))
-        if outgoing is not None:
-            packets = torch.tensor([*zip(outgoing.numbers, outgoing.rows, strict=True)], device=counts.device)
-        counts = torch.cat([packets, counts], dim=1)
-        rest = counts[:, fitting:].contiguous() if counts.shape[1] > fitting else None
-        received = self._exchange_headers(agreement.header(self._next, self._operator, sizes), counts[:, :fitting])
+        fitting, width = self._fitting, counts.shape[1]
+        rest = counts[:, fitting:].contiguous() if width > fitting else None
+        header = agreement.header(self._next, self._operator, sizes)
+        received = self._exchange_headers(header, outgoing, counts[:, :fitting])
         self._understand(received.cpu().numpy(), outgoing, rest, choices or {})
-        theirs = received[:, agreement.HEADER : agreement.HEADER + min(counts.shape[1], fitting)]
-        if rest is not None:
-            theirs = torch.cat([theirs, self._exchange_rest(rest)], dim=1)
-        return theirs[:, _SIZES:]
+        theirs = received[:, _COUNTS : _COUNTS + min(width, fitting)]
+        return theirs if rest is None else torch.cat([theirs, self._exchange_rest(rest)], dim=1)
 
     def exchange(
         self, rows: torch.Tensor, index: torch.Tensor | None = None, numbers: torch.Tensor | None = None
@@ -184,7 +185,7 @@ class GroupCall:
         shape = plan.outgoing.shape
         if not prod(shape):
             rows = rows.new_zeros((len(rows), *_wire_shape(shape)))
-        incoming = self._exchange_packets(plan, self._packed(plan, _no_failure(), rows, index, numbers))
+        incoming = self._exchange_packets(plan, self._packed(plan, rows, index, numbers))
         return incoming if prod(shape) else replace(incoming, buffer=rows.new_empty((len(incoming.buffer), *shape)))
 
     def fail(self, error: BaseException) -> None:
@@ -205,24 +206,24 @@ class GroupCall:
             if self._plan is None:
                 self._exchange_headers(agreement.failed_header(self._next, self._operator, error))
             else:
-                head = _no_failure()
-                head[2] = getattr(error, "status", agreement.FAILED)
-                head[4:] = agreement.text_words(error, _HEAD_WORDS - 4)
-                self._exchange_packets(self._plan, self._packed(self._plan, head))
+                self._exchange_packets(self._plan, self._packed(self._plan, error=error))
             self._stage = _DONE
         except (LostRankError, RankDisagreementError):
             pass  # the caller's own error comes first
         except BaseException as another:  # whatever it is, the others must not wait for this rank
             group.break_off(f"failed with {type(another).__name__} in the midst of {self._operator}")
 
-    def _exchange_headers(self, header: agreement.Words, counts: torch.Tensor | None = None) -> torch.Tensor:
-        """Header and counts to every rank; int64 (W, HEADER + as many counts as fit)."""
-        size = self.group.world_size
-        shape = (size, agreement.HEADER + agreement.fitting(size))
-        message = torch.zeros(shape, dtype=torch.int64, device=self._device)
-        message[:, : agreement.HEADER] = torch.from_numpy(header)
+    def _exchange_headers(
+        self, header: agreement.Words, outgoing: Outgoing | None = None, counts: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Header, sizes of the packet and counts to every rank; int64 (W, _COUNTS + as many counts as fit)."""
+        words = np.zeros((self.group.world_size, _COUNTS + self._fitting), np.int64)
+        words[:, : agreement.HEADER] = header
+        if outgoing is not None:
+            words[:, agreement.HEADER], words[:, agreement.HEADER + 1] = outgoing.numbers, outgoing.rows
         if counts is not None:
-            message[:, agreement.HEADER : agreement.HEADER + counts.shape[1]] = counts
+            words[:, _COUNTS : _COUNTS + counts.shape[1]] = counts.cpu().numpy()
+        message = torch.from_numpy(words).to(self._device)
         self._stage = _UNKNOWN
         return self.group.exchange_counts(message)
 
@@ -235,7 +236,7 @@ class GroupCall:
     ) -> None:
         """Compare the headers, and know what the others wait for next."""
         headers = received[:, : agreement.HEADER]
-        self._check_in_step(headers[:, 0], self._next)
+        self._check_in_step(headers[:, 0])
         try:
             agreement.check_headers(headers, choices)
         except RankDisagreementError:
@@ -243,10 +244,10 @@ class GroupCall:
             raise
         if outgoing is not None:
             row_bytes = prod(_wire_shape(outgoing.shape)) * outgoing.like.element_size()
-            numbers, rows = received[:, agreement.HEADER : agreement.HEADER + _SIZES].T.tolist()
-            sent = _Blocks.of(outgoing.numbers, outgoing.rows, row_bytes)
-            self._plan = _Plan(outgoing, sent, _Blocks.of(numbers, rows, row_bytes))
-        self._next, self._rest, self._stage = self._next + 1, rest, _PENDING
+            numbers, rows = received[:, agreement.HEADER : _COUNTS].T.tolist()
+            sent = _Blocks(outgoing.numbers, outgoing.rows, row_bytes)
+            self._plan = _Plan(outgoing, sent, _Blocks(numbers, rows, row_bytes))
+        self._next, self._rest, self._stage, self._fitting = self._next + 1, rest, _PENDING, 0
 
     def _exchange_rest(self, rest: torch.Tensor) -> torch.Tensor:
         received = self.group.exchange_counts(rest)
@@ -256,12 +257,12 @@ class GroupCall:
     def _packed(
         self,
         plan: _Plan,
-        head: agreement.Words,
         rows: torch.Tensor | None = None,
         index: torch.Tensor | None = None,
         numbers: torch.Tensor | None = None,
+        error: BaseException | None = None,
     ) -> torch.Tensor:
-        """The blocks for all ranks, in the group's memory; without `rows` there are heads alone in them."""
+        """The blocks for all ranks, in the group's memory; of a failed call only the heads mean anything."""
         blocks = plan.sent
         buffer = self.group.rows_to_send((blocks.total, *_wire_shape(plan.outgoing.shape)), plan.outgoing.like)
         if rows is not None and len(rows):
@@ -269,51 +270,53 @@ class GroupCall:
             whole = torch.zeros(blocks.total, dtype=index.dtype, device=index.device)
             into, which = _plain(whole), _plain(index)
             taken = 0
-            for start, first, count in zip(blocks.starts, blocks.heads, blocks.rows, strict=True):
-                into[start + first : start + first + count] = which[taken : taken + count]
+            for first, count in zip(blocks.first, blocks.rows, strict=True):
+                into[first : first + count] = which[taken : taken + count]
                 taken += count
             torch.index_select(rows, 0, whole, out=buffer)
         memory = _plain(_bytes_of(buffer))
-        row_bytes = len(memory) // blocks.total
+        heads = _bytes_like(memory, self._heads(blocks, error))
         ours = None if numbers is None else _plain(_bytes_of(numbers.contiguous()))
         taken = 0
-        for start, length, count in zip(blocks.starts, blocks.lengths, blocks.numbers, strict=True):
-            head[0], head[1] = self._next, length
-            place = start * row_bytes
-            memory[place : place + _HEAD_BYTES] = _like(memory, head)
+        for rank, (place, count) in enumerate(zip(blocks.places(len(memory)), blocks.numbers, strict=True)):
+            memory[place : place + _HEAD_BYTES] = heads[rank]
             if ours is not None:
                 place += _HEAD_BYTES
                 memory[place : place + 4 * count] = ours[4 * taken : 4 * (taken + count)]
                 taken += count
         return buffer
 
+    def _heads(self, blocks: _Blocks, error: BaseException | None = None) -> agreement.Words:
+        """int64 (W, _HEAD_WORDS), what stands in front of every block."""
+        heads = np.zeros((len(blocks.rows), _HEAD_WORDS), np.int64)
+        heads[:, 0], heads[:, 1] = self._next, blocks.lengths
+        if error is not None:
+            heads[:, 2] = getattr(error, "status", agreement.FAILED)
+            heads[:, _TEXT:] = agreement.text_words(error, _HEAD_WORDS - _TEXT)
+        return heads
+
     def _exchange_packets(self, plan: _Plan, buffer: torch.Tensor) -> Incoming:
         blocks = plan.received
         received = self.group.exchange_rows(buffer, plan.sent.lengths, blocks.lengths, into_scratch=True)
         self._stage = _DONE
         memory = _plain(_bytes_of(received))
-        row_bytes = len(memory) // blocks.total
-        places = [start * row_bytes for start in blocks.starts]
+        places = blocks.places(len(memory))
         heads = _joined([memory[place : place + _HEAD_BYTES] for place in places], torch.int64)
         heads = heads.cpu().numpy().reshape(-1, _HEAD_WORDS)
-        self._check_in_step(np.where(heads[:, 1] == blocks.lengths, heads[:, 0], -1), self._next)
-        for rank, head in enumerate(heads):
-            if head[2]:
-                text, refused = agreement.text_of(head[4:]), head[2] != agreement.FAILED
-                raise agreement.failed_there(rank, self._operator, text, refused)
-        numbers = _joined(
-            [
-                memory[place + _HEAD_BYTES : place + _HEAD_BYTES + 4 * count]
-                for place, count in zip(places, blocks.numbers, strict=True)
-            ],
-            torch.int32,
-        )
-        first = [start + head for start, head in zip(blocks.starts, blocks.heads, strict=True)]
-        return Incoming(received, first, blocks.rows, numbers)
+        if (heads[:, :_TEXT] != self._heads(blocks)[:, :_TEXT]).any():
+            self._check_in_step(np.where(heads[:, 1] == blocks.lengths, heads[:, 0], -1))
+            rank = int(np.flatnonzero(heads[:, 2])[0])
+            text, refused = agreement.text_of(heads[rank, _TEXT:]), heads[rank, 2] != agreement.FAILED
+            raise agreement.failed_there(rank, self._operator, text, refused)
+        numbers = [
+            memory[place + _HEAD_BYTES : place + _HEAD_BYTES + 4 * count]
+            for place, count in zip(places, blocks.numbers, strict=True)
+        ]
+        return Incoming(received, blocks.first, blocks.rows, _joined(numbers, torch.int32))
 
-    def _check_in_step(self, numbers: agreement.Words, expected: int) -> None:
+    def _check_in_step(self, numbers: agreement.Words) -> None:
         """Every rank must have sent what belongs to the exchange just made; −1 for a message that is cut short."""
-        if (numbers == expected).all():
+        if (numbers == self._next).all():
             return
         found, times = np.unique(numbers, return_counts=True)
         odd = tuple(np.flatnonzero(numbers != found[times.argmax()]).tolist())
@@ -331,9 +334,11 @@ def together(*calls: GroupCall | None) -> Iterator[None]:
         calls: this rank's parts in the order of their exchanges; None for a group that there is not.
     """
     present = [call for call in calls if call is not None]
-    with ExitStack() as turns:
+    held: list[Transport] = []
+    try:
         for call in present:
-            turns.enter_context(call.group.in_turn())
+            call.group.take_turn()
+            held.append(call.group)
         try:
             for call in present:
                 call.group.check_usable()
@@ -342,15 +347,14 @@ def together(*calls: GroupCall | None) -> Iterator[None]:
             for call in present:
                 call.fail(error)
             raise
+    finally:
+        for group in held:
+            group.end_turn()
 
 
 def _wire_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Of a row as it travels: one of no bytes travels as a single element, since a head counts in rows."""
     return shape if prod(shape) else (1,)
-
-
-def _no_failure() -> agreement.Words:
-    return np.zeros(_HEAD_WORDS, np.int64)
 
 
 def _plain(tensor: torch.Tensor) -> Any:
@@ -363,10 +367,10 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
-def _like(memory: Any, words: agreement.Words) -> Any:
-    """Those words as bytes of the kind of `memory`."""
+def _bytes_like(memory: Any, words: agreement.Words) -> Any:
+    """Rows of words as rows of bytes, of the kind of `memory`."""
     octets = words.view(np.uint8)
-    return octets if isinstance(memory, np.ndarray) else torch.from_numpy(octets.copy()).to(memory.device)
+    return octets if isinstance(memory, np.ndarray) else torch.from_numpy(octets).to(memory.device)
 
 
 def _joined(parts: list[Any], dtype: torch.dtype) -> torch.Tensor:

@@ -8,7 +8,6 @@ rows and counts are zero. It serves scaled-down worlds, where some ranks are gon
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -48,12 +47,16 @@ class Transport(Protocol):
         """Return 0, 1, … at successive calls: the number of a layer, equal on ranks that make the same layers."""
         ...
 
-    def in_turn(self) -> AbstractContextManager[None]:
-        """Keep a second call of the same rank away.
+    def take_turn(self) -> None:
+        """Begin a call of this rank, which may have parts that take their turn within it.
 
         Raises:
-            ConstraintError: there is one already.
+            ConstraintError: another thread's call is not over.
         """
+        ...
+
+    def end_turn(self) -> None:
+        """End what `take_turn` began."""
         ...
 
     def check_usable(self) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from evenmoe.errors import ConstraintError, LostRankError
@@ -75,9 +74,8 @@ class GroupEnd(Connection, ABC):
         self._layers += 1
         return self._layers - 1
 
-    @contextmanager
-    def in_turn(self) -> Iterator[None]:
-        """One call of this rank at a time, since the others' exchanges are paired with its own in their order."""
+    def take_turn(self) -> None:
+        # One call at a time, since the others' exchanges are paired with this rank's in their order.
         if not self._turn.acquire(blocking=False):
             raise ConstraintError(
                 "ep",
@@ -85,10 +83,9 @@ class GroupEnd(Connection, ABC):
                 "serves one call of a rank at a time",
                 "let the calls of a rank follow each other, or open a group for each of its threads",
             )
-        try:
-            yield
-        finally:
-            self._turn.release()
+
+    def end_turn(self) -> None:
+        self._turn.release()
 
     def check_usable(self) -> None:
         """Raise what ended this end of the group, if anything did.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from itertools import accumulate
 
 import torch
@@ -45,8 +44,11 @@ class RenumberedTransport:
     def next_layer(self) -> int:
         return self._transport.next_layer()
 
-    def in_turn(self) -> AbstractContextManager[None]:
-        return self._transport.in_turn()
+    def take_turn(self) -> None:
+        self._transport.take_turn()
+
+    def end_turn(self) -> None:
+        self._transport.end_turn()
 
     def check_usable(self) -> None:
         self._transport.check_usable()
