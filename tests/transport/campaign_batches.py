@@ -221,9 +221,8 @@ class Running:
         slots = self._local_slots(result)
         keys = torch.stack([slots, result.source_rank, result.source_token, result.source_k], dim=1).long()
         everyone = [self.inputs_of(index) for index in range(self.member.ep_size)]
-        if (
-            LAYERS[self.batch.layer][0] == "batch"
-        ):  # the split may choose any replica, so the experts alone are compared
+        if LAYERS[self.batch.layer][0] == "batch":
+            # The split may choose any replica, so the experts alone are compared.
             wanted = self._wanted(keys, everyone)
         else:
             wanted = self._expected_keys(everyone)

@@ -131,7 +131,7 @@ def comes_from_the_package(traceback: TracebackType | None) -> bool:
     return False
 
 
-# -- arguments that cannot be right ---------------------------------------------------------------------------------------
+# -- arguments that cannot be right -----------------------------------------------------------------------------------
 
 Change = Callable[[torch.Tensor], Any]
 

@@ -84,6 +84,7 @@ def _look_for_the_worst(
     if outcomes is None:
         if silent_ok:
             return
+        verdict.named_due += 1  # it should have had an error that names the guilty rank
         if status is None:
             verdict.hangs += 1
             verdict.breaks(rank, "hangs past the time-out")
@@ -253,7 +254,7 @@ def _take_loss(
     first = errors[0]
     if plan.harm in ("kill", "stop"):
         verdict.operator = first.operator
-    if plan.tp_size == 2 and first.family in ("lost", "disagreement"):
+    if plan.tp_size == 2 and (first.family == "disagreement" or first.ranks):
         # Whose expert-parallel group is whole hears of the loss from its peer.
         verdict.named += 1
     elif first.family != "lost":

@@ -252,7 +252,7 @@ def main(words: Sequence[str]) -> int:
         campaign = [plan for plan in campaign if f"{plan.kind}:{plan.number}" == options.repeat]
     tell = bool(options.repeat)
     progress: Callable[[str], object] = print if not options.quiet else lambda text: None
-    tally = run_campaign(campaign, options.timeout, tell=tell, progress=lambda text: progress(text))
+    tally = run_campaign(campaign, options.timeout, tell=tell, progress=progress)
     print("\n\n".join(["", *tally.broken[: options.details], tally.table(), tally.summary()]))
     return 1 if tally.broken else 0
 

@@ -45,7 +45,7 @@ def test_promises_are_kept(kind):
     assert len(verdicts) > SMALL[kind] // 2  # faults that come after the end of their call show nothing
 
 
-# -- runtimes that break a promise, each put in place in the processes of a world ------------------------------------------
+# -- runtimes that break a promise, each put in place in the processes of a world -------------------------------------
 
 
 def stale_rows() -> None:
