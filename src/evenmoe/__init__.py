@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from evenmoe.planner.plan import plan as plan
     from evenmoe.rules.split_batch import split_batch as split_batch
     from evenmoe.runtime.expert_parallel import ExpertParallel as ExpertParallel
+    from evenmoe.transport.process_world import process_world as process_world
     from evenmoe.transport.world import local_world as local_world
-    from evenmoe.transport.world import process_world as process_world
 
 __version__ = "0.1.0"
 
@@ -39,7 +39,7 @@ _HOME = {
     "lower_bound": "evenmoe.planner.bound",
     "peak_to_average": "evenmoe.metrics",
     "plan": "evenmoe.planner.plan",
-    "process_world": "evenmoe.transport.world",
+    "process_world": "evenmoe.transport.process_world",
     "split_batch": "evenmoe.rules.split_batch",
     "update_expert": "evenmoe.ops.update_expert",
 }

@@ -30,6 +30,9 @@ class Dispatched:
         tp_recv_counts: int32 (tp,). [own rows, peer's rows] indexed by TP rank.
         expand_scales: float32 (A,). Never written on Atlas A3, zero.
         num_experts: M of the dispatch, for combine; 0 if it is not known. Not one of the operator's outputs.
+        number: int64 (2,), which exchange of the expert-parallel group it was, and which of the TP peers' (−1 without
+            them), so that all ranks combine the same dispatch; None if it is not known. Not one of the operator's
+            outputs.
     """
 
     expand_x: torch.Tensor
@@ -40,3 +43,4 @@ class Dispatched:
     tp_recv_counts: torch.Tensor
     expand_scales: torch.Tensor
     num_experts: int = 0
+    number: torch.Tensor | None = None

@@ -6,6 +6,7 @@ within 5 s, although an exchange may take a minute, and afterwards the same worl
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -220,13 +221,44 @@ def test_one_rank_calls_another_operator(run, shape, operator, odd_operator):
     assert_all_raised(results, None)
     for _, text, _ in results:
         assert "the operator" in text
-        assert "dispatch on rank" in text
-        assert "combine on rank" in text
+        assert re.search("combine( of dispatch [0-9]+)? on rank", text)
     if shape == (4, 1):
-        assert {text for _, text, _ in results} == {
-            f"`the operator` is {operator} on ranks 0, 1, 3 and {odd_operator} on rank 2: it must be the same on every "
-            "rank of a group; call the collective operators in the same order on all ranks."
+        where = {"dispatch": "dispatch", "combine": "combine of dispatch N"}
+        assert {re.sub("of dispatch [0-9]+", "of dispatch N", text) for _, text, _ in results} == {
+            f"`the operator` is {where[operator]} on ranks 0, 1, 3 and {where[odd_operator]} on rank 2: it must be the "
+            "same on every rank of a group; call the collective operators in the same order on all ranks."
         }
+
+
+def combine_in_another_order(rank: Rank) -> tuple[str, str, float]:
+    """Two dispatches of equal sizes are in flight, and the odd rank combines the second one first."""
+    first, second = honest(rank, "combine"), honest(rank, "combine")
+    return timed(lambda: em.combine(**(second if rank.index == ODD else first)))
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (2, 2)])
+def test_one_rank_combines_in_another_order(run, shape):
+    results = run(shape, combine_in_another_order)
+    assert_all_raised(results, None)
+    texts = [re.sub("[0-9]+ on", "N on", text) for _, text, _ in results]
+    if shape == (4, 1):
+        assert set(texts) == {
+            "`the call` is combine of dispatch N on ranks 0, 1, 3 and combine of dispatch N on rank 2: it must be the "
+            "same on every rank of a group; call the collective operators in the same order on all ranks."
+        }
+    assert all("combine of dispatch" in text for text in texts)
+
+
+def tell_apart_by_peers(rank: Rank) -> tuple[str, str, float]:
+    """All ranks of one peer combine the second dispatch first: each expert-parallel group agrees in itself."""
+    first, second = honest(rank, "combine"), honest(rank, "combine")
+    return timed(lambda: em.combine(**(second if rank.tp.rank else first)))
+
+
+def test_peers_that_combine_in_another_order(run):
+    results = run((2, 2), tell_apart_by_peers)
+    assert_all_raised(results, None)
+    assert all("tensor-parallel step of combine of dispatch" in text for _, text, _ in results)
 
 
 def miscount(rank: Rank) -> tuple[str, str, float]:

@@ -115,6 +115,18 @@ def disagreements() -> None:
             assert all(world.run(disagreement.works))
 
 
+def peers_that_miscount() -> None:
+    """Both peers say what one of them got wrong."""
+    with em.local_world(2, 2, timeout_s=5.0) as world:
+        assert [kind for kind, _, _ in world.run(disagreement.miscount)][2:] == ["ConstraintError"] * 2
+
+
+def other_orders() -> None:
+    """Two dispatches in flight, combined in another order on one rank."""
+    with em.local_world(4, timeout_s=5.0) as world:
+        assert {kind for kind, _, _ in world.run(disagreement.combine_in_another_order)} == {"RankDisagreementError"}
+
+
 def transports() -> None:
     """Rows between four ranks, between some of them under new numbers, and many exchanges in a row."""
     counts = [[(s + 2 * d) % 4 for d in range(4)] for s in range(4)]
@@ -186,9 +198,11 @@ BUGS = {
     # one row per rank on the wire
     "one smooth scale for all experts": bug(worlds, OPS + "exchange", "if rows_differ_by_expert:", "if False:"),
     "position behind its block": bug(
-        worlds, OPS + "exchange", "- (wire_counts.cumsum(0) - wire_counts)[dest", "- (wire_counts.cumsum(0))[dest"
+        worlds, OPS + "exchange", "- (row_counts.cumsum(0) - row_counts)[dest", "- (row_counts.cumsum(0))[dest"
     ),
-    "last row lost": bug(worlds, OPS + "exchange", "entries[:, 2].long() + 1", "entries[:, 2].long()"),
+    "head taken for a row": bug(worlds, TRANSPORT + "call", "first = [start + head for", "first = [start for"),
+    "numbers of the next rank": bug(worlds, TRANSPORT + "call", "            taken = 0\n", "            taken = 1\n"),
+    "numbers over the head": bug(worlds, TRANSPORT + "call", "place += _HEAD_BYTES", "place += 0"),
     # §2.7, §2.12: what dispatch returns
     "exclusive prefix sums": bug(worlds, OPS + "dispatch", "= ordered.cumsum(0)", "= ordered.cumsum(0) - ordered"),
     "counts by source": bug(worlds, OPS + "dispatch", "received.counts.T.flatten()", "received.counts.flatten()"),
@@ -218,13 +232,8 @@ BUGS = {
     "rows of the first expert only": bug(
         worlds, OPS + "homecoming", "layout.ep * layout.local_experts - 1", "layout.ep - 1"
     ),
-    "one peer checks alone": bug(disagreements, OPS + "homecoming", "or theirs != held", "or False"),
-    "rows lent to the peer": bug(
-        disagreement.test_the_caller_may_reuse_expert_out_while_its_peer_still_reads,
-        OPS + "homecoming",
-        "clone(memory_format=torch.contiguous_format)",
-        "contiguous()",
-    ),
+    "one peer checks alone": bug(peers_that_miscount, OPS + "homecoming", "or theirs != held", "or False"),
+    "dispatches not told apart": bug(other_orders, OPS + "homecoming", "else int(number[group])", "else UNKNOWN"),
     # §3.4: the sum
     "descending k": bug(
         worlds,
@@ -276,14 +285,13 @@ BUGS = {
         worlds, OPS + "numerics", "torch.ones_like(root) / root", "(1.0 / values.double().sqrt()).float()"
     ),
     # ranks that differ
-    "sizes not compared": bug(disagreements, TRANSPORT + "agreement", "if len(set(values.values())) > 1:", "if False:"),
-    "refusal without a status": bug(disagreements, TRANSPORT + "agreement", "error.status\n", "0\n"),
-    "refusal untold": bug(disagreements, OPS + "groups", "            if group is not None:", "            if False:"),
-    "peers not told before rows are": bug(
-        disagreements, OPS + "groups", 'if operator == "dispatch" else', "if True else"
+    "sizes not compared": bug(disagreements, TRANSPORT + "agreement", "if len(np.unique(values)) <= 1:", "if True:"),
+    "refusal without a status": bug(
+        disagreements, TRANSPORT + "agreement", 'getattr(error, "status", FAILED), 0', "0, 0"
     ),
+    "refusal untold": bug(disagreements, TRANSPORT + "call", "or not self._heard", "or True"),
     # how bytes cross
-    "exchanges share a number": bug(transports, TRANSPORT + "local", "self._meeting += 1", "self._meeting = 1"),
+    "exchanges share a number": bug(transports, TRANSPORT + "local", "number = self.number(members)", "number = 0"),
     "everybody reads the first rows": bug(
         transports, TRANSPORT + "local", "start = sum(counts[: self._rank])", "start = 0"
     ),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import evenmoe as em
 from evenmoe.errors import ConstraintError, RankDisagreementError
 from evenmoe.transport import agreement
+from evenmoe.transport.call import GroupCall
 from evenmoe.transport.world import Rank
 
 SIZES = {"hidden size of `x`": 7, "dtype of the rows": 2, "tokens per rank times ranks (`global_bs`)": 8}
@@ -22,7 +23,7 @@ def exchange(rank: Rank, width: int) -> bool:
     values = torch.arange(width)
     mine = torch.stack([1_000_000 * rank.index + 10_000 * d + values for d in range(size)]) if width else None
     mine = torch.zeros((size, 0), dtype=torch.int64) if mine is None else mine
-    received = agreement.exchange_counts(rank.ep, OPERATOR, SIZES, mine)
+    received = GroupCall(rank.ep, OPERATOR).agree(SIZES, mine)
     expected = torch.stack([1_000_000 * s + 10_000 * rank.index + values for s in range(size)])
     return torch.equal(received, expected.long())
 
@@ -43,7 +44,7 @@ def test_sixty_four_ranks_with_many_experts_each():
 
 def test_every_operator_fits_into_the_header():
     for names in agreement.OPERATORS.values():
-        assert len(names) <= agreement._FIELDS
+        assert len(names) <= agreement.FIELDS
         assert len(set(names)) == len(names)
 
 
@@ -59,10 +60,10 @@ def test_a_long_refusal_is_cut_even_within_a_character(cut):
     def step(rank: Rank) -> None:
         if rank.index == 1:
             error = ConstraintError("x", "y" * cut, LONG, "shorten it")
-            agreement.refuse(rank.ep, "dispatch", error)
+            GroupCall(rank.ep, "dispatch").fail(error)
             return
         try:
-            agreement.exchange_counts(rank.ep, OPERATOR, SIZES, torch.zeros((2, 1), dtype=torch.int64))
+            GroupCall(rank.ep, OPERATOR).agree(SIZES, torch.zeros((2, 1), dtype=torch.int64))
         except RankDisagreementError as error:
             told.append(str(error))
 

@@ -15,6 +15,7 @@ import torch
 
 from evenmoe.ascend import status
 from evenmoe.ascend.collectives import Membership, late_ranks, taking_part
+from evenmoe.ascend.dispatch_numbers import number_of
 from evenmoe.ascend.groups import find_group, peers_here
 from evenmoe.ascend.signatures import SIGNATURES
 from evenmoe.ascend.status import AclError, of_the_chip
@@ -247,6 +248,8 @@ class Executor:
         attributes = dict(self._attributes)
         if family != "update_expert":
             attributes = {**_LATER_ATTRIBUTES, **attributes, "comm_alg": attributes["comm_alg"] or ""}
+        if family.startswith("combine"):
+            attributes["dispatch_number"] = number_of(self.tensors["assist_info_for_combine"])
         return {
             **dict.fromkeys(_LATER_TENSORS[family]),
             **given,

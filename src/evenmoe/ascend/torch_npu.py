@@ -14,6 +14,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 
+from evenmoe.ascend.dispatch_numbers import number_of, remember
 from evenmoe.ascend.groups import find_group
 from evenmoe.ascend.status import of_the_chip
 from evenmoe.contract.combine import check_combine, check_combine_add_rms_norm
@@ -25,9 +26,10 @@ from evenmoe.contract.tensor_spec import check_dims
 from evenmoe.contract.update_expert import check_update_expert
 from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError
 from evenmoe.ops import combine, combine_add_rms_norm, dispatch, update_expert
-from evenmoe.ops.groups import exchanges, refusing_together
+from evenmoe.ops.groups import calls_of, in_order
 from evenmoe.ops.registration import of_right_types
-from evenmoe.ops.specs import specs_of
+from evenmoe.ops.specs import refuse_other_places, specs_of
+from evenmoe.transport.call import together
 from evenmoe.transport.contract import Transport
 
 _OPERATOR_MODULES = (combine, combine_add_rms_norm, dispatch, update_expert)  # importing them registers the operators
@@ -212,9 +214,9 @@ def npu_moe_distribute_dispatch_v2(
     """
     given = locals()
     later_chips = {name: given.pop(name) for name in ("y_dtype", "x_dtype", "scales_dtype")}
-    expand_x, dynamic_scales, assist_info, token_nums, ep_recv_counts, tp_recv_counts, expand_scales = _call(
-        "dispatch", given, lambda: _check_as_wrapper(given, later_chips)
-    )
+    *outputs, number = _call("dispatch", given, lambda: _check_as_wrapper(given, later_chips))
+    expand_x, dynamic_scales, assist_info, token_nums, ep_recv_counts, tp_recv_counts, expand_scales = outputs
+    remember(assist_info, number)
     if expert_scales is not None:
         more = 2 * given["global_bs"] * expert_ids.shape[1] * (ep_world_size // _RANKS_PER_NODE)
         ep_recv_counts = torch.cat([ep_recv_counts, ep_recv_counts.new_zeros(more)])
@@ -357,11 +359,15 @@ def _call(operator: str, given: dict[str, Any], check_first: Callable[[], None] 
     """Complete the arguments as the wrapper does, and call the operator; if this rank refuses, others hear of it."""
     ep, tp = _find_groups(operator, given)
     rows = given["x" if operator == "dispatch" else "expand_x"]
-    waiting = exchanges("dispatch" if operator == "dispatch" else "combine", ep, tp, given["elastic_info"] is not None)
-    with refusing_together(rows if isinstance(rows, Tensor) else None, waiting):
+    exchanged = "dispatch" if operator == "dispatch" else "combine"
+    parts = calls_of(exchanged, ep, tp, given["elastic_info"] is not None, rows)
+    with together(*in_order(exchanged, *parts)):
+        if operator != "dispatch":
+            given["dispatch_number"] = number_of(given["assist_info_for_combine"])
         arguments = _complete(operator, given)
         check_first()
-    return getattr(torch.ops.evenmoe, operator)(**arguments)
+        refuse_other_places(arguments)
+        return getattr(torch.ops.evenmoe, operator)(**arguments)
 
 
 def _find_groups(operator: str, given: dict[str, Any]) -> tuple[Transport, Transport | None]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from evenmoe.ascend.dispatch_numbers import remember
 from evenmoe.contract.layout import Layout
 from evenmoe.ops.dispatch import DYNAMIC_INT8
 from evenmoe.ops.routing import active_tokens
@@ -24,7 +25,7 @@ def _write_update_expert(outputs: Outputs, results: Any, layout: Layout | None, 
 
 def _write_dispatch(outputs: Outputs, results: Any, layout: Layout | None, given: Mapping[str, Any]) -> None:
     assert layout is not None
-    expand_x, dynamic_scales, assist, token_nums, ep_recv_counts, tp_recv_counts, _ = results
+    expand_x, dynamic_scales, assist, token_nums, ep_recv_counts, tp_recv_counts, _, number = results
     pairs = layout.ep * layout.local_experts
     own = int(ep_recv_counts[pairs - 1])
     rows, counted = own, pairs
@@ -35,6 +36,7 @@ def _write_dispatch(outputs: Outputs, results: Any, layout: Layout | None, given
     if given["quant_mode"] == DYNAMIC_INT8:
         _write(outputs, "dynamic_scales", dynamic_scales[:rows])
     _write(outputs, "assist_info_for_combine", assist[: 3 * own])
+    remember(outputs["assist_info_for_combine"], number)
     _write(outputs, "expert_token_nums", token_nums[: layout.local_experts])
     _write(outputs, "ep_recv_counts", ep_recv_counts[:counted])
 

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from evenmoe.errors import ConstraintError
-from evenmoe.transport.world import Rank, local_world, process_world
+from evenmoe.transport.process_world import process_world
+from evenmoe.transport.world import Rank, local_world
 
 Result = TypeVar("Result")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ from evenmoe.contract.combine import check_combine
 from evenmoe.contract.layout import Layout, scale_down
 from evenmoe.contract.limits import resolve_limits
 from evenmoe.dispatched import Dispatched
-from evenmoe.ops.groups import operator_arguments
+from evenmoe.ops.groups import collective
 from evenmoe.ops.homecoming import bring_home
 from evenmoe.ops.registration import CHECKS, GROUPS, VIRTUAL, register
 from evenmoe.ops.specs import specs_of
 from evenmoe.ops.weighted_sum import accumulate
-from evenmoe.transport.contract import Transport
+from evenmoe.transport.process_world import Group
 
 
 def combine(
@@ -25,8 +26,9 @@ def combine(
     dispatched: Dispatched,
     expert_scales: torch.Tensor,
     *,
-    ep: Transport,
-    tp: Transport | None = None,
+    ep: Group | None = None,
+    tp: Group | None = None,
+    group: Group | None = None,
     num_experts: int | None = None,
     x_active_mask: torch.Tensor | None = None,
     activation_scale: torch.Tensor | None = None,
@@ -66,7 +68,7 @@ def combine(
         dispatched: what dispatch returned.
         expert_scales: float32 (Bs, K), gate weights.
         num_experts: M; None for that of the dispatch.
-        ep, tp, x_active_mask, elastic_info, expert_shard_type, shared_expert_num,
+        ep, tp, group, x_active_mask, elastic_info, expert_shard_type, shared_expert_num,
             shared_expert_rank_num, global_bs, zero_expert_num, copy_expert_num, const_expert_num: as in dispatch.
         activation_scale, weight_scale, group_list, expand_scales, performance_info: None on this chip.
         shared_expert_x: (Bs, H) or (a, b, H) with a·b = Bs, dtype of expert_out, added to the sum; only without ranks
@@ -84,7 +86,9 @@ def combine(
 
     Raises:
         MissingArgumentError, UnsupportedTypeError, ConstraintError: in the order of specification §3.6.
-        RankDisagreementError: the ranks' sizes differ, or another rank refused its call; the same on every rank.
+        RankDisagreementError: the ranks combine different dispatches or call with different sizes, or the call was
+            refused or failed on another rank; the same on every rank. The next call that all ranks make is right.
+        LostRankError: a rank is gone or was interrupted; `.ranks` says which. The group is closed for good.
 
     Two ranks, one expert each; expert 0 doubles, expert 1 negates; every token uses both, half and half:
 
@@ -99,11 +103,13 @@ def combine(
     ...     world.run(step)
     [0.5, 1.0]
     """
-    return torch.ops.evenmoe.combine(**combine_arguments("combine", locals()))
+    with combining("combine", locals()) as arguments:
+        return torch.ops.evenmoe.combine(**arguments)
 
 
-def combine_arguments(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of the public functions -> those of the registered operator `name`, names as in §3.1."""
+@contextmanager
+def combining(name: str, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The arguments of the public functions -> those of the registered operator `name`, which is called inside."""
     arguments = dict(given)
     dispatched: Dispatched | None = arguments.pop("dispatched")
     arguments["expand_x"] = arguments.pop("expert_out")
@@ -113,12 +119,16 @@ def combine_arguments(name: str, given: dict[str, Any]) -> dict[str, Any]:
     arguments["tp_send_counts"] = getattr(dispatched, "tp_recv_counts", None)
     if arguments["num_experts"] is None:
         arguments["num_experts"] = getattr(dispatched, "num_experts", None) or None
-    return operator_arguments(arguments, name, "combine", given["expert_out"])
+    arguments["dispatch_number"] = getattr(dispatched, "number", None)
+    with collective(arguments, name, "combine", given["expert_out"]) as arguments:
+        yield arguments
 
 
 def layout_of(check: Callable[..., Layout], given: dict[str, Any]) -> Layout:
     """Run the contract's check on the arguments of a combine operator; the layout of the ranks that take part."""
-    arguments = {name: value for name, value in given.items() if name not in ("check_values", "limits")}
+    arguments = {
+        name: value for name, value in given.items() if name not in ("check_values", "limits", "dispatch_number")
+    }
     layout = check(**specs_of(arguments), limits=resolve_limits(given["limits"]))
     if given["elastic_info"] is None:
         return layout
@@ -151,6 +161,7 @@ OPTIONAL = (
     "const_expert_alpha_2",
     "const_expert_v",
     "performance_info",
+    "dispatch_number",  # beyond the operator's: the eighth output of dispatch
 )
 ATTRIBUTES = {
     **GROUPS,

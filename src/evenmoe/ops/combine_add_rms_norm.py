@@ -8,12 +8,12 @@ import torch
 
 from evenmoe.contract.combine import check_combine_add_rms_norm
 from evenmoe.dispatched import Dispatched
-from evenmoe.ops.combine import ATTRIBUTES, OPTIONAL, REQUIRED, combine_arguments, layout_of
+from evenmoe.ops.combine import ATTRIBUTES, OPTIONAL, REQUIRED, combining, layout_of
 from evenmoe.ops.homecoming import bring_home
 from evenmoe.ops.numerics import reciprocal_sqrt, tree_sum
 from evenmoe.ops.registration import register
 from evenmoe.ops.weighted_sum import accumulate
-from evenmoe.transport.contract import Transport
+from evenmoe.transport.process_world import Group
 
 
 def combine_add_rms_norm(
@@ -24,8 +24,9 @@ def combine_add_rms_norm(
     residual_x: torch.Tensor,
     gamma: torch.Tensor,
     *,
-    ep: Transport,
-    tp: Transport | None = None,
+    ep: Group | None = None,
+    tp: Group | None = None,
+    group: Group | None = None,
     num_experts: int | None = None,
     x_active_mask: torch.Tensor | None = None,
     activation_scale: torch.Tensor | None = None,
@@ -71,7 +72,9 @@ def combine_add_rms_norm(
 
     Raises:
         MissingArgumentError, UnsupportedTypeError, ConstraintError: in the order of specification §3.6 and §4.
-        RankDisagreementError: the ranks' sizes differ, or another rank refused its call; the same on every rank.
+        RankDisagreementError: the ranks combine different dispatches or call with different sizes, or the call was
+            refused or failed on another rank; the same on every rank. The next call that all ranks make is right.
+        LostRankError: a rank is gone or was interrupted; `.ranks` says which. The group is closed for good.
 
     One rank, one expert that leaves its rows as they are; 0.5·2 + 3 = 4, whose norm is 1:
 
@@ -87,7 +90,8 @@ def combine_add_rms_norm(
     ...     world.run(step)
     [(10.0, 0.25, 4.0)]
     """
-    return torch.ops.evenmoe.combine_add_rms_norm(**combine_arguments("combine_add_rms_norm", locals()))
+    with combining("combine_add_rms_norm", locals()) as arguments:
+        return torch.ops.evenmoe.combine_add_rms_norm(**arguments)
 
 
 def _run(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:

@@ -17,15 +17,16 @@ from evenmoe.contract.layout import Layout, scale_down
 from evenmoe.contract.limits import resolve_limits
 from evenmoe.dispatched import Dispatched
 from evenmoe.ops import memory
-from evenmoe.ops.exchange import Received, copy_rows, exchange
-from evenmoe.ops.groups import exchanges, find_groups, operator_arguments, refusing_together, survivors, tp_step
+from evenmoe.ops.exchange import Received, Sending, exchange, prepare_sending
+from evenmoe.ops.groups import active_ranks, calls_of, collective, find_groups, in_order
 from evenmoe.ops.quantise import quantise_rows, reinterpret
 from evenmoe.ops.registration import CHECKS, GROUPS, VIRTUAL, register
 from evenmoe.ops.routing import route, sent_entries
 from evenmoe.ops.specs import specs_of
 from evenmoe.ops.values import check_physical_ids
-from evenmoe.transport.agreement import digest, dtype_code, exchange_counts
-from evenmoe.transport.contract import Transport
+from evenmoe.transport.agreement import UNKNOWN, digest, dtype_code
+from evenmoe.transport.call import GroupCall, Outgoing, together
+from evenmoe.transport.process_world import Group
 
 DYNAMIC_INT8 = 2  # quant_mode of §2.8
 Zeros = Callable[[torch.Tensor, tuple[int, ...], torch.dtype], torch.Tensor]
@@ -35,9 +36,10 @@ def dispatch(
     x: torch.Tensor,
     expert_ids: torch.Tensor,
     *,
-    ep: Transport,
     num_experts: int,
-    tp: Transport | None = None,
+    ep: Group | None = None,
+    tp: Group | None = None,
+    group: Group | None = None,
     scales: torch.Tensor | None = None,
     x_active_mask: torch.Tensor | None = None,
     expert_scales: torch.Tensor | None = None,
@@ -64,9 +66,10 @@ def dispatch(
         x: float16, bfloat16 (or float32, beyond the chip) (Bs, H), the tokens of this rank.
         expert_ids: int32 (Bs, K), physical expert ids, distinct within a token. Ids of `num_experts` and above are
             virtual (zero, copy, const experts) and stay on this rank.
-        ep: this rank's transport over the expert-parallel group.
         num_experts: M, physical experts (slots) over all MoE ranks.
-        tp: transport over the two tensor-parallel peers, or None. With two peers, one expert per rank.
+        ep, group: the expert-parallel group, by either name: this rank's transport (`rank.ep` of a world), a
+            torch.distributed ProcessGroup, or one axis of a DeviceMesh.
+        tp: the group of the two tensor-parallel peers, of the same kinds, or None. With two peers, one expert per rank.
         scales: float32 (shared experts + M, H), smooth factors; only with quant_mode 2.
         x_active_mask: bool (Bs,), of which only the number of True counts (they come first), or bool (Bs, K).
         expert_scales, performance_info: taken for the signature's sake; unused by this chip.
@@ -87,7 +90,9 @@ def dispatch(
 
     Raises:
         MissingArgumentError, UnsupportedTypeError, ConstraintError: in the order of specification §2.13.
-        RankDisagreementError: the ranks' sizes differ, or another rank refused its call; the same on every rank.
+        RankDisagreementError: the ranks' calls or sizes differ, or the call was refused or failed on another rank; the
+            same on every rank. The group is in step then: the next call that all ranks make is right.
+        LostRankError: a rank is gone or was interrupted; `.ranks` says which. The group is closed for good.
 
     Each of two ranks holds one expert and sends its two tokens to expert 1 and expert 0:
 
@@ -101,46 +106,58 @@ def dispatch(
     ...     world.run(step)
     [([1.0, 11.0], [1, 2]), ([0.0, 10.0], [1, 2])]
     """
-    arguments = operator_arguments(locals(), "dispatch", "dispatch", x)
-    return Dispatched(*torch.ops.evenmoe.dispatch(**arguments), num_experts=num_experts)
+    with collective(locals(), "dispatch", "dispatch", x) as arguments:
+        *outputs, number = torch.ops.evenmoe.dispatch(**arguments)
+        return Dispatched(*outputs, num_experts=num_experts, number=number)
 
 
 def _run(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     ep, tp = find_groups(given)
-    x, expert_ids = given["x"], given["expert_ids"]
-    scaled_down = given["elastic_info"] is not None
-    waiting = exchanges("dispatch", ep, tp, scaled_down)
-    with refusing_together(x, waiting):
+    x, scaled_down = given["x"], given["elastic_info"] is not None
+    across, beside = calls_of("dispatch", ep, tp, scaled_down, x)
+    with together(*in_order("dispatch", across, beside)):
         layout = _layout(given)
         if scaled_down:
             layout = scale_down(layout, given["elastic_info"].tolist(), smooth_scales=given["scales"] is not None)
+            across.narrow(active_ranks(ep, layout))
         if given["check_values"]:
-            _check_values(expert_ids, layout, given)
-    with refusing_together(x, waiting[1:]):
-        group = survivors(ep, layout)
-        routing = route(expert_ids, layout, given["x_active_mask"])
-        counts = exchange_counts(group, "dispatch", _sizes(x, layout, given), routing.counts)
+            _check_values(given["expert_ids"], layout, given)
+        number = torch.tensor([across.group.number(), UNKNOWN if beside is None else beside.group.number()])
+        outputs, received = _exchange_across(across, layout, given, stay=tp is None)
+        peer = None if beside is None else _exchange_with_peer(received, beside, layout)
+        return (*_fill(outputs, x, received, peer, given), number)
+
+
+def _exchange_across(
+    call: GroupCall, layout: Layout, given: dict[str, Any], stay: bool
+) -> tuple[tuple[torch.Tensor, ...], Received]:
+    """The exchange of the expert-parallel group; the outputs, of which expand_x may be filled already.
+
+    Args:
+        stay: what is received is not handed on to a peer, who would read it while the caller writes to it.
+    """
+    x, quantised = given["x"], given["quant_mode"] == DYNAMIC_INT8
+    shape = (layout.hidden + 4,) if quantised else (layout.hidden,)  # H int8 and one float32 scale, as bytes
+    sending = prepare_sending(
+        route(given["expert_ids"], layout, given["x_active_mask"]),
+        x.shape[0],
+        shape,
+        x.new_empty(0, dtype=torch.uint8) if quantised else x,
+        rows_differ_by_expert=given["scales"] is not None,
+    )
+    counts = call.agree(_sizes(x, layout, given), sending.routing_counts, sending.outgoing)
     # A shared-expert rank has one local expert, and every source counts for it in column 0.
     counts = counts[:, : layout.local_experts]
-    differ = given["scales"] is not None
     outputs = _allocate(x, layout, given, _zeros)
-    # The rows go where they stay, unless their scales come beside them, or a peer reads them while the caller writes.
-    stay = given["quant_mode"] != DYNAMIC_INT8 and tp is None
-    received = exchange(
-        group,
-        routing,
-        counts,
-        x.shape[0],
-        _row_maker(group, x, given),
-        rows_differ_by_expert=differ,
-        allocate=(lambda n: outputs[0][:n]) if stay else None,
-    )
-    peer = None if tp is None else _exchange_with_peer(received, tp, layout)
-    return _fill(outputs, x, received, peer, given)
+    rows, index = (_quantised_rows(sending, given), None) if quantised else (x, sending.token)
+    # The rows go where they stay, unless their scales come beside them.
+    allocate = (lambda n: outputs[0][:n]) if stay and not quantised else None
+    return outputs, exchange(call, sending, counts, rows, index, allocate)
 
 
 def _fake(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    return _allocate(given["x"], _layout(given), given, _fake_zeros)
+    number = torch.empty((2,), dtype=torch.int64)
+    return (*_allocate(given["x"], _layout(given), given, _fake_zeros), number)
 
 
 def _layout(given: dict[str, Any]) -> Layout:
@@ -174,20 +191,12 @@ def _sizes(x: torch.Tensor, layout: Layout, given: dict[str, Any]) -> dict[str, 
     }
 
 
-def _row_maker(
-    group: Transport, x: torch.Tensor, given: dict[str, Any]
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Rows as they travel: of x, or under quant_mode 2 as bytes, H int8 and one float32 scale."""
-
-    def make_rows(token: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
-        if given["quant_mode"] != DYNAMIC_INT8:
-            return copy_rows(group, x, token)
-        rows = x.index_select(0, token)
-        smooth = None if given["scales"] is None else given["scales"].index_select(0, expert)
-        quantised, scale = quantise_rows(rows, smooth)
-        return torch.cat([quantised.view(torch.uint8), reinterpret(scale[:, None], torch.uint8)], dim=1)
-
-    return make_rows
+def _quantised_rows(sending: Sending, given: dict[str, Any]) -> torch.Tensor:
+    """Rows as they travel under quant_mode 2: bytes, H int8 and one float32 scale."""
+    rows = given["x"].index_select(0, sending.token)
+    smooth = None if given["scales"] is None else given["scales"].index_select(0, sending.expert)
+    quantised, scale = quantise_rows(rows, smooth)
+    return torch.cat([quantised.view(torch.uint8), reinterpret(scale[:, None], torch.uint8)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -198,20 +207,24 @@ class _Peer:
     ep_counts: torch.Tensor
 
 
-def _exchange_with_peer(received: Received, tp: Transport, layout: Layout) -> _Peer:
+def _exchange_with_peer(received: Received, call: GroupCall, layout: Layout) -> _Peer:
     """§2.12: after the expert-parallel exchange each peer gives the other all of its rows."""
+    rows = received.rows
     sizes = {
         "hidden size of `x`": layout.hidden,
-        "dtype of the rows": dtype_code(received.rows.dtype),
+        "dtype of the rows": dtype_code(rows.dtype),
         "tokens per rank times ranks (`global_bs`)": layout.global_bs,
         "expert parallel rank": layout.rank,
     }
-    peer = 1 - tp.rank
+    peer = 1 - call.group.rank
     mine = received.counts[:, 0]  # a world with two peers has one expert per rank
-    theirs = exchange_counts(tp, tp_step("dispatch"), sizes, mine.expand(2, -1))[peer]
-    send, recv = [0, 0], [0, 0]
-    send[peer], recv[peer] = len(received.rows), int(theirs.sum())
-    return _Peer(tp.exchange_rows(received.rows, send, recv), theirs)
+    to_each = [0, 0]
+    to_each[peer] = len(rows)
+    theirs = call.agree(sizes, mine.expand(2, -1), Outgoing([0, 0], to_each, rows.shape[1:], rows))[peer]
+    incoming = call.exchange(rows)
+    first = incoming.first[peer]
+    # A copy, since the group uses its memory again.
+    return _Peer(incoming.buffer[first : first + incoming.rows[peer]].clone(), theirs)
 
 
 def _allocate(x: torch.Tensor, layout: Layout, given: dict[str, Any], zeros: Zeros) -> tuple[torch.Tensor, ...]:
@@ -276,7 +289,7 @@ register(
         **VIRTUAL,
         **CHECKS,
     },
-    outputs=7,
+    outputs=8,  # the operator's seven, and which exchange of each group it was
     run=_run,
     fake=_fake,
 )

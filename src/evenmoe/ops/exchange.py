@@ -1,6 +1,6 @@
-"""Rows to the ranks of their experts, one row per (token, destination rank) on the wire.
+"""Rows to the ranks of their experts, one row for each token and destination rank.
 
-Shapes: N entries sent or received, W ranks, L local experts of the receiver.
+Shapes: N entries sent or received, R rows sent, W ranks, L local experts of the receiver.
 """
 
 from __future__ import annotations
@@ -12,7 +12,25 @@ import torch
 
 from evenmoe.ops import memory
 from evenmoe.ops.routing import Routing, received_order
-from evenmoe.transport.contract import Transport
+from evenmoe.transport.call import GroupCall, Outgoing
+
+
+@dataclass(frozen=True)
+class Sending:
+    """What a rank sends, by destination rank.
+
+    Attributes:
+        entries: int32 (N, 3), token, k, and which of the destination's rows is the token's.
+        token: int64 (R,), the token of every row. expert: as `Routing.expert`, (N,).
+        routing_counts: int64 (W, L), entries per destination rank and local expert.
+        outgoing: how many of both go where.
+    """
+
+    entries: torch.Tensor
+    token: torch.Tensor
+    expert: torch.Tensor
+    routing_counts: torch.Tensor
+    outgoing: Outgoing
 
 
 @dataclass(frozen=True)
@@ -32,53 +50,58 @@ class Received:
     counts: torch.Tensor
 
 
-def exchange(
-    ep: Transport,
+def prepare_sending(
     routing: Routing,
-    counts: torch.Tensor,
     num_tokens: int,
-    make_rows: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    shape: tuple[int, ...],
+    like: torch.Tensor,
     rows_differ_by_expert: bool = False,
-    allocate: Callable[[int], torch.Tensor] | None = None,
-) -> Received:
-    """Send the entries of `routing` and return those sent here.
+) -> Sending:
+    """Work out which rows go where.
 
     Args:
-        counts: int64 (W, L), entries that each source sends to each local expert of this rank.
         num_tokens: tokens on this rank.
-        make_rows: (token (n,), expert (n,)) -> the rows to send for them; called once, see `copy_rows`.
+        shape, like: of one row as it travels, and a tensor of its dtype and device.
         rows_differ_by_expert: a token's rows for two experts of one rank differ (smooth scales), so each must travel.
-        allocate: N -> memory (N, …) for the rows received. None for new memory.
     """
-    per_rank, recv_per_rank = routing.counts.sum(dim=1), counts.sum(dim=1)
+    per_rank = routing.counts.sum(dim=1)
     ranks = torch.arange(len(per_rank), device=per_rank.device)
     destination = torch.repeat_interleave(ranks, per_rank)
     if rows_differ_by_expert:
-        wire_counts, wire_token = per_rank, routing.token
-        wire_row = torch.arange(len(destination), device=destination.device)
+        row_counts, token = per_rank, routing.token
+        row = torch.arange(len(destination), device=destination.device)
     else:
         key = destination * num_tokens + routing.token
-        pair, wire_row = torch.unique(key, return_inverse=True)  # sorted: by destination, then token
-        wire_counts = torch.bincount(pair // max(num_tokens, 1), minlength=len(per_rank))
-        wire_token = pair % max(num_tokens, 1)
-    wire_row = wire_row - (wire_counts.cumsum(0) - wire_counts)[destination]
-    entries = torch.stack([routing.token, routing.k, wire_row], dim=1).int()
-    entries = ep.exchange_rows(entries, per_rank.tolist(), recv_per_rank.tolist())
+        pair, row = torch.unique(key, return_inverse=True)  # sorted: by destination, then token
+        row_counts = torch.bincount(pair // max(num_tokens, 1), minlength=len(per_rank))
+        token = pair % max(num_tokens, 1)
+    row = row - (row_counts.cumsum(0) - row_counts)[destination]
+    entries = torch.stack([routing.token, routing.k, row], dim=1).int()
+    outgoing = Outgoing([3 * n for n in per_rank.tolist()], row_counts.tolist(), shape, like)
+    return Sending(entries, token, routing.expert, routing.counts, outgoing)
 
-    # Every row that travels serves some entry, so the entries tell how many rows each source sends.
-    recv_wire = torch.zeros_like(recv_per_rank)
-    recv_wire.scatter_reduce_(0, torch.repeat_interleave(ranks, recv_per_rank), entries[:, 2].long() + 1, "amax")
-    rows = make_rows(wire_token, routing.expert)
-    rows = ep.exchange_rows(rows, wire_counts.tolist(), recv_wire.tolist(), into_scratch=True)
 
+def exchange(
+    call: GroupCall,
+    sending: Sending,
+    counts: torch.Tensor,
+    rows: torch.Tensor,
+    index: torch.Tensor | None,
+    allocate: Callable[[int], torch.Tensor] | None = None,
+) -> Received:
+    """Send what the ranks have agreed on, and return what was sent here.
+
+    Args:
+        counts: int64 (W, L), entries that each source sends to each local expert of this rank.
+        rows, index: the rows to send are rows[index], or all of them.
+        allocate: N -> memory (N, …) for the rows received. None for new memory.
+    """
+    incoming = call.exchange(rows, index, sending.entries)
+    ranks = torch.arange(len(counts), device=counts.device)
     source = torch.repeat_interleave(ranks.repeat(counts.shape[1]), counts.T.flatten())
-    entries = entries[received_order(counts)]
-    position = (recv_wire.cumsum(0) - recv_wire)[source] + entries[:, 2]
-    out = memory.empty((len(position), *rows.shape[1:]), rows) if allocate is None else allocate(len(position))
-    rows = torch.index_select(rows, 0, position, out=out)
-    return Received(rows, source.int(), entries[:, 0], entries[:, 1], counts)
-
-
-def copy_rows(ep: Transport, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """rows[index], where `ep` wants rows that it is going to send."""
-    return torch.index_select(rows, 0, index, out=ep.rows_to_send((len(index), *rows.shape[1:]), rows))
+    entries = incoming.numbers.view(-1, 3)[received_order(counts)]
+    position = torch.tensor(incoming.first, device=source.device)[source] + entries[:, 2]
+    received = incoming.buffer
+    out = memory.empty((len(position), *received.shape[1:]), received) if allocate is None else allocate(len(position))
+    received = torch.index_select(received, 0, position, out=out)
+    return Received(received, source.int(), entries[:, 0], entries[:, 1], counts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,24 +10,18 @@ import torch
 
 from evenmoe.contract.layout import Layout
 from evenmoe.contract.limits import resolve_limits
-from evenmoe.errors import EvenmoeError, MissingArgumentError, UnsupportedTypeError
+from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.ops.registration import of_right_types
+from evenmoe.ops.specs import refuse_other_places
 from evenmoe.transport import registry
-from evenmoe.transport.agreement import refuse
+from evenmoe.transport.call import GroupCall, together
 from evenmoe.transport.contract import Transport
+from evenmoe.transport.process_world import transport_of
 from evenmoe.transport.renumbered import RenumberedTransport
 
 
 def group_arguments(ep: Transport, tp: Transport | None) -> dict[str, Any]:
     """The six group arguments of the operators; tp_world_size is 0 without tensor parallelism."""
-    if not isinstance(ep, Transport):
-        raise MissingArgumentError(
-            "ep", repr(ep), "must be the transport of the expert-parallel group", "pass rank.ep of an open world"
-        )
-    if tp is not None and not isinstance(tp, Transport):
-        raise UnsupportedTypeError(
-            "tp", repr(tp), "must be the transport of the tensor-parallel group, or None", "pass rank.tp"
-        )
     return {
         "group_ep": ep.name,
         "ep_world_size": ep.world_size,
@@ -46,7 +40,7 @@ def find_groups(attributes: Mapping[str, Any]) -> tuple[Transport, Transport | N
     return ep, registry.find("group_tp", attributes["group_tp"], attributes["tp_rank_id"], 2)
 
 
-def survivors(ep: Transport, layout: Layout) -> Transport:
+def active_ranks(ep: Transport, layout: Layout) -> Transport:
     """The group that really exchanges: all of it, or the ranks that a scaled-down world kept (§2.11)."""
     return RenumberedTransport(ep, layout.survivors) if layout.survivors else ep
 
@@ -56,49 +50,61 @@ def tp_step(operator: str) -> str:
     return f"tensor-parallel step of {operator}"
 
 
-def exchanges(
-    operator: str, ep: Transport, tp: Transport | None, scaled_down: bool
-) -> list[tuple[Transport | None, str]]:
-    """(group, operator) of the agreements that a call of dispatch or combine needs, in their order.
+def calls_of(
+    operator: str, ep: Transport, tp: Transport | None, scaled_down: bool, rows: object
+) -> tuple[GroupCall, GroupCall | None]:
+    """This rank's parts in a call of dispatch or combine: over the expert-parallel group, and with the TP peer.
 
-    In a scaled-down world the ranks that are gone would not hear a refusal, and the one that refuses would wait.
+    In a scaled-down world the ranks that are gone would not hear of a failure, and the one that fails would wait; so
+    nobody is told before the part is narrowed to the ranks that are left.
+
+    Args:
+        rows: the tensor to be exchanged, on whose device the groups exchange; anything else if it is what is missing.
     """
-    across = (None if scaled_down else ep, operator)
-    with_peer = (tp if tp is not None and tp.world_size == 2 else None, tp_step(operator))
-    return [across, with_peer] if operator == "dispatch" else [with_peer, across]
+    device = rows.device if isinstance(rows, torch.Tensor) and rows.device.type != "meta" else "cpu"
+    across = GroupCall(ep, operator, device, heard=not scaled_down)
+    if tp is None or tp.world_size != 2:
+        return across, None
+    return across, GroupCall(tp, tp_step(operator), device)
+
+
+def in_order(operator: str, across: GroupCall, beside: GroupCall | None) -> tuple[GroupCall | None, GroupCall | None]:
+    """The parts of a call in the order of their exchanges."""
+    return (across, beside) if operator == "dispatch" else (beside, across)
+
+
+def group_of(ep: object, group: object) -> object:
+    """The expert-parallel group of a public function, which has two names for it.
+
+    Raises:
+        ConstraintError: both are given.
+    """
+    if ep is not None and group is not None:
+        raise ConstraintError(
+            "group", "given beside `ep`", "names the same group", "pass one of the two, whichever reads better"
+        )
+    return group if ep is None else ep
 
 
 @contextmanager
-def refusing_together(rows: torch.Tensor | None, waiting: Sequence[tuple[Transport | None, str]]) -> Iterator[None]:
-    """If this rank's call is refused, tell the ranks that would otherwise wait for it.
+def collective(given: Mapping[str, Any], name: str, exchanged: str, rows: object) -> Iterator[dict[str, Any]]:
+    """The arguments of a public function -> those of the registered operator, which is called inside.
+
+    Whatever is raised before the operator has exchanged anything is told to the other ranks.
 
     Args:
-        rows: the tensor to be exchanged, on whose device the groups exchange; None if it is what is missing.
-        waiting: (group, operator) of the exchanges still to come, in their order; None for a group there is not.
-    """
-    try:
-        yield
-    except EvenmoeError as error:
-        for group, operator in waiting:
-            if group is not None:
-                refuse(group, operator, error, "cpu" if rows is None else rows.device)
-        raise
-
-
-def operator_arguments(given: Mapping[str, Any], name: str, exchanged: str, rows: object) -> dict[str, Any]:
-    """The arguments of a public function -> those of the registered operator: names for groups and limits.
-
-    Args:
-        given: by name; `ep`, `tp` and `num_experts` are the public functions' own.
+        given: by name; `ep`, `tp`, `group` and `num_experts` are the public functions' own.
         name: of the registered operator.
         exchanged: the operator under whose name the ranks agree.
         rows: what would be exchanged.
     """
     arguments = dict(given)
     ep, tp = arguments.pop("ep"), arguments.pop("tp")
+    ep = transport_of(group_of(ep, arguments.pop("group", None)), "ep")
+    tp = None if tp is None else transport_of(tp, "tp")
     arguments |= group_arguments(ep, tp)
-    waiting = exchanges(exchanged, ep, tp, scaled_down=given["elastic_info"] is not None)
-    with refusing_together(rows if isinstance(rows, torch.Tensor) else None, waiting):
+    parts = calls_of(exchanged, ep, tp, given["elastic_info"] is not None, rows)
+    with together(*in_order(exchanged, *parts)):
         arguments["moe_expert_num"] = arguments.pop("num_experts")
         if arguments["moe_expert_num"] is None:
             raise MissingArgumentError(
@@ -106,4 +112,6 @@ def operator_arguments(given: Mapping[str, Any], name: str, exchanged: str, rows
             )
         arguments["comm_alg"] = "" if arguments["comm_alg"] is None else arguments["comm_alg"]
         arguments["limits"] = resolve_limits(arguments["limits"]).name
-        return of_right_types(name, arguments)
+        arguments = of_right_types(name, arguments)
+        refuse_other_places(arguments)
+        yield arguments

@@ -13,13 +13,12 @@ import torch
 
 from evenmoe.contract.layout import Layout
 from evenmoe.errors import ConstraintError
-from evenmoe.ops.exchange import copy_rows
-from evenmoe.ops.groups import exchanges, find_groups, refusing_together, survivors, tp_step
+from evenmoe.ops.groups import active_ranks, calls_of, find_groups, in_order
 from evenmoe.ops.quantise import pack_blocks, unpack_blocks
-from evenmoe.ops.routing import active_tokens, sent_entries
+from evenmoe.ops.routing import active_tokens, runs, sent_entries
 from evenmoe.ops.values import check_physical_ids
-from evenmoe.transport.agreement import digest, dtype_code, exchange_counts
-from evenmoe.transport.contract import Transport
+from evenmoe.transport.agreement import DISPATCH, UNKNOWN, digest, dtype_code
+from evenmoe.transport.call import GroupCall, Outgoing, together
 
 BLOCK_INT8 = 2  # comm_quant_mode of §3.5
 
@@ -37,9 +36,12 @@ def bring_home(prepare: Callable[[], Layout], given: Mapping[str, Any]) -> tuple
     """
     ep, tp = find_groups(given)
     expand_x, expert_ids = given["expand_x"], given["expert_ids"]
-    waiting = exchanges("combine", ep, tp, scaled_down=given["elastic_info"] is not None)
-    with refusing_together(expand_x, waiting):
+    scaled_down = given["elastic_info"] is not None
+    across, beside = calls_of("combine", ep, tp, scaled_down, expand_x)
+    with together(*in_order("combine", across, beside)):
         layout = prepare()
+        if scaled_down:
+            across.narrow(active_ranks(ep, layout))
         if given["check_values"]:
             sent = sent_entries(expert_ids, layout, given["x_active_mask"])
             virtual = given["zero_expert_num"] + given["copy_expert_num"] + given["const_expert_num"]
@@ -48,12 +50,11 @@ def bring_home(prepare: Callable[[], Layout], given: Mapping[str, Any]) -> tuple
         triples = given["assist_info_for_combine"][: 3 * num_rows].reshape(num_rows, 3).long()
         if given["check_values"]:
             _check_triples(triples, layout)
-    rows = expand_x[:num_rows]
-    if tp is not None:
-        with refusing_together(expand_x, waiting[1:]):
-            rows = _add_peer_rows(rows, expand_x, tp, layout, given)
-    rows, place = _send_home(rows, triples, survivors(ep, layout), layout, given)
-    return layout, rows, place
+        rows = expand_x[:num_rows]
+        if beside is not None:
+            rows = _add_peer_rows(rows, expand_x, beside, layout, given)
+        rows, place = _send_home(rows, triples, across, layout, given)
+        return layout, rows, place
 
 
 def _own_rows(layout: Layout, given: Mapping[str, Any]) -> int:
@@ -93,15 +94,18 @@ def _check_triples(triples: torch.Tensor, layout: Layout) -> None:
 
 
 def _add_peer_rows(
-    rows: torch.Tensor, expand_x: torch.Tensor, tp: Transport, layout: Layout, given: Mapping[str, Any]
+    rows: torch.Tensor, expand_x: torch.Tensor, call: GroupCall, layout: Layout, given: Mapping[str, Any]
 ) -> torch.Tensor:
     """§3.3: own row i plus the peer's row for the same token, which is the peer's row n_peer + i."""
-    peer, own, tp_send_counts = 1 - tp.rank, len(rows), given["tp_send_counts"]
+    peer, own, tp_send_counts = 1 - call.group.rank, len(rows), given["tp_send_counts"]
     theirs = int(tp_send_counts[peer])
-    sizes = {**_sizes(rows, layout, given), "expert parallel rank": layout.rank}
-    # What each hands over and what each holds, so that both peers refuse what one of them got wrong: neither waits.
+    sizes = {**_sizes(rows, layout, given, group=1), "expert parallel rank": layout.rank}
+    # What each hands over and what each holds, so that both peers refuse what one of them got wrong.
     mine = torch.tensor([[theirs, own]] * 2, device=expand_x.device)
-    offered, held = exchange_counts(tp, tp_step("combine"), sizes, mine)[peer].tolist()
+    offer = expand_x[own : own + theirs]
+    to_each = [0, 0]
+    to_each[peer] = len(offer)
+    offered, held = call.agree(sizes, mine, Outgoing([0, 0], to_each, rows.shape[1:], rows))[peer].tolist()
     if offered != own or theirs != held:
         raise ConstraintError(
             "tp_send_counts",
@@ -109,37 +113,33 @@ def _add_peer_rows(
             "must count the rows of both peers, own first in expert_out",
             "pass the tp_recv_counts and ep_recv_counts that dispatch returned on both peers",
         )
-    send, recv = [0, 0], [0, 0]
-    send[peer], recv[peer] = theirs, own
-    # A copy even of contiguous rows: a slower peer may still read them when the caller writes to expert_out again.
-    offer = expand_x[own : own + theirs].clone(memory_format=torch.contiguous_format)
-    received = tp.exchange_rows(offer, send, recv)
+    incoming = call.exchange(offer)
+    received = incoming.buffer[incoming.first[peer] :][:own]
     # float16 too: a sum of two float16 in float32, rounded once more, is the sum rounded once (24 ≥ 2·11 + 2 bits).
     return (rows.float() + received.float()).to(rows.dtype)
 
 
 def _send_home(
-    rows: torch.Tensor, triples: torch.Tensor, ep: Transport, layout: Layout, given: Mapping[str, Any]
+    rows: torch.Tensor, triples: torch.Tensor, call: GroupCall, layout: Layout, given: Mapping[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows to the ranks in their triples; returns the rows received and the place of each."""
     places = layout.top_k + layout.shared_experts
     source = triples[:, 0]
     order = torch.sort(source, stable=True).indices
-    counts = torch.bincount(source, minlength=ep.world_size)[:, None]
-    recv_counts = exchange_counts(ep, "combine", _sizes(rows, layout, given), counts)[:, 0].tolist()
-    send_counts = counts[:, 0].tolist()
-    wire = copy_rows(ep, rows, order)
-    if given["comm_quant_mode"] == BLOCK_INT8:
-        received = ep.exchange_rows(pack_blocks(wire), send_counts, recv_counts)
-        received = unpack_blocks(received, layout.hidden, rows.dtype)
-    else:
-        received = ep.exchange_rows(wire, send_counts, recv_counts, into_scratch=True)
+    send_counts = torch.bincount(source, minlength=call.group.world_size).tolist()
+    packed = given["comm_quant_mode"] == BLOCK_INT8
+    travelling, index = (pack_blocks(rows.index_select(0, order)), None) if packed else (rows, order)
+    outgoing = Outgoing(send_counts, send_counts, travelling.shape[1:], travelling)
+    call.agree(_sizes(rows, layout, given), torch.zeros((call.group.world_size, 0), dtype=torch.int64), outgoing)
     sent_place = (triples[:, 1] * places + triples[:, 2])[order]
-    slot = ep.exchange_rows(sent_place.int()[:, None], send_counts, recv_counts)[:, 0].long()
-    place = torch.full((layout.num_tokens * places,), -1, dtype=torch.int64, device=rows.device)
+    incoming = call.exchange(travelling, index, sent_place.int())
+    slot = incoming.numbers.long()
     if given["check_values"]:
         _check_places(slot, layout, given)
-    place[slot] = torch.arange(len(slot), device=rows.device)
+    place = torch.full((layout.num_tokens * places,), -1, dtype=torch.int64, device=rows.device)
+    starts, lengths = torch.tensor([incoming.first, incoming.rows], device=rows.device)
+    place[slot] = runs(starts, lengths)
+    received = unpack_blocks(incoming.buffer, layout.hidden, rows.dtype) if packed else incoming.buffer
     return received, place.view(layout.num_tokens, places)
 
 
@@ -159,8 +159,11 @@ def _check_places(slot: torch.Tensor, layout: Layout, given: Mapping[str, Any]) 
         )
 
 
-def _sizes(rows: torch.Tensor, layout: Layout, given: Mapping[str, Any]) -> dict[str, int]:
+def _sizes(rows: torch.Tensor, layout: Layout, given: Mapping[str, Any], group: int = 0) -> dict[str, int]:
+    """What must agree; `group` is 0 for the expert-parallel group, 1 for the peers', each with its own numbers."""
+    number = given["dispatch_number"]
     return {
+        DISPATCH: UNKNOWN if number is None else int(number[group]),
         "hidden size of `expert_out`": layout.hidden,
         "dtype of `expert_out`": dtype_code(rows.dtype),
         "top-k of `expert_ids`": layout.top_k,

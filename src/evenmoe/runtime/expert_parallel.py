@@ -5,34 +5,37 @@ Shapes: T tokens of this rank, H hidden, K experts per token, E logical experts,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
 from evenmoe.contract.layout import Layout, make_layout
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
-from evenmoe.ops.exchange import copy_rows, exchange
-from evenmoe.ops.groups import refusing_together
-from evenmoe.ops.routing import Routing, route
+from evenmoe.ops.exchange import exchange, prepare_sending
+from evenmoe.ops.routing import Routing, route, runs
+from evenmoe.ops.specs import refuse_other_places
 from evenmoe.ops.weighted_sum import add_rows
 from evenmoe.runtime.replica_choice import RULES, ReplicaChoice, refuse_other_types
-from evenmoe.transport.agreement import digest, dtype_code, exchange_counts
-from evenmoe.transport.contract import Transport
+from evenmoe.transport.agreement import DISPATCH, LAYER, digest, dtype_code
+from evenmoe.transport.call import GroupCall, Incoming, Outgoing, together
+from evenmoe.transport.process_world import Group, transport_of
 
 _DISPATCH, _COMBINE = "ExpertParallel.dispatch", "ExpertParallel.combine"
+_CHOICES = {"`rule`": RULES}
+_BATCH = "batch rule of ExpertParallel.dispatch"
 
 
 @dataclass(frozen=True)
 class DispatchedRows:
-    """What one rank computes on; made by `ExpertParallel.dispatch`, consumed by `ExpertParallel.combine`.
+    """What one rank computes on; made by `ExpertParallel.dispatch`, used by `ExpertParallel.combine`.
 
     Attributes:
         rows: (R, H), dtype of x, ordered by slot of this rank, source rank, token.
         num_tokens_per_expert: int64 (slots of this rank,), rows per slot; they add up to R.
         source_rank, source_token, source_k: int32 (R,), the (rank, token, k) that each row serves.
+        layer, number: which layer's dispatch it is, and which exchange of the group; the same on all ranks.
     """
 
     rows: torch.Tensor
@@ -42,22 +45,35 @@ class DispatchedRows:
     source_k: torch.Tensor
     routing: Routing
     topk_weights: torch.Tensor
-    step: int
+    group_name: str
+    layer: int
+    number: int
 
 
 class ExpertParallel:
     """One MoE layer across the ranks of a group: logical top-k in, weighted sums out.
 
-    Inference only: gradients do not cross ranks, so tensors that require them are refused.
+    Inference only: gradients do not cross ranks, so tensors that require them are refused. A deep copy is a layer of
+    its own on the same group; a layer cannot be pickled.
+
+    Every dispatch has an identity: the layer, the number of the group's exchange, the table. Ranks that make another
+    call than the others (they skip a layer, repeat one, combine in another order) get one RankDisagreementError that
+    says which rank is where, on all ranks; so does a call that is refused or fails on one rank, on all others. The
+    group is in step then, and the next call that all ranks make is right. Several dispatches may be in flight, of one
+    layer or of many, and be combined in any order that is common to all ranks.
 
     Args:
-        ep: this rank's transport; the ranks hold equally many slots, slot s on rank s // (S / W).
+        group: the ranks, which hold equally many slots, slot s on rank s // (S / W): this rank's transport (`rank.ep`
+            of a world), a torch.distributed ProcessGroup, or one axis of a DeviceMesh (`mesh["ep"]`). The first layer
+            on a group of torch.distributed is a collective of its ranks.
         eplb_table: int32 (E, F), row e = [count, slot ids…, don't care]; slot ids are unique over the table. The
             same on every rank (`Placement.eplb_table`).
         num_slots: S, a multiple of W.
         rule: which replica a token uses: "rank", "token", "occurrence", or "batch" (the split of the whole batch
             that minimises the busiest rank's load; the counts it needs travel instead of the usual ones).
         check_values: look at ids at every step. False saves the pass; a wrong value is then undefined.
+        layer: a number of the layer, 0 or more, the same on all ranks, for messages and to tell layers apart. None for
+            the next number of the group, which agrees if all ranks make their layers in the same order.
 
     Raises:
         ConstraintError: a table, a number of slots or a rule that cannot work, said before anything is exchanged.
@@ -78,14 +94,16 @@ class ExpertParallel:
 
     def __init__(
         self,
-        ep: Transport,
+        group: Group,
         eplb_table: torch.Tensor,
         *,
         num_slots: int,
         rule: str = "rank",
         check_values: bool = True,
+        layer: int | None = None,
     ) -> None:
-        self._ep, self.num_slots, self.rule, self._check_values = ep, num_slots, rule, check_values
+        self._group = ep = transport_of(group)
+        self.num_slots, self.rule, self._check_values = num_slots, rule, check_values
         if num_slots < 1 or num_slots % ep.world_size:
             nearest = max(1, round(num_slots / ep.world_size)) * ep.world_size
             raise ConstraintError(
@@ -94,10 +112,30 @@ class ExpertParallel:
                 f"must be a multiple of the {ep.world_size} ranks",
                 f"use {nearest}, the nearest that is",
             )
+        if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < 2**62):
+            raise ConstraintError("layer", repr(layer), "must be a whole number from 0", "pass the layer's index")
         self._choice = ReplicaChoice(eplb_table, rule, num_slots, ep.rank, ep.world_size)
         self.num_experts = eplb_table.shape[0]
         self._table_digest = digest(self._choice.counted_entries())
-        self._step = 0
+        self._given_layer, self.layer = layer, ep.next_layer() if layer is None else layer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallel:
+        return ExpertParallel(
+            self._group,
+            self._choice.table,
+            num_slots=self.num_slots,
+            rule=self.rule,
+            check_values=self._check_values,
+            layer=self._given_layer,
+        )
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise ConstraintError(
+            "ExpertParallel",
+            "a layer with an open connection to other ranks",
+            "cannot be pickled",
+            "pickle its placement, and make the layer anew where it is loaded",
+        )
 
     def dispatch(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> DispatchedRows:
         """Send each token once to every rank that computes for it; a collective of the group.
@@ -113,45 +151,50 @@ class ExpertParallel:
         Raises:
             ConstraintError, UnsupportedTypeError: on this rank's arguments; the other ranks get a
                 RankDisagreementError that says so.
-            RankDisagreementError: sizes that differ between ranks, the same error on every rank.
+            RankDisagreementError: ranks make different calls or call with different sizes, or the call failed on
+                another rank; the same error on every rank.
+            LostRankError: a rank is gone or was interrupted; `.ranks` says which. The group is closed for good.
         """
-        routing = None
-        with self._refusing(_DISPATCH, x=x, topk_ids=topk_ids, topk_weights=topk_weights):
+        call = self._call(_DISPATCH, x)
+        with together(call):
+            refuse_other_types(x=x, topk_ids=topk_ids, topk_weights=topk_weights)
+            refuse_other_places({"x": x, "topk_ids": topk_ids, "topk_weights": topk_weights})
             self._check(x, topk_ids, topk_weights)
-            layout = self._layout(x, topk_ids)
-            counted = topk_ids >= 0
+            weights = topk_weights.to(torch.float32, copy=True)  # the caller may write to them before combine
+            layout, counted = self._layout(x, topk_ids), topk_ids >= 0
+            number, sizes = self._group.number(), self._sizes(x, topk_ids)
             if self.rule == "batch":
-                experts = torch.where(counted, topk_ids, self.num_experts).flatten().long()
-                by_expert = torch.bincount(experts, minlength=self.num_experts + 1)[: self.num_experts]
-                mine = by_expert.expand(layout.ep, -1)  # every rank needs them all
+                by_rank = self._count_experts(call, topk_ids, counted, sizes)
+                routing = route(self._slots(topk_ids, counted, by_rank), layout, None)
+                first = layout.rank * layout.experts_per_rank
+                to_slots = self._choice.slot_counts(by_rank)[:, first : first + layout.experts_per_rank]
+                counts = torch.from_numpy(to_slots.copy()).to(x.device)
+                sending = prepare_sending(routing, x.shape[0], x.shape[1:], x)
+                none = counts.new_zeros((layout.ep, 0))
+                call.agree({LAYER: self.layer}, none, sending.outgoing, operator=_BATCH)
             else:
                 routing = route(self._slots(topk_ids, counted), layout, None)
-                mine = routing.counts
-        counts = exchange_counts(self._ep, _DISPATCH, self._sizes(x, topk_ids), mine, {"`rule`": RULES})
-        if routing is None:
-            by_rank = counts.cpu().numpy()
-            routing = route(self._slots(topk_ids, counted, by_rank), layout, None)
-            first = layout.rank * layout.experts_per_rank
-            to_slots = self._choice.slot_counts(by_rank)[:, first : first + layout.experts_per_rank]
-            counts = torch.from_numpy(to_slots.copy()).to(x.device)
-        received = exchange(self._ep, routing, counts, x.shape[0], lambda token, _: copy_rows(self._ep, x, token))
-        self._step += 1
-        return DispatchedRows(
-            received.rows,
-            counts.sum(dim=0),
-            received.source,
-            received.token,
-            received.k,
-            routing,
-            topk_weights,
-            self._step,
-        )
+                sending = prepare_sending(routing, x.shape[0], x.shape[1:], x)
+                counts = call.agree(sizes, routing.counts, sending.outgoing, choices=_CHOICES)
+            received = exchange(call, sending, counts, x, sending.token)
+            return DispatchedRows(
+                received.rows,
+                counts.sum(dim=0),
+                received.source,
+                received.token,
+                received.k,
+                routing,
+                weights,
+                self._group.name,
+                self.layer,
+                number,
+            )
 
     def combine(self, dispatched: DispatchedRows, expert_out: torch.Tensor) -> torch.Tensor:
-        """Bring the experts' rows home and add them up, weighted; a collective of the group.
+        """Return the experts' rows to their tokens and add them up, weighted; a collective of the group.
 
         Args:
-            dispatched: of the last `dispatch`.
+            dispatched: of a `dispatch` of this layer, the same on all ranks; it may be combined again.
             expert_out: (R, H′), one row for each of `dispatched.rows`, in their order; any float dtype.
 
         Returns:
@@ -161,37 +204,48 @@ class ExpertParallel:
         Raises:
             ConstraintError, UnsupportedTypeError: rows that are not one for each dispatched row, or not of a float
                 dtype; the other ranks get a RankDisagreementError that says so.
-            RankDisagreementError: H′ or the dtype differ between ranks, the same error on every rank.
+            RankDisagreementError: the ranks combine different dispatches, or H′ or the dtype differ between them, or
+                the call failed on another rank; the same error on every rank.
+            LostRankError: as in `dispatch`.
         """
-        with self._refusing(_COMBINE, expert_out=expert_out):
-            if expert_out.dim() != 2 or expert_out.shape[0] != dispatched.rows.shape[0]:
+        call = self._call(_COMBINE, expert_out)
+        with together(call):
+            self._check_combine(dispatched, expert_out)
+            sizes = {
+                LAYER: self.layer,
+                DISPATCH: dispatched.number,
+                "hidden size of `expert_out`": expert_out.shape[1],
+                "dtype of `expert_out`": dtype_code(expert_out.dtype),
+            }
+            world_size = self._group.world_size
+            back = torch.bincount(dispatched.source_rank, minlength=world_size).tolist()
+            order = torch.sort(dispatched.source_rank, stable=True).indices
+            sent_out = dispatched.routing.counts.sum(dim=1).tolist()
+            outgoing = Outgoing([0] * world_size, back, expert_out.shape[1:], expert_out)
+            home = call.agree(sizes, torch.tensor(back, device=expert_out.device)[:, None], outgoing)[:, 0].tolist()
+            if home != sent_out:
                 raise ConstraintError(
-                    "expert_out",
-                    f"of shape {tuple(expert_out.shape)}",
-                    f"must have one row for each of the {dispatched.rows.shape[0]} dispatched rows",
-                    "apply each slot's expert to its num_tokens_per_expert rows and keep their order",
+                    "dispatched",
+                    f"such that {home} rows come back from the ranks where {sent_out} were sent to them",
+                    "must be what dispatch returned, unchanged",
+                    "pass it to combine as it is",
                 )
-            _refuse_whole_numbers("expert_out", expert_out)
-            _refuse_gradients("expert_out", expert_out)
-            back = torch.bincount(dispatched.source_rank, minlength=self._ep.world_size)[:, None]
-        sizes = {
-            "hidden size of `expert_out`": expert_out.shape[1],
-            "dtype of `expert_out`": dtype_code(expert_out.dtype),
-            "step of the dispatch": dispatched.step,
-        }
-        home = exchange_counts(self._ep, _COMBINE, sizes, back)[:, 0]
-        order = torch.sort(dispatched.source_rank, stable=True).indices
-        rows = copy_rows(self._ep, expert_out, order)
-        rows = self._ep.exchange_rows(rows, back[:, 0].tolist(), home.tolist(), into_scratch=True)
-        return _weighted_sum(rows, dispatched.routing, dispatched.topk_weights)
+            incoming = call.exchange(expert_out, order)
+            return _weighted_sum(incoming, dispatched.routing, dispatched.topk_weights)
 
-    @contextmanager
-    def _refusing(self, operator: str, **tensors: torch.Tensor) -> Iterator[None]:
-        """Whatever is refused inside, beginning with arguments that are no tensors, is refused on every rank."""
-        first = next(iter(tensors.values()))
-        with refusing_together(first if isinstance(first, torch.Tensor) else None, [(self._ep, operator)]):
-            refuse_other_types(**tensors)
-            yield
+    def _call(self, operator: str, rows: object) -> GroupCall:
+        """This rank's part in a call; `rows` are to be exchanged, if they are a tensor at all."""
+        travels = isinstance(rows, torch.Tensor) and rows.device.type != "meta"
+        return GroupCall(self._group, operator, rows.device if travels else "cpu")  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _count_experts(
+        self, call: GroupCall, topk_ids: torch.Tensor, counted: torch.Tensor, sizes: dict[str, int]
+    ) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """int64 (W, E), every rank's entries of every expert, which the batch rule needs before it chooses."""
+        experts = torch.where(counted, topk_ids, self.num_experts).flatten().long()
+        by_expert = torch.bincount(experts, minlength=self.num_experts + 1)[: self.num_experts]
+        everywhere = by_expert.expand(self._group.world_size, -1)
+        return call.agree(sizes, everywhere, choices=_CHOICES).cpu().numpy()
 
     def _slots(self, topk_ids: torch.Tensor, counted: torch.Tensor, by_rank: np.ndarray | None = None) -> torch.Tensor:
         """Slot ids; S, which `route` leaves at home, where nothing is to be computed."""
@@ -200,8 +254,8 @@ class ExpertParallel:
 
     def _layout(self, x: torch.Tensor, topk_ids: torch.Tensor) -> Layout:
         return make_layout(
-            ep=self._ep.world_size,
-            rank=self._ep.rank,
+            ep=self._group.world_size,
+            rank=self._group.rank,
             num_experts=self.num_slots,
             num_tokens=x.shape[0],
             hidden=x.shape[1],
@@ -210,6 +264,7 @@ class ExpertParallel:
 
     def _sizes(self, x: torch.Tensor, topk_ids: torch.Tensor) -> dict[str, int]:
         return {
+            LAYER: self.layer,
             "hidden size of `x`": x.shape[1],
             "dtype of `x`": dtype_code(x.dtype),
             "top-k of `topk_ids`": topk_ids.shape[1],
@@ -218,6 +273,33 @@ class ExpertParallel:
             "`rule`": RULES.index(self.rule),
             "digest of the EPLB table": self._table_digest,
         }
+
+    def _check_combine(self, dispatched: DispatchedRows, expert_out: torch.Tensor) -> None:
+        refuse_other_types(expert_out=expert_out)
+        if not isinstance(dispatched, DispatchedRows):
+            raise UnsupportedTypeError(
+                "dispatched",
+                f"a {type(dispatched).__name__}",
+                "must be what dispatch returned",
+                "keep it until combine",
+            )
+        if (dispatched.group_name, dispatched.layer) != (self._group.name, self.layer):
+            raise ConstraintError(
+                "dispatched",
+                f"of layer {dispatched.layer} on group {dispatched.group_name!r}",
+                f"must be of this layer, {self.layer} on group {self._group.name!r}",
+                "combine with the layer that dispatched",
+            )
+        if expert_out.dim() != 2 or expert_out.shape[0] != dispatched.rows.shape[0]:
+            raise ConstraintError(
+                "expert_out",
+                f"of shape {tuple(expert_out.shape)}",
+                f"must have one row for each of the {dispatched.rows.shape[0]} dispatched rows",
+                "apply each slot's expert to its num_tokens_per_expert rows and keep their order",
+            )
+        refuse_other_places({"dispatched.rows": dispatched.rows, "expert_out": expert_out})
+        _refuse_whole_numbers("expert_out", expert_out)
+        _refuse_gradients("expert_out", expert_out)
 
     def _check(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
         if x.dim() != 2:
@@ -253,13 +335,14 @@ class ExpertParallel:
                 )
 
 
-def _weighted_sum(rows: torch.Tensor, routing: Routing, topk_weights: torch.Tensor) -> torch.Tensor:
+def _weighted_sum(incoming: Incoming, routing: Routing, topk_weights: torch.Tensor) -> torch.Tensor:
     """Rows come home in the order in which `routing` sent the tokens out, so each one's place is known."""
-    num_tokens, top_k = topk_weights.shape
+    (num_tokens, top_k), rows = topk_weights.shape, incoming.buffer
     place = torch.full((num_tokens, top_k), -1, dtype=torch.int64, device=rows.device)
-    place[routing.token, routing.k] = torch.arange(len(rows), device=rows.device)
+    starts, lengths = torch.tensor([incoming.first, incoming.rows], device=rows.device)
+    place[routing.token, routing.k] = runs(starts, lengths)
     total = torch.zeros((num_tokens, rows.shape[1]), dtype=torch.float32, device=rows.device)
-    add_rows(total, rows, place, topk_weights.float())
+    add_rows(total, rows, place, topk_weights)
     return total.to(rows.dtype)
 
 

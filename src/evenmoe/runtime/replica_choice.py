@@ -92,6 +92,11 @@ class ReplicaChoice:
         counts[:, self._slots] = np.maximum(np.minimum(rank_stop, stop) - np.maximum(rank_start, start), 0)
         return counts
 
+    @property
+    def table(self) -> torch.Tensor:
+        """The EPLB table, which is not to be written to."""
+        return self._table
+
     def counted_entries(self) -> IntArray:
         """The part of the table that means something, one number per entry: what ranks must have in common."""
         return self._experts.astype(np.int64) * self._num_slots + self._slots

@@ -2,8 +2,9 @@
 
 Sizes that differ between ranks are the classic way to hang an all-to-all, or to read one rank's rows with another
 rank's shape. So counts travel in a message whose size depends on the world alone; it starts with a header that names
-the operator, its sizes, and whether this rank refused its arguments. Every rank reads every header, finds the same
-disagreement and raises the same error, before any row has moved. It costs no collective of its own.
+the exchange's number, the operator, the layer and the dispatch that it is about, its sizes, and whether this rank
+failed. Every rank reads every header, finds the same disagreement and raises the same error, before any row has moved.
+It costs no collective of its own.
 """
 
 from __future__ import annotations
@@ -13,20 +14,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
-from evenmoe.errors import EvenmoeError, RankDisagreementError
+from evenmoe.errors import RankDisagreementError
 
 if TYPE_CHECKING:
     import torch
 
-    from evenmoe.transport.contract import Transport
-
-_TEXT = 40  # int64 words for the message of a rank that refused: 320 bytes of UTF-8
-_FIELDS = 24  # int64 words for sizes that must agree
-_HEADER = 3 + _FIELDS + _TEXT  # operator, status, number of fields, fields, text
+TEXT = 40  # int64 words for the message of a rank that failed: 320 bytes of UTF-8
+FIELDS = 24  # int64 words for what must agree
+HEADER = 4 + FIELDS + TEXT  # number of the exchange, operator, status, number of fields; fields; text
+FAILED = 1  # status of an error that has none of its own
 _MESSAGE_WORDS = 4096  # counts sent to all ranks together: 32 KiB, a latency-bound message on any link
+UNKNOWN = -1  # a dispatch that combine was not told; it may be any
+
+LAYER, DISPATCH = "layer", "dispatch"
+_WHERE = (LAYER, DISPATCH)  # which call it is: told for every rank at once
+Words = npt.NDArray[np.int64]
 
 _COMBINE = (
+    DISPATCH,
     "hidden size of `expert_out`",
     "dtype of `expert_out`",
     "top-k of `expert_ids`",
@@ -72,6 +79,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     # The peers come first in combine, and would be done before a difference shows among the others: so all sizes here.
     "tensor-parallel step of combine": (*_COMBINE, "expert parallel rank"),
     "ExpertParallel.dispatch": (
+        LAYER,
         "hidden size of `x`",
         "dtype of `x`",
         "top-k of `topk_ids`",
@@ -80,66 +88,89 @@ OPERATORS: dict[str, tuple[str, ...]] = {
         "`rule`",
         "digest of the EPLB table",
     ),
-    "ExpertParallel.combine": ("hidden size of `expert_out`", "dtype of `expert_out`", "step of the dispatch"),
+    "batch rule of ExpertParallel.dispatch": (LAYER,),
+    "ExpertParallel.combine": (
+        LAYER,
+        DISPATCH,
+        "hidden size of `expert_out`",
+        "dtype of `expert_out`",
+    ),
 }
 _NAMES = tuple(OPERATORS)
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int8", "float8_e4m3fn", "float8_e5m2")
 
 
-def exchange_counts(
-    transport: Transport,
-    operator: str,
-    sizes: Mapping[str, int],
-    counts: torch.Tensor,
-    choices: Mapping[str, Sequence[str]] | None = None,
-) -> torch.Tensor:
-    """Exchange `counts` between ranks that agree on `sizes`; raise the same error on every rank if they do not.
+def fitting(world_size: int) -> int:
+    """Counts per destination that fit into the first message; a function of the world alone, so ranks never differ."""
+    return max(64, _MESSAGE_WORDS // world_size)
 
-    Args:
-        operator: a key of `OPERATORS`.
-        sizes: {name: value} for every name of that operator.
-        counts: int64 (W, n); row d goes to rank d.
-        choices: {name: words} for names whose values are positions in a list of words, for the error.
 
-    Returns:
-        int64 (W, n), row s from rank s.
+def header(number: int, operator: str, sizes: Mapping[str, int]) -> Words:
+    """The header of a rank that calls `operator` with `sizes`, a value for every name of `OPERATORS[operator]`."""
+    assert tuple(sizes) == OPERATORS[operator], (operator, tuple(sizes))
+    words = np.zeros(HEADER, np.int64)
+    words[:4] = number, _NAMES.index(operator), 0, len(sizes)
+    words[4 : 4 + len(sizes)] = list(sizes.values())
+    return words
+
+
+def failed_header(number: int, operator: str, error: BaseException) -> Words:
+    """The header of a rank whose call failed before the first exchange, in place of what the others wait for."""
+    words = np.zeros(HEADER, np.int64)
+    words[:4] = number, _NAMES.index(operator), getattr(error, "status", FAILED), 0
+    words[4 + FIELDS :] = text_words(error, TEXT)
+    return words
+
+
+def text_words(error: BaseException, words: int) -> Words:
+    """What an error says, cut to that many int64 words of UTF-8."""
+    text = str(error) if hasattr(error, "status") else f"{type(error).__name__}: {error}".removesuffix(": ")
+    return np.frombuffer(text.encode()[: 8 * words].ljust(8 * words, b"\0"), np.int64)
+
+
+def text_of(words: Words) -> str:
+    return words.tobytes().rstrip(b"\0").decode(errors="replace")
+
+
+def check_headers(headers: Words, choices: Mapping[str, Sequence[str]]) -> None:
+    """Compare the headers of all ranks, int64 (W, HEADER), whose numbers are equal.
 
     Raises:
-        RankDisagreementError: ranks called different operators or with different sizes, or a rank refused its call.
+        RankDisagreementError: a rank failed, or they differ in the call or in a size; the same on every rank.
     """
-    assert tuple(sizes) == OPERATORS[operator], (operator, tuple(sizes))
-    fitting = _fitting(transport)
-    message = _message(transport, counts)
-    header = message[:, :_HEADER]
-    header[:, 0] = _NAMES.index(operator)
-    header[:, 2] = len(sizes)
-    header[:, 3 : 3 + len(sizes)] = counts.new_tensor(list(sizes.values()))
-    message[:, _HEADER : _HEADER + min(counts.shape[1], fitting)] = counts[:, :fitting]
-    received = transport.exchange_counts(message)
-    _check_headers(received[:, :_HEADER].cpu().numpy(), choices or {})
-    first = received[:, _HEADER : _HEADER + min(counts.shape[1], fitting)]
-    if counts.shape[1] <= fitting:
-        return first
-    import torch
+    for rank, words in enumerate(headers):
+        if words[2]:
+            raise failed_there(rank, _NAMES[words[1]], text_of(words[4 + FIELDS :]), refused=words[2] != FAILED)
+    operators = {rank: _NAMES[words[1]] for rank, words in enumerate(headers)}
+    where = {rank: _where(words) for rank, words in enumerate(headers)}
+    if len(set(operators.values())) > 1:
+        raise _elsewhere("operator", where)
+    names = OPERATORS[operators[0]]
+    for word, name in enumerate(names):
+        values = headers[:, 4 + word]
+        if name == DISPATCH:
+            values = values[values != UNKNOWN]
+        if len(np.unique(values)) <= 1:
+            continue
+        if name in _WHERE:
+            raise _elsewhere("call", where)
+        readable = {rank: _readable(name, int(value), choices) for rank, value in enumerate(values)}
+        raise RankDisagreementError(
+            name.replace("`", ""),
+            _by_value(readable),
+            "must be equal on every rank of a group",
+            "pass the same on all ranks",
+        )
 
-    return torch.cat([first, transport.exchange_counts(counts[:, fitting:].contiguous())], dim=1)
 
-
-def refuse(transport: Transport, operator: str, error: EvenmoeError, device: torch.device | str = "cpu") -> None:
-    """Tell the other ranks that this one refused its arguments, in place of the counts they wait for.
-
-    They raise a RankDisagreementError that carries this rank's message, instead of waiting. The ranks' headers are
-    compared here too, but the caller's own error is the one to raise, so a disagreement is not.
-    """
-    import torch
-
-    message = _message(transport, torch.zeros((transport.world_size, 0), dtype=torch.int64, device=device))
-    text = str(error).encode()[: 8 * _TEXT].ljust(8 * _TEXT, b"\0")
-    header = np.zeros(_HEADER, np.int64)
-    header[0], header[1] = _NAMES.index(operator), error.status
-    header[3 + _FIELDS :] = np.frombuffer(text, np.int64)
-    message[:, :_HEADER] = torch.from_numpy(header)
-    transport.exchange_counts(message)
+def failed_there(rank: int, operator: str, text: str, refused: bool) -> RankDisagreementError:
+    """The error of the other ranks when one rank's call was refused, or failed in the midst of it."""
+    how, rule, fix = "failed", "succeed", f"mend what failed on rank {rank}, and repeat the call on all ranks"
+    if refused:
+        how, rule, fix = "refused", "be accepted", f"correct the arguments of rank {rank}"
+    return RankDisagreementError(
+        f"the call of {operator} on rank {rank}", f"{how} there ({text})", f"must {rule} on every rank", fix
+    )
 
 
 def dtype_code(dtype: torch.dtype) -> int:
@@ -153,44 +184,25 @@ def digest(values: Iterable[int]) -> int:
     return zlib.crc32(np.fromiter(values, np.int64).tobytes())
 
 
-def _fitting(transport: Transport) -> int:
-    """Counts per destination that fit into the message; a function of the world alone, so ranks never differ in it."""
-    return max(64, _MESSAGE_WORDS // transport.world_size)
+def _where(words: Words) -> str:
+    """What a rank was about to do: the operator, and which of its calls."""
+    operator = _NAMES[words[1]]
+    values = dict(zip(OPERATORS[operator], words[4:].tolist(), strict=False))
+    parts = [operator]
+    if values.get(DISPATCH, UNKNOWN) != UNKNOWN:
+        parts.append(f"of dispatch {values[DISPATCH]}")
+    if LAYER in values:
+        parts.append(f"of layer {values[LAYER]}")
+    return " ".join(parts)
 
 
-def _message(transport: Transport, counts: torch.Tensor) -> torch.Tensor:
-    return counts.new_zeros((transport.world_size, _HEADER + _fitting(transport)))
-
-
-def _check_headers(headers: np.ndarray, choices: Mapping[str, Sequence[str]]) -> None:
-    ranks = range(len(headers))
-    for rank in ranks:
-        if headers[rank, 1]:
-            text = headers[rank, 3 + _FIELDS :].tobytes().rstrip(b"\0").decode(errors="replace")
-            raise RankDisagreementError(
-                f"the call of {_NAMES[headers[rank, 0]]} on rank {rank}",
-                f"refused there ({text})",
-                "must be accepted on every rank",
-                f"correct the arguments of rank {rank}",
-            )
-    operators = {rank: _NAMES[headers[rank, 0]] for rank in ranks}
-    if len(set(operators.values())) > 1:
-        raise RankDisagreementError(
-            "the operator",
-            _by_value(operators),
-            "must be the same on every rank of a group",
-            "call the collective operators in the same order on all ranks",
-        )
-    names = OPERATORS[operators[ranks[0]]]
-    for word, name in enumerate(names):
-        values = {rank: _readable(name, int(headers[rank, 3 + word]), choices) for rank in ranks}
-        if len(set(values.values())) > 1:
-            raise RankDisagreementError(
-                name.replace("`", ""),
-                _by_value(values),
-                "must be equal on every rank of a group",
-                "pass the same on all ranks",
-            )
+def _elsewhere(what: str, where: Mapping[int, str]) -> RankDisagreementError:
+    return RankDisagreementError(
+        f"the {what}",
+        _by_value(where),
+        "must be the same on every rank of a group",
+        "call the collective operators in the same order on all ranks",
+    )
 
 
 def _readable(name: str, value: int, choices: Mapping[str, Sequence[str]]) -> str:

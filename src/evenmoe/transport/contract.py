@@ -1,13 +1,14 @@
 """The contract of a transport: what a rank can do with the other ranks of its group.
 
-Shapes: W ranks in the group. Every method is a collective: all ranks of the group (or all of `members`) call it in the
-same order. `members` narrows an exchange to the ranks listed, in ascending order; the others do not call, and their
+Shapes: W ranks in the group. Every exchange is a collective: all ranks of the group (or all of `members`) call it in
+the same order. `members` narrows an exchange to the ranks listed, in ascending order; the others do not call, and their
 rows and counts are zero. It serves scaled-down worlds, where some ranks are gone (specification §2.11).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
 class Transport(Protocol):
     """One rank's end of a group.
 
-    Attributes: `name` (of the group, the same on all its ranks), `rank` (0…W−1), `world_size` (W).
+    Attributes: `name` (of the group, the same on all its ranks), `rank` (0…W−1), `world_size` (W), `broken` (bool, no
+    exchange may follow).
 
     Laws, tested over every implementation: what rank s puts into row d of its counts is row s of what rank d gets;
     rows arrive unchanged, ordered by source rank and then as they were sent; two exchanges never mix; a rank that fails
-    or ends turns the wait of the others into a LostRankError.
+    or ends turns the wait of the others into a LostRankError; after a LostRankError every further exchange raises one
+    that names the same ranks.
     """
 
     @property
@@ -33,6 +36,43 @@ class Transport(Protocol):
 
     @property
     def world_size(self) -> int: ...
+
+    @property
+    def broken(self) -> bool: ...
+
+    def number(self, members: Sequence[int] | None = None) -> int:
+        """Return how many exchanges have been made with exactly these members, None for all: equal on all of them."""
+        ...
+
+    def next_layer(self) -> int:
+        """Return 0, 1, … at successive calls: the number of a layer, equal on ranks that make the same layers."""
+        ...
+
+    def in_turn(self) -> AbstractContextManager[None]:
+        """Keep a second call of the same rank away.
+
+        Raises:
+            ConstraintError: there is one already.
+        """
+        ...
+
+    def check_usable(self) -> None:
+        """Raise what ended this end of the group, if anything did.
+
+        Raises:
+            ConstraintError: it was closed.
+            LostRankError: an earlier exchange lost a rank or was left out of step.
+        """
+        ...
+
+    def break_off(self, reason: str, ranks: tuple[int, ...] | None = None) -> None:
+        """Make no exchange any more and let the other ranks know, who get a LostRankError.
+
+        Args:
+            reason: follows this rank in a sentence, as in "failed with MemoryError".
+            ranks: whose fault it is; None for this one's own.
+        """
+        ...
 
     def exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None = None) -> torch.Tensor:
         """Send row d of `counts` to rank d; return what every rank sent here.
@@ -45,7 +85,7 @@ class Transport(Protocol):
             int64 (W, n), row s from rank s.
 
         Raises:
-            LostRankError: a rank failed or ended instead of taking part.
+            LostRankError: a rank failed or ended instead of taking part, now or in an earlier exchange.
         """
         ...
 
@@ -69,7 +109,7 @@ class Transport(Protocol):
             A tensor (sum(recv_counts), …) of the same dtype, ordered by source rank.
 
         Raises:
-            LostRankError: a rank failed or ended instead of taking part.
+            LostRankError: a rank failed or ended instead of taking part, now or in an earlier exchange.
         """
         ...
 

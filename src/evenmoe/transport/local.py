@@ -5,28 +5,40 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from evenmoe.errors import LostRankError
+from evenmoe.transport.group_end import GroupEnd, Members
 from evenmoe.transport.scratch import Scratch
+
+Meeting = tuple[Members, int]
+
+
+@dataclass(frozen=True)
+class _Departure:
+    """Why a rank will not post again, and which ranks made it leave: none if it left by itself."""
+
+    reason: str
+    because_of: tuple[int, ...] = ()
 
 
 class Board:
     """Where the ranks of one group meet: each posts a value, and waits until all have posted.
 
-    One board serves one group. Meetings are numbered per rank, so two exchanges never mix.
+    One board serves one group. Two exchanges never mix, since a meeting is told by its members and its number.
     """
 
     def __init__(self, name: str, world_size: int, timeout_s: float) -> None:
         self.name, self.world_size, self.timeout_s = name, world_size, timeout_s
         self._changed = threading.Condition()
-        self._posts: dict[int, dict[int, object]] = {}  # meeting -> rank -> value
-        self._readers: dict[int, int] = {}  # meeting -> ranks that have not read it yet
-        self._gone: dict[int, str] = {}  # rank -> why it will not post again
+        self._posts: dict[Meeting, dict[int, object]] = {}  # meeting -> rank -> value
+        self._readers: dict[Meeting, int] = {}  # meeting -> ranks that have not read it yet
+        self._gone: dict[int, _Departure] = {}
 
-    def meet(self, rank: int, meeting: int, value: object, members: Sequence[int]) -> dict[int, Any]:
+    def meet(self, rank: int, meeting: Meeting, value: object, members: Sequence[int]) -> dict[int, Any]:
         """Post `value` as `rank` and return {rank: value} of all members."""
         deadline = time.monotonic() + self.timeout_s
         with self._changed:
@@ -37,15 +49,13 @@ class Board:
                 self._changed.notify_all()
             while len(posts) < len(members):
                 missing = [r for r in members if r not in posts]
-                gone = [r for r in missing if r in self._gone]
-                if gone:
-                    raise LostRankError(
-                        f"rank {rank} waits in group {self.name!r} for rank {gone[0]}, which {self._gone[gone[0]]}",
-                        tuple(gone),
-                    )
+                if any(r in self._gone for r in missing):
+                    raise self._lost(rank, missing)
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
-                    self._gone[rank] = f"gave up after {self.timeout_s:g} s of waiting for ranks {missing}"
+                    self._gone[rank] = _Departure(
+                        f"gave up after {self.timeout_s:g} s of waiting for ranks {missing}", tuple(missing)
+                    )
                     self._changed.notify_all()
                     raise LostRankError(
                         f"rank {rank} waited {self.timeout_s:g} s in group {self.name!r} for ranks {missing}, "
@@ -58,10 +68,10 @@ class Board:
                 del self._posts[meeting], self._readers[meeting]
             return {r: posts[r] for r in members}
 
-    def leave(self, rank: int, reason: str) -> None:
+    def leave(self, rank: int, reason: str, because_of: tuple[int, ...] = ()) -> None:
         """Say that `rank` will not post again, and wake whoever waits for it."""
         with self._changed:
-            self._gone.setdefault(rank, reason)
+            self._gone.setdefault(rank, _Departure(reason, because_of))
             self._changed.notify_all()
 
     def return_all(self) -> None:
@@ -71,13 +81,26 @@ class Board:
             self._readers.clear()
             self._gone.clear()
 
+    def _lost(self, rank: int, missing: Sequence[int]) -> LostRankError:
+        """Name the ranks that left by themselves; those that left because of others only if there is nobody else."""
+        gone = {r: self._gone[r] for r in missing if r in self._gone}
+        guilty = [r for r, departure in gone.items() if not departure.because_of]
+        if not guilty:
+            behind = {r for departure in gone.values() for r in departure.because_of if r != rank}
+            guilty = sorted(behind & set(self._gone)) or sorted(gone)
+        first = guilty[0]
+        return LostRankError(
+            f"rank {rank} waits in group {self.name!r} for rank {first}, which {self._gone[first].reason}",
+            tuple(guilty),
+        )
 
-class LocalTransport:
+
+class LocalTransport(GroupEnd):
     """One rank's end of a group of threads; implements `Transport`."""
 
     def __init__(self, board: Board, rank: int, on_close: Callable[[], None] | None = None) -> None:
+        super().__init__()
         self._board, self._rank, self._on_close = board, rank, on_close
-        self._meeting = 0
         self._scratch = Scratch()
 
     @property
@@ -92,20 +115,31 @@ class LocalTransport:
     def world_size(self) -> int:
         return self._board.world_size
 
-    def exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None = None) -> torch.Tensor:
+    def rows_to_send(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        return like.new_empty(shape)  # slower ranks may still read those of the last exchange
+
+    def restart(self, number: int) -> None:
+        """Begin the next run of the same world, in which every rank counts its exchanges from `number`."""
+        self._broken = None
+        self._numbers.clear()
+        self._numbers[()] = number
+
+    def _exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None) -> torch.Tensor:
         received = torch.zeros_like(counts)
+        rows = received.numpy() if received.device.type == "cpu" else received
         # A copy, since the caller may write to its counts while a slower rank still reads them.
-        for source, theirs in self._meet(counts.clone(), members).items():
-            received[source] = theirs[self._rank]
+        mine = counts.cpu().numpy().copy() if received.device.type == "cpu" else counts.clone()
+        for source, theirs in self._meet(mine, members).items():
+            rows[source] = theirs[self._rank]
         return received
 
-    def exchange_rows(
+    def _exchange_rows(
         self,
         rows: torch.Tensor,
         send_counts: Sequence[int],
         recv_counts: Sequence[int],
-        members: Sequence[int] | None = None,
-        into_scratch: bool = False,
+        members: Sequence[int] | None,
+        into_scratch: bool,
     ) -> torch.Tensor:
         assert sum(send_counts) == rows.shape[0], (send_counts, rows.shape)
         parts = []
@@ -118,19 +152,17 @@ class LocalTransport:
         received = self._scratch.take("received", (sum(recv_counts), *rows.shape[1:]), rows)
         return torch.cat(parts, out=received)
 
-    def rows_to_send(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-        return like.new_empty(shape)  # slower ranks may still read those of the last exchange
+    def _tell(self, reason: str, because_of: Members | None) -> None:
+        self._board.leave(self._rank, reason, because_of or ())
 
-    def close(self) -> None:
+    def _end(self) -> None:
         self._board.leave(self._rank, "closed its transport")
         self._scratch.clear()
         if self._on_close is not None:
             self._on_close()
 
-    def restart(self) -> None:
-        """Count meetings from zero again, for the next run of the same world."""
-        self._meeting = 0
-
     def _meet(self, value: object, members: Sequence[int] | None) -> dict[int, Any]:
-        self._meeting += 1
-        return self._board.meet(self._rank, self._meeting, value, members or range(self.world_size))
+        number = self.number(members)
+        found = self._board.meet(self._rank, (self._key(members), number), value, members or range(self.world_size))
+        self._count(members)
+        return found

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import prod
 
@@ -11,56 +11,75 @@ import torch
 import torch.distributed as dist
 
 from evenmoe.errors import LostRankError
+from evenmoe.transport.group_end import GroupEnd, Members
+from evenmoe.transport.mesh import LastWord, Mesh
 from evenmoe.transport.scratch import Scratch
 
+_GRACE_S = 1.0  # after a failed exchange, for a rank to be seen to have stopped; 0.12 s sufficed in 150 kills
 
-class ProcessGroupTransport:
+
+class ProcessGroupTransport(GroupEnd):
     """One rank's end of a torch.distributed process group; implements `Transport`.
 
     Rows travel as bytes, since backends differ in the dtypes they take (gloo refuses fp8 in collectives).
+
+    Args:
+        group: the group.
+        mesh: connections to its processes, by which lost ranks are known; None to leave them unnamed.
+        give_up: closes the group's connections, so that nobody waits for this rank; None if the group is not ours.
+        on_close: called by `close`, before the group is given up.
+        timeout_s: the group's own, which tells a time-out from an ended connection.
     """
 
-    def __init__(self, group: dist.ProcessGroup, on_close: Callable[[], None] | None = None) -> None:
-        self._group, self._on_close = group, on_close
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        mesh: Mesh | None = None,
+        give_up: Callable[[dist.ProcessGroup], None] | None = None,
+        on_close: Callable[[], None] | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        super().__init__()
+        self._group: dist.ProcessGroup | None = group
+        self._name, self._rank, self._world_size = group.group_name, group.rank(), group.size()
+        self._mesh, self._give_up, self._on_close, self._timeout_s = mesh, give_up, on_close, timeout_s
+        self._pending: list[dist.Work | None] | None = []  # None while an exchange is being begun
         self._scratch = Scratch()
 
     @property
     def name(self) -> str:
-        return self._group.group_name
+        return self._name
 
     @property
     def rank(self) -> int:
-        return self._group.rank()
+        return self._rank
 
     @property
     def world_size(self) -> int:
-        return self._group.size()
+        return self._world_size
 
-    def exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None = None) -> torch.Tensor:
+    def rows_to_send(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        return self._scratch.take("sent", shape, like)
+
+    def _exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None) -> torch.Tensor:
         each, counts = [1] * self.world_size, counts.contiguous()
         return self._exchange(counts, torch.zeros_like(counts), each, each, members)
 
-    def exchange_rows(
+    def _exchange_rows(
         self,
         rows: torch.Tensor,
         send_counts: Sequence[int],
         recv_counts: Sequence[int],
-        members: Sequence[int] | None = None,
-        into_scratch: bool = False,
+        members: Sequence[int] | None,
+        into_scratch: bool,
     ) -> torch.Tensor:
         shape = (sum(recv_counts), *rows.shape[1:])
         received = self._scratch.take("received", shape, rows) if into_scratch else rows.new_empty(shape)
         if prod(rows.shape[1:]):
             self._exchange(_as_bytes(rows), _as_bytes(received), list(send_counts), list(recv_counts), members)
+        else:
+            self._count(members)
         return received
-
-    def rows_to_send(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-        return self._scratch.take("sent", shape, like)
-
-    def close(self) -> None:
-        self._scratch.clear()
-        if self._on_close is not None:
-            self._on_close()
 
     def _exchange(
         self,
@@ -70,16 +89,49 @@ class ProcessGroupTransport:
         recv: list[int],
         members: Sequence[int] | None,
     ) -> torch.Tensor:
-        with self._naming_lost_ranks():
-            if members is None:
-                dist.all_to_all_single(received, sent, recv, send, group=self._group)
-            else:
-                self._exchange_with(members, sent, received, send, recv)
+        start = time.monotonic()
+        failure = self._attempt(sent, received, send, recv, members)
+        if failure is not None:
+            raise self._lost(failure, start)
+        self._count(members)
         return received
 
-    def _exchange_with(
+    def _attempt(
+        self,
+        sent: torch.Tensor,
+        received: torch.Tensor,
+        send: list[int],
+        recv: list[int],
+        members: Sequence[int] | None,
+    ) -> str | None:
+        """Exchange; return what the backend says when it fails, and nothing that keeps the group alive."""
+        self._pending = None
+        try:
+            if members is None:
+                self._pending = [dist.all_to_all_single(received, sent, recv, send, group=self._group, async_op=True)]
+            else:
+                self._pending = self._begin_with(members, sent, received, send, recv)
+        except dist.DistError as error:
+            return _first_line(error)
+        except Exception as error:
+            self._pending = []
+            if members is None or not isinstance(error, RuntimeError):
+                raise  # torch refused the call before anything was sent
+            return _first_line(error)
+        try:
+            for request in self._pending:
+                assert request is not None, "a rank of the group called"
+                request.wait()
+        except RuntimeError as error:
+            return _first_line(error)
+        finally:
+            # An interrupt comes between the waits; what has not ended by then stays pending.
+            self._pending = [request for request in self._pending if request and not request.is_completed()]
+        return None
+
+    def _begin_with(
         self, members: Sequence[int], sent: torch.Tensor, received: torch.Tensor, send: list[int], recv: list[int]
-    ) -> None:
+    ) -> list[dist.Work | None]:
         """Point to point, since the ranks that are gone cannot join a collective of the whole group."""
         outgoing, incoming = _split(sent, send), _split(received, recv)
         incoming[self.rank].copy_(outgoing[self.rank])
@@ -89,19 +141,47 @@ class ProcessGroupTransport:
                 work.append(dist.P2POp(dist.irecv, incoming[peer], group=self._group, group_peer=peer))
             if peer != self.rank and send[peer]:
                 work.append(dist.P2POp(dist.isend, outgoing[peer], group=self._group, group_peer=peer))
-        for request in dist.batch_isend_irecv(work) if work else []:
-            request.wait()
+        return list(dist.batch_isend_irecv(work)) if work else []
 
-    @contextmanager
-    def _naming_lost_ranks(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise LostRankError(
-                f"rank {self.rank} lost another rank of group {self.name!r} ({self.world_size} ranks) during an "
-                f"exchange: {reason}"
-            ) from error
+    def _lost(self, failure: str, start: float) -> LostRankError:
+        """The error of a failed exchange, told to the other ranks: they need not wait for this one."""
+        timed_out = self._timeout_s is not None and time.monotonic() - start >= self._timeout_s
+        stopped = {} if self._mesh is None else self._mesh.stopped(_GRACE_S, all_silent=timed_out)
+        ranks = tuple(stopped)
+        if ranks:
+            text = f"lost rank {_listed(ranks)} of group {self.name!r}, which {stopped[ranks[0]].reason}"
+        else:
+            text = f"lost a rank of group {self.name!r}; which of the {self.world_size} cannot be told"
+        error = LostRankError(f"rank {self.rank} {text} ({failure})", ranks)
+        self._stop(LastWord(text, by_itself=False, because_of=ranks))
+        return error
+
+    def _tell(self, reason: str, because_of: Members | None) -> None:
+        self._stop(LastWord(reason, because_of is None, because_of or ()))
+
+    def _stop(self, word: LastWord) -> None:
+        if self._mesh is not None:
+            self._mesh.say(word)
+        # Not while an exchange is under way, whose end the backend would wait for.
+        if self._give_up is not None and self._group is not None and self._pending == []:
+            group, self._group = self._group, None
+            self._give_up(group)
+
+    def _end(self) -> None:
+        self._scratch.clear()
+        if self._on_close is not None:
+            self._on_close()
+        self._stop(LastWord("closed its transport"))
+        if self._mesh is not None:
+            self._mesh.close()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
 
 
 def _as_bytes(rows: torch.Tensor) -> torch.Tensor:

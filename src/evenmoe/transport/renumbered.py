@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from itertools import accumulate
 
 import torch
@@ -11,7 +12,7 @@ from evenmoe.transport.contract import Transport
 
 
 class RenumberedTransport:
-    """The survivors of a group, numbered 0…n−1 by `old_rank_of`; implements `Transport`.
+    """The active ranks of a group, numbered 0…n−1 by `old_rank_of`; implements `Transport`.
 
     Only they call; the ranks that are gone need not exist any more.
     """
@@ -32,6 +33,27 @@ class RenumberedTransport:
     @property
     def world_size(self) -> int:
         return len(self._old_rank_of)
+
+    @property
+    def broken(self) -> bool:
+        return self._transport.broken
+
+    def number(self, members: Sequence[int] | None = None) -> int:
+        assert members is None, "a renumbered group is not narrowed again"
+        return self._transport.number(self._members)
+
+    def next_layer(self) -> int:
+        return self._transport.next_layer()
+
+    def in_turn(self) -> AbstractContextManager[None]:
+        return self._transport.in_turn()
+
+    def check_usable(self) -> None:
+        self._transport.check_usable()
+
+    def break_off(self, reason: str, ranks: tuple[int, ...] | None = None) -> None:
+        old = None if ranks is None else tuple(sorted(self._old_rank_of[rank] for rank in ranks))
+        self._transport.break_off(reason, old)
 
     def exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None = None) -> torch.Tensor:
         assert members is None, "a renumbered group is not narrowed again"

@@ -1,4 +1,4 @@
-"""Opening a world: ranks as threads of this process, or as processes of a torch.distributed job.
+"""A world of ranks, and worlds whose ranks are threads of this process.
 
 A world has `ep_size × tp_size` ranks, numbered EP-major: rank d is EP rank d // tp_size and TP rank d % tp_size, as the
 devices of the operators' published demo are.
@@ -7,24 +7,25 @@ devices of the operators' published demo are.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from operator import index as whole_number
 from typing import Generic, TypeVar
 
 import torch
-import torch.distributed as dist
 
-from evenmoe.errors import ConstraintError
+from evenmoe.errors import ConstraintError, LostRankError
 from evenmoe.transport import registry
 from evenmoe.transport.contract import Transport
 from evenmoe.transport.local import Board, LocalTransport
-from evenmoe.transport.process_group import ProcessGroupTransport
 
 Result = TypeVar("Result")
 _world_numbers = itertools.count()
+_INTERRUPT_PATIENCE_S = 1.0  # after Ctrl-C, for ranks that wait to notice; those that compute are left to themselves
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class LocalWorld(Generic[Result]):
         self._ep_boards = [Board(f"local{number}_ep{t}", ep_size, timeout_s) for t in range(tp_size)]
         self._tp_boards = [Board(f"local{number}_tp{e}", tp_size, timeout_s) for e in range(ep_size)]
         self._transports: list[LocalTransport] = []
+        self._running = threading.Lock()
+        self._closed = ""  # why no run may follow
         self.ranks: list[Rank] = []
         for index in range(ep_size * tp_size):
             e, t = divmod(index, tp_size)
@@ -68,37 +71,72 @@ class LocalWorld(Generic[Result]):
     def run(self, fn: Callable[[Rank], Result]) -> list[Result]:
         """Call `fn(rank)` on every rank, each in a thread of its own; return the results in rank order.
 
+        An interrupt (Ctrl-C) ends the wait at once and closes the world.
+
         Raises:
             Exception: the first failure of any rank, with its rank in `.rank` and, from Python 3.11, in a note. The
                 other ranks are woken from whatever exchange they wait in; none is left behind.
+            ConstraintError: the world is closed, or another thread's run is not over.
         """
+        if self._closed:
+            raise ConstraintError(
+                "run", f"called on a world that {self._closed}", "needs an open world", "open another"
+            )
+        if not self._running.acquire(blocking=False):
+            raise ConstraintError(
+                "run",
+                "called while another thread runs the same world",
+                "serves one call at a time",
+                "wait for it, or open a world for each thread",
+            )
+        try:
+            return self._run(fn)
+        finally:
+            self._running.release()
+
+    def close(self) -> None:
+        """Give the groups back; no run may follow."""
+        self._closed = self._closed or "has been closed"
+        for transport in self._transports:
+            registry.unregister(transport)
+            transport.close()
+
+    def _run(self, fn: Callable[[Rank], Result]) -> list[Result]:
         for board in self._ep_boards + self._tp_boards:
             board.return_all()
+        number = max(transport.number() for transport in self._transports)
         for transport in self._transports:
-            transport.restart()
+            transport.restart(number)
         results: dict[int, Result] = {}
         failures: list[tuple[int, BaseException]] = []  # in the order they happened
         threads_before = torch.get_num_threads()
         threads_each = max(1, threads_before // len(self.ranks))
 
         def body(rank: Rank) -> None:
-            reason = "ended its part of the run"
+            reason, because_of = "ended its part of the run", ()
             try:
                 torch.set_num_threads(threads_each)  # the ranks share the cores; a pool per rank would thrash them
                 results[rank.index] = fn(rank)
             except BaseException as error:  # a rank may fail in any way; the first failure is raised below
                 failures.append((rank.index, error))
                 reason = f"failed with {type(error).__name__}: {error}"
+                because_of = error.ranks if isinstance(error, LostRankError) else ()
             finally:
-                self._ep_boards[rank.tp.rank].leave(rank.ep.rank, reason)
-                self._tp_boards[rank.ep.rank].leave(rank.tp.rank, reason)
+                self._ep_boards[rank.tp.rank].leave(rank.ep.rank, reason, because_of)
+                self._tp_boards[rank.ep.rank].leave(rank.tp.rank, reason, because_of)
 
-        threads = [threading.Thread(target=body, args=(rank,), name=f"rank {rank.index}") for rank in self.ranks]
+        # Daemons, so that a rank that computes for long does not hold up the end of an interrupted process.
+        threads = [
+            threading.Thread(target=body, args=(rank,), name=f"rank {rank.index}", daemon=True) for rank in self.ranks
+        ]
         try:
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
+        except BaseException as error:
+            self._interrupt(threads, type(error).__name__)
+            raise
         finally:
             torch.set_num_threads(threads_before)
         if failures:
@@ -109,9 +147,14 @@ class LocalWorld(Generic[Result]):
             raise error
         return [results[rank.index] for rank in self.ranks]
 
-    def close(self) -> None:
-        for transport in self._transports:
-            registry.unregister(transport)
+    def _interrupt(self, threads: list[threading.Thread], error: str) -> None:
+        """Close the world and wake every rank that waits; ranks that compute find it closed at their next exchange."""
+        self._closed = f"was ended by {error}"
+        self.close()
+        deadline = time.monotonic() + _INTERRUPT_PATIENCE_S
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, deadline - time.monotonic()))
 
 
 @contextmanager
@@ -128,7 +171,7 @@ def local_world(ep_size: int, tp_size: int = 1, *, timeout_s: float = 600.0) -> 
         rank order (EP-major); `rank.ep` and `rank.tp` are its transports.
 
     Raises:
-        ConstraintError: a size below 1.
+        ConstraintError: a size or a time-out that is not in its range.
 
     Two ranks tell each other their number:
 
@@ -137,67 +180,38 @@ def local_world(ep_size: int, tp_size: int = 1, *, timeout_s: float = 600.0) -> 
     ...     world.run(lambda rank: rank.ep.exchange_counts(torch.full((2, 1), rank.index)).tolist())
     [[[0], [1]], [[0], [1]]]
     """
-    _check_sizes(ep_size, tp_size)
-    world = LocalWorld(ep_size, tp_size, timeout_s)
+    world = LocalWorld(*check_world(ep_size, tp_size, timeout_s))
     try:
         yield world
     finally:
         world.close()
 
 
-def process_world(ep_size: int, tp_size: int = 1, *, backend: str | None = None, timeout_s: float = 600.0) -> Rank:
-    """This process's rank of a world of processes, inside torchrun or an initialised torch.distributed.
-
-    Args:
-        ep_size: expert-parallel ranks; `ep_size × tp_size` must be the number of processes.
-        tp_size: tensor-parallel ranks per EP rank, 1 or 2. Processes are numbered EP-major.
-        backend: torch.distributed backend to start if none is initialised, and for the groups; None for torch's choice.
-        timeout_s: seconds that the groups' exchanges may take before they fail.
-
-    Returns:
-        The `Rank` of this process, as `local_world` gives it to each thread.
+def check_world(ep_size: object, tp_size: object, timeout_s: object) -> tuple[int, int, float]:
+    """The sizes as integers and the time-out as a float.
 
     Raises:
-        ConstraintError: a size below 1, or a product that is not the number of processes.
+        ConstraintError: they make no world.
     """
-    _check_sizes(ep_size, tp_size)
-    timeout = timedelta(seconds=timeout_s)
-    if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timeout)
-    index, processes = dist.get_rank(), dist.get_world_size()
-    if ep_size * tp_size != processes:
-        raise ConstraintError(
-            "ep_size",
-            f"{ep_size} with tp_size {tp_size}",
-            f"must give the number of processes, {processes}, as ep_size * tp_size",
-            f"use ep_size={processes // tp_size} with tp_size={tp_size}, or start {ep_size * tp_size} processes",
-        )
-    # Every process must create every group, in the same order.
-    ep_groups = [
-        dist.new_group([e * tp_size + t for e in range(ep_size)], timeout=timeout, backend=backend)
-        for t in range(tp_size)
-    ]
-    tp_groups = [
-        dist.new_group([e * tp_size + t for t in range(tp_size)], timeout=timeout, backend=backend)
-        for e in range(ep_size)
-    ]
-    e, t = divmod(index, tp_size)
-    return Rank(index, _process_transport(ep_groups[t]), _process_transport(tp_groups[e]))
-
-
-def _process_transport(group: object) -> ProcessGroupTransport:
-    assert isinstance(group, dist.ProcessGroup), "new_group gives every member of a group the group"
-
-    def on_close() -> None:
-        registry.unregister(transport)
-        dist.destroy_process_group(group)
-
-    transport = ProcessGroupTransport(group, on_close)
-    registry.register(transport)
-    return transport
-
-
-def _check_sizes(ep_size: int, tp_size: int) -> None:
-    for name, size in (("ep_size", ep_size), ("tp_size", tp_size)):
-        if size < 1:
+    sizes = []
+    for name, size, most, why in (
+        ("ep_size", ep_size, None, "a world has at least one rank"),
+        ("tp_size", tp_size, 2, "the operators serve two tensor-parallel peers at most"),
+    ):
+        try:
+            number = whole_number(size)  # pyright: ignore[reportArgumentType]
+        except TypeError:
+            raise ConstraintError(name, repr(size), "must be an integer", "pass the number of ranks") from None
+        if number < 1 or isinstance(size, bool):
             raise ConstraintError(name, size, "must be 1 or more", "a world has at least one rank")
+        if most is not None and number > most:
+            raise ConstraintError(name, size, f"must be 1 or {most}", why)
+        sizes.append(number)
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
+        raise ConstraintError(
+            "timeout_s",
+            repr(timeout_s),
+            "must be a number of seconds above 0",
+            "pass how long a rank may be waited for",
+        )
+    return sizes[0], sizes[1], float(timeout_s)

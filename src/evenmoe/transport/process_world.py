@@ -1,0 +1,281 @@
+"""Worlds whose ranks are processes: of a job of one's own, or of a group that torch.distributed has already."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from typing import TypeAlias
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.rendezvous import rendezvous
+
+from evenmoe.errors import ConstraintError, LostRankError, MissingArgumentError, UnsupportedTypeError
+from evenmoe.transport import mesh, registry
+from evenmoe.transport.contract import Transport
+from evenmoe.transport.process_group import ProcessGroupTransport
+from evenmoe.transport.world import Rank, check_world
+
+#: What a public function takes for a group.
+Group: TypeAlias = Transport | dist.ProcessGroup | DeviceMesh
+
+_worlds = itertools.count()
+_of_groups: dict[str, tuple[dist.ProcessGroup, ProcessGroupTransport]] = {}  # by the name of the user's group
+
+
+def process_world(
+    ep_size: int,
+    tp_size: int = 1,
+    *,
+    backend: str | None = None,
+    timeout_s: float = 600.0,
+    store: distributed_c10d.Store | None = None,
+    index: int | None = None,
+) -> Rank:
+    """Open this process's rank of a world of processes; a collective of all of them.
+
+    Args:
+        ep_size: expert-parallel ranks; `ep_size × tp_size` must be the number of processes.
+        tp_size: tensor-parallel ranks per EP rank, 1 or 2. Processes are numbered EP-major.
+        backend: torch.distributed backend to start if none is initialised, and for the groups; None for torch's choice.
+        timeout_s: seconds that the others may take to come, and later to take part in one exchange.
+        store, index: where the processes meet, and this one's number, if torch.distributed is to be started with
+            them; without them it is started as torchrun wants it.
+
+    Returns:
+        The `Rank` of this process, as `local_world` gives it to each thread.
+
+    Raises:
+        ConstraintError: a size or a time-out out of range, or a product that is not the number of processes.
+        LostRankError: processes that did not come in time, which `.ranks` names (by their numbers in the world).
+    """
+    ep_size, tp_size, timeout_s = check_world(ep_size, tp_size, timeout_s)
+    size, timeout = ep_size * tp_size, timedelta(seconds=timeout_s)
+    if (store is None) != (index is None):
+        missing = "store" if store is None else "index"
+        raise MissingArgumentError(missing, None, "must be given with the other", "pass both, or neither")
+    if dist.is_initialized():
+        index, processes = dist.get_rank(), dist.get_world_size()
+        store = vars(distributed_c10d)["_get_default_store"]()
+    elif store is None:
+        store, index, processes = _meet_as_torchrun(timeout)
+    else:
+        processes = size
+    assert store is not None
+    assert index is not None
+    if size != processes or not 0 <= index < size:
+        raise ConstraintError(
+            "ep_size",
+            f"{ep_size} with tp_size {tp_size}",
+            f"must give the number of processes, {processes}, as ep_size * tp_size",
+            f"use ep_size={processes // tp_size} with tp_size={tp_size}, or start {size} processes",
+        )
+    e, t = divmod(index, tp_size)
+    own = distributed_c10d.PrefixStore(f"evenmoe/world{next(_worlds)}", store)
+    _call_the_roll(own, index, size, timeout)
+    meshes = [
+        mesh.connect(rank, count, _through(distributed_c10d.PrefixStore(name, own), rank, count, timeout))
+        for name, rank, count in ((f"ep{t}", e, ep_size), (f"tp{e}", t, tp_size))
+    ]
+    try:
+        if not dist.is_initialized():
+            dist.init_process_group(backend, store=store, rank=index, world_size=size, timeout=timeout)
+        # Every process must create every group, in the same order.
+        ep_groups = [
+            dist.new_group([e * tp_size + t for e in range(ep_size)], timeout=timeout, backend=backend)
+            for t in range(tp_size)
+        ]
+        tp_groups = [
+            dist.new_group([e * tp_size + t for t in range(tp_size)], timeout=timeout, backend=backend)
+            for e in range(ep_size)
+        ]
+    except RuntimeError as error:
+        raise _lost_at_start(error, index, meshes, e, t, tp_size) from error
+    ep, tp = (_open(group, one, timeout_s) for group, one in zip((ep_groups[t], tp_groups[e]), meshes, strict=True))
+    return Rank(index, ep, tp)
+
+
+def transport_of(group: object, argument: str = "group", *, timeout_s: float = 600.0) -> Transport:
+    """Return the transport over a group, which may be one of torch.distributed's.
+
+    The first use of such a group is a collective of its ranks: exchanges go over a group of their own with the same
+    ranks, so that they never mix with the caller's collectives; later uses find it again.
+
+    Args:
+        group: a `Transport`, a torch.distributed ProcessGroup, or a DeviceMesh of one axis (`mesh["ep"]`).
+        argument: what the caller calls it, for messages.
+        timeout_s: seconds that one exchange may take.
+
+    Raises:
+        MissingArgumentError, UnsupportedTypeError, ConstraintError: it is none of these, or has other axes.
+        LostRankError: a rank did not come.
+    """
+    if isinstance(group, Transport):
+        return group
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ConstraintError(
+                argument,
+                f"a mesh of {group.ndim} axes",
+                "must have one axis, that of the experts",
+                f"pass that axis, such as mesh[{(group.mesh_dim_names or ('ep',))[0]!r}]",
+            )
+        group = group.get_group()
+    if group is None:
+        raise MissingArgumentError(
+            argument,
+            None,
+            "must be the transport of the expert-parallel group",
+            "pass rank.ep of an open world, a ProcessGroup, or one axis of a DeviceMesh",
+        )
+    if not isinstance(group, dist.ProcessGroup):
+        raise UnsupportedTypeError(
+            argument,
+            f"a {type(group).__name__}",
+            "must be a transport, a ProcessGroup or a DeviceMesh of which this process is a member",
+            "pass rank.ep of an open world, the group itself, or one axis of a mesh",
+        )
+    known, transport = _of_groups.get(group.group_name, (None, None))
+    if known is not group or transport is None:
+        transport = _beside(group, timeout_s)
+        _of_groups[group.group_name] = group, transport
+    return transport
+
+
+def _beside(group: dist.ProcessGroup, timeout_s: float) -> ProcessGroupTransport:
+    """A transport over a new group with the ranks of `group`."""
+    ranks = dist.get_process_group_ranks(group)
+    try:
+        own = dist.new_group(
+            ranks,
+            timeout=timedelta(seconds=timeout_s),
+            backend=dist.get_backend(group),
+            use_local_synchronization=True,
+        )
+
+        def gather(value: dict[str, object]) -> list[dict[str, object]]:
+            values: list[object] = [None] * len(ranks)
+            dist.all_gather_object(values, value, group=own)
+            return values  # pyright: ignore[reportReturnType]
+
+        connections = mesh.connect(ranks.index(dist.get_rank()), len(ranks), gather)
+    except RuntimeError as error:
+        raise LostRankError(
+            f"a rank of group {group.group_name!r} ({len(ranks)} ranks) was lost while a group of the same ranks was "
+            f"being made; which cannot be told ({str(error).splitlines()[0]})"
+        ) from error
+    return _open(own, connections, timeout_s)
+
+
+def _open(group: object, connections: mesh.Mesh, timeout_s: float) -> ProcessGroupTransport:
+    assert isinstance(group, dist.ProcessGroup), "new_group gives every member of a group the group"
+    transport = ProcessGroupTransport(
+        group, connections, _destroy, lambda: registry.unregister(transport), timeout_s=timeout_s
+    )
+    registry.register(transport)
+    return transport
+
+
+def _destroy(group: dist.ProcessGroup) -> None:
+    with suppress(RuntimeError, ValueError, AssertionError):  # torch.distributed may have been closed before
+        dist.destroy_process_group(group)
+
+
+def _meet_as_torchrun(timeout: timedelta) -> tuple[distributed_c10d.Store, int, int]:
+    """The store of a job that torchrun, or its environment variables, started; this process's number; their number.
+
+    The store must not wait for the processes that come late: the roll call does, and knows who they are. It waits for
+    as many as it is told, so it is told one; the true number stands in torchrun's own variable.
+    """
+    try:
+        store, index, _ = next(rendezvous("env://", timeout=timeout, world_size=1))
+        return store, index, int(os.environ["WORLD_SIZE"])
+    except (KeyError, ValueError) as error:
+        raise MissingArgumentError(
+            "store",
+            None,
+            f"must be given outside torchrun ({error})",
+            "start the processes with torchrun, or pass a store and this process's index",
+        ) from error
+    except RuntimeError as error:
+        raise LostRankError(
+            "the store where the processes meet could not be reached, so that it cannot be told which of them are "
+            f"missing ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _call_the_roll(store: distributed_c10d.Store, index: int, size: int, timeout: timedelta) -> None:
+    """Wait until every process has come.
+
+    Raises:
+        LostRankError: with those that did not come in time.
+    """
+    keys = [f"here/{i}" for i in range(size)]
+    try:
+        store.set(keys[index], "")
+        with suppress(dist.DistStoreError, RuntimeError):
+            store.wait(keys, timeout)
+        absent = tuple(i for i, key in enumerate(keys) if not store.check([key]))
+    except RuntimeError as error:
+        raise LostRankError(
+            f"rank {index} lost the store where the {size} processes meet, so that it cannot be told which of them are "
+            f"missing ({str(error).splitlines()[0]})"
+        ) from error
+    if absent:
+        raise LostRankError(
+            f"rank {index} waited {timeout.total_seconds():g} s for the {size} processes of the world; "
+            f"{_ranks(absent)} did not come",
+            absent,
+        )
+
+
+def _through(
+    store: distributed_c10d.Store, rank: int, size: int, timeout: timedelta
+) -> Callable[[dict[str, object]], list[dict[str, object]]]:
+    """Gather values of all ranks by way of a store."""
+    rounds = itertools.count()
+
+    def gather(value: dict[str, object]) -> list[dict[str, object]]:
+        number = next(rounds)
+        keys = [f"{number}/{i}" for i in range(size)]
+        try:
+            store.set(keys[rank], json.dumps(value))
+            store.wait(keys, timeout)
+            return [json.loads(store.get(key)) for key in keys]
+        except RuntimeError as error:
+            absent: tuple[int, ...] = ()
+            with suppress(RuntimeError):
+                absent = tuple(i for i, key in enumerate(keys) if not store.check([key]))
+            raise LostRankError(
+                f"rank {rank} lost {_ranks(absent) if absent else 'a rank, which cannot be told,'} of {size} while the "
+                f"world was being opened ({str(error).splitlines()[0]})",
+                absent,
+            ) from error
+
+    return gather
+
+
+def _lost_at_start(
+    error: RuntimeError, index: int, meshes: list[mesh.Mesh], e: int, t: int, tp_size: int
+) -> LostRankError:
+    """Who was gone while the groups were being made: numbers of the world, from those within the two groups."""
+    across = meshes[0].stopped(1.0)
+    beside = meshes[1].stopped(0.0)
+    found = {other * tp_size + t: word for other, word in across.items()}
+    found |= {e * tp_size + other: word for other, word in beside.items()}
+    ranks = tuple(sorted(found))
+    who = f"{_ranks(ranks)}, which {found[ranks[0]].reason}" if ranks else "a rank; which cannot be told"
+    for one in meshes:
+        one.say(mesh.LastWord("lost a rank while the world was being opened", by_itself=False, because_of=()))
+    return LostRankError(
+        f"rank {index} lost {who}, while the world was being opened ({str(error).splitlines()[0]})", ranks
+    )
+
+
+def _ranks(ranks: tuple[int, ...]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
