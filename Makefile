@@ -17,7 +17,7 @@ test: $(VENV)/installed-test
 
 # New random examples at every call, which the suite does not try.
 fuzz: $(VENV)/installed-test
-	$(RUN) pytest -n 2 -q --hypothesis-profile default
+	$(RUN) pytest -n 2 -q --hypothesis-profile clockless
 
 doctest: $(VENV)/installed-test
 	.ci/system-packages
