@@ -19,7 +19,7 @@ from tests.own_process import STATUS, peak_bytes
 
 _SIZE = 2 << 20
 
-pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="the peak of a process's memory is read from /proc")
+pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="this machine lacks /proc, where a process's peak is read")
 
 
 def _zip(entries: dict[str, bytes], packed: int = zipfile.ZIP_STORED) -> bytes:

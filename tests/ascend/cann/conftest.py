@@ -38,9 +38,9 @@ def run_in_tree(tree: Path, command: str, directory: Path, timeout: float = HANG
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tree as `evenmoe cann` writes it."""
     if shutil.which("g++") is None:
-        pytest.skip("no g++ on this machine")
+        pytest.skip("this machine lacks g++")
     if not sysconfig.get_config_var("Py_ENABLE_SHARED"):
-        pytest.skip("this Python was built without a shared library, which a C++ program needs to embed it")
+        pytest.skip("this machine lacks a Python built with a shared library, which a C++ program embeds")
     return build_tree(tmp_path_factory.mktemp("cann_env"))
 
 
