@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,3 +51,18 @@ def test_only_what_the_machine_lacks_may_be_skipped(tmp_path):
     assert done.stdout.splitlines()[-1].startswith("1 failed, 1 skipped, 1 xfailed, 1 error"), done.stdout
     for name in ("test_a_file_that_is_absent", "test_nothing_to_try"):
         assert f"::{name}" in done.stdout
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_lowest_versions_tried_are_those_declared():
+    """`make floors` tries what pyproject.toml promises, not what somebody once wrote beside it."""
+    block = re.search(r"\ndependencies = \[\n(.*?)\n\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)
+    assert block is not None
+    declared = dict(re.findall(r'"([a-z]+)>=([0-9.]+)"', block[1].lower()))
+    assert len(declared) == block[1].count("\n") + 1, "every dependency has a lowest version, and no other condition"
+    lines = (ROOT / "constraints-lowest.txt").read_text().lower().splitlines()
+    tried = dict(line.split("==") for line in lines if "==" in line)
+    for name, version in declared.items():
+        assert f"{tried[name]}.0.0".split(".")[:3] == f"{version}.0.0".split(".")[:3], name
