@@ -13,6 +13,7 @@ import evenmoe as em
 from evenmoe.ascend import aclnn
 from evenmoe.ascend.signatures import SIGNATURES
 from tests.ascend.calls import HIDDEN, UNTOUCHED, Chain, pick, valid_calls
+from tests.patience import HANG_S
 
 # The C functions' arguments, without the two pointers behind (§1.2, §2.1, §3.1, §4), restated.
 _EP_TP = (
@@ -204,7 +205,7 @@ def test_tensors_of_inference_mode_and_of_training_serve(valid):
         aclnn.aclrtDestroyStream(stream)
         return status
 
-    with em.local_world(2, timeout_s=30) as world:
+    with em.local_world(2, timeout_s=HANG_S) as world:
         assert world.run(dispatch) == [0, 0]
 
 
@@ -290,7 +291,7 @@ def test_streams_that_are_not_there_and_odd_time_outs():
 
 def test_a_rank_that_never_calls_is_named():
     chain = Chain(ep=3)
-    with em.local_world(3, timeout_s=30) as world:
+    with em.local_world(3, timeout_s=HANG_S) as world:
         streams, name = [aclnn.aclrtCreateStream()[1] for _ in range(3)], world.ranks[0].ep.name
 
         def launch(index):
@@ -311,7 +312,7 @@ def test_a_rank_that_never_calls_is_named():
 
 
 def test_ranks_that_disagree_all_hear_why():
-    with em.local_world(2, timeout_s=30) as world:
+    with em.local_world(2, timeout_s=HANG_S) as world:
         streams = [aclnn.aclrtCreateStream()[1] for _ in range(2)]
         for rank, stream in zip(world.ranks, streams, strict=True):
             chain = Chain(tokens=3 + rank.index)
@@ -373,7 +374,7 @@ def demo_rank(rank, stream, one):
     ("one", "x_bits", "y_bits", "rstd"), [(0x0001, 0x0003, 0x0000, 1e3), (0x3F80, 0x4026, 0x3F80, 6.760001**-0.5)]
 )
 def test_the_demo_gives_the_published_values(one, x_bits, y_bits, rstd):
-    with em.local_world(8, 2, timeout_s=60) as world:
+    with em.local_world(8, 2, timeout_s=HANG_S) as world:
         streams = [aclnn.aclrtCreateStream()[1] for _ in world.ranks]
         results = [demo_rank(rank, stream, one) for rank, stream in zip(world.ranks, streams, strict=True)]
         for stream in streams:

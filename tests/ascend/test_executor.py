@@ -16,6 +16,7 @@ from evenmoe.ascend.status import AclError
 from evenmoe.ascend.stream import Stream
 from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError, UnsupportedTypeError
 from tests.ascend.calls import CHAINS, HIDDEN, UNTOUCHED, Chain, expected, pick
+from tests.patience import HANG_S, until
 from tests.worlds import assert_same_bits, strided
 
 NEWEST = {
@@ -76,7 +77,7 @@ def launch_chain(chain, rank, stream, operators, place=lambda tensor: tensor):
 
 
 def run_chain(chain, operators, place=lambda tensor: tensor):
-    with em.local_world(chain.ep, max(chain.tp, 1), timeout_s=30) as world:
+    with em.local_world(chain.ep, max(chain.tp, 1), timeout_s=HANG_S) as world:
         streams = [Stream(f"stream {rank.index}") for rank in world.ranks]
         # One host thread launches on every rank, and only then waits.
         launched = [launch_chain(chain, *pair, operators, place) for pair in zip(world.ranks, streams, strict=True)]
@@ -93,7 +94,7 @@ def assert_written(output, values, what):
 
 
 def check_chain(chain, launched):
-    with em.local_world(chain.ep, max(chain.tp, 1), timeout_s=30) as world:
+    with em.local_world(chain.ep, max(chain.tp, 1), timeout_s=HANG_S) as world:
         want = world.run(lambda rank: expected(chain, rank, *launched[rank.index][:2]))
     for index, (given, _, out) in enumerate(launched):
         d = want[index]["dispatch"]
@@ -181,7 +182,7 @@ def launch_scaled_down(chain, rank, stream):
 def test_one_rank_of_four_is_gone():
     """The survivors' outputs are the operator's, and only they take part."""
     chain = Chain(ep=4)
-    with em.local_world(4, timeout_s=30) as world:
+    with em.local_world(4, timeout_s=HANG_S) as world:
         streams = [Stream() for _ in LEFT]
         launched = [
             launch_scaled_down(chain, world.ranks[index], stream) for index, stream in zip(LEFT, streams, strict=True)
@@ -197,7 +198,7 @@ def test_one_rank_of_four_is_gone():
                 given["x"], given["expert_ids"], ep=rank.ep, num_experts=8, elastic_info=given["elastic_info"]
             )
 
-    with em.local_world(4, timeout_s=30) as world:
+    with em.local_world(4, timeout_s=HANG_S) as world:
         want = world.run(step)
     for index, out in zip(LEFT, launched, strict=True):
         own = int(want[index].ep_recv_counts[5])
@@ -208,7 +209,7 @@ def test_one_rank_of_four_is_gone():
 
 def test_in_a_scaled_down_world_nobody_waits_for_the_lost_rank():
     chain = Chain(ep=4)
-    with em.local_world(4, timeout_s=30) as world:
+    with em.local_world(4, timeout_s=HANG_S) as world:
         streams = [Stream() for _ in LEFT]
         launch_scaled_down(chain, world.ranks[0], streams[0])
         launch_scaled_down(chain, world.ranks[2], streams[1])
@@ -216,7 +217,7 @@ def test_in_a_scaled_down_world_nobody_waits_for_the_lost_rank():
         assert "waits for rank 3 of group" in message  # by its old number, as the group knows it
         launch_scaled_down(chain, world.ranks[3], streams[2])
         for stream in streams:
-            stream.synchronize(30)
+            stream.synchronize(HANG_S)
             stream.destroy()
 
 
@@ -371,34 +372,35 @@ def launch_dispatch(chain, rank, stream) -> Executor:
 
 def test_a_rank_that_never_calls_is_named_when_the_wait_times_out():
     chain = Chain(ep=3)
-    with em.local_world(3, timeout_s=30) as world:
+    with em.local_world(3, timeout_s=HANG_S) as world:
         name = world.ranks[0].ep.name
         streams = [Stream(f"stream {index}") for index in range(3)]
         for index in (0, 2):
-            launch_dispatch(chain, world.ranks[index], streams[index])
+            begun = launch_dispatch(chain, world.ranks[index], streams[index])
+            until(lambda begun=begun: "waits for rank 1" in begun.describe())
         for index in (0, 2):
             message = refused(status.RT_STREAM_SYNC_TIMEOUT, streams[index].synchronize, 0.3)
             assert f"aclnnMoeDistributeDispatchV4 as rank {index} of group {name!r} waits for rank 1 " in message
         launch_dispatch(chain, world.ranks[1], streams[1])  # late, but it comes
         for stream in streams:
-            stream.synchronize(30)
+            stream.synchronize(HANG_S)
             stream.destroy()
 
 
 def test_a_rank_that_keeps_its_tensor_parallel_peer_waiting_is_named():
     """Its peer waits in another group; the search goes through the peer to the group where somebody is missing."""
     chain = Chain(ep=2, tp=2, experts_per_rank=1)
-    with em.local_world(2, 2, timeout_s=30) as world:
+    with em.local_world(2, 2, timeout_s=HANG_S) as world:
         streams = [Stream() for _ in world.ranks]
         away = 2  # expert-parallel rank 1 of the first expert-parallel group
-        for rank in world.ranks:
-            if rank.index != away:
-                launch_dispatch(chain, rank, streams[rank.index])
-        message = refused(status.RT_STREAM_SYNC_TIMEOUT, streams[1].synchronize, 0.5)
-        assert f"rank 1 of group {world.ranks[away].ep.name!r}" in message
+        here = [rank for rank in world.ranks if rank.index != away]
+        calls = {rank.index: launch_dispatch(chain, rank, streams[rank.index]) for rank in here}
+        missing = f"rank 1 of group {world.ranks[away].ep.name!r}"
+        until(lambda: missing in calls[1].describe())
+        assert missing in refused(status.RT_STREAM_SYNC_TIMEOUT, streams[1].synchronize, 0.1)
         launch_dispatch(chain, world.ranks[away], streams[away])
         for stream in streams:
-            stream.synchronize(30)
+            stream.synchronize(HANG_S)
             stream.destroy()
 
 
@@ -408,7 +410,7 @@ def test_a_rank_that_never_calls_at_all_fails_the_others():
         streams = [Stream(f"stream {index}") for index in (0, 1)]
         executors = [launch_dispatch(chain, rank, stream) for rank, stream in zip(world.ranks, streams, strict=False)]
         for stream in streams:
-            message = refused(status.RUNTIME_ERROR, stream.synchronize, 30)
+            message = refused(status.RUNTIME_ERROR, stream.synchronize, HANG_S)
             assert "waited 0.3 s in group" in message or "gave up after 0.3 s" in message
             assert "2" in message.partition("group")[2]
             stream.destroy()
@@ -418,17 +420,15 @@ def test_a_rank_that_never_calls_at_all_fails_the_others():
 
 def test_a_stream_destroyed_with_work_queued_writes_nothing_any_more():
     chain = Chain(ep=2)
-    with em.local_world(2, timeout_s=30) as world:
+    with em.local_world(2, timeout_s=HANG_S) as world:
         first, second = Stream("first"), Stream("second")
         waiting = launch_dispatch(chain, world.ranks[0], first)
         queued = launch_dispatch(chain, world.ranks[0], first)
-        begin = time.monotonic()
-        while "waits for rank 1" not in waiting.describe():
-            assert time.monotonic() - begin < 10
+        until(lambda: "waits for rank 1" in waiting.describe())
         first.destroy()
         waiting.tensors["x"].fill_(99)  # its owner's again, and never read after this
         served = launch_dispatch(chain, world.ranks[1], second)
-        second.synchronize(30)  # rank 0 has taken part in the exchange, so rank 1 is served
+        second.synchronize(HANG_S)  # rank 0 has taken part in the exchange, so rank 1 is served
         rows = int(served.outputs["ep_recv_counts"][3])
         assert rows > 0
         assert not (served.outputs["expand_x"][:rows] == 99).any()

@@ -10,6 +10,7 @@ import pytest
 from evenmoe.ascend import status
 from evenmoe.ascend.status import AclError, set_recent_message, take_recent_message
 from evenmoe.ascend.stream import Stream
+from tests.patience import HANG_S, until_it_waits
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_enqueue_returns_before_the_work_is_done(stream):
     gate = threading.Event()
     stream.enqueue(gate.wait)  # would wait for ever if enqueue ran it
     gate.set()
-    stream.synchronize(10)
+    stream.synchronize(HANG_S)
 
 
 def test_synchronize_of_an_idle_stream_returns(stream):
@@ -60,25 +61,23 @@ def test_time_out_names_the_work_and_the_work_goes_on(stream):
     stream.enqueue(lambda: done.append(True))
     begin = time.monotonic()
     message = refused(status.RT_STREAM_SYNC_TIMEOUT, stream.synchronize, 0.05)
-    assert 0.05 <= time.monotonic() - begin < 5
+    assert time.monotonic() - begin >= 0.05
     assert message == "the stream was not done within 0.05 s, with 2 of its 2 calls outstanding: the first one."
     gate.set()
-    stream.synchronize(10)
+    stream.synchronize(HANG_S)
     assert done == [True]
 
 
 def test_time_out_waits_only_for_work_enqueued_before(stream):
     """Work that another thread adds meanwhile does not prolong the wait."""
-    gate, entered = threading.Event(), threading.Event()
-    waited = threading.Thread(target=lambda: (entered.set(), stream.synchronize(10)))
-    first = threading.Event()
+    first, gate = threading.Event(), threading.Event()
+    waited = threading.Thread(target=stream.synchronize)
     stream.enqueue(first.wait)
     waited.start()
-    entered.wait()
-    time.sleep(0.02)
+    until_it_waits(waited, "synchronize")
     stream.enqueue(gate.wait)
     first.set()
-    waited.join(5)
+    waited.join(HANG_S)
     assert not waited.is_alive()
     gate.set()
 
@@ -111,30 +110,29 @@ def test_even_an_exit_in_the_work_leaves_the_stream_serving(stream):
 
 def test_destroy_drops_what_has_not_begun_and_does_not_wait_for_what_runs():
     stream, gate, begun, done = Stream("the stream"), threading.Event(), threading.Event(), []
-    stream.enqueue(lambda: (begun.set(), gate.wait()))
-    stream.enqueue(lambda: done.append(True))
-    assert begun.wait(10)
-    begin = time.monotonic()
+    stream.enqueue(lambda: (begun.set(), gate.wait(HANG_S), done.append("what ran")))
+    stream.enqueue(lambda: done.append("what had not begun"))
+    assert begun.wait(HANG_S)
     stream.destroy()
-    assert time.monotonic() - begin < 1
+    assert not done
     for call in (stream.synchronize, lambda: stream.enqueue(lambda: None)):
         assert "has been destroyed" in refused(status.RT_INVALID_HANDLE, call)
     gate.set()
     time.sleep(0.02)
-    assert not done
+    assert done in ([], ["what ran"])
     stream.destroy()  # twice does nothing
 
 
 def test_destroy_wakes_a_thread_that_synchronises():
     stream, gate, begun = Stream(), threading.Event(), threading.Event()
     stream.enqueue(lambda: (begun.set(), gate.wait()))
-    begun.wait(10)
+    begun.wait(HANG_S)
     messages = []
     waiter = threading.Thread(target=lambda: messages.append(refused(status.RT_STREAM_ABORT, stream.synchronize)))
     waiter.start()
-    time.sleep(0.02)
+    until_it_waits(waiter, "synchronize")
     stream.destroy()
-    waiter.join(5)
+    waiter.join(HANG_S)
     assert len(messages) == 1
     gate.set()
 
@@ -149,7 +147,7 @@ def test_after_destroy_the_callers_memory_is_not_touched():
             written.append(True)
 
     stream.enqueue(work)
-    begun.wait(10)
+    begun.wait(HANG_S)
     stream.destroy()
     gate.set()
     time.sleep(0.02)
@@ -166,13 +164,13 @@ def test_destroy_waits_while_the_callers_memory_is_touched():
             written.append(True)
 
     stream.enqueue(work)
-    begun.wait(10)
+    begun.wait(HANG_S)
     ender = threading.Thread(target=stream.destroy)
     ender.start()
     ender.join(0.05)
     assert ender.is_alive()
     gate.set()
-    ender.join(5)
+    ender.join(HANG_S)
     assert written == [True]
 
 

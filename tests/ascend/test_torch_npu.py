@@ -16,6 +16,7 @@ import evenmoe as em
 from evenmoe.ascend import patch, torch_npu
 from evenmoe.ascend.torch_npu import NpuCallError
 from tests.ascend.calls import CHAINS, HIDDEN, Chain, expected
+from tests.patience import HANG_S
 from tests.worlds import assert_same_bits
 
 # The listing of §5, the newest signature of each function: positional arguments, then the keyword-only ones.
@@ -94,7 +95,7 @@ def run_face(chain, rank):
 @pytest.mark.parametrize("name", CHAINS)
 def test_the_face_gives_the_operators_values(name):
     chain = CHAINS[name]
-    with em.local_world(chain.ep, max(chain.tp, 1), timeout_s=30) as world:
+    with em.local_world(chain.ep, max(chain.tp, 1), timeout_s=HANG_S) as world:
         got = world.run(lambda rank: run_face(chain, rank))
         want = world.run(lambda rank: expected(chain, rank, *got[rank.index][:2]))
     for index, (_, _, dispatched, combined, normed) in enumerate(got):
@@ -128,7 +129,7 @@ def shapes_of(chain, ep_rank):
 @pytest.mark.parametrize("name", CHAINS)
 def test_outputs_are_allocated_as_listed(name):
     chain = CHAINS[name]
-    with em.local_world(chain.ep, max(chain.tp, 1), timeout_s=30) as world:
+    with em.local_world(chain.ep, max(chain.tp, 1), timeout_s=HANG_S) as world:
         got = world.run(lambda rank: run_face(chain, rank))
     for index, (_, _, dispatched, combined, normed) in enumerate(got):
         assert [tuple(tensor.shape) for tensor in dispatched] == shapes_of(chain, index // max(chain.tp, 1))
@@ -148,7 +149,7 @@ def test_expert_scales_enlarge_the_counts(ep, more):
     def step(rank):
         return call("npu_moe_distribute_dispatch_v2", chain.inputs(rank) | chain.attributes(rank))[4]
 
-    with em.local_world(ep, timeout_s=30) as world:
+    with em.local_world(ep, timeout_s=HANG_S) as world:
         for counts in world.run(step):
             assert counts.shape == (ep + more,)
             assert not counts[ep:].any()
@@ -161,7 +162,7 @@ def test_numbers_may_be_numpys_and_tensors_may_be_positional():
         given, sizes = chain.inputs(rank), (np.int64(2), np.int32(rank.index), np.int64(4))
         return torch_npu.npu_moe_distribute_dispatch_v2(given["x"], given["expert_ids"], rank.ep.name, *sizes)[4]
 
-    with em.local_world(2, timeout_s=30) as world:
+    with em.local_world(2, timeout_s=HANG_S) as world:
         assert [int(counts[-1]) for counts in world.run(step)] != [0, 0]
 
 
@@ -261,7 +262,7 @@ def test_the_other_ranks_hear_of_a_refusal(changes):
         except NpuCallError as error:
             return str(error)
 
-    with em.local_world(3, timeout_s=30) as world:
+    with em.local_world(3, timeout_s=HANG_S) as world:
         messages = world.run(step)
     (argument,) = changes
     assert f"`{argument}` is" in messages[1]

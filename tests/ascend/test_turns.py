@@ -6,6 +6,7 @@ import threading
 import time
 
 from evenmoe.ascend.collectives import Membership, taking_part
+from tests.patience import HANG_S
 
 
 def test_calls_of_one_rank_on_one_group_take_turns() -> None:
@@ -31,7 +32,7 @@ def test_calls_of_one_rank_on_one_group_take_turns() -> None:
 
 
 def test_other_ranks_do_not_wait_for_each_other() -> None:
-    both = threading.Barrier(2, timeout=10)
+    both = threading.Barrier(2, timeout=HANG_S)
 
     def call(rank: int) -> None:
         with taking_part([Membership("turns", rank, (0, 1))]):

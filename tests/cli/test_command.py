@@ -42,7 +42,7 @@ def cpu_seconds(*command: str) -> float:
 def test_help_is_light(start, options):
     """No module of torch, numba or numpy is even looked for."""
     if start == "script" and not SCRIPT.exists():
-        pytest.skip("the package is not installed with its script")
+        pytest.skip("this machine lacks the installed script")
     command = [sys.executable, "-X", "importtime", *(STARTS[start] if start == "script" else ["-m", "evenmoe"])]
     done = run(*command, *options)
     assert done.returncode == 0
@@ -59,7 +59,7 @@ def test_help_takes_little_time(start):
     torch alone takes 1.5 s there, a hundred interpreters.
     """
     if start == "script" and not SCRIPT.exists():
-        pytest.skip("the package is not installed with its script")
+        pytest.skip("this machine lacks the installed script")
     bare = cpu_seconds(sys.executable, "-c", "pass")
     assert cpu_seconds(*STARTS[start], "--help") < max(0.5, 40 * bare)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,9 @@ import evenmoe as em
 from evenmoe.errors import ConstraintError
 from evenmoe.traces.small import small_trace
 from evenmoe.traces.trace import Trace
+from tests.beside import measured_names
 from tests.cli.running import DEMO, SMALL
+from tests.traces.made_up import trace_file
 from tests.traces.npz import at, npz
 
 PAGE_RANKS, TRACE_TOKENS = 16, SMALL["TRACE_TOKENS"]
@@ -174,13 +175,10 @@ def test_text(small_demo):
     assert lines[-1] == "the chain equals the dense model"
 
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "traces"
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the measured traces are not beside this checkout")
-def test_a_real_trace(small_demo):
-    """DeepSeek-V2-Lite's routing of legal texts, by the model's own authors."""
-    path = SHARED / "deepseek_v2_lite_esft_law.npz"
+@pytest.mark.parametrize("name", ["made_up_deepseek_v2_lite", *measured_names("deepseek_v2_lite_esft_law")])
+def test_a_recorded_trace(small_demo, tmp_path, name):
+    """DeepSeek-V2-Lite's routing, made up or of legal texts by the model's own authors."""
+    path = trace_file(name, tmp_path)
     done = small_demo("--json", "--trace", path)
     assert done.code == 0
     with np.load(path, allow_pickle=False) as file:

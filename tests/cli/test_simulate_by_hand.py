@@ -11,9 +11,9 @@ import pytest
 
 from evenmoe.simulator.store import load_simulation
 from evenmoe.traces.small import small_trace
+from tests.beside import measured_names
 from tests.simulator.dull import ByHand, Setup, replay
-
-TRACES = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "traces"
+from tests.traces.made_up import MADE_UP, trace_file
 
 POLICIES = (
     ("identity", "identity", "rank", {}),
@@ -126,22 +126,24 @@ def test_one_slot_a_rank_and_other_links(evenmoe, tmp_path):
     run_both(evenmoe, tmp_path, small_file(tmp_path), setup, POLICIES, *SMALL_COSTS, *links, *speeds)
 
 
-@pytest.mark.skipif(not TRACES.is_dir(), reason="the measured traces are not beside the repository (../shared/data)")
-@pytest.mark.parametrize(
-    ("name", "model", "chunk"),
-    [
-        ("gpt_oss_20b_mmlu_pro_and_other", (2880, 2880, 17 / 32), 1),
-        ("deepseek_v2_lite_esft_intent", (2048, 1408, 2), 8),
-        ("deepseek_v2_lite_esft_law", (2048, 1408, 2), 8),
-        ("deepseek_v2_lite_esft_summary", (2048, 1408, 2), 4),
-    ],
-)
-def test_measured_traces(evenmoe, tmp_path, name, model, chunk):
+# (hidden, intermediate, bytes a weight), which the shape of the trace tells, and the tokens of a chunk.
+RECORDED = {
+    "made_up_gpt_oss_20b": ((2880, 2880, 17 / 32), 4),
+    "made_up_deepseek_v2_lite": ((2048, 1408, 2), 8),
+    "gpt_oss_20b_mmlu_pro_and_other": ((2880, 2880, 17 / 32), 1),
+    "deepseek_v2_lite_esft_intent": ((2048, 1408, 2), 8),
+    "deepseek_v2_lite_esft_law": ((2048, 1408, 2), 8),
+    "deepseek_v2_lite_esft_summary": ((2048, 1408, 2), 4),
+}
+
+
+@pytest.mark.parametrize("name", [*MADE_UP, *measured_names(*RECORDED)])
+def test_recorded_traces(evenmoe, tmp_path, name):
     """The model, and so the costs, are told by the shape of the trace."""
-    hidden, inner, weight = model
+    (hidden, inner, weight), chunk = RECORDED[name]
     setup = Setup(
         ranks=8, nodes=2, tokens=8, chunk=chunk, steps=4, refresh=2, window=2, slots=72 if hidden == 2048 else 40,
         flops=6.0 * hidden * inner, expert_bytes=float(round(3 * hidden * inner * weight)), row_bytes=2.0 * hidden,
     )  # fmt: skip
     few = [policy for policy in POLICIES if policy[0] in ("identity", "greedy", "evenmoe:rule=batch", "oracle")]
-    run_both(evenmoe, tmp_path, TRACES / f"{name}.npz", setup, few)
+    run_both(evenmoe, tmp_path, trace_file(name, tmp_path), setup, few)

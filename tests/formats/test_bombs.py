@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import io
 import json
 import struct
 import zipfile
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,26 +14,12 @@ from evenmoe import formats
 from evenmoe.errors import FileFormatError
 from evenmoe.formats.containers.torch_file import torch_bytes
 from evenmoe.formats.document import ALLOWANCE_BYTES
+from tests.formats.readings import read, take
+from tests.own_process import STATUS, peak_bytes
 
-_STATUS = Path("/proc/self/status")
 _SIZE = 2 << 20
 
-pytestmark = pytest.mark.skipif(not _STATUS.exists(), reason="the peak of a process's memory is read from /proc")
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    """Resident memory that `work` needs beyond what the process has."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # or memory that is free inside the process would hide what is taken
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _field("VmRSS")
-    work()
-    return _field("VmHWM") - before
-
-
-def _field(name: str) -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name + ":"))
-    return int(line.split()[1]) * 1024
+pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="this machine lacks /proc, where a process's peak is read")
 
 
 def _zip(entries: dict[str, bytes], packed: int = zipfile.ZIP_STORED) -> bytes:
@@ -138,40 +119,45 @@ BOMBS = {
 }  # fmt: skip
 
 
+SMALL = {
+    "json": b'{"0": [0]}',
+    "yaml": b"a: [0]\n",
+    "csv": b"1,1\n",
+    "sglang csv": b"layer_id,expert_id,count\n0,0,1\n",
+    "npz": _zip({"load.npy": _npy((1, 1, 1), bytes(8))}),
+    "npy": _npy((1, 1, 1), bytes(8)),
+    "safetensors": _safetensors({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
+    "pt": torch_bytes({"rank": 0, "logical_count": np.ones((1, 1, 2), np.int32)}),
+}
+
+
 @pytest.mark.parametrize("name", BOMBS)
 def test_reading_a_bomb_takes_at_most_ten_times_its_size(name, tmp_path):
     path = tmp_path / "bomb"
     path.write_bytes(BOMBS[name])
-    if name.startswith("pt"):
-        import torch
-
-        torch.zeros(1)
-
-    def read() -> None:
-        with contextlib.suppress(FileFormatError):
-            formats.read(path, num_ranks=1)
-
-    assert formats.read('{"0": [0]}', num_ranks=1).placement  # so that the readers' modules are imported before
-    assert peak_bytes(read) <= 10 * len(BOMBS[name]) + ALLOWANCE_BYTES
+    small = tmp_path / "small"
+    small.write_bytes(SMALL[name.split(",")[0]])
+    assert peak_bytes(read, path, small) <= 10 * len(BOMBS[name]) + ALLOWANCE_BYTES
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "small"),
     [
-        lambda: json.dumps([[1000 + i % 700 for i in range(1000)]] * 3000).encode(),
-        lambda: torch_bytes({"rank": 0, "logical_count": np.ones((50, 300, 256), np.int32)}),
+        (lambda: json.dumps([[1000 + i % 700 for i in range(1000)]] * 3000).encode(), "json"),
+        (lambda: torch_bytes({"rank": 0, "logical_count": np.ones((50, 300, 256), np.int32)}), "pt"),
     ],
     ids=["json", "pt"],
 )
-def test_reading_a_large_honest_file_takes_less(content, tmp_path):
-    path = tmp_path / "file"
+def test_reading_a_large_honest_file_takes_less(content, small, tmp_path):
+    path, first = tmp_path / "file", tmp_path / "small"
     path.write_bytes(content())
-    assert peak_bytes(lambda: formats.read(path)) <= 10 * path.stat().st_size
+    first.write_bytes(SMALL[small])
+    assert peak_bytes(read, path, first) <= 10 * path.stat().st_size
 
 
 def test_the_measure_sees_memory():
     """Or no bomb would ever be seen."""
-    assert 60 << 20 < peak_bytes(lambda: np.ones(8 << 20)) < 100 << 20
+    assert 60 << 20 < peak_bytes(take, 8 << 20, 1) < 100 << 20
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from evenmoe.errors import ConstraintError
 from evenmoe.formats.catalogue import FORMATS, Format
 from evenmoe.formats.contents import Contents, Options
 from evenmoe.placement import Placement
+from tests.effort import effort
 from tests.formats.samples import LOAD, PLACEMENT, put, samples, told_for, write_sample
 from tests.ground.placements import placements
 
@@ -152,12 +152,12 @@ def test_format_and_container_are_told_by_content_alone(tmp_path):
 
 
 def test_a_real_dump_of_deepseek_v3_size_is_read_fast_enough(tmp_path):
-    """58 of 61 layers, 256 experts, 40 steps, as the recorder writes them: 1 second of CPU would be felt."""
+    """58 of 61 layers, 256 experts, 40 steps, as the recorder writes them."""
     load = np.random.default_rng(0).integers(0, 5000, (40, 58, 256))
     formats.write(tmp_path / "stat.pt", load, format="sglang-stat", layer_ids=range(3, 61))
-    start = time.process_time()
+    # 1.2 where this was written (7 ms), busy or idle; a second would be felt.
+    assert effort(lambda: formats.read(tmp_path / "stat.pt")) < 12
     contents = formats.read(tmp_path / "stat.pt")
-    assert time.process_time() - start < 1.0
     assert contents.layer_ids == tuple(range(3, 61))
     assert contents.load is not None
     assert np.array_equal(contents.load, load)

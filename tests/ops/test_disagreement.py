@@ -27,7 +27,7 @@ from evenmoe.transport.world import Rank
 from tests.hesitant import hesitate
 
 ODD = 2
-PATIENCE_S = 5.0
+PATIENCE_S = 60.0  # the time-out of the worlds: nobody waits for it, however busy the machine is
 Arguments = dict[str, Any]
 
 

@@ -158,7 +158,7 @@ def test_numpy_integers_are_integers():
 
 @pytest.fixture
 def rank():
-    with em.local_world(1, timeout_s=5.0) as world:
+    with em.local_world(1, timeout_s=60.0) as world:
         yield world.ranks[0]
 
 

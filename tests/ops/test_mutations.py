@@ -64,7 +64,7 @@ def worlds() -> None:
     """dispatch, combine and combine_add_rms_norm against the reference."""
     for spec in WORLDS:
         case = Case(spec)
-        with em.local_world(spec.ep, max(spec.tp, 1), timeout_s=5.0) as world:
+        with em.local_world(spec.ep, max(spec.tp, 1), timeout_s=60.0) as world:
             results = world.run(lambda rank, case=case: run_rank(rank, case))
         assert_equal_worlds(results, expected(spec))
 
@@ -107,7 +107,7 @@ def disagreements() -> None:
         ((2, 2), lambda rank: disagreement.differ(rank, "dispatch", "a list"), "is refused there (`"),
         ((2, 2), disagreement.miscount, "is refused there (`"),
     ):
-        with em.local_world(*shape, timeout_s=5.0) as world:
+        with em.local_world(*shape, timeout_s=60.0) as world:
             results = world.run(job)
             for kind, _, _ in results:
                 assert kind in {"RankDisagreementError", "ConstraintError", "UnsupportedTypeError"}
@@ -130,7 +130,7 @@ def other_orders() -> None:
 def transports() -> None:
     """Rows between four ranks, between some of them under new numbers, and many exchanges in a row."""
     counts = [[(s + 2 * d) % 4 for d in range(4)] for s in range(4)]
-    with em.local_world(4, timeout_s=5.0) as world:
+    with em.local_world(4, timeout_s=60.0) as world:
         assert all(world.run(lambda rank: contract.send_to_each(rank, counts, (3,), "int32")))
         assert all(world.run(lambda rank: contract.transpose_counts(rank, 3)))
         assert all(world.run(lambda rank: contract.send_renumbered(rank, [2, 0, 3], counts, "int32", 0)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,6 +12,7 @@ from evenmoe.metrics import peak_over_mean
 from evenmoe.planner import batch_kernels, draft_kernels
 from evenmoe.planner.scenarios import drift_factors, scenarios_of
 from evenmoe.rules import shares
+from tests.effort import effort
 
 
 def zipf(num_layers, num_experts, seed):
@@ -49,10 +48,8 @@ def test_drifted_batches_come_out_even(num_slots, num_ranks, most, seed):
 def test_a_layer_takes_milliseconds():
     load = zipf(4, 256, 0)
     em.plan(load[:1], num_ranks=32, num_slots=288, rule="batch")
-    start = time.process_time()
-    em.plan(load, num_ranks=32, num_slots=288, rule="batch")
-    # 20 ms on an idle core; eight times that for a machine shared by others, far below what a slower method takes.
-    assert (time.process_time() - start) / 4 < 0.16
+    # 7.5 where this was written (10 ms a layer), busy or idle; the bound is far below what a slower method takes.
+    assert effort(lambda: em.plan(load, num_ranks=32, num_slots=288, rule="batch")) < 60
 
 
 def test_same_arguments_same_plan():

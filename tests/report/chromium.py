@@ -31,7 +31,7 @@ class Browser:
     def __init__(self, profile: Path) -> None:
         binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
         if not binary or not driver:
-            pytest.skip("chromium and chromedriver (Debian's chromium-driver) are not installed")
+            pytest.skip("this machine lacks chromium or chromedriver (Debian's chromium-driver)")
         from selenium import webdriver
 
         options = webdriver.ChromeOptions()

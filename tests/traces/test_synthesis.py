@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import tracemalloc
 from itertools import pairwise
 
@@ -23,6 +22,7 @@ from evenmoe.traces.popularity import (
     request_factors,
 )
 from evenmoe.traces.statistics import comovement, drift, gini, locality, skew
+from tests.effort import effort
 
 
 def counted(trace: Trace, windows: int, tokens: int, ranks: int) -> np.ndarray:
@@ -306,16 +306,21 @@ def test_ceiling_cuts_the_hottest():
 
 
 def test_real_scale_in_time_and_memory():
-    """1,000 windows of 128 tokens on each of 320 ranks: under 60 s and under 2 GB."""
+    """1,000 windows of 128 tokens on each of 320 ranks, in seconds and in less than a gigabyte."""
+    made = []
     tracemalloc.start()
-    start = time.process_time()
-    trace = synthesise("deepseek-v3", num_windows=1000, tokens_per_window=40_960, requests=16, request_windows=8)
-    seconds = time.process_time() - start
+    spent = effort(
+        lambda: made.append(
+            synthesise("deepseek-v3", num_windows=1000, tokens_per_window=40_960, requests=16, request_windows=8)
+        ),
+        times=1,
+    )
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
+    (trace,) = made
     assert trace.load.shape == (1000, 58, 256)
     assert (trace.load.sum(axis=2) == 8 * 40_960).all()
-    assert seconds < 60
+    assert spent < 1600  # 370 to 430 where this was written (3 s), busy or idle
     assert peak < 1 << 30
 
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from evenmoe.errors import FileFormatError
 from evenmoe.traces.trace import Trace, load_trace
+from tests.beside import measured_names
+from tests.traces.made_up import MADE_UP, trace_file
 from tests.traces.npz import archive, at, npy, npy_claiming, npz
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "traces"
 LOAD = np.arange(24).reshape(2, 3, 4)
 ROUTING = np.arange(30).reshape(5, 3, 2) % 4
 INTEGERS = [f"{order}{kind}{size}" for order in "<>" for kind in "iu" for size in (1, 2, 4, 8)]
@@ -220,7 +221,9 @@ def test_no_code_runs(tmp_path):
 
 
 # Windows, layers, experts and, where tokens are known, tokens and top-k.
-REAL = {
+RECORDED = {
+    "made_up_gpt_oss_20b": (9, 24, 32, 4),
+    "made_up_deepseek_v2_lite": (7, 26, 64, 6),
     "deepseek_v2_lite_esft_intent": (127, 26, 64, 6),
     "deepseek_v2_lite_esft_law": (33, 26, 64, 6),
     "deepseek_v2_lite_esft_summary": (13, 26, 64, 6),
@@ -233,11 +236,10 @@ REAL = {
 }
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the measured traces are not beside this checkout")
-@pytest.mark.parametrize("name", REAL)
-def test_real_traces(name):
-    windows, layers, experts, top_k = REAL[name]
-    trace = load_trace(SHARED / f"{name}.npz")
+@pytest.mark.parametrize("name", [*MADE_UP, *measured_names(*RECORDED)])
+def test_recorded_traces(name, tmp_path):
+    windows, layers, experts, top_k = RECORDED[name]
+    trace = load_trace(trace_file(name, tmp_path))
     assert trace.load.shape == (windows, layers, experts)
     assert trace.name == name
     assert (trace.load.sum(axis=(0, 2)) > 0).all()
@@ -251,7 +253,10 @@ def test_real_traces(name):
         assert counted.tolist() == trace.load[:, layer].sum(axis=0).tolist()
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the measured traces are not beside this checkout")
-def test_a_file_of_derived_numbers_is_no_trace():
+@pytest.mark.parametrize("name", ["made_up", *measured_names("deepseek_v3_layer_extremes_derived")])
+def test_a_file_of_derived_numbers_is_no_trace(name, tmp_path):
+    """The hottest and the coldest expert of every layer are no load of all of them."""
+    extremes = npz(layer=np.arange(3, 61), hot_id=np.zeros(58, int), hot_count=np.ones(58, int), total=np.ones(58, int))
+    path = at(tmp_path / "made_up.npz", extremes) if name == "made_up" else trace_file(name, tmp_path)
     with pytest.raises(FileFormatError, match="it must hold `load`; record loads first"):
-        load_trace(SHARED / "deepseek_v3_layer_extremes_derived.npz")
+        load_trace(path)

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from evenmoe.errors import FileFormatError
 from evenmoe.traces import Trace, load_trace, save_trace
 from evenmoe.traces.npz import archive_bytes
+from tests.beside import measured_names
+from tests.traces.made_up import trace_file
 from tests.traces.npz import at, npz
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "traces"
 LOAD = np.arange(24).reshape(2, 3, 4)
 ROUTING = np.arange(30).reshape(5, 3, 2) % 4
 FIELDS = ("load", "routing", "seq_start", "load_by_rank", "layer_ids")
@@ -241,12 +242,17 @@ def test_archives_refuse_objects():
         archive_bytes({"load": np.array([None])})
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the measured traces are not beside this checkout")
-def test_real_requests_and_layers(tmp_path):
-    trace = load_trace(SHARED / "deepseek_v4_flash_decode.npz")
+# Requests and the layers' own numbers.
+RECORDED = {"made_up_deepseek_v2_lite": (7, range(1, 27)), "deepseek_v4_flash_decode": (6, range(3, 43))}
+
+
+@pytest.mark.parametrize("name", ["made_up_deepseek_v2_lite", *measured_names("deepseek_v4_flash_decode")])
+def test_requests_and_layers_as_recorded(name, tmp_path):
+    trace = load_trace(trace_file(name, tmp_path))
+    requests, layers = RECORDED[name]
     assert trace.seq_start is not None
     assert trace.layer_ids is not None
-    assert len(trace.seq_start) == 7
-    assert trace.layer_ids.tolist() == list(range(3, 43))
+    assert len(trace.seq_start) == requests + 1
+    assert trace.layer_ids.tolist() == list(layers)
     save_trace(tmp_path / "again.npz", trace)
     same(load_trace(tmp_path / "again.npz"), trace)

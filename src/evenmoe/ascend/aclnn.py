@@ -28,7 +28,7 @@ Two ranks, one thread; rank 0's token goes to expert 1 and rank 1's to expert 0:
 >>> with em.local_world(ep_size=2) as world:
 ...     streams = [aclnn.aclrtCreateStream()[1] for _ in world.ranks]
 ...     launched = [launch(rank, stream) for rank, stream in zip(world.ranks, streams)]
-...     [aclnn.aclrtSynchronizeStreamWithTimeout(stream, 10000) for stream in streams]
+...     [aclnn.aclrtSynchronizeStream(stream) for stream in streams]
 [0, 0]
 >>> [(status, expand_x[0, 0].item(), counts.tolist()) for status, expand_x, counts in launched]
 [(0, 1.0, [0, 1]), (0, 0.0, [1, 1])]

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from evenmoe.ascend.cann.build import build_tree
+from tests.patience import HANG_S
 
 PROGRAMS = Path(__file__).parent / "programs"
 LIBRARIES = ["-lascendcl", "-lnnopbase", "-lopapi", "-lop_common", "-lhccl", "-lpthread"]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def run_in_tree(tree: Path, command: str, directory: Path, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+def run_in_tree(tree: Path, command: str, directory: Path, timeout: float = HANG_S) -> subprocess.CompletedProcess[str]:
     """Run a bash command after the tree's setenv.bash, with no other variable than PATH."""
     script = f'source "{tree}/bin/setenv.bash" && {command}'
     environment = {"PATH": os.environ["PATH"]}
@@ -37,9 +38,9 @@ def run_in_tree(tree: Path, command: str, directory: Path, timeout: float = 180)
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tree as `evenmoe cann` writes it."""
     if shutil.which("g++") is None:
-        pytest.skip("no g++ on this machine")
+        pytest.skip("this machine lacks g++")
     if not sysconfig.get_config_var("Py_ENABLE_SHARED"):
-        pytest.skip("this Python was built without a shared library, which a C++ program needs to embed it")
+        pytest.skip("this machine lacks a Python built with a shared library, which a C++ program embeds")
     return build_tree(tmp_path_factory.mktemp("cann_env"))
 
 
@@ -48,7 +49,7 @@ def run_program(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """(name, *arguments) -> the finished run of programs/name.cpp; warnings of its compilation are errors."""
     directory = tmp_path_factory.mktemp("programs")
 
-    def run(name: str, *arguments: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+    def run(name: str, *arguments: str, timeout: float = HANG_S) -> subprocess.CompletedProcess[str]:
         if not (directory / name).exists():
             compiler = ["g++", "-std=c++17", "-O0", "-Wall", "-Wextra", "-Werror", str(PROGRAMS / f"{name}.cpp")]
             paths = [f"-I{tree / 'include'}", f"-L{tree / 'lib64'}"]

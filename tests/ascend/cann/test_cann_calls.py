@@ -245,7 +245,7 @@ def test_a_rank_that_never_calls_is_named_by_the_timeout_and_may_still_come(life
         assert status == 507046
         assert "aclnnMoeDistributeDispatchV2 as rank 0" in message
         assert "waits for rank 1 of group" in message
-    assert 300 <= part["waited"][0] < 5000
+    assert part["waited"][0] >= 300
     assert part["rank 0"] == part["rank 1"] == OK
 
 

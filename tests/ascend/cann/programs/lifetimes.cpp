@@ -33,11 +33,11 @@ void launch(const Chain &chain, int rank)
 }
 
 
-void until_waiting_for_rank_1()
+void until_waiting(int rank, const char *words)
 {
     const char *message = "";
-    while (message != nullptr && std::strstr(message, "waits for rank 1") == nullptr) {
-        NEED(aclrtSynchronizeStreamWithTimeout(streams[0], 20) == ACL_ERROR_RT_STREAM_SYNC_TIMEOUT ? 0 : 1);
+    while (message != nullptr && std::strstr(message, words) == nullptr) {
+        NEED(aclrtSynchronizeStreamWithTimeout(streams[rank], 20) == ACL_ERROR_RT_STREAM_SYNC_TIMEOUT ? 0 : 1);
         message = aclGetRecentErrMsg();
     }
 }
@@ -47,21 +47,22 @@ void in_turn(const Chain &first, const Chain &second)
 {
     launch(first, 0);
     launch(second, 1);
-    report("rank 0", aclrtSynchronizeStreamWithTimeout(streams[0], 20000));
-    report("rank 1", aclrtSynchronizeStreamWithTimeout(streams[1], 20000));
+    report("rank 0", aclrtSynchronizeStreamWithTimeout(streams[0], kHangMs));
+    report("rank 1", aclrtSynchronizeStreamWithTimeout(streams[1], kHangMs));
 }
 
 void missing_rank(const Chain &first, const Chain &second)
 {
     launch(first, 0);
+    until_waiting(0, "waits for rank 1");
     const auto start = std::chrono::steady_clock::now();
     report("alone", aclrtSynchronizeStreamWithTimeout(streams[0], 300));
     const auto waited = std::chrono::steady_clock::now() - start;
     std::printf("waited\t%d\t\n", static_cast<int>(std::chrono::duration_cast<std::chrono::milliseconds>(waited).count()));
     report("looked", aclrtSynchronizeStreamWithTimeout(streams[0], 0));
     launch(second, 1);
-    report("rank 0", aclrtSynchronizeStreamWithTimeout(streams[0], 20000));
-    report("rank 1", aclrtSynchronizeStreamWithTimeout(streams[1], 20000));
+    report("rank 0", aclrtSynchronizeStreamWithTimeout(streams[0], kHangMs));
+    report("rank 1", aclrtSynchronizeStreamWithTimeout(streams[1], kHangMs));
 }
 
 void destroyed_context(const Chain &first, const Chain &second)
@@ -69,7 +70,7 @@ void destroyed_context(const Chain &first, const Chain &second)
     void *flag = device_bytes(4, 0);
     const int32_t one = 1;
     launch(first, 0);
-    until_waiting_for_rank_1();
+    until_waiting(0, "waits for rank 1");
     launch(first, 0);
     NEED(aclrtMemcpyAsync(flag, 4, &one, 4, ACL_MEMCPY_HOST_TO_DEVICE, streams[0]));
     report("destroyed", aclrtDestroyContext(contexts[0]));
@@ -78,8 +79,9 @@ void destroyed_context(const Chain &first, const Chain &second)
     void *data = nullptr;
     report("its thread", aclrtMalloc(&data, 16, ACL_MEM_MALLOC_HUGE_FIRST));
     launch(second, 1);  // rank 0 had begun this one
-    report("first call of rank 1", aclrtSynchronizeStreamWithTimeout(streams[1], 20000));
+    report("first call of rank 1", aclrtSynchronizeStreamWithTimeout(streams[1], kHangMs));
     launch(second, 1);  // but not this one
+    until_waiting(1, "waits for rank 0");
     report("second call of rank 1", aclrtSynchronizeStreamWithTimeout(streams[1], 500));
     int32_t value = -1;
     NEED(aclrtMemcpy(&value, 4, flag, 4, ACL_MEMCPY_DEVICE_TO_HOST));
@@ -97,8 +99,8 @@ void closed_group(const Chain &first, const Chain &)
     group = name;
     launch(first, 0);
     NEED(HcclCommDestroy(comms[1]));
-    report("peer closed", aclrtSynchronizeStreamWithTimeout(streams[0], 20000));
-    report("reported once", aclrtSynchronizeStreamWithTimeout(streams[0], 20000));
+    report("peer closed", aclrtSynchronizeStreamWithTimeout(streams[0], kHangMs));
+    report("reported once", aclrtSynchronizeStreamWithTimeout(streams[0], kHangMs));
 }
 
 void freed_memory(const Chain &first, const Chain &second)
@@ -110,8 +112,8 @@ void freed_memory(const Chain &first, const Chain &second)
     NEED(aclrtFree(counts));  // in use: the call keeps it until it is done
     NEED(aclDestroyTensor(moved.ep_counts));
     launch(second, 1);
-    report("rank 0", aclrtSynchronizeStreamWithTimeout(streams[0], 20000));
-    report("rank 1", aclrtSynchronizeStreamWithTimeout(streams[1], 20000));
+    report("rank 0", aclrtSynchronizeStreamWithTimeout(streams[0], kHangMs));
+    report("rank 1", aclrtSynchronizeStreamWithTimeout(streams[1], kHangMs));
 }
 
 void finalize_while_waiting(const Chain &first, const Chain &)

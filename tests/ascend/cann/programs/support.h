@@ -24,6 +24,7 @@
 
 // Two ranks with one expert each; 2 tokens of 1024 columns per rank, each for both experts.
 constexpr int64_t kEp = 2, kTokens = 2, kTopK = 2, kHidden = 1024, kExperts = 2, kRows = kEp * kTokens;
+constexpr int32_t kHangMs = 300000;  // ends a program that hangs; nothing is measured with it
 
 using Shape = std::vector<int64_t>;
 

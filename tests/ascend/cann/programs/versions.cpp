@@ -64,7 +64,7 @@ void in_two_stages(const Rank &rank, Call call, aclnnStatus (*run)(void *, uint6
 void wait_for_all(const std::vector<Rank> &ranks)
 {
     for (const Rank &rank : ranks) {
-        NEED(aclrtSynchronizeStreamWithTimeout(rank.stream, 20000));
+        NEED(aclrtSynchronizeStreamWithTimeout(rank.stream, kHangMs));
     }
 }
 
@@ -182,7 +182,7 @@ void update(const Rank &rank)
         return aclnnMoeUpdateExpertGetWorkspaceSize(
             ids, table, scales, threshold, active, -1, -1, 1, balanced.handle, mask.handle, size, executor);
     }, aclnnMoeUpdateExpert);
-    NEED(aclrtSynchronizeStreamWithTimeout(rank.stream, 20000));
+    NEED(aclrtSynchronizeStreamWithTimeout(rank.stream, kHangMs));
     int64_t values[2];
     uint8_t kept[2];
     NEED(aclrtMemcpy(values, sizeof values, balanced.data, sizeof values, ACL_MEMCPY_DEVICE_TO_HOST));
@@ -201,8 +201,8 @@ void wrong_value(const std::vector<Rank> &ranks, const char *group)
         NEED(ready.status);
         NEED(aclnnMoeDistributeDispatchV2(ready.workspace, ready.size, ready.executor, ranks[i].stream));
     }
-    report("wrong value", aclrtSynchronizeStreamWithTimeout(ranks[0].stream, 20000));
-    report("peer of it", aclrtSynchronizeStreamWithTimeout(ranks[1].stream, 20000));
+    report("wrong value", aclrtSynchronizeStreamWithTimeout(ranks[0].stream, kHangMs));
+    report("peer of it", aclrtSynchronizeStreamWithTimeout(ranks[1].stream, kHangMs));
 }
 
 // Between the two stages the group ends. The message says how C opens one.
@@ -218,7 +218,7 @@ void ended_group(const Rank &rank)
     NEED(ready.status);
     NEED(HcclCommDestroy(comms[0]));
     NEED(aclnnMoeDistributeDispatchV2(ready.workspace, ready.size, ready.executor, rank.stream));
-    report("ended group", aclrtSynchronizeStreamWithTimeout(rank.stream, 20000));
+    report("ended group", aclrtSynchronizeStreamWithTimeout(rank.stream, kHangMs));
 }
 
 }  // namespace

@@ -1,18 +1,18 @@
-"""Measured traces, replayed and reported: what the page says is what `evenmoe simulate --json` printed."""
+"""Traces as recorded, replayed and reported: what the page says is what `evenmoe simulate --json` printed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 
 import pytest
 
+from tests.beside import measured_names
 from tests.cli.running import runner
 from tests.report.parsed import parse, table
+from tests.traces.made_up import MADE_UP, trace_file
 
-TRACES = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "traces"
-NAMES = (
+NAMES = measured_names(
     "gpt_oss_20b_mmlu_pro_and_other",
     "deepseek_v2_lite_esft_intent",
     "deepseek_v2_lite_esft_law",
@@ -20,11 +20,9 @@ NAMES = (
 )
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_measured_trace(tmp_path, monkeypatch, capsys, name):
-    trace = TRACES / f"{name}.npz"
-    if not trace.exists():
-        pytest.skip("the measured traces are not beside the repository (shared/data/traces)")
+@pytest.mark.parametrize("name", [*MADE_UP, *NAMES])
+def test_a_recorded_trace(tmp_path, monkeypatch, capsys, name):
+    trace = trace_file(name, tmp_path)
     evenmoe = runner(monkeypatch, capsys)
     replay, page = tmp_path / "replay.sim", tmp_path / "page.html"
     policies = ("-p", "greedy", "-p", "evenmoe:rule=batch", "-p", "oracle")
