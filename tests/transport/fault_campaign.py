@@ -63,6 +63,7 @@ class Tally:
     rows: dict[tuple[str, str], list[Verdict]] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)  # right calls before faults, by variant
     missed: int = 0
+    slow: list[str] = field(default_factory=list)  # signals that some rank noticed later than a second after
     broken: list[str] = field(default_factory=list)
 
     def add(self, plan: Plan, episode: Episode, verdict: Verdict, told: str) -> None:
@@ -71,6 +72,8 @@ class Tally:
             self.missed += 1
         else:
             self.rows.setdefault((fault, verdict.operator), []).append(verdict)
+        if verdict.seconds > 1.0:
+            self.slow.append(f"  {plan}: {verdict.operator}, {verdict.seconds:.2f} s")
         if verdict.broken:
             head = f"{plan} episode {episode.number}: rank {episode.guilty}, {fault} {episode.what}"
             self.broken.append("\n  ".join([head, *verdict.broken, told]))
@@ -94,6 +97,7 @@ class Tally:
             if seconds:
                 told = f"median {statistics.median(seconds):.3f}, longest {max(seconds):.3f} s"
                 lines.append(f"{kind}: until the last rank noticed, {told}")
+        lines += ["noticed later than a second after the signal:", *self.slow] if self.slow else []
         lines.append(f"{len(self.broken)} episodes broke a promise")
         return "\n".join(lines)
 
