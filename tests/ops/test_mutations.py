@@ -291,7 +291,7 @@ BUGS = {
     "refusal without a status": bug(
         disagreements, TRANSPORT + "agreement", 'getattr(error, "status", FAILED), 0', "0, 0"
     ),
-    "refusal untold": bug(disagreements, TRANSPORT + "call", "or not self._heard", "or True"),
+    "refusal untold": bug(disagreements, TRANSPORT + "call", "if not self._heard or", "if True or"),
     # how bytes cross
     "exchanges share a number": bug(transports, TRANSPORT + "local", "number = self.number(members)", "number = 0"),
     "everybody reads the first rows": bug(

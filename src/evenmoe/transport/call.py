@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -104,6 +104,10 @@ class _Plan:
     received: _Blocks
 
 
+#: What a rank said in its header: the packet, the counts that did not fit, and words for the values of sizes.
+_Announced: TypeAlias = tuple[Outgoing | None, torch.Tensor | None, Mapping[str, Sequence[str]]]
+
+
 class GroupCall:
     """One rank's part in one collective call of one group: `agree` once or more, then `exchange` once.
 
@@ -120,6 +124,7 @@ class GroupCall:
         self.group, self._operator, self._device, self._heard = group, operator, device, heard
         self._next = group.number()  # of the exchange that the others wait for
         self._stage = _PENDING
+        self._announced: _Announced = None, None, {}
         self._plan: _Plan | None = None  # once agreed
         self._rest: torch.Tensor | None = None  # counts that did not fit beside the header
         self._fitting = agreement.fitting(group.world_size)  # counts beside it; later headers come with few
@@ -158,8 +163,9 @@ class GroupCall:
         fitting, width = self._fitting, counts.shape[1]
         rest = counts[:, fitting:].contiguous() if width > fitting else None
         header = agreement.header(self._next, self._operator, sizes)
+        self._announced = outgoing, rest, choices or {}
         received = self._exchange_headers(header, outgoing, counts[:, :fitting])
-        self._understand(received.cpu().numpy(), outgoing, rest, choices or {})
+        self._understand(received.cpu().numpy(), *self._announced)
         theirs = received[:, _COUNTS : _COUNTS + min(width, fitting)]
         return theirs if rest is None else torch.cat([theirs, self._exchange_rest(rest)], dim=1)
 
@@ -191,16 +197,21 @@ class GroupCall:
     def fail(self, error: BaseException) -> None:
         """Let the ranks that wait for this one know of `error`, and be in step with them again if that can be."""
         group = self.group
-        if self._stage == _DONE or not self._heard or group.broken:
+        if not self._heard or group.broken:
             return
-        if group.number() != self._next:
-            if self._stage == _UNKNOWN:
-                group.break_off(f"failed with {type(error).__name__} in the midst of {self._operator}")
-            return  # else the last exchange was made, or an inner part of the call has told the others
         if not isinstance(error, Exception):
             group.break_off(f"was ended by {type(error).__name__} in the midst of {self._operator}")
             return
+        if self._stage == _DONE:
+            return
+        exchanged = group.number() != self._next  # though this rank had not got round to noting it
+        if exchanged and self._stage == _PENDING and self._rest is None:
+            return  # it was the packet, or an inner part of the call has told the others
         try:
+            if exchanged and self._stage == _UNKNOWN:
+                self._understand(group.last_counts().cpu().numpy(), *self._announced)
+            elif exchanged:
+                self._next, self._rest = self._next + 1, None
             if self._rest is not None:
                 self._exchange_rest(self._rest)
             if self._plan is None:

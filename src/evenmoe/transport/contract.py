@@ -92,6 +92,10 @@ class Transport(Protocol):
         """
         ...
 
+    def last_counts(self) -> torch.Tensor:
+        """Return once more what was received in the last `exchange_counts` that ended."""
+        ...
+
     def exchange_rows(
         self,
         rows: torch.Tensor,

@@ -120,6 +120,9 @@ class GroupEnd(Connection, ABC):
             self._broken = self._broken or (str(error), error.ranks)
             raise
 
+    @abstractmethod
+    def last_counts(self) -> torch.Tensor: ...
+
     def exchange_rows(
         self,
         rows: torch.Tensor,

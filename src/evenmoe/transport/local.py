@@ -102,6 +102,7 @@ class LocalTransport(GroupEnd):
         super().__init__()
         self._board, self._rank, self._on_close = board, rank, on_close
         self._scratch = Scratch()
+        self._posted: dict[int, torch.Tensor] = {}  # the counts of the last exchange, by rank
 
     @property
     def name(self) -> str:
@@ -118,6 +119,13 @@ class LocalTransport(GroupEnd):
     def rows_to_send(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
         return like.new_empty(shape)  # slower ranks may still read those of the last exchange
 
+    def last_counts(self) -> torch.Tensor:
+        posted = self._posted
+        received = torch.zeros_like(posted[self._rank])
+        for source, theirs in posted.items():
+            received[source] = theirs[self._rank]
+        return received
+
     def restart(self, number: int) -> None:
         """Begin the next run of the same world, in which every rank counts its exchanges from `number`."""
         self._broken = None
@@ -125,13 +133,9 @@ class LocalTransport(GroupEnd):
         self._numbers[()] = number
 
     def _exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None) -> torch.Tensor:
-        received = torch.zeros_like(counts)
-        rows = received.numpy() if received.device.type == "cpu" else received
         # A copy, since the caller may write to its counts while a slower rank still reads them.
-        mine = counts.cpu().numpy().copy() if received.device.type == "cpu" else counts.clone()
-        for source, theirs in self._meet(mine, members).items():
-            rows[source] = theirs[self._rank]
-        return received
+        self._meet(counts.clone(), members)
+        return self.last_counts()
 
     def _exchange_rows(
         self,
@@ -163,6 +167,8 @@ class LocalTransport(GroupEnd):
 
     def _meet(self, value: object, members: Sequence[int] | None) -> dict[int, Any]:
         number = self.number(members)
-        found = self._board.meet(self._rank, (self._key(members), number), value, members or range(self.world_size))
+        posted = self._board.meet(self._rank, (self._key(members), number), value, members or range(self.world_size))
+        if isinstance(value, torch.Tensor):
+            self._posted = posted
         self._count(members)
-        return found
+        return posted

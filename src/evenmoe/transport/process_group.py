@@ -46,6 +46,7 @@ class ProcessGroupTransport(GroupEnd):
         self._mesh, self._give_up, self._on_close, self._timeout_s = mesh, give_up, on_close, timeout_s
         self._pending: list[dist.Work | None] | None = []  # None while an exchange is being begun
         self._scratch = Scratch()
+        self._last_counts = torch.zeros((0, 0), dtype=torch.int64)
 
     @property
     def name(self) -> str:
@@ -62,9 +63,13 @@ class ProcessGroupTransport(GroupEnd):
     def rows_to_send(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
         return self._scratch.take("sent", shape, like)
 
+    def last_counts(self) -> torch.Tensor:
+        return self._last_counts
+
     def _exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None) -> torch.Tensor:
         each, counts = [1] * self.world_size, counts.contiguous()
-        return self._exchange(counts, torch.zeros_like(counts), each, each, members)
+        self._last_counts = torch.zeros_like(counts)
+        return self._exchange(counts, self._last_counts, each, each, members)
 
     def _exchange_rows(
         self,
@@ -146,7 +151,8 @@ class ProcessGroupTransport(GroupEnd):
 
     def _lost(self, failure: str, start: float) -> LostRankError:
         """The error of a failed exchange, told to the other ranks: they need not wait for this one."""
-        timed_out = self._timeout_s is not None and time.monotonic() - start >= self._timeout_s
+        # Nine tenths, since the backend's clock is another one and began a little later or earlier.
+        timed_out = self._timeout_s is not None and time.monotonic() - start >= 0.9 * self._timeout_s
         stopped = {} if self._mesh is None else self._mesh.stopped(_GRACE_S, all_silent=timed_out)
         ranks = tuple(stopped)
         if ranks:

@@ -63,6 +63,9 @@ class RenumberedTransport:
         full[self._old_rank_of] = counts
         return self._transport.exchange_counts(full, self._members)[self._old_rank_of]
 
+    def last_counts(self) -> torch.Tensor:
+        return self._transport.last_counts()[self._old_rank_of]
+
     def exchange_rows(
         self,
         rows: torch.Tensor,
