@@ -243,7 +243,7 @@ def main(words: Sequence[str]) -> int:
     for kind, (count, _) in NUMBERS.items():
         parser.add_argument(f"--{kind}", type=int, default=count, metavar="N", help=f"episodes, {count} if not given")
     parser.add_argument("--only", nargs="+", choices=NUMBERS, help="these kinds alone")
-    parser.add_argument("--repeat", metavar="KIND:NUMBER", help="one world alone, and tell all that its ranks saw")
+    parser.add_argument("--repeat", metavar="KIND:NUMBER", help="one world of the same numbers and seed, told in full")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 3, 4, 5, 6, 7, 8], help="ranks of worlds")
     parser.add_argument("--timeout", type=float, default=8.0, help="seconds, of the worlds")
