@@ -130,7 +130,7 @@ class Performer:
         outcomes = self._run(first, "after")
         # A rank that failed after its last exchange, or that has called less or more than the others, is found out at
         # the next call, which all then make anew.
-        if not episode.deadly and outcomes[0].family == "disagreement":
+        if outcomes[0].family == "disagreement":
             outcomes += self._run(first, "after, again")
         return outcomes + self._run(last, "at last")
 

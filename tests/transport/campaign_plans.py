@@ -67,19 +67,16 @@ class Maker:
         )
         return replace(batch, **changes)
 
-    def any_batch(self) -> Batch:
+    def any_batch(self, layers: int = len(LAYERS)) -> Batch:
         if self.tp_size == 2 or self.random.random() < 0.4:
             return self.chain()
-        return self.layer(self.random.randrange(len(LAYERS)))
+        return self.layer(self.random.randrange(layers))
 
-    def step(self) -> Step:
-        """One batch, or two in flight."""
+    def step(self, layers: int = len(LAYERS)) -> Step:
+        """One batch, or two in flight, of the first `layers` layers."""
         if self.random.random() < 0.3:
-            return self.in_flight()
-        return Step((self.any_batch(),), ALONE)
-
-    def in_flight(self) -> Step:
-        return Step((self.any_batch(), self.any_batch()), self.random.choice(IN_FLIGHT))
+            return Step((self.any_batch(layers), self.any_batch(layers)), self.random.choice(IN_FLIGHT))
+        return Step((self.any_batch(layers),), ALONE)
 
     def layer_pass(self) -> Step:
         """Four layers, one after the other, two of which have equal tables."""
@@ -253,9 +250,10 @@ def _order(maker: Maker, number: int, count: int, guilty: int) -> Episode:
 
 
 def _free(maker: Maker, number: int, count: int, guilty: int) -> Episode:
-    steps = tuple(maker.step() for _ in range(6))
-    # What is asked of a closed group does not matter, so neither does how it differs from what came before.
-    return Episode(number, "free", guilty, steps, steps[0], (steps[0], steps[1]), deadly=True)
+    steps = tuple(maker.step(len(LAYERS) - 1) for _ in range(6))
+    # The last layer is kept for afterwards, so that nobody takes its call for one of the steps.
+    after = Step((maker.chain() if maker.tp_size == 2 else maker.layer(len(LAYERS) - 1),), ALONE)
+    return Episode(number, "free", guilty, steps, steps[0], (after, maker.step()), deadly=True)
 
 
 def _rehearsal(step: Step) -> Step:

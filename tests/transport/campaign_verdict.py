@@ -131,7 +131,7 @@ def _judge_one_error(verdict: Verdict, plan: Plan, episode: Episode, reports: di
         for error in errors[due:]:
             verdict.settled = False
             verdict.breaks(rank, f"one more error ({error.section}): {error.error}: {error.detail}")
-    _take_steps_after(verdict, reports, episode.guilty)
+    _take_steps_after(verdict, reports)
 
 
 def _judge_order(verdict: Verdict, plan: Plan, episode: Episode, reports: dict[int, list[Outcome]]) -> None:
@@ -152,7 +152,7 @@ def _judge_order(verdict: Verdict, plan: Plan, episode: Episode, reports: dict[i
             verdict.breaks(rank, f"one more error ({error.section}): {error.error}: {error.detail}")
     if len(texts) > 1:
         verdict.breaks(episode.guilty, f"the ranks' errors differ: {sorted(texts)}")
-    _take_steps_after(verdict, reports, episode.guilty)
+    _take_steps_after(verdict, reports)
 
 
 def _judge_closed(
@@ -166,15 +166,45 @@ def _judge_closed(
     verdict.operator = hit[0].operator
     if not hit[0].where:
         verdict.missed = True
-        _take_steps_after(verdict, reports, episode.guilty)
+        _take_steps_after(verdict, reports)
         return
     _take_own_error(verdict, episode, hit[0])
+    if _is_open(reports):
+        _judge_at_the_edge(verdict, plan, episode, reports, hit[0])
+        return
     for rank, outcomes in reports.items():
         if rank == episode.guilty:
             later = [o for o in outcomes if o.section in ("after", "at last")]
             _take_closed(verdict, plan, rank, later, {episode.guilty}, timeout_s)
         else:
             _take_loss(verdict, plan, episode, rank, outcomes, {episode.guilty}, timeout_s)
+
+
+def _is_open(reports: dict[int, list[Outcome]]) -> bool:
+    return not any(outcome.family == "lost" for outcomes in reports.values() for outcome in outcomes)
+
+
+def _judge_at_the_edge(
+    verdict: Verdict, plan: Plan, episode: Episode, reports: dict[int, list[Outcome]], hit: Outcome
+) -> None:
+    """An interrupt before a call's first exchange or after its last one: the call was not made, or it is over.
+
+    Then nothing need be closed: the ranks are in different places, as if one had skipped a call, and in step after it.
+    """
+    others = {rank: outcomes for rank, outcomes in reports.items() if rank != episode.guilty}
+    verdict.late = True
+    for rank, outcomes in others.items():
+        errors = [o for o in outcomes if o.result == "raised" and o.section != "before"]
+        for error in errors[:1]:
+            verdict.named_due += 1
+            _take_name(verdict, plan, episode, rank, error, "disagreement")
+            met = [o for o in reports[episode.guilty] if o.section == "after" and o.family == "disagreement"]
+            if error.section == "fault" and error.call <= hit.call and not met:
+                verdict.breaks(rank, f"is not closed after {hit.error} in the midst of a call: {error.detail}")
+        for error in errors[1:]:
+            verdict.settled = False
+            verdict.breaks(rank, f"one more error ({error.section}): {error.error}: {error.detail}")
+    _take_steps_after(verdict, reports)
 
 
 def _judge_harm(
@@ -189,6 +219,11 @@ def _judge_harm(
 ) -> None:
     """A process that is killed, stopped or interrupted while steps run."""
     noticed = []
+    hit = next(iter(reports.get(episode.guilty, ())), None)
+    if plan.harm == "interrupt" and hit is not None and hit.error == "KeyboardInterrupt" and _is_open(reports):
+        verdict.operator, verdict.own_due, verdict.own = hit.operator, 1, 1
+        _judge_at_the_edge(verdict, plan, episode, reports, hit)
+        return
     for rank, outcomes in reports.items():
         if rank in dead:
             if plan.harm != "interrupt":
@@ -278,7 +313,10 @@ def _take_closed(
     timeout_s: float,
     ranks: tuple[int, ...] = (),
 ) -> None:
-    """Every later call raises a LostRankError at once, with the same ranks."""
+    """Every later call raises a LostRankError at once, with the same ranks.
+
+    With tensor parallelism a group may be whole, and its ranks wait for each other in it until the time-out.
+    """
     ranks = ranks or tuple(sorted(dead))
     for outcome in later:
         closed = outcome.family == "lost" and outcome.ranks == ranks
@@ -286,12 +324,12 @@ def _take_closed(
             verdict.settled = False
             problem = f"{outcome.error or outcome.result} {outcome.ranks} {outcome.detail}"
             verdict.breaks(rank, f"a later call is not closed for {ranks}: {problem}")
-        elif outcome.seconds > timeout_s / 2:
+        elif plan.tp_size == 1 and outcome.seconds > timeout_s / 2:
             verdict.settled = False
             verdict.breaks(rank, f"a later call took {outcome.seconds:.1f} s to say that the group is closed")
 
 
-def _take_steps_after(verdict: Verdict, reports: dict[int, list[Outcome]], guilty: int) -> None:
+def _take_steps_after(verdict: Verdict, reports: dict[int, list[Outcome]]) -> None:
     """The last attempt at the next step, and the step behind it, give right values on every rank."""
     for rank, outcomes in reports.items():
         again = any(o.section == "after, again" for o in outcomes)

@@ -63,6 +63,7 @@ class Tally:
     rows: dict[tuple[str, str], list[Verdict]] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)  # right calls before faults, by variant
     missed: int = 0
+    slow: list[str] = field(default_factory=list)  # signals that some rank noticed later than a second after
     broken: list[str] = field(default_factory=list)
 
     def add(self, plan: Plan, episode: Episode, verdict: Verdict, told: str) -> None:
@@ -71,6 +72,8 @@ class Tally:
             self.missed += 1
         else:
             self.rows.setdefault((fault, verdict.operator), []).append(verdict)
+        if verdict.seconds > 1.0:
+            self.slow.append(f"  {plan}: {verdict.operator}, {verdict.seconds:.2f} s")
         if verdict.broken:
             head = f"{plan} episode {episode.number}: rank {episode.guilty}, {fault} {episode.what}"
             self.broken.append("\n  ".join([head, *verdict.broken, told]))
@@ -94,6 +97,7 @@ class Tally:
             if seconds:
                 told = f"median {statistics.median(seconds):.3f}, longest {max(seconds):.3f} s"
                 lines.append(f"{kind}: until the last rank noticed, {told}")
+        lines += ["noticed later than a second after the signal:", *self.slow] if self.slow else []
         lines.append(f"{len(self.broken)} episodes broke a promise")
         return "\n".join(lines)
 
@@ -239,7 +243,7 @@ def main(words: Sequence[str]) -> int:
     for kind, (count, _) in NUMBERS.items():
         parser.add_argument(f"--{kind}", type=int, default=count, metavar="N", help=f"episodes, {count} if not given")
     parser.add_argument("--only", nargs="+", choices=NUMBERS, help="these kinds alone")
-    parser.add_argument("--repeat", metavar="KIND:NUMBER", help="one world alone, and tell all that its ranks saw")
+    parser.add_argument("--repeat", metavar="KIND:NUMBER", help="one world of the same numbers and seed, told in full")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 3, 4, 5, 6, 7, 8], help="ranks of worlds")
     parser.add_argument("--timeout", type=float, default=8.0, help="seconds, of the worlds")
