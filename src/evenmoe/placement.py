@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -95,7 +96,7 @@ class Placement:
         _set(self, "slot_to_expert", _frozen(slots))
         _set(self, "num_ranks", int(num_ranks))
         _set(self, "num_experts", int(num_experts))
-        ascending = _ascending_replica_index(self.slot_to_expert)
+        ascending = ascending_replica_index(self.slot_to_expert)
         if replica_index is None:
             order = ascending
         else:
@@ -180,6 +181,20 @@ def identity_placement(num_layers: int, num_experts: int, num_ranks: int) -> Pla
     return Placement(np.tile(np.arange(num_experts, dtype=np.int32), (num_layers, 1)), num_ranks)
 
 
+def layers_of(placement: Placement, layers: Sequence[int] | npt.NDArray[np.int64]) -> Placement:
+    """The placement of these layers alone, by row, in the given order.
+
+    >>> layers_of(Placement([[0, 1], [1, 0]], num_ranks=2), [1]).slot_to_expert.tolist()
+    [[1, 0]]
+    """
+    return Placement(
+        placement.slot_to_expert[layers],
+        placement.num_ranks,
+        num_experts=placement.num_experts,
+        replica_index=placement.replica_index[layers],
+    )
+
+
 def _rebuild(slots: IntArray, num_ranks: int, num_experts: int, order: IntArray) -> Placement:
     return Placement(slots, num_ranks, num_experts=num_experts, replica_index=order)
 
@@ -212,7 +227,7 @@ def _without_slot(slots: npt.NDArray[np.integer], num_experts: int) -> npt.NDArr
     return np.argwhere(~held)
 
 
-def _ascending_replica_index(slots: IntArray) -> npt.NDArray[np.integer]:
+def ascending_replica_index(slots: IntArray) -> npt.NDArray[np.integer]:
     """Position of each slot among the slots of the same expert, counted from the left."""
     by_expert = np.argsort(slots, axis=1, kind="stable")
     sorted_experts = np.take_along_axis(slots, by_expert, axis=1)

@@ -19,6 +19,7 @@ from evenmoe.formats.contents import Contents, Options
 from evenmoe.formats.converting import convert as convert_file
 from evenmoe.formats.difference import Difference
 from evenmoe.formats.difference import diff as compare
+from evenmoe.formats.layer_numbers import common_layers
 from evenmoe.formats.reading import read
 from evenmoe.placement import Placement
 
@@ -98,13 +99,14 @@ def run_diff(
         raise ConstraintError(
             name, "a load", "must be a placement", "plan one from it, or name the file of the placement"
         )
-    change = compare(first.placement, second.placement, expert_bytes=expert_bytes)
-    numbers = list(second.layer_ids or first.layer_ids or range(len(change.copies)))
+    previous, placement, common, left_out = common_layers(first, second)
+    change = compare(previous, placement, expert_bytes=expert_bytes)
+    numbers = list(common or range(len(change.copies)))
     if as_json:
         print(json.dumps(_diff_summary(before, after, change, numbers)))
         return
     _print_diff(before, after, change, numbers)
-    _print_notes([*first.notes, *second.notes])
+    _print_notes([*first.notes, *second.notes, *left_out])
 
 
 def _placement(map_: Path | None, sizes: dict[str, int | None]) -> Placement | None:

@@ -18,10 +18,11 @@ import evenmoe as em
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.formats.catalogue import FORMATS
 from evenmoe.formats.contents import Contents
+from evenmoe.formats.layer_numbers import MTP_LAYERS, ranges
 from evenmoe.formats.reading import read
 from evenmoe.formats.writing import write
 from evenmoe.metrics import FloatArray, as_load, peak_over_mean
-from evenmoe.placement import identity_placement
+from evenmoe.placement import identity_placement, layers_of
 from evenmoe.rules.shares import rank_loads
 
 _WORST_SHOWN = 8  # layers in text; --json has them all
@@ -68,7 +69,7 @@ def run_plan(order: Order, *, as_json: bool) -> None:
     """Read, plan, write, show."""
     _check_target(order.to_format)
     contents = _read_load(order)
-    previous = _read_previous(order, contents)
+    previous, notes_on_previous = _read_previous(order, contents)
     ranks, slots = _sizes(order, previous)
     assert contents.load is not None
     load = as_load(contents.load)
@@ -89,7 +90,7 @@ def run_plan(order: Order, *, as_json: bool) -> None:
             seed=order.seed,
         )
     numbers = _layer_numbers(order, contents)
-    notes = list(contents.notes)
+    notes = [*contents.notes, *notes_on_previous]
     if len(windows) < len(load):
         notes.append(f"merged {len(load)} windows into {len(windows)} (--most-windows)")
     if order.out is not None:
@@ -145,32 +146,27 @@ def _read_load(order: Order) -> Contents:
     return contents
 
 
-def _read_previous(order: Order, contents: Contents) -> em.Placement | None:
+def _read_previous(order: Order, contents: Contents) -> tuple[em.Placement | None, list[str]]:
+    """The placement in use, row by row the load's layers; and what of it is no part of the plan."""
     if order.previous is None:
-        return None
+        return None, []
     assert contents.load is not None
     found = read(order.previous, num_ranks=order.ranks, num_experts=contents.load.shape[-1])
     if found.placement is None:
         raise ConstraintError("--previous", order.previous, "must be a placement and is a load", "name a placement")
-    ours, theirs = contents.layer_ids, found.layer_ids
+    notes = ["the MTP layer of --previous is no part of the plan"] if MTP_LAYERS in found.metadata else []
+    ours, theirs = _layer_numbers(order, contents), found.layer_ids
     if ours is None or theirs is None or ours == theirs:
-        return found.placement
+        return found.placement, notes
     if not set(ours) <= set(theirs):
         raise ConstraintError(
             "--previous",
-            f"a placement of the layers {_spans(theirs)}",
-            f"must hold the load's layers, {_spans(ours)}",
+            f"a placement of the layers {ranges(theirs)}",
+            f"must hold the load's layers, {ranges(ours)}",
             "choose the layers of the load with --layers, or the placement of the same model",
         )
     # Dense layers have rows in some formats, and a load may be of some layers only.
-    rows = [theirs.index(number) for number in ours]
-    whole = found.placement
-    return em.Placement(
-        whole.slot_to_expert[rows],
-        whole.num_ranks,
-        num_experts=whole.num_experts,
-        replica_index=whole.replica_index[rows],
-    )
+    return layers_of(found.placement, [theirs.index(number) for number in ours]), notes
 
 
 def _sizes(order: Order, previous: em.Placement | None) -> tuple[int, int]:
@@ -344,14 +340,3 @@ def _print_worst(rows: list[_Row], planned: FloatArray, numbers: Sequence[int], 
     for layer in worst:
         table.add_row(str(numbers[layer]), *(f"{row.windows[layer]:.3f}" for row in rows))
     console.print(table)
-
-
-def _spans(numbers: Sequence[int]) -> str:
-    """1, 2, 3, 7 as 1-3, 7."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evenmoe.errors import ConstraintError
-from evenmoe.formats.catalogue import FORMATS
-from evenmoe.formats.contents import Contents, Options, RawMap
+from evenmoe.formats.catalogue import FORMATS, Format
+from evenmoe.formats.contents import Contents, Load, Options, RawMap
+from evenmoe.formats.layer_numbers import HIDDEN_LAYERS
 from evenmoe.formats.reading import contents_of, open_raw
 from evenmoe.formats.writing import write
 from evenmoe.placement import Placement
+from evenmoe.traces.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,7 @@ def convert(
     Between two formats without ranks no number of ranks is needed.
 
     Args:
-        first_layer: the model's number of the first row, for formats that count dense layers; default: as the source
-            says.
+        first_layer: the model's number of its first MoE layer, for formats that count dense layers; as in `read`.
 
     Raises:
         FileFormatError, ConstraintError, OSError: as `read` and `write`.
@@ -47,16 +48,29 @@ def convert(
     if to not in FORMATS:
         raise ConstraintError("to", repr(to), "must be a name in FORMATS", f"use one of {', '.join(FORMATS)}")
     options = options or Options()
+    if first_layer is not None:
+        options = dataclasses.replace(options, first_layer=first_layer)
     document, entry, raw = open_raw(source, format, options, layers)
     if isinstance(raw, RawMap) and raw.rank_sizes is None and not FORMATS[to].stores_ranks:
         options = dataclasses.replace(options, num_ranks=options.num_ranks or 1)  # written nowhere
     contents = contents_of(document, entry, raw, options)
-    value = contents.placement if contents.kind == "placement" else contents.load
-    assert value is not None
-    rows = value.num_layers if isinstance(value, Placement) else value.shape[1]
-    numbers = contents.layer_ids if first_layer is None else tuple(range(first_layer, first_layer + rows))
-    metadata = contents.metadata
-    if first_layer is not None:
-        metadata = {key: item for key, item in metadata.items() if key != "num_hidden_layers"}
-    notes = write(target, value, format=to, layer_ids=numbers, metadata=metadata)
-    return Converted(contents, to, (*contents.notes, *notes))
+    notes = write(target, _value(contents, to), format=to, layer_ids=contents.layer_ids, metadata=contents.metadata)
+    return Converted(contents, to, (*contents.notes, *_assumed(contents, entry, FORMATS[to]), *notes))
+
+
+def _value(contents: Contents, to: str) -> Placement | Load | Trace:
+    if contents.placement is not None and contents.kind == "placement":
+        return contents.placement
+    assert contents.load is not None
+    if contents.trace is None or to == "evenmoe-trace":
+        return contents.trace or contents.load
+    return dataclasses.replace(contents.trace, load=contents.load)  # so that `write` names what it leaves out
+
+
+def _assumed(contents: Contents, source: Format, target: Format) -> list[str]:
+    """What is taken for granted where only the source numbers the model's layers, and does not mark MTP layers."""
+    marked = source.dense_rows or not source.model_layers or contents.metadata.get(HIDDEN_LAYERS) is not None
+    keeps_numbers = target.optional_layers or (target.model_layers and not target.dense_rows)
+    if contents.kind != "placement" or marked or keeps_numbers:
+        return []
+    return ["took no layer for an MTP layer; --hidden-layers tells them apart"]
