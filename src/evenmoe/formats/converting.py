@@ -68,9 +68,11 @@ def _value(contents: Contents, to: str) -> Placement | Load | Trace:
 
 
 def _assumed(contents: Contents, source: Format, target: Format) -> list[str]:
-    """What is taken for granted where only the source numbers the model's layers, and does not mark MTP layers."""
+    """What is taken for granted where only one of the formats numbers the model's layers, or marks MTP layers."""
+    if contents.kind != "placement":
+        return []
+    if target.optional_layers and contents.layer_ids is None:
+        return ["left the layers counted from 0: the file has no numbers of the model (--first-layer)"]
     marked = source.dense_rows or not source.model_layers or contents.metadata.get(HIDDEN_LAYERS) is not None
     keeps_numbers = target.optional_layers or (target.model_layers and not target.dense_rows)
-    if contents.kind != "placement" or marked or keeps_numbers:
-        return []
-    return ["took no layer for an MTP layer; --hidden-layers tells them apart"]
+    return [] if marked or keeps_numbers else ["took no layer for an MTP layer; --hidden-layers tells them apart"]

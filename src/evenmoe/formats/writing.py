@@ -108,7 +108,7 @@ def _left_out(trace: Trace, entry: Format) -> list[str]:
         return []
     names = [name for name in ("routing", "seq_start", "load_by_rank") if getattr(trace, name) is not None]
     if entry.kept_metadata is not None:
-        names += [name for name in trace.metadata if name not in entry.kept_metadata]
+        names += [name for name in sorted(trace.metadata) if name not in entry.kept_metadata]
     return [f"left out {', '.join(f'`{name}`' for name in names)}: the format has no place for them"] if names else []
 
 
