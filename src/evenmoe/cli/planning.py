@@ -91,6 +91,8 @@ def run_plan(order: Order, *, as_json: bool) -> None:
         )
     numbers = _layer_numbers(order, contents)
     notes = [*contents.notes, *notes_on_previous]
+    if contents.trace is not None and contents.trace.routing is not None:
+        notes.append("left `routing` unused: a plan is made from loads")
     if len(windows) < len(load):
         notes.append(f"merged {len(load)} windows into {len(windows)} (--most-windows)")
     if order.out is not None:

@@ -57,7 +57,7 @@ def read(document: Document, options: Options) -> RawMap:
     )
     if HIDDEN_LAYERS in fields:
         raw.metadata[HIDDEN_LAYERS] = document.integer(fields[HIDDEN_LAYERS], f"`{HIDDEN_LAYERS}`")
-    if version == 2:
+    if version == 2 or MTP_LAYERS in fields:
         _add_mtp(document, raw)
     return raw
 

@@ -52,7 +52,7 @@ def _load_alone(document: Document, arrays: dict[str, np.ndarray], what: str) ->
     load = arrays["load"]
     raw = RawLoad(load[None] if load.ndim == 2 else load)
     if "layer_ids" in arrays:
-        whole = {"load": np.zeros(load.shape, np.int64), "layer_ids": arrays["layer_ids"]}
+        whole = {"load": np.broadcast_to(np.int64(0), load.shape), "layer_ids": arrays["layer_ids"]}
         numbers = checked_trace("", whole, {}, document.refuse).layer_ids
         raw.layer_ids = None if numbers is None else tuple(numbers.tolist())
     left = [f"`{name}`" for name in arrays if name not in ("load", "layer_ids")]
