@@ -304,6 +304,15 @@ def test_mtp_slots_of_another_width_are_refused(tmp_path):
         formats.write(tmp_path / "x", Placement([[0, 1]], 1), format="ascend-map", metadata={"mtp_layers": [[0]]})
 
 
+def test_what_only_the_file_said_is_named(tmp_path):
+    text = '{"num_slots": 2, "layer_updates_per_iter": 2, "initial_global_assignments": {"0": [0, 1]}}'
+    done = formats.convert(text, tmp_path / "list.json", "vllm-list", options=Options(2, num_hidden_layers=1))
+    assert "left out `layer_updates_per_iter`: the format has no place for it" in done.notes
+    done = formats.convert(text, tmp_path / "same.yaml", "tensorrt-llm")
+    assert not any("left out" in note for note in done.notes)
+    assert "layer_updates_per_iter: 2" in (tmp_path / "same.yaml").read_text()
+
+
 # What numbers layers wrongly.
 
 

@@ -117,6 +117,7 @@ _ALL = (
         ("json",),
         stores_ranks=True,
         mtp_layers=True,
+        kept_metadata=("strategy_version",),
     ),
     Format(
         "slot-map",
@@ -170,6 +171,7 @@ _ALL = (
         ("yaml", "json"),
         model_layers=True,
         mtp_layers=True,
+        kept_metadata=("layer_updates_per_iter",),
     ),
     Format(
         "tensorrt-llm-statistics",

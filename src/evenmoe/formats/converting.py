@@ -15,6 +15,9 @@ from evenmoe.formats.writing import write
 from evenmoe.placement import Placement
 from evenmoe.traces.trace import Trace
 
+#: What placement files say beside the placement, by name in `Contents.metadata`.
+_OF_THE_FILE = ("strategy_version", "layer_updates_per_iter")
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -68,11 +71,18 @@ def _value(contents: Contents, to: str) -> Placement | Load | Trace:
 
 
 def _assumed(contents: Contents, source: Format, target: Format) -> list[str]:
-    """What is taken for granted where only one of the formats numbers the model's layers, or marks MTP layers."""
+    """What of a placement's file is left out, or taken for granted because the other numbers or marks its layers."""
     if contents.kind != "placement":
         return []
+    notes = [
+        f"left out `{name}`: the format has no place for it"
+        for name in _OF_THE_FILE
+        if name in contents.metadata and name not in (target.kept_metadata or ())
+    ]
     if target.optional_layers and contents.layer_ids is None:
-        return ["left the layers counted from 0: the file has no numbers of the model (--first-layer)"]
+        return [*notes, "left the layers counted from 0: the file has no numbers of the model (--first-layer)"]
     marked = source.dense_rows or not source.model_layers or contents.metadata.get(HIDDEN_LAYERS) is not None
     keeps_numbers = target.optional_layers or (target.model_layers and not target.dense_rows)
-    return [] if marked or keeps_numbers else ["took no layer for an MTP layer; --hidden-layers tells them apart"]
+    if not marked and not keeps_numbers:
+        notes.append("took no layer for an MTP layer; --hidden-layers tells them apart")
+    return notes

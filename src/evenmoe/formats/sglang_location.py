@@ -39,7 +39,8 @@ def read(document: Document, options: Options) -> RawMap:
         dense += 1
     if 0 < dense < len(slots) and options.first_layer is None:
         raw.notes.append(
-            f"the first {dense} layers have the trivial map, as dense layers do: --first-layer {dense} drops them"
+            f"the first {dense} layers have the trivial map, as dense layers do: "
+            f"convert --first-layer {dense} drops them"
         )
     return raw
 
