@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -173,19 +171,3 @@ def test_parts_of_tokens_are_a_load_and_no_trace(tmp_path):
     assert contents.notes == ("left out `routing`: `load` holds no whole numbers, and is no trace's",)
     with pytest.raises(ValueError, match=r"`value` is 0.5 at .*: it must hold whole numbers for evenmoe-trace"):
         formats.convert(tmp_path / "t.npz", tmp_path / "u.npz", "evenmoe-trace")
-
-
-def test_a_trace_from_a_pipe_is_simulated_with_its_routing(whole, monkeypatch):
-    from evenmoe.cli.simulation import _read_trace
-
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(whole.read_bytes())))
-    assert_equal(_read_trace("-"), WHOLE)
-
-
-def test_layer_numbers_of_another_tools_load_are_simulated(tmp_path):
-    from evenmoe.cli.simulation import _read_trace
-
-    formats.write(tmp_path / "stat.pt", WHOLE.load, format="sglang-stat", layer_ids=[3, 4])
-    found = _read_trace(str(tmp_path / "stat.pt")).layer_ids
-    assert found is not None
-    assert found.tolist() == [3, 4]

@@ -157,8 +157,7 @@ def _read_trace(source: str) -> Trace:
     if contents.trace is not None:
         return replace(contents.trace, name=name)
     load = np.rint(as_load(contents.load, source)).astype(np.int64)
-    layer_ids = None if contents.layer_ids is None else np.array(contents.layer_ids, np.int64)
-    return Trace(name, load if load.ndim == 3 else load[None], layer_ids=layer_ids)
+    return Trace(name, load if load.ndim == 3 else load[None])
 
 
 def _is_trace_file(source: str) -> bool:
