@@ -50,7 +50,7 @@ def test_ranks_are_asked_for_only_where_they_are_written(evenmoe, table, tmp_pat
 
 def test_a_pipe_from_end_to_end(evenmoe, stdin):
     stdin(b'{"physical_to_logical_map": [[0, 1, 2, 0], [2, 1, 0, 1]]}')
-    done = evenmoe("convert", "-", "-", "--to", "vllm-list")
+    done = evenmoe("convert", "-", "-", "--to", "vllm-list", "--first-layer", 0)
     assert done.code == 0
     assert json.loads(done.out) == PLACEMENT.slot_to_expert.tolist()
     assert "- (sglang-location: 2 layers, 4 slots, 3 experts) -> - (vllm-list)" in done.err

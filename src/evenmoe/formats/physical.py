@@ -20,6 +20,13 @@ def by_placement(document: Document, raw: RawLoad, options: Options) -> RawLoad:
     if placement is None:
         return raw
     leave_out = "leave placement (--map) out"
+    trace = raw.trace
+    if trace is not None and (trace.routing is not None or trace.load_by_rank is not None):
+        raise document.refuse(
+            "a trace with routing or loads by rank, which name experts",
+            "must count slots alone to take a placement (--map)",
+            leave_out,
+        )
     if raw.has_own_map:
         raise document.refuse("a load that holds the map of its own slots", "must be read by that", leave_out)
     width = raw.load.shape[2]
@@ -31,7 +38,9 @@ def by_placement(document: Document, raw: RawLoad, options: Options) -> RawLoad:
         )
     held = _layers_of(document, placement, raw.load.shape[1], raw.layer_ids, options.placement_layers)
     load = to_logical(document, raw.load, held.slot_to_expert.astype(np.int64), held.num_experts)
-    return dataclasses.replace(raw, load=load, placement=held)
+    if trace is not None:
+        trace = dataclasses.replace(trace, load=load)
+    return dataclasses.replace(raw, load=load, placement=held, trace=trace)
 
 
 def _layers_of(
