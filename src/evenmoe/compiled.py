@@ -28,7 +28,7 @@ def compiled(function: Function) -> Function:
     dispatcher = decorate(function)
     if hasattr(dispatcher, "enable_caching"):  # numba gives the function back where compiling is switched off
         with suppress(RuntimeError):  # "no locator available": no folder can be written
-            dispatcher._cache = _Cache(function)  # what `cache=True` does, too, with a cache that fails the call
+            dispatcher._cache = _Cache(function)  # as `cache=True` does with a cache that may raise
     return dispatcher
 
 

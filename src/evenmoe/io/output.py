@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+#: How errors call it.
+STANDARD_OUTPUT = "standard output"
 _PREFIX = ".evenmoe-"
 _MOST_LINKS = 40  # that Linux follows, too
 _NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}  # of file systems that cannot be told to reach the disk
@@ -156,6 +158,16 @@ def whole_folder(target: str | Path, *, replace: bool = False) -> Iterator[Path]
 
 
 @contextmanager
+def scratch_folder(inside: Path) -> Iterator[Path]:
+    """Make a folder for what is needed only while the block runs."""
+    with ExitStack() as leftovers:
+        scratch = _part_beside(inside / "scratch", leftovers)
+        with _named(inside):
+            scratch.mkdir()
+        yield scratch
+
+
+@contextmanager
 def made_folder(path: Path) -> Iterator[None]:
     """Make a folder and those above it that are missing; a block that fails takes those that it left empty with it.
 
@@ -180,7 +192,7 @@ def made_folder(path: Path) -> Iterator[None]:
 
 def write_standard_output(content: bytes) -> None:
     """Write bytes to standard output. Raises OSError, whose `filename` is "standard output"."""
-    with _named("standard output"):
+    with _named(STANDARD_OUTPUT):
         if sys.stdout is None:  # closed before Python started
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         sys.stdout.flush()

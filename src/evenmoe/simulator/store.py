@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.errors import ConstraintError, FileFormatError
+from evenmoe.io.output import whole_file
 from evenmoe.placement import Placement
 from evenmoe.rules.shares import RULES
 from evenmoe.simulator.result import Details, PolicyResult, Simulation, Traffic
@@ -41,10 +42,10 @@ _PLACEMENT = {"slots": ("<i4", "LS"), "order": ("<i4", "LS")}
 
 
 def save_simulation(path: str | Path, simulation: Simulation) -> None:
-    """Write `simulation` to `path`, replacing a file there.
+    """Write `simulation` to `path`; a file there is replaced once the new one is complete.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; `filename` names it, and what was there has not changed.
     """
     arrays: dict[str, npt.NDArray[Any]] = {name: getattr(simulation, name) for name in _ARRAYS}
     policies = []
@@ -80,7 +81,7 @@ def save_simulation(path: str | Path, simulation: Simulation) -> None:
         "policies": policies,
     }
     text = json.dumps(head, ensure_ascii=False, allow_nan=False).encode()
-    with Path(path).open("wb") as file:  # an open file, because savez adds .npz to a path
+    with whole_file(path) as file:
         np.savez(file, allow_pickle=False, simulation=np.frombuffer(text, np.uint8), **arrays)
 
 
