@@ -66,7 +66,7 @@ class _Row:
 
 def run_plan(order: Order, *, as_json: bool) -> None:
     """Read, plan, write, show."""
-    _check_target(order.to_format)
+    _check_target(order)
     contents = _read_load(order)
     previous = _read_previous(order, contents)
     ranks, slots = _sizes(order, previous)
@@ -113,8 +113,12 @@ def run_plan(order: Order, *, as_json: bool) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def _check_target(name: str) -> None:
+def _check_target(order: Order) -> None:
     """Before anything is read: planning may take minutes."""
+    files = [Path(name) for name in (order.source, order.out) if name is not None and Path(name).is_file()]
+    if len(files) == 2 and files[0].samefile(files[1]):
+        raise ConstraintError("--out", order.out, "must not be the input", "name another file")
+    name = order.to_format
     entry = FORMATS.get(name)
     if entry is None or entry.kind != "placement" or not entry.writes:
         fitting = ", ".join(n for n, f in FORMATS.items() if f.kind == "placement" and f.writes)

@@ -24,6 +24,8 @@ from evenmoe.rules.shares import RULES
 from evenmoe.simulator.result import Details, PolicyResult, Simulation, Traffic
 
 VERSION = 1
+MOST = 1e100  # of a time or a ratio, so that no sum, square or quotient that is shown overflows
+_MOST_COUNTED = 1 << 62
 _MOST_JSON = 1 << 24  # bytes; a hundred policies need less than a hundredth
 
 # Fields that are arrays: their dtype, and their axes by the letters of `result`. R is free.
@@ -221,6 +223,10 @@ def _array(
         raise _refuse(path, f"`{name}` with a value that is not finite", "must hold finite numbers", _AGAIN)
     if array.size and array.min() < 0:
         raise _refuse(path, f"`{name}` with {array.min()}", "must not be negative", _AGAIN)
+    if array.dtype.kind == "f" and array.max(initial=0.0) > MOST:
+        raise _refuse(path, f"`{name}` with {array.max()}", f"must hold numbers up to {MOST}", _AGAIN)
+    if array.dtype.kind == "i" and array.sum(dtype=np.float64) >= _MOST_COUNTED:
+        raise _refuse(path, f"`{name}` with {array.max()}", "must hold counts, fewer than 2**62 together", _AGAIN)
     sizes.update(zip(axes, shape, strict=True))
     return array
 
@@ -250,8 +256,8 @@ def _rows(path: Path, head: dict[str, Any], key: str) -> list[list[str]]:
 
 def _whole(path: Path, entry: dict[str, Any], key: str, least: int = 1) -> int:
     value = entry.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise _refuse(path, f"with `{key}` {value!r}", f"must be a whole number, {least} or more", _AGAIN)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < _MOST_COUNTED:
+        raise _refuse(path, f"with `{key}` {value!r}", f"must be a whole number, {least} or more, below 2**62", _AGAIN)
     return value
 
 
