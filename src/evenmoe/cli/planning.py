@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,9 +116,9 @@ def run_plan(order: Order, *, as_json: bool) -> None:
 
 def _check_target(order: Order) -> None:
     """Before anything is read: planning may take minutes."""
-    files = [Path(name) for name in (order.source, order.out) if name is not None and Path(name).is_file()]
-    if len(files) == 2 and files[0].samefile(files[1]):
-        raise ConstraintError("--out", order.out, "must not be the input", "name another file")
+    with suppress(OSError):  # one of them is no file, or not yet
+        if order.out is not None and Path(order.out).samefile(order.source) and Path(order.out).is_file():
+            raise ConstraintError("--out", order.out, "must not be the input", "name another file")
     name = order.to_format
     entry = FORMATS.get(name)
     if entry is None or entry.kind != "placement" or not entry.writes:

@@ -152,7 +152,9 @@ def whole_folder(target: str | Path, *, replace: bool = False) -> Iterator[Path]
             _sync_folder(Path(folder))
         if not (replace and path.exists() and _exchanged(part, path)):
             if replace and path.exists():
-                path.replace(_part_beside(path, leftovers))
+                before = _name_beside(path)
+                _undo_with(leftovers, partial(_put_back, before, path))
+                path.replace(before)
             part.replace(path)
         _sync_folder(path.parent)
 
@@ -176,9 +178,7 @@ def made_folder(path: Path) -> Iterator[None]:
     """
     with ExitStack() as undoing:
         made: list[Path] = []
-        undo = partial(_remove_empty, made)
-        undoing.enter_context(undone_by_exit(undo))
-        undoing.callback(undo)
+        _undo_with(undoing, partial(_remove_empty, made))
         with _named(path):
             for folder in reversed([path, *path.parents]):
                 if not folder.exists():
@@ -233,12 +233,21 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 def _part_beside(path: Path, leftovers: ExitStack) -> Path:
-    """A name in the same folder, hence on the same disk, for what is removed if it is still there in the end."""
-    part = path.parent / f"{_PREFIX}{secrets.token_hex(8)}"  # short: the target's may be as long as names can be
-    undo = partial(_remove, part)
+    """The path of what is removed if it is still there in the end."""
+    part = _name_beside(path)
+    _undo_with(leftovers, partial(_remove, part))
+    return part
+
+
+def _name_beside(path: Path) -> Path:
+    """A new name in the same folder, hence on the same disk; short, since the path's may be as long as names can be."""
+    return path.parent / f"{_PREFIX}{secrets.token_hex(8)}"
+
+
+def _undo_with(leftovers: ExitStack, undo: Callable[[], None]) -> None:
+    """Undo something when the stack is closed, or by `undo_all` before."""
     leftovers.enter_context(undone_by_exit(undo))
     leftovers.callback(undo)
-    return part
 
 
 def _exchanged(first: Path, second: Path) -> bool:
@@ -284,6 +293,14 @@ def _remove(path: Path) -> None:
     else:
         with suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+def _put_back(before: Path, path: Path) -> None:
+    """Give a replaced folder its name again, where nothing has taken it yet; else remove it."""
+    if before.exists() and not path.exists():
+        before.replace(path)
+    else:
+        _remove(before)
 
 
 def _remove_empty(folders: list[Path]) -> None:
