@@ -18,6 +18,7 @@ from typing import Any
 
 #: What commands import when they run: here once, instead of in every process.
 MODULES = (
+    "evenmoe.cli.demo",
     "evenmoe.cli.files",
     "evenmoe.cli.planning",
     "evenmoe.cli.report",
@@ -29,6 +30,8 @@ MODULES = (
     "evenmoe.report.pictures",
     "evenmoe.traces.synthesis",
 )
+
+_PATIENCE_S = 120  # with a process that hangs: it is then killed, and the test fails
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ def _child(folder: Path, arguments: list[str], pipes: list[int], before: Callabl
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
         os.chdir(folder)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.alarm(_PATIENCE_S)
         sys.argv = ["evenmoe", *arguments]
         before()
         runpy.run_module("evenmoe", run_name="__main__", alter_sys=True)

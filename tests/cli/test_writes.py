@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -291,6 +292,8 @@ def test_what_is_no_file_is_written_directly(inputs, room, name):
     os.mkfifo(room / "pipe")
     with subprocess.Popen(["cat", str(room / "pipe")], stdout=subprocess.PIPE) as reader:
         done = forked(room, command.on(room / "pipe", inputs))
+        with suppress(OSError):  # nobody waits any more; else the reader would for ever, if nobody wrote
+            os.close(os.open(room / "pipe", os.O_WRONLY | os.O_NONBLOCK))
         assert reader.stdout is not None
         received = reader.stdout.read()
     assert done.code == 0, done.err

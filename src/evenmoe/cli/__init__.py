@@ -7,8 +7,6 @@ import sys
 import traceback
 from contextlib import suppress
 
-import typer
-
 from evenmoe.cli import commands as _commands  # noqa: F401 (importing a command adds it)
 from evenmoe.cli.root import app
 from evenmoe.cli.streams import prepare_streams, silence
@@ -69,7 +67,7 @@ def _run() -> int:
 
 def _say(message: str, code: int = _WRONG) -> int:
     with suppress(OSError):  # nobody can be told that standard error is full
-        typer.echo(f"evenmoe: {message}", err=True)
+        print(f"evenmoe: {message}", file=sys.stderr)
     return code
 
 

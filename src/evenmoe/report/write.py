@@ -38,7 +38,7 @@ def write_report(
         OSError: a file cannot be written; `filename` names it, and what was there has not changed.
     """
     content = Content(simulation, command, dict(inputs or {}))
-    written = {Path(path): page(content).encode("utf-8")}
+    written = {Path(path): page(content).encode("utf-8", "backslashreplace")}
     with ExitStack() as folder:
         if png_dir is not None:
             from evenmoe.report.pictures import draw_pictures  # imports matplotlib, 0.4 s that the page does not need

@@ -82,7 +82,8 @@ def save_simulation(path: str | Path, simulation: Simulation) -> None:
         "notes": simulation.notes,
         "policies": policies,
     }
-    text = json.dumps(head, ensure_ascii=False, allow_nan=False).encode()
+    # A file's name may hold bytes that are no text: escaped as JSON does, it is read back as it was.
+    text = json.dumps(head, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace")
     with whole_file(path) as file:
         np.savez(file, allow_pickle=False, simulation=np.frombuffer(text, np.uint8), **arrays)
 
