@@ -189,7 +189,8 @@ def test_costs_beyond_all_measure(tmp_path, option, value):
     arguments = [word for pair in costs.items() for word in pair]
     done = forked(tmp_path, ["simulate", "load.npz", *REPLAY, *arguments, "--report", "page.html"])
     assert done.code == 2
-    assert f"it must be between {'1e-30' if option == '--flops-per-s' else '0'} and 1e+30" in done.err
+    rule = "more than 0, from 1e-30 to 1e+30" if option == "--flops-per-s" else "0 or more, up to 1e+30"
+    assert f"it must be finite and {rule}; state it in its unit." in done.err
     assert done.err.count("\n") == 1
     assert not (tmp_path / "page.html").exists()
 
@@ -199,7 +200,7 @@ def test_the_largest_costs_still_add_up():
     largest = CostModel(1e30, 1e30, 1e30, 1e30, 1e30, 1e-30, 1e-30, 1e-30, 1e-30, 1e30)
     found = simulate(Trace("load", LOAD), DEFAULT, world=World(2, 1, 8), costs=largest, num_steps=3, top_k=2, workers=1)
     assert all(policy.step_time.max() < 1e100 for policy in found.policies)
-    with pytest.raises(ConstraintError, match="`flops_per_s` is 9e-31: it must be between 1e-30 and 1e"):
+    with pytest.raises(ConstraintError, match="is 9e-31: it must be finite and more than 0, from 1e-30 to 1e"):
         CostModel(1.0, 1.0, 1.0, 1.0, 1.0, flops_per_s=9e-31)
 
 

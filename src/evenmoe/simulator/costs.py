@@ -56,11 +56,11 @@ class CostModel:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 1 / _MOST if field.name.endswith("_per_s") else 0
+            least, rule = 0.0, f"0 or more, up to {_MOST:g}"
+            if field.name.endswith("_per_s"):
+                least, rule = 1 / _MOST, f"more than 0, from {1 / _MOST:g} to {_MOST:g}"
             if not least <= value <= _MOST:
-                raise ConstraintError(
-                    field.name, value, f"must be between {least:g} and {_MOST:g}", "state it in its unit"
-                )
+                raise ConstraintError(field.name, value, f"must be finite and {rule}", "state it in its unit")
 
     @staticmethod
     def for_expert(hidden: int, expert_bytes: float, expert_flops_per_token: float, **figures: Any) -> CostModel:
