@@ -88,6 +88,7 @@ def test_what_is_dropped_is_said(evenmoe, tmp_path):
     assert done.code == 0
     assert done.err.splitlines() == [
         "note: left out 1 layers without a token, taken for dense ones: 0",
+        "note: numbered layers 1 from 0: the format counts MoE layers",
         "note: summed 2 windows: the format holds one",
     ]
     assert json.loads((tmp_path / "load.json").read_text()) == [[4, 6]]

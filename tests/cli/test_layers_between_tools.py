@@ -78,6 +78,33 @@ def test_the_placement_in_use_is_matched_by_the_first_layer_that_plan_is_told(ev
     assert [[sorted(row[:2]), sorted(row[2:])] for row in kept] == [[[2, 3], [0, 1]], [[0, 2], [1, 3]]]
 
 
+def test_hidden_layers_that_would_do_nothing_are_refused(evenmoe, tmp_path):
+    """Neither rows that are merely counted nor a load, which no format of loads divides, needs the number."""
+    (tmp_path / "list.json").write_text("[[0, 1, 1, 0], [1, 0, 0, 1]]")
+    np.save(tmp_path / "load.npy", np.array([[40, 10, 30, 20]]))
+    for source, kind, to in (
+        (tmp_path / "list.json", "placement", "vllm-layer-map"),
+        (tmp_path / "load.npy", "load", "lmdeploy"),
+    ):
+        done = evenmoe("convert", source, tmp_path / "out", "--to", to, "--hidden-layers", 5)
+        assert (done.code, done.out) == (2, "")
+        assert (
+            f"`num_hidden_layers` is 5: it must be left out: this {kind} is read and written to {to} without"
+            in done.err
+        )
+        assert not (tmp_path / "out").exists()
+    stored = evenmoe(
+        "convert", tmp_path / "load.npy", tmp_path / "t.npz", "--to", "evenmoe-trace", "--hidden-layers", 5
+    )
+    assert stored.code == 0, stored.err
+
+
+def test_a_load_loses_its_layer_numbers_with_a_word(evenmoe, tmp_path):
+    np.savez(tmp_path / "l.npz", load=np.array([[40, 10], [30, 20]]), layer_ids=np.array([3, 7]))
+    done = evenmoe("convert", tmp_path / "l.npz", tmp_path / "l.json", "--to", "lmdeploy")
+    assert (done.code, done.err) == (0, "note: numbered layers 3, 7 from 0: the format counts MoE layers\n")
+
+
 def test_the_mtp_layer_of_the_placement_in_use_is_no_part_of_the_plan_and_said(evenmoe, tmp_path):
     model = Model([], [[0, 1, 2, 1, 0, 3]], [[0, 2, 3, 3, 1, 0]])
     make("ascend-map", model, tmp_path / "map.json")

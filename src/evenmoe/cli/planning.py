@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ class _Row:
 
 def run_plan(order: Order, *, as_json: bool) -> None:
     """Read, plan, write, show."""
-    _check_target(order.to_format)
+    _check_target(order)
     contents = _read_load(order)
     previous, notes_on_previous = _read_previous(order, contents)
     ranks, slots = _sizes(order, previous)
@@ -119,8 +120,12 @@ def run_plan(order: Order, *, as_json: bool) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def _check_target(name: str) -> None:
+def _check_target(order: Order) -> None:
     """Before anything is read: planning may take minutes."""
+    with suppress(OSError):  # one of them is no file, or not yet
+        if order.out is not None and Path(order.out).samefile(order.source) and Path(order.out).is_file():
+            raise ConstraintError("--out", order.out, "must not be the input", "name another file")
+    name = order.to_format
     entry = FORMATS.get(name)
     if entry is None or entry.kind != "placement" or not entry.writes:
         fitting = ", ".join(n for n, f in FORMATS.items() if f.kind == "placement" and f.writes)

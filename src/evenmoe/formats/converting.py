@@ -9,7 +9,7 @@ from pathlib import Path
 from evenmoe.errors import ConstraintError
 from evenmoe.formats.catalogue import FORMATS, Format
 from evenmoe.formats.contents import Contents, Load, Options, RawLoad, RawMap
-from evenmoe.formats.layer_numbers import HIDDEN_LAYERS
+from evenmoe.formats.layer_numbers import HIDDEN_LAYERS, check_hidden_layers_matter
 from evenmoe.formats.reading import contents_of, open_raw
 from evenmoe.formats.writing import write
 from evenmoe.placement import Placement
@@ -59,6 +59,7 @@ def convert(
     # A trace that is written again as a trace is the same recording: what follows the windows in time stays in place.
     again = isinstance(raw, RawLoad) and raw.trace is not None and to == "evenmoe-trace"
     contents = contents_of(document, entry, raw, options, keep_empty_windows=again)
+    check_hidden_layers_matter(contents, FORMATS[to], options)
     notes = write(target, _value(contents, to), format=to, layer_ids=contents.layer_ids, metadata=contents.metadata)
     return Converted(contents, to, (*contents.notes, *_assumed(contents, entry, FORMATS[to]), *notes))
 

@@ -88,7 +88,7 @@ def apart_from_mtp(placement: Placement, mtp_layers: int) -> tuple[Placement, In
 
 
 def for_target(value: Placement, entry: Format, options: WriteOptions) -> Placement:
-    """The placement's MoE layers as the format numbers them; its MTP layers and a note on new numbers go to `options`.
+    """The placement's MoE layers, for the format; its MTP layers go to `options`.
 
     Raises ConstraintError where a row would be lost, or become another layer.
     """
@@ -111,11 +111,33 @@ def for_target(value: Placement, entry: Format, options: WriteOptions) -> Placem
             f"use one of {fitting}, or leave the MTP layer out with layers (--layers first:end)",
         )
     options.mtp_slots = list(slots)
-    counted = options.layer_ids is None or options.layer_ids == _count_from(0, value.num_layers)
-    if not counted and not (entry.model_layers or entry.optional_layers):
-        assert options.layer_ids is not None
-        options.notes.append(f"numbered layers {ranges(options.layer_ids)} from 0: the format counts MoE layers")
     return value
+
+
+def note_new_numbers(entry: Format, options: WriteOptions) -> None:
+    """Note layer numbers that the format does not hold, because it counts MoE layers from 0."""
+    numbers = options.layer_ids
+    if numbers is None or numbers == _count_from(0, len(numbers)) or entry.model_layers or entry.optional_layers:
+        return
+    options.notes.append(f"numbered layers {ranges(numbers)} from 0: the format counts MoE layers")
+
+
+def check_hidden_layers_matter(contents: Contents, target: Format, options: Options) -> None:
+    """Raise ConstraintError where `num_hidden_layers` neither tells rows apart nor is written: it would do nothing."""
+    given = options.num_hidden_layers
+    if given is None:
+        return
+    if contents.kind == "placement":
+        matters = contents.layer_ids is not None or target.model_layers or target.optional_layers
+    else:
+        matters = target.kept_metadata is None or HIDDEN_LAYERS in target.kept_metadata
+    if not matters:
+        raise ConstraintError(
+            HIDDEN_LAYERS,
+            given,
+            f"must be left out: this {contents.kind} is read and written to {target.name} without it",
+            "leave num_hidden_layers (--hidden-layers) out",
+        )
 
 
 def _mtp_slots(value: Placement, options: WriteOptions) -> tuple[Placement, IntArray]:

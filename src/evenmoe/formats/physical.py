@@ -96,9 +96,10 @@ def to_logical(document: Document, per_slot: Load, slots: IntArray, num_experts:
             f"must place experts 0 to {min(experts, slots.shape[1]) - 1}",
             "check the placement",
         )
-    logical = np.zeros((*per_slot.shape[:2], experts), per_slot.dtype)
-    if logical.nbytes > 9 * per_slot.nbytes + ALLOWANCE_BYTES:
+    # Before anything is allocated: a number of experts may be any.
+    if per_slot.itemsize * len(per_slot) * per_slot.shape[1] * experts > 9 * per_slot.nbytes + ALLOWANCE_BYTES:
         raise document.refuse(f"read with {experts} experts", "must have a slot for each", "check --experts")
+    logical = np.zeros((*per_slot.shape[:2], experts), per_slot.dtype)
     with np.errstate(over="ignore"):  # a sum beyond float64 is infinite, and found as such
         for layer, row in enumerate(slots):
             np.add.at(logical[:, layer].T, row, per_slot[:, layer].T)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 from itertools import pairwise
@@ -22,8 +19,10 @@ from evenmoe.formats.layer_numbers import (
     MOST_LAYERS,
     check_hidden_layers,
     for_target,
+    note_new_numbers,
     ranges,
 )
+from evenmoe.io.output import whole_file, whole_folder, write_standard_output
 from evenmoe.metrics import as_array
 from evenmoe.placement import Placement
 from evenmoe.traces.trace import Trace
@@ -70,7 +69,7 @@ def write(
     Raises:
         ConstraintError: a value of the other kind, or one that the format cannot hold: layers of multi-token prediction
             ("mtp_layers" in `metadata`), rows of dense layers that are not told apart ("has_dense_rows").
-        OSError: the target cannot be written.
+        OSError: the target cannot be written; `filename` names it, and what was there has not changed.
     """
     entry = FORMATS.get(format)
     if entry is None or not entry.writes:
@@ -92,14 +91,15 @@ def write(
         checked = for_target(checked, entry, options)
     elif trace is not None:
         options.notes.extend(_left_out(trace, entry))
+    note_new_numbers(entry, options)
     content = import_module(entry.module).write(checked, options)
     if isinstance(content, dict):
         _write_folder(target, content)
     elif str(target) == "-":
-        sys.stdout.buffer.write(content)
-        sys.stdout.buffer.flush()
+        write_standard_output(content)
     else:
-        _write_file(Path(target), content)
+        with whole_file(target) as file:
+            file.write(content)
     return tuple(options.notes)
 
 
@@ -188,23 +188,6 @@ def _container(target: str | Path, entry: Format) -> str:
     return asked if asked in entry.containers else entry.containers[0]
 
 
-def _write_file(target: Path, content: bytes) -> None:
-    path = Path(os.path.realpath(target))  # a link stays a link
-    if path.exists() and not path.is_file():  # a pipe or a device has no old content to lose
-        path.write_bytes(content)
-        return
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with beside.open("xb") as file:
-            file.write(content)
-        if path.exists():
-            shutil.copymode(path, beside)
-        beside.replace(path)
-    except BaseException:  # an interrupt too must leave nothing half-written behind; it is raised again
-        beside.unlink(missing_ok=True)
-        raise
-
-
 def _write_folder(target: str | Path, files: dict[str, bytes]) -> None:
     if str(target) == "-":
         raise ConstraintError("target", "-", "must be a folder for this format", "name a folder")
@@ -213,12 +196,6 @@ def _write_folder(target: str | Path, files: dict[str, bytes]) -> None:
         raise ConstraintError(
             "target", path, "must be a new or an empty folder", "remove it, or name another: nothing is overwritten"
         )
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.mkdir()
+    with whole_folder(path) as folder:
         for name, content in files.items():
-            (beside / name).write_bytes(content)
-        beside.replace(path)
-    except BaseException:  # an interrupt too must leave nothing half-written behind; it is raised again
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+            (folder / name).write_bytes(content)

@@ -18,7 +18,6 @@ thousand steps) is the recorder's choice. `evenmoe synthesise` writes the keys "
 from __future__ import annotations
 
 import dataclasses
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.errors import FileFormatError
+from evenmoe.io.output import whole_file
 from evenmoe.traces.npz import (
     Refuse,
     Scalar,
@@ -153,16 +153,11 @@ def save_trace(path: str | Path, trace: Trace) -> None:
 
     Raises:
         FileFormatError: the trace's arrays do not fit each other, in the words of `load_trace`; nothing is written.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; `filename` names it, and what was there has not changed.
     """
-    path = Path(path)
     data = trace_bytes(trace, str(path))
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        unfinished.write_bytes(data)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(data)
 
 
 def trace_bytes(trace: Trace, place: str) -> bytes:

@@ -23,7 +23,7 @@ from evenmoe.formats.catalogue import FORMATS
 
 def _list_formats(wanted: bool) -> None:
     if wanted:
-        typer.echo(format_table())
+        print(format_table())
         raise typer.Exit
 
 
