@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import evenmoe as em
+from evenmoe.io.output import whole_file
 from evenmoe.metrics import rank_loads
 from evenmoe.placement import identity_placement
 from evenmoe.traces.small import small_trace
@@ -59,7 +60,8 @@ def main() -> None:
         ),
         "</svg>",
     ]
-    Path(__file__).with_name("ranks.svg").write_text("\n".join(parts) + "\n")
+    with whole_file(Path(__file__).with_name("ranks.svg")) as file:
+        file.write(("\n".join(parts) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 from evenmoe.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from evenmoe import errors as errors
     from evenmoe.dispatched import Dispatched as Dispatched
+    from evenmoe.errors import ConstraintError as ConstraintError
+    from evenmoe.errors import EvenmoeError as EvenmoeError
+    from evenmoe.errors import FileFormatError as FileFormatError
+    from evenmoe.errors import LostRankError as LostRankError
+    from evenmoe.errors import MissingArgumentError as MissingArgumentError
+    from evenmoe.errors import RankDisagreementError as RankDisagreementError
+    from evenmoe.errors import UnsupportedTypeError as UnsupportedTypeError
     from evenmoe.metrics import count_copies as count_copies
     from evenmoe.metrics import peak_to_average as peak_to_average
     from evenmoe.ops.combine import combine as combine
@@ -28,13 +36,21 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "ConstraintError": "evenmoe.errors",
     "Dispatched": "evenmoe.dispatched",
+    "EvenmoeError": "evenmoe.errors",
     "ExpertParallel": "evenmoe.runtime.expert_parallel",
+    "FileFormatError": "evenmoe.errors",
+    "LostRankError": "evenmoe.errors",
+    "MissingArgumentError": "evenmoe.errors",
     "Placement": "evenmoe.placement",
+    "RankDisagreementError": "evenmoe.errors",
+    "UnsupportedTypeError": "evenmoe.errors",
     "combine": "evenmoe.ops.combine",
     "combine_add_rms_norm": "evenmoe.ops.combine_add_rms_norm",
     "count_copies": "evenmoe.metrics",
     "dispatch": "evenmoe.ops.dispatch",
+    "errors": "evenmoe.errors",
     "local_world": "evenmoe.transport.world",
     "lower_bound": "evenmoe.planner.bound",
     "peak_to_average": "evenmoe.metrics",

@@ -10,6 +10,8 @@ from importlib import import_module
 def lazy_names(package: str, home: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` for the package whose names `home` maps to their modules (PEP 562).
 
+    A name may also be that of a module of the package itself.
+
     >>> getattr_, _ = lazy_names("evenmoe", {"Placement": "evenmoe.placement"})
     >>> getattr_("Placement").__name__
     'Placement'
@@ -19,7 +21,8 @@ def lazy_names(package: str, home: Mapping[str, str]) -> tuple[Callable[[str], o
     def find(name: str) -> object:
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = names[name] = getattr(import_module(home[name]), name)
+        module = import_module(home[name])
+        value = names[name] = module if home[name] == f"{package}.{name}" else getattr(module, name)
         return value
 
     def known() -> list[str]:

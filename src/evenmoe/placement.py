@@ -96,7 +96,7 @@ class Placement:
         _set(self, "slot_to_expert", _frozen(slots))
         _set(self, "num_ranks", int(num_ranks))
         _set(self, "num_experts", int(num_experts))
-        ascending = _ascending_replica_index(self.slot_to_expert)
+        ascending = ascending_replica_index(self.slot_to_expert)
         if replica_index is None:
             order = ascending
         else:
@@ -227,7 +227,7 @@ def _without_slot(slots: npt.NDArray[np.integer], num_experts: int) -> npt.NDArr
     return np.argwhere(~held)
 
 
-def _ascending_replica_index(slots: IntArray) -> npt.NDArray[np.integer]:
+def ascending_replica_index(slots: IntArray) -> npt.NDArray[np.integer]:
     """Position of each slot among the slots of the same expert, counted from the left."""
     by_expert = np.argsort(slots, axis=1, kind="stable")
     sorted_experts = np.take_along_axis(slots, by_expert, axis=1)

@@ -50,7 +50,7 @@ def test_ranks_are_asked_for_only_where_they_are_written(evenmoe, table, tmp_pat
 
 def test_a_pipe_from_end_to_end(evenmoe, stdin):
     stdin(b'{"physical_to_logical_map": [[0, 1, 2, 0], [2, 1, 0, 1]]}')
-    done = evenmoe("convert", "-", "-", "--to", "vllm-list")
+    done = evenmoe("convert", "-", "-", "--to", "vllm-list", "--first-layer", 0)
     assert done.code == 0
     assert json.loads(done.out) == PLACEMENT.slot_to_expert.tolist()
     assert "- (sglang-location: 2 layers, 4 slots, 3 experts) -> - (vllm-list)" in done.err
@@ -88,6 +88,7 @@ def test_what_is_dropped_is_said(evenmoe, tmp_path):
     assert done.code == 0
     assert done.err.splitlines() == [
         "note: left out 1 layers without a token, taken for dense ones: 0",
+        "note: numbered layers 1 from 0: the format counts MoE layers",
         "note: summed 2 windows: the format holds one",
     ]
     assert json.loads((tmp_path / "load.json").read_text()) == [[4, 6]]

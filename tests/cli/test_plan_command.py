@@ -260,7 +260,7 @@ def test_mistakes(evenmoe: Run, tmp_path, trace):
         ),
         ((trace, *world, "--max-copies", 1), "`max_copies` is 1: it needs `previous`"),
         ((trace, *world, "--rule", "best"), "`rule` is 'best': it must be one of even, rank, token, occurrence, batch"),
-        ((trace, *world, "--first-layer", 3), "`--first-layer` is 3: it must be the load's own first layer, 1; "),
+        ((trace, *world, "--first-layer", 3), "layer 1 as its first: it must begin with layer 3, as first_layer"),
         ((trace, "--ranks", 4, "--slots", 18), "`num_slots` is 18"),
         ((trace, *world, "--map", trace), "`--map` is "),
     ):
@@ -290,6 +290,9 @@ def test_layer_numbers(evenmoe: Run, tmp_path, load):
     assert evenmoe("plan", path, *world, "--first-layer", 3).code == 0
     rows = json.loads((tmp_path / "p.json").read_text())["physical_to_logical_map"]
     assert len(rows) == 6
+    assert evenmoe("plan", path, *world, "--first-layer", 3, "--layers", "1:").code == 0
+    again = json.loads((tmp_path / "p.json").read_text())["physical_to_logical_map"]
+    assert (len(again), again[3]) == (6, again[0]), "the second row is layer 4 also where the first is left out"
 
 
 def test_whole_traces_are_read_as_loads(evenmoe: Run, tmp_path):

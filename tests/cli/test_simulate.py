@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -199,3 +200,10 @@ def test_the_progress_bar_is_for_terminals():
         assert ("replaying" in text.getvalue()) is terminal
         assert ("3/4" in text.getvalue()) is terminal
         assert ("left" in text.getvalue()) is terminal
+
+
+def test_a_trace_from_a_pipe_keeps_its_routing(evenmoe, trace, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(trace.read_bytes())))
+    done = evenmoe("simulate", "-", *SMALL, "--policy", "greedy")
+    assert done.code == 0, done.err
+    assert "Every pick is the recorded one" in done.err

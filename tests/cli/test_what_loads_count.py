@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -199,13 +201,30 @@ def test_simulate_takes_the_map_too(evenmoe: Run, tmp_path, statistics, placemen
     routing = np.zeros((2, 1, 1), np.uint16)
     save_trace(tmp_path / "routed.npz", Trace("", np.array([[[2, 0, 0, 0]]]), routing))
     for source, text in (
-        (tmp_path / "routed.npz", "it must be left out for a trace with routing or loads by rank, which name experts"),
+        (tmp_path / "routed.npz", "which name experts: it must count slots alone to take a placement (--map); leave"),
         (tmp_path / "right.npz", "a load with 3 counts per layer: it must have one for each of the 4 slots"),
         ("synthetic:olmoe", "it must come with a file, whose slots it holds; leave it out"),
     ):
         done = evenmoe("simulate", source, *SIMULATED, "--map", placement)
         assert (done.code, done.out) == (2, "")
         assert text in done.err
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_trace_is_replayed_from_a_pipe_as_from_its_file(evenmoe: Run, tmp_path, monkeypatch, mapped):
+    """Empty windows are counted once, and the trace's own top-k is found."""
+    load = np.array([[[4, 4, 6, 2]], [[0, 0, 0, 0]], [[4, 2, 6, 4]]])
+    save_trace(tmp_path / "l.npz", Trace("", load, metadata={"top_k": 2}))
+    formats.write(tmp_path / "map.json", Placement([[0, 1, 3, 2]], 2), format="evenmoe-placement")
+    without_top_k = [item for item in SIMULATED if item not in ("--top-k", 1)]
+    options = (*without_top_k, "--json", *(("--map", tmp_path / "map.json") if mapped else ()))
+    of_file = json.loads(evenmoe("simulate", tmp_path / "l.npz", *options).out)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((tmp_path / "l.npz").read_bytes())))
+    of_pipe = json.loads(evenmoe("simulate", "-", *options).out)
+    for found in (of_file, of_pipe):
+        assert (found["empty_windows"], found["top_k"]) == (1, 2)
+    assert of_pipe["policies"] == of_file["policies"]
+    assert of_pipe["notes"] == of_file["notes"]
 
 
 def test_a_map_without_ranks_needs_none(evenmoe: Run, tmp_path):
@@ -330,6 +349,15 @@ def test_figures_do_not_depend_on_the_unit_of_a_load(evenmoe: Run, tmp_path, uni
         assert done.code == 0, done.err
     right = json.loads(done.out)
     assert json.loads(evenmoe("simulate", tmp_path / "u.json", *few, "--json").out)["policies"] == right["policies"]
+
+
+def test_loads_whose_layers_alone_are_beyond_float64_pass_through_every_command(evenmoe: Run, tmp_path):
+    """Every expert's tokens are a float64, but the two of the layer together are none."""
+    source = tmp_path / "l.json"
+    source.write_text("[[1.7e308, 1.7e308]]")
+    for command in (("check",), ("plan", "--ranks", 2, "--slots", 2), ("simulate", *SIMULATED)):
+        done = evenmoe(command[0], source, *command[1:])
+        assert done.code == 0, done.err
 
 
 def test_the_largest_loads_pass_through_every_command(evenmoe: Run, tmp_path):

@@ -140,8 +140,8 @@ def test_every_conversion_of_a_placement_arrives(tmp_path):
         source = write_sample(one, container, tmp_path / "from")
         middle, end = tmp_path / f"middle.{into}", tmp_path / "end.json"
         ranks = Options(num_ranks=PLACEMENT.num_ranks)
-        formats.convert(source, middle, other.name, first_layer=0 if other.model_layers else None, options=ranks)
-        formats.convert(middle, end, "evenmoe-placement", format=other.name, options=ranks)
+        formats.convert(source, middle, other.name, first_layer=0, options=ranks)
+        formats.convert(middle, end, "evenmoe-placement", format=other.name, first_layer=0, options=ranks)
         assert formats.read(end).placement == PLACEMENT, (one.name, other.name)
 
 

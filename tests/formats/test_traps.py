@@ -129,11 +129,11 @@ def test_layers_are_chosen_by_the_files_numbers():
 # The MTP layer and devices of the shared expert.
 
 
-def test_the_mtp_layer_is_left_out_said_and_put_back(tmp_path):
+def test_the_mtp_layer_is_kept_apart_said_and_put_back(tmp_path):
     text = expert_map({0: [[0], [1]], 1: [[1], [0]], 2: [[0], [1]]}, count=2, strategy_version=9)
     contents = formats.read(text)
     assert contents.placement == Placement([[0, 1], [1, 0]], 2)
-    assert contents.notes == ("left out layer 2, the MTP layer",)
+    assert contents.notes == ("kept the MTP layer apart from the MoE layers",)
     formats.write(tmp_path / "map.json", contents.placement, format="ascend-map", metadata=contents.metadata)
     assert json.loads((tmp_path / "map.json").read_text()) == json.loads(text)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -48,20 +50,50 @@ def test_every_name_resolves(name):
     if name == "__version__":
         return
     home = importlib.import_module(em._HOME[name])
+    if name == "errors":
+        assert value is home
+        return
     assert value is getattr(home, name)
     assert value.__module__ == em._HOME[name]
 
 
+def test_every_error_that_is_documented_can_be_named():
+    """The errors of the public docstrings are public, and importing one is as light as the rest."""
+    code = "import evenmoe as em; em.errors.ConstraintError; em.LostRankError"
+    assert not modules_after(code) & {*HEAVY, "numpy"}
+    documented = set()
+    for name in em.__all__:
+        value = getattr(em, name)
+        texts = (
+            [value.__doc__ or "", *(getattr(v, "__doc__", None) or "" for v in vars(value).values())]
+            if isinstance(value, type)
+            else [getattr(value, "__doc__", None) or ""]
+        )
+        documented |= {word for text in texts for word in re.findall(r"\b[A-Z][A-Za-z]+Error\b", text)}
+    documented -= set(dir(builtins))
+    assert {"ConstraintError", "MissingArgumentError"} <= documented
+    assert documented <= set(em.__all__)
+    assert all(getattr(em, name) is getattr(em.errors, name) for name in documented)
+
+
 def test_the_list_is_the_design():
     assert sorted(em.__all__) == [
+        "ConstraintError",
         "Dispatched",
+        "EvenmoeError",
         "ExpertParallel",
+        "FileFormatError",
+        "LostRankError",
+        "MissingArgumentError",
         "Placement",
+        "RankDisagreementError",
+        "UnsupportedTypeError",
         "__version__",
         "combine",
         "combine_add_rms_norm",
         "count_copies",
         "dispatch",
+        "errors",
         "local_world",
         "lower_bound",
         "peak_to_average",

@@ -2,33 +2,89 @@
 
 from __future__ import annotations
 
-import os
+import errno
 import sys
-
-import typer
+import traceback
+from contextlib import suppress
 
 from evenmoe.cli import commands as _commands  # noqa: F401 (importing a command adds it)
 from evenmoe.cli.root import app
+from evenmoe.cli.streams import prepare_streams, silence
 from evenmoe.errors import EvenmoeError
+from evenmoe.io.output import STANDARD_OUTPUT
+
+_WRONG, _INTERNAL, _INTERRUPTED = 2, 70, 130
+_ADVICE = {
+    errno.EACCES: "name a file in a folder that you may write to",
+    errno.EPERM: "name a file in a folder that you may write to",
+    errno.EROFS: "name a file in a folder that you may write to",
+    errno.EBADF: "open it, or name a file",
+    errno.EDQUOT: "free some space, or name a file on another disk",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EISDIR: "name a file, for this is a folder",
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.ENOENT: "make the folder first",
+    errno.ENOSPC: "free some space, or name a file on another disk",
+    errno.ENOTDIR: "name a folder that exists",
+}
 
 
 def main() -> None:
     """Run a command.
 
     Exit codes: 0 done; 1 a check failed; 2 the call or its input was wrong, or a file could not be read or written;
-    130 interrupted.
+    70 a mistake in evenmoe itself; 130 interrupted.
     """
+    prepare_streams()
+    try:
+        code = _run()
+        sys.stdout.flush()  # here and not when Python ends, where a failure would be a traceback
+    except EvenmoeError as error:
+        code = _say(str(error))
+    except BrokenPipeError:  # the reader of a pipe went away, which is no mistake; and nothing may be flushed into it
+        silence(sys.stdout)
+        code = 0
+    except OSError as error:
+        code = _say(_os_error(error))
+        if error.filename in (None, STANDARD_OUTPUT):
+            silence(sys.stdout)
+    except MemoryError as error:
+        code = _say(f"out of memory{f' ({error})' if str(error) else ''}: check the sizes that were asked for.")
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    except Exception as error:
+        code = _say(_internal(error), _INTERNAL)
+    sys.exit(code)
+
+
+def _run() -> int:
     try:
         app()
-    except EvenmoeError as error:
-        typer.echo(f"evenmoe: {error}", err=True)
-        sys.exit(2)
-    except BrokenPipeError:  # the reader of a pipe went away, which is no mistake; and nothing may be flushed into it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except OSError as error:
-        what = f"`{error.filename}`: " if error.filename else ""
-        typer.echo(f"evenmoe: {what}{error.strerror or error}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else 0
+    return 0
+
+
+def _say(message: str, code: int = _WRONG) -> int:
+    with suppress(OSError):  # nobody can be told that standard error is full
+        print(f"evenmoe: {message}", file=sys.stderr)
+    return code
+
+
+def _os_error(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    advice = _ADVICE.get(error.errno or 0)
+    if error.filename in (None, STANDARD_OUTPUT):
+        name = f"{STANDARD_OUTPUT}: " if advice else ""  # which text is printed to without naming it
+    else:
+        name = f"`{error.filename}`: "
+    return name + reason + (f"; {advice}." if advice else "")
+
+
+def _internal(error: Exception) -> str:
+    """One line, with what a report needs."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = next((frame for frame in reversed(frames) if "evenmoe" in frame.filename), frames[-1])
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    where = f"{place.filename.rpartition('evenmoe/')[2]}, line {place.lineno}"
+    return f"a mistake in evenmoe, please report it with the command: {what} ({where})"

@@ -28,7 +28,9 @@ SharedDevices = Annotated[
 ]
 Layers = Annotated[
     str | None,
-    typer.Option("--layers", help="Only these, in the file's numbering: first:end (end left out) or one number."),
+    typer.Option(
+        "--layers", help="Only these, in the file's numbering: first:end (end left out), first:end:step, or one number."
+    ),
 ]
 Map = Annotated[
     Path | None, typer.Option("--map", help="Placement under which a load per slot was counted, in any format.")

@@ -18,6 +18,7 @@ from evenmoe.formats.contents import Contents, Options
 from evenmoe.formats.converting import convert as convert_file
 from evenmoe.formats.difference import Difference
 from evenmoe.formats.difference import diff as compare
+from evenmoe.formats.layer_numbers import common_layers
 from evenmoe.formats.reading import read_placement
 
 _SHOWN = 100  # findings in text; --json has them all
@@ -92,15 +93,14 @@ def run_diff(
     """Print the copies, layer by layer and rank by rank."""
     first = read_placement(before, Options(**sizes), layers)
     second = read_placement(after, Options(**sizes), layers)
-    assert first.placement is not None
-    assert second.placement is not None
-    change = compare(first.placement, second.placement, expert_bytes=expert_bytes)
-    numbers = list(second.layer_ids or first.layer_ids or range(len(change.copies)))
+    previous, placement, common, left_out = common_layers(first, second)
+    change = compare(previous, placement, expert_bytes=expert_bytes)
+    numbers = list(common or range(len(change.copies)))
     if as_json:
         print(json.dumps(_diff_summary(before, after, change, numbers)))
         return
     _print_diff(before, after, change, numbers)
-    _print_notes([*first.notes, *second.notes])
+    _print_notes([*first.notes, *second.notes, *left_out])
 
 
 def read_map(path: Path, num_experts: int | None, num_ranks: int | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from evenmoe.cli.files import read_map
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.formats.catalogue import FORMATS
 from evenmoe.formats.contents import Contents, Options
+from evenmoe.formats.layer_numbers import MTP_LAYERS, ranges
 from evenmoe.formats.reading import read, read_placement
 from evenmoe.formats.writing import write
 from evenmoe.metrics import FloatArray, as_load, mean_over_windows, peak_over_mean, within_range
-from evenmoe.placement import identity_placement
+from evenmoe.placement import identity_placement, layers_of
 from evenmoe.rules.shares import rank_loads
 
 _WORST_SHOWN = 8  # layers in text; --json has them all
@@ -67,9 +69,9 @@ class _Row:
 
 def run_plan(order: Order, *, as_json: bool) -> None:
     """Read, plan, write, show."""
-    _check_target(order.to_format)
+    _check_target(order)
     contents = _read_load(order)
-    previous = _read_previous(order, contents)
+    previous, notes_on_previous = _read_previous(order, contents)
     ranks, slots = _sizes(order, previous)
     assert contents.load is not None
     load = within_range(as_load(contents.load))
@@ -89,8 +91,10 @@ def run_plan(order: Order, *, as_json: bool) -> None:
             rule=order.rule,
             seed=order.seed,
         )
-    numbers = _layer_numbers(order, contents)
-    notes = list(contents.notes)
+    numbers = contents.layer_ids
+    notes = [*contents.notes, *notes_on_previous]
+    if contents.trace is not None and contents.trace.routing is not None:
+        notes.append("left `routing` unused: a plan is made from loads")
     if len(windows) < len(load):
         notes.append(f"merged {len(load)} windows into {len(windows)} (--most-windows)")
     notes += _gaps(windows, numbers or range(windows.shape[1]))
@@ -116,8 +120,12 @@ def run_plan(order: Order, *, as_json: bool) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def _check_target(name: str) -> None:
+def _check_target(order: Order) -> None:
     """Before anything is read: planning may take minutes."""
+    with suppress(OSError):  # one of them is no file, or not yet
+        if order.out is not None and Path(order.out).samefile(order.source) and Path(order.out).is_file():
+            raise ConstraintError("--out", order.out, "must not be the input", "name another file")
+    name = order.to_format
     entry = FORMATS.get(name)
     if entry is None or entry.kind != "placement" or not entry.writes:
         fitting = ", ".join(n for n, f in FORMATS.items() if f.kind == "placement" and f.writes)
@@ -131,6 +139,7 @@ def _read_load(order: Order) -> Contents:
         num_experts=order.experts,
         num_layers=order.num_layers,
         layers=order.layers,
+        first_layer=order.first_layer,
         **({} if order.map is None else read_map(order.map, order.experts)),
     )
     if contents.load is None:
@@ -143,32 +152,27 @@ def _read_load(order: Order) -> Contents:
     return contents
 
 
-def _read_previous(order: Order, contents: Contents) -> em.Placement | None:
+def _read_previous(order: Order, contents: Contents) -> tuple[em.Placement | None, list[str]]:
+    """The placement in use, row by row the load's layers; and what of it is no part of the plan."""
     if order.previous is None:
-        return None
+        return None, []
     assert contents.load is not None
     known = Options(num_ranks=order.ranks, num_experts=contents.load.shape[-1])
     found = read_placement(order.previous, known, argument="--previous")
     assert found.placement is not None
+    notes = ["the MTP layer of --previous is no part of the plan"] if MTP_LAYERS in found.metadata else []
     ours, theirs = contents.layer_ids, found.layer_ids
     if ours is None or theirs is None or ours == theirs:
-        return found.placement
+        return found.placement, notes
     if not set(ours) <= set(theirs):
         raise ConstraintError(
             "--previous",
-            f"a placement of the layers {_spans(theirs)}",
-            f"must hold the load's layers, {_spans(ours)}",
+            f"a placement of the layers {ranges(theirs)}",
+            f"must hold the load's layers, {ranges(ours)}",
             "choose the layers of the load with --layers, or the placement of the same model",
         )
     # Dense layers have rows in some formats, and a load may be of some layers only.
-    rows = [theirs.index(number) for number in ours]
-    whole = found.placement
-    return em.Placement(
-        whole.slot_to_expert[rows],
-        whole.num_ranks,
-        num_experts=whole.num_experts,
-        replica_index=whole.replica_index[rows],
-    )
+    return layers_of(found.placement, [theirs.index(number) for number in ours]), notes
 
 
 def _sizes(order: Order, previous: em.Placement | None) -> tuple[int, int]:
@@ -208,25 +212,10 @@ def _gaps(windows: FloatArray, numbers: Sequence[int]) -> list[str]:
     partly = [numbers[row] for row in np.flatnonzero(recorded.any(axis=0) & ~recorded.all(axis=0)).tolist()]
     notes = []
     if never:
-        notes.append(f"layers without tokens, placed but left out of the means: {_spans(never)}")
+        notes.append(f"layers without tokens, placed but left out of the means: {ranges(never)}")
     if partly:
-        notes.append(f"layers without tokens in some windows, which do not count for them: {_spans(partly)}")
+        notes.append(f"layers without tokens in some windows, which do not count for them: {ranges(partly)}")
     return notes
-
-
-def _layer_numbers(order: Order, contents: Contents) -> tuple[int, ...] | None:
-    assert contents.load is not None
-    if order.first_layer is not None:
-        if contents.layer_ids is not None and contents.layer_ids[0] != order.first_layer:
-            raise ConstraintError(
-                "--first-layer",
-                order.first_layer,
-                f"must be the load's own first layer, {contents.layer_ids[0]}",
-                "leave it out: the load numbers its layers",
-            )
-        if contents.layer_ids is None:
-            return tuple(range(order.first_layer, order.first_layer + contents.load.shape[1]))
-    return contents.layer_ids
 
 
 def _rows(order: Order, windows: FloatArray, placement: em.Placement, previous: em.Placement | None) -> list[_Row]:
@@ -376,14 +365,3 @@ def _print_worst(
     for layer in worst:
         table.add_row(str(numbers[layer]), *(f"{row.windows[layer]:.3f}" for row in rows))
     console.print(table)
-
-
-def _spans(numbers: Sequence[int]) -> str:
-    """1, 2, 3, 7 as 1-3, 7."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

@@ -10,7 +10,7 @@ from evenmoe import __version__
 
 app = typer.Typer(
     help="Expert-parallel load balancing for Mixture-of-Experts models.",
-    epilog="Exit codes: 0 done; 1 a check failed; 2 the call, a file or a folder is wrong; 130 interrupted.",
+    epilog="Exit codes: 0 done; 1 a check failed; 2 the call, a file or a folder is wrong; 70 a bug; 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -155,16 +155,8 @@ def _open_trace(choices: Choices, world: World) -> tuple[Trace, Contents | None]
 
 def _read_trace(source: str, map_: Path | None) -> tuple[Trace, Contents | None]:
     """A trace file, or the load in a file of any other format, or in either that of the slots of a map."""
-    trace = load_trace(source) if _is_trace_file(source) else None
-    if trace is not None and map_ is None:
-        return trace, None
-    if trace is not None and (trace.routing is not None or trace.load_by_rank is not None):
-        raise ConstraintError(
-            "--map",
-            map_,
-            "must be left out for a trace with routing or loads by rank, which name experts",
-            "leave it out",
-        )
+    if map_ is None and _is_trace_file(source):
+        return load_trace(source), None
     from evenmoe.cli.files import read_map
     from evenmoe.formats.reading import read
 
@@ -177,8 +169,9 @@ def _read_trace(source: str, map_: Path | None) -> tuple[Trace, Contents | None]
             "name a recorded load: policies make their own placements",
         )
     name = "standard input" if source == "-" else Path(source).stem
-    load = whole_tokens(as_load(contents.load, source))
-    return Trace(name, load, metadata={} if trace is None else trace.metadata), contents
+    if contents.trace is not None:
+        return replace(contents.trace, name=name), None  # the replay leaves its empty windows out, and counts them
+    return Trace(name, whole_tokens(as_load(contents.load, source))), contents
 
 
 def whole_tokens(load: FloatArray) -> npt.NDArray[np.int64]:
@@ -189,7 +182,9 @@ def whole_tokens(load: FloatArray) -> npt.NDArray[np.int64]:
     >>> whole_tokens(np.array([[[3.0, 1.0]]])).tolist(), (whole_tokens(np.array([[[0.75, 0.25]]])) >> 38).tolist()
     ([[[3, 1]]], [[[3, 1]]])
     """
-    if load.sum() < _MOST_TOKENS and (load == np.rint(load)).all():
+    with np.errstate(over="ignore"):
+        total = load.sum()
+    if total < _MOST_TOKENS and (load == np.rint(load)).all():
         return load.astype(np.int64)
     return np.rint(np.ldexp(load, _LARGEST_BITS - np.frexp(load.max())[1])).astype(np.int64)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from evenmoe.io.output import write_standard_output
 from evenmoe.traces.statistics import comovement, drift, gini, locality, skew
 from evenmoe.traces.synthesis import synthesise
 from evenmoe.traces.trace import Trace, save_trace, trace_bytes
@@ -21,8 +22,7 @@ def run_synthesise(out: str, *, as_json: bool, **arguments: Any) -> None:
         trace = synthesise(**arguments)
         if out == "-":
             data = trace_bytes(trace, "standard output")
-            sys.stdout.buffer.write(data)
-            sys.stdout.buffer.flush()
+            write_standard_output(data)
             size = len(data)
         else:
             save_trace(out, trace)

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from evenmoe.errors import ConstraintError
 from evenmoe.formats.contents import IntArray, Options, RawMap, WriteOptions
 from evenmoe.formats.document import Document
 from evenmoe.formats.findings import Finding
 from evenmoe.formats.json_output import json_bytes
+from evenmoe.formats.layer_numbers import MTP_LAYERS
 from evenmoe.formats.values import slots_of
 from evenmoe.placement import Placement
 
@@ -38,11 +40,12 @@ def read(document: Document, options: Options) -> RawMap:
             raise document.refuse(f"with `layer_id` {number} twice", "must name every layer once", "correct the ids")
         layers[number] = _devices(document, entry, number, findings)
     count = document.integer(document.fields.get("moe_layer_count", len(layers)), "`moe_layer_count`")
-    mtp = layers.pop(count, None) if len(layers) > 1 and count == max(layers) and count == len(layers) - 1 else None
-    raw = RawMap([], [], findings=findings)
-    findings.extend(_numbering(sorted(layers), count))
-    ordered = [layers[number] for number in sorted(layers)]
-    shared = _shared_devices(document, ordered, options)
+    mtp = int(len(layers) > 1 and count == max(layers) and count == len(layers) - 1)
+    raw = RawMap([], [], mtp_layers=mtp, findings=findings)
+    numbers = sorted(layers)
+    findings.extend(_numbering(list(layers), numbers[: len(numbers) - mtp], count))
+    ordered = [layers[number] for number in numbers]
+    shared = _shared_devices(document, ordered[: len(ordered) - mtp], options)
     if shared:
         raw.metadata[_SHARED] = shared
         raw.notes.append(f"left out the first {shared} devices, which hold the shared expert")
@@ -50,21 +53,22 @@ def read(document: Document, options: Options) -> RawMap:
         raw.slots.append(np.concatenate(devices[shared:]))
         assert raw.rank_sizes is not None
         raw.rank_sizes.append([len(experts) for experts in devices[shared:]])
-    if mtp is not None:
-        raw.metadata["mtp_layer"] = [experts.tolist() for experts in mtp]
-        raw.notes.append(f"left out layer {count}, the MTP layer")
     if "strategy_version" in document.fields:
         raw.metadata["strategy_version"] = document.fields["strategy_version"]
     return raw
 
 
 def write(value: Placement, options: WriteOptions) -> bytes:
-    slots = slots_of(value, options).reshape(value.num_layers, value.num_ranks, value.slots_per_rank)
+    if len(options.mtp_slots) > 1:
+        raise ConstraintError(
+            MTP_LAYERS,
+            f"given for {len(options.mtp_slots)} layers",
+            "must be one layer for ascend-map, the one whose number is `moe_layer_count`",
+            "leave the others out with layers (--layers first:end), or use evenmoe-placement or tensorrt-llm",
+        )
+    rows = np.stack([*slots_of(value, options), *options.mtp_slots])
     shared = int(options.metadata.get(_SHARED, 0))
-    layers = [[[0]] * shared + layer.tolist() for layer in slots]
-    mtp = options.metadata.get("mtp_layer")
-    if mtp is not None and len(mtp) == value.num_ranks + shared:
-        layers.append(mtp)
+    layers = [[[0]] * shared + layer.tolist() for layer in rows.reshape(len(rows), value.num_ranks, -1)]
     content: dict[str, Any] = {"moe_layer_count": value.num_layers, "layer_list": []}
     if "strategy_version" in options.metadata:
         content = {"strategy_version": options.metadata["strategy_version"], **content}
@@ -106,8 +110,16 @@ def _devices(document: Document, entry: Mapping[str, Any], layer: int, findings:
     return [devices[number] for number in sorted(devices)]
 
 
-def _numbering(numbers: list[int], count: int) -> list[Finding]:
+def _numbering(listed: list[int], numbers: list[int], count: int) -> list[Finding]:
+    """What is wrong with the layers' ids, as they are listed, and in order those of the MoE layers."""
     found = []
+    for number, expected in zip(listed, sorted(listed), strict=True):
+        if number != expected:
+            text = f"layer {number} where layer {expected} should be listed"
+            rule = "must list its layers in the order of their ids, for vllm-ascend reads them by place"
+            fix = "sort `layer_list` by `layer_id`"
+            found.append(Finding("error", "layer-order", text, rule, fix, layer=number, fatal=True))
+            break
     if count != len(numbers):
         text = f"`moe_layer_count` {count} and {len(numbers)} layers"
         found.append(Finding("error", "layer-count", text, "should count its layers", "add those missing"))

@@ -26,7 +26,12 @@ class Format:
         containers: file types it comes in, the first is written where the target's suffix says nothing:
             "json", "jsonl", "yaml", "csv", "npy", "npz", "pt", "safetensors", "folder", "text".
         stores_ranks: whether the file says how slots divide among ranks; otherwise a reader must be told.
-        model_layers: whether its rows carry the model's own layer numbers, dense layers counted.
+        model_layers: whether its rows carry the model's own layer numbers, dense layers counted. Others count MoE
+            layers from 0.
+        optional_layers: whether the model's own layer numbers are stored where they are known.
+        dense_rows: whether every hidden layer has a row, so that a reader must be told which rows are MoE layers.
+        mtp_layers: whether the layers of multi-token prediction (MTP), which follow the hidden layers, have a place.
+        kept_metadata: names in `Contents.metadata` that are written; None for all texts and numbers.
         reads, writes: what evenmoe does with it.
     """
 
@@ -36,6 +41,10 @@ class Format:
     containers: tuple[str, ...]
     stores_ranks: bool = False
     model_layers: bool = False
+    optional_layers: bool = False
+    dense_rows: bool = False
+    mtp_layers: bool = False
+    kept_metadata: tuple[str, ...] | None = ()
     reads: bool = True
     writes: bool = True
 
@@ -51,12 +60,16 @@ _ALL = (
         "evenmoe: slots, ranks, replica order and layer numbers, nothing left out",
         ("json",),
         stores_ranks=True,
+        optional_layers=True,
+        mtp_layers=True,
     ),
     Format(
         "evenmoe-trace",
         "load",
-        "evenmoe: npz with `load` (T, L, E)",
+        "evenmoe: npz with `load` (T, L, E) and, where known, routing, requests, loads by rank, layer numbers",
         ("npz",),
+        optional_layers=True,
+        kept_metadata=None,
     ),
     Format(
         "sglang-location",
@@ -64,6 +77,7 @@ _ALL = (
         "SGLang --init-expert-location: physical_to_logical_map (L, P), every hidden layer a row; or `trivial`",
         ("json", "pt", "text"),
         model_layers=True,
+        dense_rows=True,
     ),
     Format(
         "sglang-logical-count",
@@ -71,6 +85,7 @@ _ALL = (
         "SGLang --init-expert-location: logical_count (L, E) or (T, L, E), every hidden layer a row",
         ("json", "pt"),
         model_layers=True,
+        kept_metadata=("num_hidden_layers",),
     ),
     Format(
         "sglang-stat",
@@ -78,6 +93,7 @@ _ALL = (
         "SGLang recorder, mode stat: logical_count (T, L, E) summed over ranks, every hidden layer a row",
         ("pt",),
         model_layers=True,
+        kept_metadata=("num_hidden_layers", "average_utilization_rate_over_window"),
     ),
     Format(
         "sglang-detail",
@@ -85,6 +101,7 @@ _ALL = (
         "SGLang recorder, modes per_pass and per_token: one rank's records and map; a folder of all ranks' files",
         ("pt", "folder"),
         model_layers=True,
+        kept_metadata=("num_hidden_layers",),
     ),
     Format(
         "sglang-csv",
@@ -99,6 +116,8 @@ _ALL = (
         "vllm-ascend, MindIE, verl: expert map JSON, layers and their devices' experts",
         ("json",),
         stores_ranks=True,
+        mtp_layers=True,
+        kept_metadata=("strategy_version",),
     ),
     Format(
         "slot-map",
@@ -136,12 +155,14 @@ _ALL = (
         "load",
         "vLLM #41141: safetensors {model: float32 (L, E)}, version 1",
         ("safetensors",),
+        kept_metadata=("model",),
     ),
     Format(
         "vllm-jsonl",
         "load",
         "vLLM #41141, earlier: JSON lines of expert_load (L, P) with p2l_map (L, P)",
         ("jsonl", "json"),
+        kept_metadata=("model",),
     ),
     Format(
         "tensorrt-llm",
@@ -149,6 +170,8 @@ _ALL = (
         "TensorRT-LLM: YAML or JSON with num_slots and initial_global_assignments by model layer",
         ("yaml", "json"),
         model_layers=True,
+        mtp_layers=True,
+        kept_metadata=("layer_updates_per_iter",),
     ),
     Format(
         "tensorrt-llm-statistics",
@@ -156,6 +179,7 @@ _ALL = (
         "TensorRT-LLM: folder of meta_info.json and rank<r>.safetensors, counts per iteration and layer",
         ("folder",),
         model_layers=True,
+        kept_metadata=None,
     ),
     Format(
         "deepseek",

@@ -67,7 +67,9 @@ def check(
     findings = tuple(islice(inspect(raw, options), _MOST_FINDINGS))
     notes = list(raw.notes)
     if isinstance(raw, RawMap):
-        summary = {"num_layers": len(raw.slots), "num_slots": len(raw.slots[0])}
+        summary = {"num_layers": len(raw.slots) - raw.mtp_layers, "num_slots": len(raw.slots[0])}
+        if raw.mtp_layers:
+            summary["num_mtp_layers"] = raw.mtp_layers
         if raw.rank_sizes is not None:
             summary["num_ranks"] = len(raw.rank_sizes[0])
         elif num_ranks is not None:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from evenmoe.formats.catalogue import Kind
 from evenmoe.placement import Placement
+from evenmoe.traces.trace import Trace
 
 if TYPE_CHECKING:
     from evenmoe.formats.findings import Finding
@@ -30,8 +31,12 @@ class Contents:
         layer_ids: the model's own number of every row, dense layers counted, where the file tells them; or None where
             rows merely count MoE layers. `write` takes them.
         metadata: what else the file says and `write` puts back: SGLang's num_hidden_layers, verl's strategy_version, …
+            "mtp_layers" are the slots of the layers of multi-token prediction, which are no rows of `placement`;
+            "has_dense_rows" is there where `placement` has rows of dense layers that the file does not tell apart.
         notes: one sentence for everything that was dropped or assumed.
         empty_windows: windows of a load file that were dropped because nothing at all was recorded in them.
+        trace: of an evenmoe-trace file everything it holds, as `write` takes it, empty windows of its load included; or
+            None.
     """
 
     kind: Kind
@@ -42,6 +47,7 @@ class Contents:
     metadata: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     empty_windows: int = 0
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ class Options:
         num_ranks, num_experts, num_layers, num_slots, shared_devices: sizes; None where the file must say.
         placement: of the slots that a load counts.
         placement_layers: the model's own number of every row of `placement`, where known.
+        first_layer: the model's first MoE layer.
+        num_hidden_layers: the number from which the model's MTP layers count.
     """
 
     num_ranks: int | None = None
@@ -61,6 +69,8 @@ class Options:
     shared_devices: int | None = None
     placement: Placement | None = None
     placement_layers: tuple[int, ...] | None = None
+    first_layer: int | None = None
+    num_hidden_layers: int | None = None
 
 
 @dataclass
@@ -70,9 +80,10 @@ class RawMap:
     Attributes:
         slots: per layer, int64 (slots of that layer,): the logical expert of each slot; -1 is an empty slot.
         rank_sizes: per layer, how many of its slots each rank holds, in slot order; None where the file does not tell.
-        layer_ids: as in `Contents`.
+        layer_ids: as in `Contents`, with a number for every row of `mtp_layers`, too.
         replica_index: per layer, int64 like `slots`, as in `Placement`; None for ascending.
         num_experts: where the file says it.
+        mtp_layers: how many of the last rows are layers of multi-token prediction.
         findings: what the reader saw that `slots` no longer shows: gaps in layer numbers, tables that disagree.
     """
 
@@ -84,11 +95,12 @@ class RawMap:
     metadata: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    mtp_layers: int = 0
 
 
 @dataclass
 class RawLoad:
-    """A load as the file has it; what is not listed is as in `RawMap`.
+    """A load as the file has it; what is not listed is as in `RawMap` or `Contents`.
 
     Attributes:
         load: (T, L, E), counts per logical expert; per slot only where `Options.placement` says whose they are.
@@ -103,6 +115,7 @@ class RawLoad:
     metadata: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    trace: Trace | None = None
 
 
 Raw = RawMap | RawLoad
@@ -110,9 +123,18 @@ Raw = RawMap | RawLoad
 
 @dataclass
 class WriteOptions:
-    """What a writer is told beside the value; to `notes` it adds what it left out or rounded."""
+    """What a writer is told beside the value; to `notes` it adds what it left out or rounded.
+
+    Attributes:
+        num_hidden_layers: of the model, where known; beyond every number in `layer_ids`.
+        mtp_slots: per MTP layer, int64 (P,), its logical experts; only for formats that have a place for them.
+        trace: what the value is a part of, for evenmoe's trace file.
+    """
 
     container: str
     layer_ids: tuple[int, ...] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    num_hidden_layers: int | None = None
+    mtp_slots: list[IntArray] = field(default_factory=list)
+    trace: Trace | None = None

@@ -6,6 +6,7 @@ import numpy as np
 
 from evenmoe.formats.contents import Load, RawLoad, WriteOptions
 from evenmoe.formats.document import Document
+from evenmoe.formats.layer_numbers import ranges
 from evenmoe.placement import Placement
 
 
@@ -22,7 +23,7 @@ def without_dense(document: Document, load: Load) -> RawLoad:
     raw.metadata["num_hidden_layers"] = len(seen)
     dense = np.flatnonzero(~seen).tolist()
     if dense:
-        raw.notes.append(f"left out {len(dense)} layers without a token, taken for dense ones: {_ranges(dense)}")
+        raw.notes.append(f"left out {len(dense)} layers without a token, taken for dense ones: {ranges(dense)}")
     return raw
 
 
@@ -45,22 +46,11 @@ def slots_with_dense(value: Placement, options: WriteOptions) -> np.ndarray:
 def _every(options: WriteOptions) -> tuple[list[int], int]:
     assert options.layer_ids is not None  # `write` demands them for formats that number the model's layers
     numbers = list(options.layer_ids)
-    count = max(numbers[-1] + 1, int(options.metadata.get("num_hidden_layers", 0)))
+    count = max(numbers[-1] + 1, options.num_hidden_layers or 0)
     if count > len(numbers):
-        options.notes.append(f"filled {count - len(numbers)} layers in as dense: {_ranges(_others(numbers, count))}")
+        options.notes.append(f"filled {count - len(numbers)} layers in as dense: {ranges(_others(numbers, count))}")
     return numbers, count
 
 
 def _others(numbers: list[int], count: int) -> list[int]:
     return sorted(set(range(count)).difference(numbers))
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] → "0-2, 5"."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and parts[-1][-1] == number - 1:
-            parts[-1][1:] = [number]
-        else:
-            parts.append([number])
-    return ", ".join("-".join(map(str, part)) for part in parts)

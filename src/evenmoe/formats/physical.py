@@ -20,6 +20,13 @@ def by_placement(document: Document, raw: RawLoad, options: Options) -> RawLoad:
     if placement is None:
         return raw
     leave_out = "leave placement (--map) out"
+    trace = raw.trace
+    if trace is not None and (trace.routing is not None or trace.load_by_rank is not None):
+        raise document.refuse(
+            "a trace with routing or loads by rank, which name experts",
+            "must count slots alone to take a placement (--map)",
+            leave_out,
+        )
     if raw.has_own_map:
         raise document.refuse("a load that holds the map of its own slots", "must be read by that", leave_out)
     width = raw.load.shape[2]
@@ -31,7 +38,9 @@ def by_placement(document: Document, raw: RawLoad, options: Options) -> RawLoad:
         )
     held = _layers_of(document, placement, raw.load.shape[1], raw.layer_ids, options.placement_layers)
     load = to_logical(document, raw.load, held.slot_to_expert.astype(np.int64), held.num_experts)
-    return dataclasses.replace(raw, load=load, placement=held)
+    if trace is not None:
+        trace = dataclasses.replace(trace, load=load)
+    return dataclasses.replace(raw, load=load, placement=held, trace=trace)
 
 
 def _layers_of(
@@ -87,9 +96,10 @@ def to_logical(document: Document, per_slot: Load, slots: IntArray, num_experts:
             f"must place experts 0 to {min(experts, slots.shape[1]) - 1}",
             "check the placement",
         )
-    logical = np.zeros((*per_slot.shape[:2], experts), per_slot.dtype)
-    if logical.nbytes > 9 * per_slot.nbytes + ALLOWANCE_BYTES:
+    # Before anything is allocated: a number of experts may be any.
+    if per_slot.itemsize * len(per_slot) * per_slot.shape[1] * experts > 9 * per_slot.nbytes + ALLOWANCE_BYTES:
         raise document.refuse(f"read with {experts} experts", "must have a slot for each", "check --experts")
+    logical = np.zeros((*per_slot.shape[:2], experts), per_slot.dtype)
     with np.errstate(over="ignore"):  # a sum beyond float64 is infinite, and found as such
         for layer, row in enumerate(slots):
             np.add.at(logical[:, layer].T, row, per_slot[:, layer].T)

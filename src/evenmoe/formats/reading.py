@@ -16,6 +16,14 @@ from evenmoe.formats.containers.npz_file import NpyError
 from evenmoe.formats.contents import Contents, Options, Raw, RawLoad, RawMap
 from evenmoe.formats.document import Document
 from evenmoe.formats.findings import Finding, inspect_load, inspect_map
+from evenmoe.formats.layer_numbers import (
+    MTP_LAYERS,
+    apart_from_mtp,
+    check_hidden_layers,
+    choose_rows,
+    number_rows,
+    row_numbers,
+)
 from evenmoe.formats.physical import by_placement
 from evenmoe.formats.source import open_document
 from evenmoe.formats.values import without_empty_windows
@@ -43,6 +51,8 @@ def read(
     layers: str | None = None,
     placement: Placement | None = None,
     placement_layers: tuple[int, ...] | None = None,
+    first_layer: int | None = None,
+    num_hidden_layers: int | None = None,
 ) -> Contents:
     """Read a placement or a load.
 
@@ -59,11 +69,16 @@ def read(
         num_layers: MoE layers, where a file appends dump after dump or keeps one list for all layers.
         num_slots: slots of "trivial"; default: one per expert.
         shared_devices: devices of an Ascend map that hold only the shared expert; default: told by content.
-        layers: "first:end" or a number: only these layers, in the file's numbering, `end` left out.
+        layers: "first:end", "first:end:step" or a number: only these layers, in the file's numbering, `end` left out.
         placement: the one in use when a load per slot was recorded, where the file does not hold it. The counts of an
             expert's slots are added up.
         placement_layers: the model's own number of every row of `placement`, as `Contents.layer_ids` has them. Without,
             its rows are the load's layers in order.
+        first_layer: the model's number of its first MoE layer. It numbers the rows of a file that counts MoE layers
+            from 0, and of a file with a row for every hidden layer it leaves out those before it, which are dense. All
+            later rows are taken for MoE layers; `layers` chooses them where some are dense.
+        num_hidden_layers: the model's hidden layers, dense ones counted, 61 for DeepSeek-V3. Layers that a file numbers
+            from there on are layers of multi-token prediction (MTP): they go to `Contents.metadata`.
 
     Raises:
         FileFormatError: not readable, damaged, of no known format or of several, or no placement or load can be made of
@@ -75,12 +90,27 @@ def read(
     >>> contents.format, contents.placement.num_replicas.tolist()
     ('sglang-location', [[2, 1, 1]])
     """
-    options = Options(num_ranks, num_experts, num_layers, num_slots, shared_devices, placement, placement_layers)
+    options = Options(
+        num_ranks,
+        num_experts,
+        num_layers,
+        num_slots,
+        shared_devices,
+        placement,
+        placement_layers,
+        first_layer=first_layer,
+        num_hidden_layers=num_hidden_layers,
+    )
     return contents_of(*open_raw(source, format, options, layers), options)
 
 
-def contents_of(document: Document, entry: Format, raw: Raw, options: Options) -> Contents:
-    """What `read` returns. Raises FileFormatError on the first finding that leaves no placement or load."""
+def contents_of(
+    document: Document, entry: Format, raw: Raw, options: Options, *, keep_empty_windows: bool = False
+) -> Contents:
+    """What `read` returns, of a load with `keep_empty_windows` also the windows in which nothing was recorded.
+
+    Raises FileFormatError on the first finding that leaves no placement or load.
+    """
     check_use(document, entry, raw, options)
     for finding in inspect(raw, options):
         if finding.fatal:
@@ -89,12 +119,11 @@ def contents_of(document: Document, entry: Format, raw: Raw, options: Options) -
             )
     notes = (*raw.notes, *(f"{finding.text}: it {finding.rule}" for finding in raw.findings))
     if isinstance(raw, RawMap):
-        placement = _placement(document, entry, raw, options)
-        return Contents("placement", entry.name, placement, None, raw.layer_ids, raw.metadata, notes)
-    load, empty = without_empty_windows(raw.load)
+        return _placement_contents(document, entry, raw, options, notes)
+    load, empty = (raw.load, 0) if keep_empty_windows else without_empty_windows(raw.load)
     if empty:
         notes = (*notes, f"left out {empty} of {len(raw.load)} windows, in which nothing was recorded")
-    return Contents("load", entry.name, raw.placement, load, raw.layer_ids, raw.metadata, notes, empty)
+    return Contents("load", entry.name, raw.placement, load, raw.layer_ids, raw.metadata, notes, empty, raw.trace)
 
 
 def read_placement(
@@ -123,6 +152,30 @@ def read_placement(
     return contents_of(document, entry, raw, options)
 
 
+def _placement_contents(
+    document: Document, entry: Format, raw: RawMap, options: Options, notes: tuple[str, ...]
+) -> Contents:
+    whole = _placement(document, entry, raw, options)
+    if not raw.mtp_layers:
+        return Contents("placement", entry.name, whole, None, raw.layer_ids, raw.metadata, notes)
+    main = len(raw.slots) - raw.mtp_layers
+    if not main:
+        raise document.refuse(
+            "of a layer of multi-token prediction (MTP) alone", "must hold a MoE layer, too", "check --layers"
+        )
+    placement, slots = apart_from_mtp(whole, raw.mtp_layers)
+    noun = "the MTP layer" if raw.mtp_layers == 1 else f"{raw.mtp_layers} MTP layers"
+    return Contents(
+        "placement",
+        entry.name,
+        placement,
+        None,
+        raw.layer_ids and raw.layer_ids[:main],
+        {**raw.metadata, MTP_LAYERS: slots.tolist()},
+        (*notes, f"kept {noun} apart from the MoE layers"),
+    )
+
+
 def open_raw(
     source: str | Path, format: str | None, options: Options, layers: str | None = None
 ) -> tuple[Document, Format, Raw]:
@@ -137,6 +190,14 @@ def open_format(source: str | Path, format: str | None, options: Options) -> tup
         value = getattr(options, name)
         if value is not None and not 1 <= value < 2**31:
             raise ConstraintError(name, value, "must be at least 1 and fit int32", "pass the model's own number")
+    check_hidden_layers(options.num_hidden_layers)
+    if options.first_layer is not None and not 0 <= options.first_layer < 1 << 16:
+        raise ConstraintError(
+            "first_layer",
+            options.first_layer,
+            "must be from 0 to 65535",
+            "pass the model's number of its first MoE layer",
+        )
     document = open_document(source)
     try:
         return document, _named(document, format) if format else _detect(document)
@@ -148,11 +209,14 @@ def read_raw(document: Document, entry: Format, options: Options, layers: str | 
     """What a file of this format holds before it is judged."""
     try:
         raw = _module(entry).read(document, options)
-        if isinstance(raw, RawLoad):
-            raw = _check_sizes(document, by_placement(document, raw, options), options)
     except NpyError as error:  # an .npz unpacks when it is asked for an array
         raise _damaged(document, error) from None
-    return select_layers(document, raw, layers) if layers else raw
+    # The file's own numbers choose its layers, also where it merely counts them and is given the model's.
+    shift = options.first_layer or 0 if raw.layer_ids is None else 0
+    raw = number_rows(document, entry, raw, options)
+    if isinstance(raw, RawLoad):
+        raw = _check_sizes(document, by_placement(document, raw, options), options)
+    return select_layers(document, raw, layers, shift) if layers else raw
 
 
 def _damaged(document: Document, error: NpyError) -> FileFormatError:
@@ -195,37 +259,38 @@ def _check_sizes(document: Document, raw: RawLoad, options: Options) -> RawLoad:
     return raw
 
 
-def select_layers(document: Document, raw: Raw, layers: str) -> Raw:
-    """Only the layers "first:end" of the file's own numbering."""
-    first, colon, end = layers.partition(":")
+def select_layers(document: Document, raw: Raw, layers: str, shift: int) -> Raw:
+    """Only the layers "first:end" or "first:end:step" of the file's own numbering, `shift` less than the raw one."""
+    parts = layers.split(":")
     try:
-        start = int(first) if first or not colon else 0
-        stop = start + 1 if not colon else int(end) if end else 2**62
+        start = int(parts[0]) if parts[0] or len(parts) == 1 else 0
+        stop = start + 1 if len(parts) == 1 else int(parts[1]) if parts[1] else 2**62
+        step = int(parts[2]) if len(parts) == 3 else 1
+        if len(parts) > 3 or step < 1:
+            raise ValueError
     except ValueError:
-        raise ConstraintError("layers", repr(layers), "must be first:end or a number", "write 3:61, 3: or 3") from None
-    count = len(raw.slots) if isinstance(raw, RawMap) else raw.load.shape[1]
-    numbers = raw.layer_ids or tuple(range(count))
-    kept = [row for row, number in enumerate(numbers) if start <= number < stop]
+        raise ConstraintError(
+            "layers", repr(layers), "must be first:end or a number, or first:end:step", "write 3:61, 3: or 3, or 1:48:2"
+        ) from None
+    numbers = [number - shift for number in row_numbers(raw)]
+    kept = [row for row, number in enumerate(numbers) if number in range(start, stop, step)]
     if not kept:
         raise document.refuse(
             f"of layers {numbers[0]} to {numbers[-1]}", f"must have a layer in {layers}", "check --layers"
         )
-    if len(kept) < count:
-        raw.notes.append(f"kept {len(kept)} of {count} layers, {numbers[kept[0]]} to {numbers[kept[-1]]}")
-    layer_ids = None if raw.layer_ids is None else tuple(numbers[row] for row in kept)
-    remaining = {numbers[row] for row in kept}
-    findings = [finding for finding in raw.findings if finding.layer is None or finding.layer in remaining]
+    if len(kept) < len(numbers):
+        raw.notes.append(f"kept {len(kept)} of {len(numbers)} layers, {numbers[kept[0]]} to {numbers[kept[-1]]}")
     if isinstance(raw, RawMap):
-        return dataclasses.replace(
-            raw,
-            findings=findings,
-            slots=[raw.slots[row] for row in kept],
-            rank_sizes=raw.rank_sizes and [raw.rank_sizes[row] for row in kept],
-            replica_index=raw.replica_index and [raw.replica_index[row] for row in kept],
-            layer_ids=layer_ids,
-        )
-    held = None if raw.placement is None else layers_of(raw.placement, kept)
-    return dataclasses.replace(raw, load=raw.load[:, kept], layer_ids=layer_ids, placement=held, findings=findings)
+        return choose_rows(raw, kept)
+    remaining = {numbers[row] + shift for row in kept}
+    return dataclasses.replace(
+        raw,
+        load=raw.load[:, kept],
+        layer_ids=raw.layer_ids and tuple(raw.layer_ids[row] for row in kept),
+        placement=None if raw.placement is None else layers_of(raw.placement, kept),
+        findings=[finding for finding in raw.findings if finding.layer is None or finding.layer in remaining],
+        trace=raw.trace and raw.trace.of_layers(kept),
+    )
 
 
 def _placement(document: Document, entry: Format, raw: RawMap, options: Options) -> Placement:

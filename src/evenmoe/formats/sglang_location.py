@@ -1,6 +1,8 @@
 """SGLang's --init-expert-location: {"physical_to_logical_map": (L, P)} as .json or .pt; or the word `trivial`.
 
-Every hidden layer has a row. A row may repeat slot i → expert i mod E, which is also what a dense layer gets.
+Every hidden layer has a row, and nothing says which are dense. In the row of a dense layer evenmoe writes slot i →
+expert i mod E; a server that has rebalanced saves there whatever it computed. Layers of multi-token prediction have no
+row. `trivial` stands for as many MoE layers as it is told.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from evenmoe.formats.contents import Options, RawMap, WriteOptions
 from evenmoe.formats.document import Document
 from evenmoe.formats.hidden_layers import slots_with_dense
 from evenmoe.formats.json_output import json_bytes
+from evenmoe.formats.layer_numbers import DENSE_ROWS, HIDDEN_LAYERS, is_trivial
 from evenmoe.formats.rows import slot_rows
 from evenmoe.formats.values import slots_of
 from evenmoe.placement import Placement
@@ -30,13 +33,14 @@ def read(document: Document, options: Options) -> RawMap:
     if _MAP not in document.fields:
         raise document.refuse("without `physical_to_logical_map`", "must hold it", "see sglang-logical-count for loads")
     slots = slot_rows(document, document.fields[_MAP], f"`{_MAP}`")
-    raw = RawMap(slots, layer_ids=tuple(range(len(slots))))
+    raw = RawMap(slots, layer_ids=tuple(range(len(slots))), metadata={DENSE_ROWS: True, HIDDEN_LAYERS: len(slots)})
     dense = 0
-    while dense < len(slots) and _is_trivial(slots[dense]):
+    while dense < len(slots) and is_trivial(slots[dense]):
         dense += 1
-    if 0 < dense < len(slots):
+    if 0 < dense < len(slots) and options.first_layer is None:
         raw.notes.append(
-            f"the first {dense} layers have the trivial map, as dense layers do: --layers {dense}: drops them"
+            f"the first {dense} layers have the trivial map, as dense layers do: "
+            f"convert --first-layer {dense} drops them"
         )
     return raw
 
@@ -57,9 +61,4 @@ def _trivial(document: Document, options: Options) -> RawMap:
     if layers * slots > 1 << 26:
         raise document.refuse(f"{layers} layers of {slots} slots", "must have at most 2**26 slots", "check the sizes")
     row = np.arange(slots, dtype=np.int64) % experts
-    return RawMap([row] * layers, layer_ids=tuple(range(layers)), num_experts=experts)
-
-
-def _is_trivial(slots: np.ndarray) -> bool:
-    experts = min(int(slots.max(initial=0)), len(slots)) + 1
-    return np.array_equal(slots, np.arange(len(slots)) % max(1, experts))
+    return RawMap([row] * layers, num_experts=experts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
 import sys
 from pathlib import Path
@@ -30,7 +32,7 @@ def open_document(source: str | Path) -> Document:
     if text.lstrip().startswith("{"):
         return parse_document("the inline JSON", text.encode())
     if text == "-":
-        return parse_document("-", _read_pipe("-", sys.stdin.buffer))
+        return parse_document("-", _read_standard_input())
     path = Path(source)
     if path.is_dir():
         return Document(text, "folder", path)
@@ -59,6 +61,18 @@ def read_bytes(path: Path) -> bytes:
         raise FileFormatError(
             str(path), f"not readable ({error.strerror})", "must be an existing file", "check the path"
         ) from error
+
+
+def _read_standard_input() -> bytes:
+    reason = os.strerror(errno.EBADF)  # of one that was closed before Python started
+    try:
+        if sys.stdin is not None:
+            return _read_pipe("-", sys.stdin.buffer)
+    except OSError as error:
+        reason = error.strerror
+    raise FileFormatError(
+        "-", f"standard input, which is not readable ({reason})", "must be open", "pipe the file in, or name it"
+    )
 
 
 def _read_pipe(name: str, file: BinaryIO) -> bytes:

@@ -2,7 +2,8 @@
 
     initial_global_assignments: {model layer: [num_slots logical ids]}
 
-The keys are the model's own layers (3 to 60 for DeepSeek-V3); num_slots / EP slots in a row belong to a rank.
+The keys are the model's own layers (3 to 60 for DeepSeek-V3); num_slots / EP slots in a row belong to a rank. Layers of
+multi-token prediction follow the hidden layers (61), and nothing says that they are such.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from evenmoe.formats.contents import Options, RawMap, WriteOptions
 from evenmoe.formats.document import Document
 from evenmoe.formats.findings import Finding, number_gaps
 from evenmoe.formats.json_output import json_bytes
+from evenmoe.formats.layer_numbers import mtp_numbers
 from evenmoe.formats.rows import numbered_rows
 from evenmoe.formats.values import slots_of
 from evenmoe.placement import Placement
@@ -43,11 +45,12 @@ def read(document: Document, options: Options) -> RawMap:
 
 def write(value: Placement, options: WriteOptions) -> bytes:
     assert options.layer_ids is not None
-    slots = slots_of(value, options).tolist()
+    slots = [*slots_of(value, options).tolist(), *(row.tolist() for row in options.mtp_slots)]
+    numbers = [*options.layer_ids, *mtp_numbers(options)]
     updates = int(options.metadata.get(_UPDATES, 0))
     if options.container == "json":
-        layers = {str(layer): row for layer, row in zip(options.layer_ids, slots, strict=True)}
+        layers = {str(layer): row for layer, row in zip(numbers, slots, strict=True)}
         return json_bytes({"num_slots": value.num_slots, _UPDATES: updates, _LAYERS: layers})
     lines = [f"num_slots: {value.num_slots}", f"{_UPDATES}: {updates}", f"{_LAYERS}:"]
-    lines += [f"  {layer}: {row}" for layer, row in zip(options.layer_ids, slots, strict=True)]
+    lines += [f"  {layer}: {row}" for layer, row in zip(numbers, slots, strict=True)]
     return ("\n".join(lines) + "\n").encode()

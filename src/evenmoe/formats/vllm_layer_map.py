@@ -32,8 +32,9 @@ def read(document: Document, options: Options) -> RawMap:
         raw.layer_ids = tuple(rows)
     elif list(rows) != list(range(len(rows))):
         text = f"layers {min(rows)} to {max(rows)}, {len(rows)} of them"
-        rule, fix = "should count MoE layers from 0 without gaps", "renumber them"
-        raw.findings.append(Finding("error", "layer-numbering", text, rule, fix, layer=min(rows)))
+        rule = "must count MoE layers from 0 without gaps"
+        fix = "renumber them, or name them model.layers.<number> if these are the model's own numbers"
+        raw.findings.append(Finding("error", "layer-numbering", text, rule, fix, layer=min(rows), fatal=True))
     return raw
 
 

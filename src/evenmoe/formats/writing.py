@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 from itertools import pairwise
@@ -17,8 +14,18 @@ import numpy.typing as npt
 from evenmoe.errors import ConstraintError
 from evenmoe.formats.catalogue import FORMATS, Format
 from evenmoe.formats.contents import Load, WriteOptions
+from evenmoe.formats.layer_numbers import (
+    HIDDEN_LAYERS,
+    MOST_LAYERS,
+    check_hidden_layers,
+    for_target,
+    note_new_numbers,
+    ranges,
+)
+from evenmoe.io.output import whole_file, whole_folder, write_standard_output
 from evenmoe.metrics import as_array
 from evenmoe.placement import Placement
+from evenmoe.traces.trace import Trace
 
 _BY_SUFFIX = {
     ".json": "json",
@@ -36,7 +43,7 @@ _BY_SUFFIX = {
 
 def write(
     target: str | Path,
-    value: Placement | npt.ArrayLike,
+    value: Placement | Trace | npt.ArrayLike,
     *,
     format: str,
     layer_ids: Sequence[int] | None = None,
@@ -48,35 +55,62 @@ def write(
 
     Args:
         target: a path, whose suffix chooses among the format's file types; "-" for standard output.
-        value: a `Placement`; or tokens, integers or floats (T, L, E) or (L, E).
+        value: a `Placement`; or tokens, integers or floats (T, L, E) or (L, E); or a `Trace`, of which formats of loads
+            other than evenmoe-trace hold the load alone.
         format: name in `FORMATS`.
         layer_ids: the model's own number of every row, dense layers counted, as `Contents.layer_ids`. Formats that
-            number the model's layers (`Format.model_layers`) need it, the others leave it out.
+            number the model's layers (`Format.model_layers`) need it, those that count MoE layers leave it out.
+            Default: those of a `Trace`.
         metadata: as `Contents.metadata`; what the format does not know is left out.
 
     Returns:
         One sentence for everything that was left out, summed or rounded.
 
     Raises:
-        ConstraintError: a value of the other kind, or one that the format cannot hold.
-        OSError: the target cannot be written.
+        ConstraintError: a value of the other kind, or one that the format cannot hold: layers of multi-token prediction
+            ("mtp_layers" in `metadata`), rows of dense layers that are not told apart ("has_dense_rows").
+        OSError: the target cannot be written; `filename` names it, and what was there has not changed.
     """
     entry = FORMATS.get(format)
     if entry is None or not entry.writes:
         names = ", ".join(name for name, known in FORMATS.items() if known.writes)
         raise ConstraintError("format", repr(format), "must be a name in FORMATS", f"use one of {names}")
+    trace = None
+    if isinstance(value, Trace):
+        trace, value = value, value.load
+        if layer_ids is None and trace.layer_ids is not None:
+            layer_ids = trace.layer_ids.tolist()
+        metadata = {**trace.metadata, **(metadata or {})}
     checked = _checked(value, entry)
+    options = WriteOptions(_container(target, entry), metadata=dict(metadata or {}), trace=trace)
+    if isinstance(checked, Placement) or HIDDEN_LAYERS in (entry.kept_metadata or ()):
+        options.num_hidden_layers = check_hidden_layers(options.metadata.get(HIDDEN_LAYERS))
     rows = checked.num_layers if isinstance(checked, Placement) else checked.shape[1]
-    options = WriteOptions(_container(target, entry), _checked_layer_ids(layer_ids, rows, entry), dict(metadata or {}))
+    options.layer_ids = _checked_layer_ids(layer_ids, rows, entry)
+    if isinstance(checked, Placement):
+        checked = for_target(checked, entry, options)
+    elif trace is not None:
+        options.notes.extend(_left_out(trace, entry))
+    note_new_numbers(entry, options)
     content = import_module(entry.module).write(checked, options)
     if isinstance(content, dict):
         _write_folder(target, content)
     elif str(target) == "-":
-        sys.stdout.buffer.write(content)
-        sys.stdout.buffer.flush()
+        write_standard_output(content)
     else:
-        _write_file(Path(target), content)
+        with whole_file(target) as file:
+            file.write(content)
     return tuple(options.notes)
+
+
+def _left_out(trace: Trace, entry: Format) -> list[str]:
+    """What of a trace has no place in the format, by name."""
+    if entry.name == "evenmoe-trace":
+        return []
+    names = [name for name in ("routing", "seq_start", "load_by_rank") if getattr(trace, name) is not None]
+    if entry.kept_metadata is not None:
+        names += [name for name in sorted(trace.metadata) if name not in entry.kept_metadata]
+    return [f"left out {', '.join(f'`{name}`' for name in names)}: the format has no place for them"] if names else []
 
 
 def _checked(value: Placement | npt.ArrayLike, entry: Format) -> Placement | Load:
@@ -132,11 +166,18 @@ def _checked_layer_ids(layer_ids: Sequence[int] | None, rows: int, entry: Format
             )
         return None
     numbers = tuple(int(number) for number in layer_ids)
-    if len(numbers) != rows or any(b <= a for a, b in pairwise(numbers)) or numbers[0] < 0:
+    if entry.name == "evenmoe-trace":
+        return numbers  # a trace has its own rules, and checks them
+    if (
+        len(numbers) != rows
+        or any(b <= a for a, b in pairwise(numbers))
+        or numbers[0] < 0
+        or numbers[-1] >= MOST_LAYERS
+    ):
         raise ConstraintError(
             "layer_ids",
-            f"{len(numbers)} numbers for {rows} rows",
-            "must number every row, ascending from 0 or more",
+            f"{ranges(numbers)[:60] or 'empty'}, {len(numbers)} numbers for {rows} rows",
+            f"must number every row, ascending from 0 to less than {MOST_LAYERS}",
             "pass as many numbers as layers",
         )
     return numbers
@@ -147,23 +188,6 @@ def _container(target: str | Path, entry: Format) -> str:
     return asked if asked in entry.containers else entry.containers[0]
 
 
-def _write_file(target: Path, content: bytes) -> None:
-    path = Path(os.path.realpath(target))  # a link stays a link
-    if path.exists() and not path.is_file():  # a pipe or a device has no old content to lose
-        path.write_bytes(content)
-        return
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with beside.open("xb") as file:
-            file.write(content)
-        if path.exists():
-            shutil.copymode(path, beside)
-        beside.replace(path)
-    except BaseException:  # an interrupt too must leave nothing half-written behind; it is raised again
-        beside.unlink(missing_ok=True)
-        raise
-
-
 def _write_folder(target: str | Path, files: dict[str, bytes]) -> None:
     if str(target) == "-":
         raise ConstraintError("target", "-", "must be a folder for this format", "name a folder")
@@ -172,12 +196,6 @@ def _write_folder(target: str | Path, files: dict[str, bytes]) -> None:
         raise ConstraintError(
             "target", path, "must be a new or an empty folder", "remove it, or name another: nothing is overwritten"
         )
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.mkdir()
+    with whole_folder(path) as folder:
         for name, content in files.items():
-            (beside / name).write_bytes(content)
-        beside.replace(path)
-    except BaseException:  # an interrupt too must leave nothing half-written behind; it is raised again
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+            (folder / name).write_bytes(content)

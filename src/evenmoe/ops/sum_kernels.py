@@ -6,13 +6,14 @@ Nothing is fused: numba compiles without fast-math, so a product is rounded to f
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from evenmoe.compiled import compiled
 
 # Columns at a time: two float32 buffers of 8 KiB leave room for the rows in a first-level cache of 32 KiB.
 WIDTH = 2048
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def add_bfloat16(total, rows, place, weights):
     """total[t] += weights[t, k] · rows[place[t, k]] for ascending k, where place is not −1.
 
@@ -35,7 +36,7 @@ def add_bfloat16(total, rows, place, weights):
                     part[h] += weight * values[h]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def add_float32(total, rows, place, weights):
     """As `add_bfloat16`, of float32 rows."""
     for token in range(place.shape[0]):

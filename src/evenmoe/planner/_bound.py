@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from evenmoe.compiled import compiled
 
 
 class Least(NamedTuple):
@@ -30,7 +31,7 @@ def scratch(num_experts: int, num_slots: int) -> Least:
     )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def lower_bounds(loads, num_ranks, width, least, peaks):
     """Replace `peaks` (L,) by tokens that the busiest rank of no placement of the row (L, E) can undercut.
 
@@ -57,7 +58,7 @@ def lower_bounds(loads, num_ranks, width, least, peaks):
         peaks[row] = low
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def may_fit(loads, num_ranks, width, peak, least):
     """False only if no placement of `loads` (E,), descending, keeps every rank within `peak`."""
     start = 0
@@ -74,7 +75,7 @@ def may_fit(loads, num_ranks, width, peak, least):
     return True
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def needs(loads, num_ranks, width, peak, least):
     """-1 if nothing fits, else the number of experts, the heaviest ones, that every rank must hold."""
     counts, num_experts = least.counts, loads.size
@@ -118,7 +119,7 @@ def needs(loads, num_ranks, width, peak, least):
     return full
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def ascend(loads, every, least):
     """Fill `least.replica` with each expert's share, once or `every` replica's, ascending; return how many."""
     size = 0
@@ -135,7 +136,7 @@ def ascend(loads, every, least):
     return size
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def lightest_company(loads, number, spare, least):
     """The least that `number` different experts can weigh when `spare` replicas more are dealt out among them."""
     ascend(loads, False, least)
@@ -154,7 +155,7 @@ def lightest_company(loads, number, spare, least):
     return weight
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def crowds_out(loads, num_ranks, width, peak, spare, least):
     """Whether the heaviest expert at its count leaves too few other ranks for what does not fit beside it."""
     count = least.counts[0]
@@ -189,7 +190,7 @@ def crowds_out(loads, num_ranks, width, peak, spare, least):
     return outside > 1e-9 * peak  # less is the rounding of the sum
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def crowded(num_experts, num_ranks, width, peak, spare, least):
     """Whether the heaviest replicas cannot all find ranks, however the spare replicas are dealt out."""
     number, cuts = num_ranks * width - spare, min(spare, num_experts)

@@ -9,10 +9,11 @@ heaviest unfinished expert, and whatever a rank falls short of the cap the other
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from evenmoe.compiled import compiled
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def improve(loads, floor, peak, nodes, slots):
     """Search for a placement of `loads` (E,), descending, below `peak`; return (its peak, a proven floor).
 
@@ -35,7 +36,7 @@ def improve(loads, floor, peak, nodes, slots):
     return peak, floor
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def search(loads, cap, nodes, slots):
     """The best placement within `cap`, into `slots`: (its peak or infinity, nodes used: over `nodes` if cut off).
 
@@ -114,7 +115,7 @@ def search(loads, cap, nodes, slots):
     return best, used
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def set_cap(loads, cap, counts, least, most, num_slots):
     """Fill `least` and `most` for a cap; return the replicas that are neither decided nor needed."""
     for expert in range(loads.size - 1, -1, -1):
@@ -124,7 +125,7 @@ def set_cap(loads, cap, counts, least, most, num_slots):
     return num_slots
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def first_choice(rank, slot, width, chosen, counts, left):
     """A rank starts with the heaviest unfinished expert, then ids rise; equal firsts rise in the second, too."""
     at = rank * width + slot

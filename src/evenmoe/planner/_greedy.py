@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from evenmoe.compiled import compiled
 
 
 class Bins(NamedTuple):
@@ -17,7 +18,7 @@ class Bins(NamedTuple):
     load: npt.NDArray[np.float64]  # (G,) tokens
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def pack_layers(load, order, slots):
     """Fill `slots` (L, G, width) with a first plan of every row of `load` (L, E).
 
@@ -38,7 +39,7 @@ def pack_layers(load, order, slots):
         pack(queue, counts, share, Bins(slots[row], np.zeros(num_ranks, np.int64), np.zeros(num_ranks)))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def sort_ties(load, order):
     """Put experts of equal load in ascending order."""
     for end in range(1, order.size):
@@ -50,7 +51,7 @@ def sort_ties(load, order):
         order[at] = expert
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def replicate(loads, spare, most, queue, counts, share):
     """Give each of the `spare` replicas to the largest load per replica, at most `most` to one expert.
 
@@ -84,7 +85,7 @@ def replicate(loads, spare, most, queue, counts, share):
         queue[place] = expert
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def pack(queue, counts, share, bins):
     """Heaviest replica first, onto the lightest ranks that have a free slot; an expert's replicas at once, apart."""
     num_ranks, width = bins.held.shape
@@ -117,7 +118,7 @@ def pack(queue, counts, share, bins):
             free = refill(heap, bins)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def refill(heap, bins):
     """Fill the heap with all ranks that have a free slot; return how many."""
     num_ranks, width = bins.held.shape
@@ -129,14 +130,14 @@ def refill(heap, bins):
     return free
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def append(rank, expert, share, bins):
     bins.held[rank, bins.used[rank]] = expert
     bins.used[rank] += 1
     bins.load[rank] += share
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def sift_down(heap, size, load):
     """Restore the heap below its root."""
     rank = heap[0]
@@ -152,7 +153,7 @@ def sift_down(heap, size, load):
     heap[place] = rank
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def sift_up(heap, size, rank, load):
     """Add `rank` to a heap of `size`."""
     place = size
@@ -162,12 +163,12 @@ def sift_up(heap, size, rank, load):
     heap[place] = rank
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def lighter(rank, other, load):
     return load[rank] < load[other] or (load[rank] == load[other] and rank < other)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def make_room(expert, share, bins):
     """Place `expert` although every rank with a free slot holds it: move another expert out of a full rank.
 
@@ -194,7 +195,7 @@ def make_room(expert, share, bins):
     append(target, moved, share[moved], bins)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def holds(rank, expert, bins):
     for slot in range(bins.used[rank]):  # noqa: SIM110 (any() of a generator is not for compiled code)
         if bins.held[rank, slot] == expert:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from evenmoe.compiled import compiled
 
 SWAP, REPLACE = 0, 1
 NEVER = 9  # more copies than any move adds
@@ -45,7 +46,7 @@ class Walk(NamedTuple):
     move: npt.NDArray[np.int64]  # (3,) the move found: kind, slot, other slot or expert
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def walk_layers(weights, num_ranks, node_ranks, target, level, budget, slots, peaks):
     """Improve every row of `slots` (L, S) in place by few copies; fill `peaks` (L,), mean peak over the windows.
 
@@ -73,7 +74,7 @@ def walk_layers(weights, num_ranks, node_ranks, target, level, budget, slots, pe
         peaks[layer] = best
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _new_walk(num_windows, num_experts, num_ranks, num_slots):
     return Walk(
         np.zeros((num_windows, num_experts)),
@@ -96,7 +97,7 @@ def _new_walk(num_windows, num_experts, num_ranks, num_slots):
     )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _begin(walk, weights, slots):
     width = len(slots) // walk.load.shape[1]
     walk.weights[:] = weights
@@ -120,7 +121,7 @@ def _begin(walk, weights, slots):
             walk.load[window, slot // width] += walk.slot_share[window, slot]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _peak(walk):
     total = 0.0
     for window in range(len(walk.load)):
@@ -128,18 +129,18 @@ def _peak(walk):
     return total / len(walk.load)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _excess(load, level):
     over = load - level
     return over * over if over > 0.0 else 0.0
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _price(copies):
     return TWO if copies == 2 else max(copies, FREE)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _find_move(walk, level, node_ranks):
     """Write the move with the largest drop of squared excess per copy to `walk.move`; False if none drops it."""
     width = len(walk.gain)
@@ -156,7 +157,7 @@ def _find_move(walk, level, node_ranks):
     return _find_replacement(walk, level, node_ranks, best) > 0.0
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _find_swap(walk, level, node_ranks):
     """Exchange an expert of the busiest rank with another rank's; return the drop per copy, 0.0 for none.
 
@@ -211,7 +212,7 @@ def _find_swap(walk, level, node_ranks):
     return best
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _promises(load, excess, level, hot, node, node_ranks, promise):
     """Fill `promise` with what no swap of `hot` with a rank can surpass; return the rank with most, emptiest first."""
     first, emptiest = hot, 0.0
@@ -229,7 +230,7 @@ def _promises(load, excess, level, hot, node, node_ranks, promise):
     return first
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _find_replacement(walk, level, node_ranks, best):
     """Relieve the busiest rank by one replica more of an expert there, or one less; return the drop per copy.
 
@@ -285,7 +286,7 @@ def _find_replacement(walk, level, node_ranks, best):
     return best
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _slot_of(slots, expert, rank, width):
     for slot in range(rank * width, (rank + 1) * width):
         if slots[slot] == expert:
@@ -293,7 +294,7 @@ def _slot_of(slots, expert, rank, width):
     return -1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _changes(walk, window, slot, expert):
     """Fill `walk.change` with what replacing the replica in `slot` by `expert` adds to the ranks."""
     num_ranks = walk.load.shape[1]
@@ -311,7 +312,7 @@ def _changes(walk, window, slot, expert):
     walk.change[rank] += walk.weights[window, expert] / (count + 1)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _copies(walk, move):
     """Copies that `move` adds; negative when it takes copies back."""
     width = len(walk.slots) // walk.load.shape[1]
@@ -323,12 +324,12 @@ def _copies(walk, move):
     return added - _new(walk, rank, mine) - _new(walk, other, theirs)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _new(walk, rank, expert):
     return 0 if walk.before[rank, expert] else 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _apply(walk):
     kind, slot, other = walk.move[0], walk.move[1], walk.move[2]
     num_ranks = walk.load.shape[1]
@@ -373,7 +374,7 @@ def _apply(walk):
     _mark(walk, other)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _mark(walk, slot):
     """Another expert is in `slot`: note whether its rank held it before."""
     rank = slot // len(walk.gain)
@@ -382,7 +383,7 @@ def _mark(walk, slot):
     walk.dirty[rank] += np.int64(walk.arrived[slot])
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _leave(walk, expert, rank):
     """Take `rank` out of the expert's hosts; the last one takes its place in the list."""
     last = walk.counts[expert] - 1

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from evenmoe.compiled import compiled
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def keep_places(slots, num_ranks, ordered):
     """Reorder each rank's experts of `slots` (L, S) so that those that stay keep their slot.
 

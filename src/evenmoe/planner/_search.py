@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from evenmoe.compiled import compiled
 
 
 class Layer(NamedTuple):
@@ -34,7 +35,7 @@ def scratch(num_experts: int, num_ranks: int, width: int) -> Layer:
     )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def even_layers(loads, tolerance, layer, slots, peaks):
     """Even out every row of `slots` (L, G, width) under `loads` (L, E), descending; fill `peaks` (L,), tokens.
 
@@ -53,7 +54,7 @@ def even_layers(loads, tolerance, layer, slots, peaks):
         store(layer, slots[row])
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def refine(loads, goal, tries, random, layer, slots):
     """Search on from `slots` (S,), a placement of one row, until its peak is within `goal` tokens; return the peak.
 
@@ -83,13 +84,13 @@ def refine(loads, goal, tries, random, layer, slots):
     return peak
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def peak_of(layer):
     """Tokens of the busiest rank, after `even_out`."""
     return layer.load[layer.line[layer.line.size - 1]]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def store(layer, slots):
     num_ranks, width = slots.shape
     for rank in range(num_ranks):
@@ -97,7 +98,7 @@ def store(layer, slots):
             slots[rank, slot] = layer.held[rank, slot]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def load_layer(loads, slots, layer):
     """Fill `layer` from the experts in `slots` (G, width)."""
     num_ranks, width = slots.shape
@@ -117,7 +118,7 @@ def load_layer(loads, slots, layer):
             put(rank, slot, expert, share, slot + 1, layer)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def holds(rank, expert, layer):
     for slot in range(layer.held.shape[1]):  # noqa: SIM110 (any() of a generator is not for compiled code)
         if layer.held[rank, slot] == expert:
@@ -125,7 +126,7 @@ def holds(rank, expert, layer):
     return False
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def put(rank, slot, expert, share, width, layer):
     """Replace what `slot` holds and keep the rank's first `width` slots in descending order of share."""
     held, shares = layer.held, layer.share
@@ -138,7 +139,7 @@ def put(rank, slot, expert, share, width, layer):
     held[rank, slot], shares[rank, slot] = expert, share
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def even_out(goal, layer):
     """Swap replicas between the busiest rank and another, until it is within `goal` or no swap helps.
 
@@ -174,7 +175,7 @@ def even_out(goal, layer):
         move_in_line(place, layer)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def swap(rank, slot, other, other_slot, layer):
     mine, theirs = layer.held[rank, slot], layer.held[other, other_slot]
     my_share, their_share = layer.share[rank, slot], layer.share[other, other_slot]
@@ -185,7 +186,7 @@ def swap(rank, slot, other, other_slot, layer):
     layer.load[other] += my_share - their_share
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def may_swap(rank, slot, other, other_slot, layer):
     """Whether neither rank would hold two replicas of one expert."""
     mine, theirs = layer.held[rank, slot], layer.held[other, other_slot]
@@ -194,7 +195,7 @@ def may_swap(rank, slot, other, other_slot, layer):
     )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def least_step(busiest, other, least, most, layer):
     """The pair of slots whose shares differ least, by `least` to `most` tokens; (-1, -1) if there is none."""
     width = layer.held.shape[1]
@@ -212,7 +213,7 @@ def least_step(busiest, other, least, most, layer):
     return mine, theirs
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def lowest_peak(busiest, layer):
     """The swap after which the busier of the two ranks is least busy: (place in line, slot, slot), or -1s."""
     num_ranks, width = layer.held.shape
@@ -239,7 +240,7 @@ def lowest_peak(busiest, layer):
     return found
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def move_back(place, layer):
     """Move one rank towards the lighter end of the line, to where it belongs; return its place."""
     line, load = layer.line, layer.load
@@ -251,7 +252,7 @@ def move_back(place, layer):
     return place
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def move_in_line(place, layer):
     """The load of one rank changed: keep the line ascending."""
     line, load = layer.line, layer.load
@@ -263,7 +264,7 @@ def move_in_line(place, layer):
     line[place] = rank
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def draw(random, limit):
     """A number below `limit`, and the next state of the xorshift generator (Marsaglia 2003, 64 bits)."""
     state = random[0]
@@ -274,7 +275,7 @@ def draw(random, limit):
     return np.int64(((state >> np.uint64(33)) * np.uint64(limit)) >> np.uint64(31))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def change_places(random, layer):
     """Swap two slots at random."""
     num_ranks, width = layer.held.shape
@@ -284,7 +285,7 @@ def change_places(random, layer):
         swap(rank, slot, other, other_slot, layer)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def change_count(loads, random, layer):
     """Take a replica from one expert and give its slot to another, half the time one of the busiest rank."""
     num_ranks, width = layer.held.shape
@@ -305,7 +306,7 @@ def change_count(loads, random, layer):
         update_share(expert, loads, layer)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def update_share(expert, loads, layer):
     """The number of replicas of `expert` changed: bring every rank that holds it up to date."""
     num_ranks, width = layer.held.shape

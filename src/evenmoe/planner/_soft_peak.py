@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from evenmoe.compiled import compiled
 from evenmoe.metrics import FloatArray
 
 # What counts as an improvement, per window, relative to the heat: above the rounding of a sum over 10⁶ windows.
@@ -73,7 +73,7 @@ def new_layer(windows: FloatArray, noise: FloatArray, num_ranks: int, num_slots:
     )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def search(layer, sharpness, tries, patience, random, slots):
     """Improve `slots` (S,), no twins on a rank, by descents from at most `tries` random changes.
 
@@ -117,14 +117,14 @@ def search(layer, sharpness, tries, patience, random, slots):
         layer.stale[:] = False
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def count(slots, counts):
     counts[:] = 0
     for slot in range(slots.size):
         counts[slots[slot]] += 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def set_factors(expert, sharpness, layer):
     """The replica count of `expert` changed. A rank's mean load, 1, is taken off, so that no heat overflows early."""
     n = layer.counts[expert]
@@ -139,7 +139,7 @@ def set_factors(expert, sharpness, layer):
             layer.less[t, expert] = np.exp(load / (n - 1) + spread / ((n - 1) * (n - 1)) - power)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def settle(layer):
     """Bring everything in step with `slots` and the factors."""
     num_ranks = layer.held.shape[0]
@@ -152,7 +152,7 @@ def settle(layer):
     refresh(layer)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def set_heat(rank, layer):
     """The experts of `rank`, or their factors, changed."""
     width = layer.slots.size // layer.held.shape[0]
@@ -166,7 +166,7 @@ def set_heat(rank, layer):
         layer.heat[t, rank] = heat
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def refresh(layer):
     """Some heat changed: bring what depends on its sum over ranks in step."""
     num_ranks = layer.held.shape[0]
@@ -186,7 +186,7 @@ def refresh(layer):
                 layer.rest[t, slot] = part * layer.leave[t, slot]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def descend(sharpness, layer):
     """Swap and convert until neither helps. Conversions are looked for on the ranks that a swap or change touched."""
     num_ranks = layer.held.shape[0]
@@ -218,7 +218,7 @@ def descend(sharpness, layer):
         refresh(layer)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def best_swap(slot, layer):
     """The slot to swap with, -1 if no swap helps."""
     num_slots = layer.slots.size
@@ -239,7 +239,7 @@ def best_swap(slot, layer):
     return best
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def may_swap(slot, other, layer):
     """Whether the slots are on different ranks and neither rank would hold two replicas of one expert."""
     width = layer.slots.size // layer.held.shape[0]
@@ -251,7 +251,7 @@ def may_swap(slot, other, layer):
     )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def swap(slot, other, layer):
     width = layer.slots.size // layer.held.shape[0]
     rank, other_rank = slot // width, other // width
@@ -264,7 +264,7 @@ def swap(slot, other, layer):
         layer.stale[changed] = True
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def best_conversion(ranks, layer):
     """The slot on one of `ranks` and the expert to put there, so that an expert with several replicas loses one."""
     num_ranks, num_experts = layer.held.shape
@@ -291,7 +291,7 @@ def best_conversion(ranks, layer):
     return best, chosen
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def sum_over_hosts(lost, gained, layer):
     """Fill `lost` and `gained`: the change of all ranks that hold an expert, if it had one replica less or more."""
     width = layer.slots.size // layer.held.shape[0]
@@ -306,7 +306,7 @@ def sum_over_hosts(lost, gained, layer):
             gained[expert] += layer.part[t, rank] * layer.more[t, expert]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def convert(slot, expert, sharpness, layer):
     """Put another replica of `expert` into `slot`, whose own expert has several."""
     num_ranks = layer.held.shape[0]
@@ -324,7 +324,7 @@ def convert(slot, expert, sharpness, layer):
             layer.stale[host] = True
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def change_places(random, layer):
     """Swap two slots at random, if they may be."""
     slot, other = draw(random, layer.slots.size), draw(random, layer.slots.size)
@@ -332,7 +332,7 @@ def change_places(random, layer):
         swap(slot, other, layer)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def change_count(sharpness, random, layer):
     """Give a random slot to a random expert, if its own expert has several replicas and the rank lacks the other."""
     num_ranks, num_experts = layer.held.shape
@@ -341,7 +341,7 @@ def change_count(sharpness, random, layer):
         convert(slot, expert, sharpness, layer)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def sum_of_logs(values):
     total = 0.0
     for value in values:
@@ -349,7 +349,7 @@ def sum_of_logs(values):
     return total
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def draw(random, limit):
     """A number below `limit`, and the next state of the xorshift generator (Marsaglia 2003, 64 bits)."""
     state = random[0]

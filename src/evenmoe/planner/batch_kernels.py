@@ -9,7 +9,8 @@ and the ranks that the busiest ones can still send tokens to are a set that atta
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from evenmoe.compiled import compiled
 
 # A peak counts as the best once no rank that the busiest can send to is emptier by more than this.
 _TOLERANCE = 2e-4
@@ -18,7 +19,7 @@ _SWEEPS = 3
 _ROUNDS = 100
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _hosts(held, num_experts):
     """The experts with a choice of rank, as rows of hosts.
 
@@ -68,7 +69,7 @@ def _hosts(held, num_experts):
     return home, row_of, first[: rows + 1], rank_of, row_of_host, first_at, at
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _pour(begin, end, rank_of, flow, load):
     """Take one expert's tokens away and pour them back onto its hosts up to a common level."""
     tokens = 0.0
@@ -95,7 +96,7 @@ def _pour(begin, end, rank_of, flow, load):
         load[rank_of[host]] += flow[host]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _spread(first, rank_of, row_of_host, first_at, at, flow, load, closed, queue, via):
     """Mark in `closed` the ranks that the busiest can send tokens to; returns how many they are.
 
@@ -130,7 +131,7 @@ def _spread(first, rank_of, row_of_host, first_at, at, flow, load, closed, queue
     return size
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _settle(first, rank_of, row_of_host, first_at, at, flow, load, closed, queue, via):
     """Lower the peak of one scenario to its best, starting from any split; returns it."""
     for _ in range(_SWEEPS):
@@ -163,7 +164,7 @@ def _settle(first, rank_of, row_of_host, first_at, at, flow, load, closed, queue
     return load.max()
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def evaluate(held, tokens, floors, limit):
     """Peak of every scenario after its best split.
 
@@ -205,7 +206,7 @@ def evaluate(held, tokens, floors, limit):
     return total, peaks, closed, load
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _cut(held, tokens, closed, load):
     """What a move's bound is made of.
 
@@ -238,7 +239,7 @@ def _cut(held, tokens, closed, load):
     return hosts, outside, fixed, cut
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _bound_of_swap(a, b, i, j, tokens, closed, hosts, outside, fixed, cut, limit, floors):
     """Lower bound on the sum of the peaks when rank i gives expert a to rank j for expert b; stops above `limit`.
 
@@ -266,7 +267,7 @@ def _bound_of_swap(a, b, i, j, tokens, closed, hosts, outside, fixed, cut, limit
     return total
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _bound_of_change(a, b, i, j, tokens, closed, hosts, outside, fixed, cut, limit, floors):
     """As `_bound_of_swap` when rank j holds expert a, which rank i holds too, in the place of b."""
     total = float(cut.shape[1])
@@ -287,7 +288,7 @@ def _bound_of_change(a, b, i, j, tokens, closed, hosts, outside, fixed, cut, lim
     return total
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def candidates(held, tokens, closed, load, kept, hot, node_ranks, copies, price, limit, moves, floors):
     """Moves that may lower the peaks where rank `hot` is among the busiest, the most promising first.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from evenmoe.compiled import compiled
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def count_replicas(weight, num_slots, most):
     """Replicas int64 (E,): one each, then every further slot to the largest weight per replica, at most `most` each."""
     counts = np.ones(weight.size, np.int64)
@@ -19,7 +20,7 @@ def count_replicas(weight, num_slots, most):
     return counts
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _least(keys, used, width, has):
     """The rank with the lowest key among those with a free slot and without the expert, or −1."""
     best = -1
@@ -29,7 +30,7 @@ def _least(keys, used, width, has):
     return best
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def draft(load, spread, order, counts, priority, reserve, caution, held):
     """Fill `held` (G, n) with a placement whose replicas link as many ranks as they can; returns whether it came out.
 

@@ -9,7 +9,8 @@ loads: 1.0 is the peak nothing can beat.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from evenmoe.compiled import compiled
 
 # The weight of the squared rank loads beside the peaks: enough to leave a tie of several busiest ranks.
 _SQUARES = 0.01
@@ -19,21 +20,21 @@ _MOVES = 300
 NO_MOVE = 99
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def share_of(count, replica, world):
     """The share of its expert's tokens that a replica gets."""
     width = -(-world // count)
     return min(max(world - width * replica, 0), width) / world
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _next_count(count, world):
     """The fewest replicas whose largest share is below that of `count`; `count` itself where there are none."""
     width = -(-world // count)
     return -(-world // (width - 1)) if width > 1 else count
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def wasted(counts, most, world):
     """Replicas that no rank can choose, and the fewest more that would lower some expert's shares (a large number
     where nobody may have so many: `most` per expert)."""
@@ -48,7 +49,7 @@ def wasted(counts, most, world):
     return idle, step
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def count_reachable(weight, num_slots, most, world):
     """Replicas int64 (E,), at most `most`, that the rule reaches all of, so that the largest load of one is least.
 
@@ -82,7 +83,7 @@ def count_reachable(weight, num_slots, most, world):
     return counts
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def pack(weight, counts, held, index, world):
     """Fill `held` and `index` (G, n), the expert and its replica number in each slot: heaviest first, lightest rank."""
     num_ranks, width = held.shape
@@ -118,7 +119,7 @@ def pack(weight, counts, held, index, world):
         load[best] += heavy[piece]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _make_room(expert, held, index, used, has):
     """Every rank with a free slot holds `expert`: move something there from a full rank, and return that rank.
 
@@ -146,7 +147,7 @@ def _make_room(expert, held, index, used, has):
     return -1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def rank_loads(held, index, counts, tokens, loads, world):
     """Fill `loads` (T, G) for `tokens` (T, E); returns the goal: peaks, and a little of the squares."""
     num_ranks, width = held.shape
@@ -163,7 +164,7 @@ def rank_loads(held, index, counts, tokens, loads, world):
     return goal
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _change_of_exchange(i, j, out, into, out_share, into_share, tokens, loads, others):
     """How much the goal changes when rank i gives a replica of `out` to rank j for one of `into`."""
     change = 0.0
@@ -180,7 +181,7 @@ def _change_of_exchange(i, j, out, into, out_share, into_share, tokens, loads, o
     return change
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _busiest_three(loads, others):
     """Fill `others` (T, 5): the largest rank load and its rank, the second and its rank, the third load."""
     for window in range(loads.shape[0]):
@@ -198,7 +199,7 @@ def _busiest_three(loads, others):
                 others[window, 4] = here
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def replicate(held, index, counts, a, rank, slot):
     """Replace what a slot holds by one more replica of expert `a`; the other replicas close up."""
     b, gone = held[rank, slot], index[rank, slot]
@@ -211,7 +212,7 @@ def replicate(held, index, counts, a, rank, slot):
                 index[other, place] -= 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _best_exchange(hot, held, index, counts, tokens, loads, has, kept, copies, price, world, node_ranks):
     """The best exchange of a slot of `hot`: (change of the goal and price, slot, rank, slot, copies)."""
     width = held.shape[1]
@@ -239,7 +240,7 @@ def _best_exchange(hot, held, index, counts, tokens, loads, has, kept, copies, p
     return best
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _goal_with_replica(a, b, rank, replica_at, counts, tokens, loads, world):
     """The goal if `rank` held one more replica of `a` in the place of its replica of `b`."""
     num_windows, num_ranks = loads.shape
@@ -268,7 +269,7 @@ def _goal_with_replica(a, b, rank, replica_at, counts, tokens, loads, world):
     return goal
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _wastes(a, b, counts, most, world, idle):
     """Whether one replica of `b` less and of `a` more leaves more idle than `idle`, and somebody had use for them."""
     counts[a] += 1
@@ -279,7 +280,7 @@ def _wastes(a, b, counts, most, world, idle):
     return now > idle and now >= step
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _best_replica(hot, held, index, counts, tokens, loads, goal, kept, copies, price, world, node_ranks):
     """The best new replica of an expert of `hot`: (change of the goal and price, slot, rank, slot, copies)."""
     num_ranks, width = held.shape
@@ -309,7 +310,7 @@ def _best_replica(hot, held, index, counts, tokens, loads, goal, kept, copies, p
     return best
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _step(held, index, counts, tokens, loads, has, kept, copies, price, world, node_ranks):
     """Make the best move of a busiest rank, in place, for at most `copies` more; returns its copies, or 99 for none."""
     num_windows, num_ranks = loads.shape
@@ -344,7 +345,7 @@ def _step(held, index, counts, tokens, loads, has, kept, copies, price, world, n
     return NO_MOVE
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def improve(held, index, counts, tokens, kept, copies, price, world, node_ranks):
     """Exchange slots and make replicas, in place, until no move of a busiest rank pays; returns the mean peak.
 
@@ -383,7 +384,7 @@ def improve(held, index, counts, tokens, kept, copies, price, world, node_ranks)
     return best
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def mean_peak(loads):
     """The mean over the windows of the largest rank load."""
     total = 0.0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,23 +45,23 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def write_pictures(content: Content, folder: Path) -> list[Path]:
-    """Write par.png, load.png, replicas.png, traffic.png and time.png into `folder`, which is made if needed."""
-    folder.mkdir(parents=True, exist_ok=True)
+def draw_pictures(content: Content) -> dict[str, bytes]:
+    """Draw par.png, load.png, replicas.png, traffic.png and time.png; the bytes of each by its name."""
     pictures = {"par": _par, "load": _load, "replicas": _replicas, "traffic": _traffic, "time": _time}
     with rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn, which will do
         rcdefaults()
         rcParams.update(STYLE)
-        return [_write(draw, content, folder / f"{name}.png") for name, draw in pictures.items()]
+        return {f"{name}.png": _png(draw, content) for name, draw in pictures.items()}
 
 
-def _write(draw: Callable[[Figure, Content], None], content: Content, path: Path) -> Path:
+def _png(draw: Callable[[Figure, Content], None], content: Content) -> bytes:
     figure = Figure(figsize=(9, 4.6), dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     draw(figure, content)
-    figure.savefig(path, format="png", metadata={"Software": None})
-    return path
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def _labels(content: Content) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
+from evenmoe.io.output import made_folder, whole_files
 from evenmoe.report.content import Content
 from evenmoe.report.page import page
 from evenmoe.simulator.result import Simulation
@@ -19,7 +21,8 @@ def write_report(
 ) -> list[Path]:
     """Write one self-contained HTML page about a replay and, on request, its pictures as PNGs.
 
-    The same arguments give the same bytes. The page asks for nothing outside itself and runs no script.
+    The same arguments give the same bytes. The page asks for nothing outside itself and runs no script. All files take
+    their names once all are complete.
 
     Args:
         simulation: what was found; its first policy is the baseline.
@@ -32,14 +35,17 @@ def write_report(
         The files written, the page first.
 
     Raises:
-        OSError: a file cannot be written.
+        OSError: a file cannot be written; `filename` names it, and what was there has not changed.
     """
     content = Content(simulation, command, dict(inputs or {}))
-    path = Path(path)
-    path.write_bytes(page(content).encode("utf-8"))
-    written = [path]
-    if png_dir is not None:
-        from evenmoe.report.pictures import write_pictures  # imports matplotlib, 0.4 s that the page does not need
+    written = {Path(path): page(content).encode("utf-8", "backslashreplace")}
+    with ExitStack() as folder:
+        if png_dir is not None:
+            from evenmoe.report.pictures import draw_pictures  # imports matplotlib, 0.4 s that the page does not need
 
-        written += write_pictures(content, Path(png_dir))
-    return written
+            written |= {Path(png_dir, name): picture for name, picture in draw_pictures(content).items()}
+            folder.enter_context(made_folder(Path(png_dir)))
+        with whole_files() as files:
+            for target, data in written.items():
+                files.write(target, data)
+    return list(written)

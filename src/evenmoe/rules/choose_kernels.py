@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from evenmoe.compiled import compiled
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def choose_by_occurrence(experts, table, rank, counted, chosen):
     """Fill `chosen` (N,) for the picks `experts` (N,); `counted` is bool (N,), or empty when every pick counts.
 
@@ -29,7 +30,7 @@ def choose_by_occurrence(experts, table, rank, counted, chosen):
     return -1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def choose_by_quota(experts, table, quotas, first, counted, chosen):
     """Fill `chosen` (N,): the picks of expert e are numbered first[e], first[e] + 1, … and cut at the replicas' quotas.
 
@@ -58,7 +59,7 @@ def choose_by_quota(experts, table, quotas, first, counted, chosen):
     return -1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _advance(expert, table, quotas, replica, left):
     """Go on to the replica that takes the next pick; the last one takes whatever the quotas do not cover."""
     while left[expert] <= 0 and replica[expert] + 1 < table[expert, 0]:

@@ -14,7 +14,8 @@ G ranks takes about G² of them.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from evenmoe.compiled import compiled
 
 # Sweeps before the first levelling, and passes of chains before the next one: on zipf(1.0) loads with drift 0.3 and
 # 0.6, 256 experts in 264 to 320 slots on 8 and 32 ranks, 2…5 and 1…8 all take 5…20 µs a layer.
@@ -25,13 +26,13 @@ _CHAIN_PASSES = 4
 _LEVELLING_ROUNDS = 16
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def graph_size(num_experts, num_slots, num_ranks):
     """Entries of one layer's graph: two lengths, then the sections that `_sections` cuts out."""
     return 2 + 2 * (num_experts + 1) + 6 * num_slots + (num_ranks + 1)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _sections(graph, num_experts, num_slots, num_ranks):
     """Views of a graph, which is one array because a call pays for every array that crosses into compiled code.
 
@@ -77,7 +78,7 @@ def _sections(graph, num_experts, num_slots, num_ranks):
     )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def graphs_of(slot_to_expert, num_ranks, num_experts):
     """Graphs of all layers: slot_to_expert int64 (L, S) -> int64 (L, graph_size); no layer if an id is out of range."""
     num_layers, num_slots = slot_to_expert.shape
@@ -92,7 +93,7 @@ def graphs_of(slot_to_expert, num_ranks, num_experts):
     return graphs
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _find_hosts(slot_to_expert, num_ranks, num_experts, graph):
     num_slots = slot_to_expert.shape[0]
     slots_per_rank = num_slots // num_ranks
@@ -122,7 +123,7 @@ def _find_hosts(slot_to_expert, num_ranks, num_experts, graph):
         host_slots[host] += 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _find_replicated(graph, num_ranks, num_experts, num_slots):
     """Experts with a choice, fewest hosts first (the flexible ones then fill the gaps), and their hosts by rank."""
     first_host, _, host_rank, _, _, _, _, _, first_at_rank = _sections(graph, num_experts, num_slots, num_ranks)
@@ -151,7 +152,7 @@ def _find_replicated(graph, num_ranks, num_experts, num_slots):
                 end[host_rank[host]] += 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _pour(tokens, begin, end, host_rank, flow, load):
     """Take one expert's tokens away and pour them back onto its hosts up to a common level."""
     count = end - begin
@@ -186,14 +187,14 @@ def _pour(tokens, begin, end, host_rank, flow, load):
         load[rank] = without + share
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _sweep(num_tokens, first_host, host_rank, replicated, flow, load):
     for expert in replicated:
         if num_tokens[expert] > 0:
             _pour(num_tokens[expert], first_host[expert], first_host[expert + 1], host_rank, flow, load)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _level(first_host, host_rank, host_expert, hosts_at_rank, first_at_rank, flow, load):
     """Bring every set of ranks that share experts with tokens to one level, along a tree of such experts.
 
@@ -248,7 +249,7 @@ def _level(first_host, host_rank, host_expert, hosts_at_rank, first_at_rank, flo
             load[host_rank[take]] += amount
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _improve(first_host, host_rank, host_expert, hosts_at_rank, first_at_rank, flow, load):
     """Move tokens along chains of hosts from a rank to one with at least two tokens fewer; returns how many chains.
 
@@ -310,7 +311,7 @@ def _improve(first_host, host_rank, host_expert, hosts_at_rank, first_at_rank, f
                 step = host_rank[to_host[step]]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _balance(num_tokens, sections, flow, load):
     """Flows of one batch that make the rank loads lexicographically min-max. `flow` and `load` come in as zeros."""
     first_host, replicated, host_rank, host_expert, _, _, _, hosts_at_rank, first_at_rank = sections
@@ -332,7 +333,7 @@ def _balance(num_tokens, sections, flow, load):
                 return
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def split_layers(num_tokens, graphs, num_ranks, per_slot):
     """The best split of every layer: num_tokens int64 (L, E), graphs of `graphs_of` -> fills per_slot int64 (L, S).
 

@@ -14,6 +14,7 @@ from evenmoe.metrics import FloatArray
 IntArray = npt.NDArray[np.int64]
 
 MICROSECONDS = 1e6
+_MOST = 1e30  # of a figure: a step of 10^12 tokens then takes less than 10^78 µs, and nothing overflows
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class CostModel:
         one_row_per_rank: whether a token goes once to each destination rank; else once to each expert.
 
     Raises:
-        ConstraintError: a figure that is negative or not finite, or a speed of zero.
+        ConstraintError: a figure that is negative, not finite or beyond 1e30, or a speed below 1e-30.
 
     The defaults are round figures of an H800 node and its network: half of 990 TFLOP/s dense bf16 is achieved, 3.35
     TB/s memory, 160 GB/s NVLink and 50 GB/s network a GPU as DeepEP's README states for that machine, rows in bf16.
@@ -55,9 +56,11 @@ class CostModel:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = "more than 0" if field.name.endswith("_per_s") else "0 or more"
-            if not (np.isfinite(value) and (value > 0 if field.name.endswith("_per_s") else value >= 0)):
-                raise ConstraintError(field.name, value, f"must be finite and {least}", "state it in its unit")
+            least, rule = 0.0, f"0 or more, up to {_MOST:g}"
+            if field.name.endswith("_per_s"):
+                least, rule = 1 / _MOST, f"more than 0, from {1 / _MOST:g} to {_MOST:g}"
+            if not least <= value <= _MOST:
+                raise ConstraintError(field.name, value, f"must be finite and {rule}", "state it in its unit")
 
     @staticmethod
     def for_expert(hidden: int, expert_bytes: float, expert_flops_per_token: float, **figures: Any) -> CostModel:

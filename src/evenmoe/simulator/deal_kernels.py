@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from numba import njit
+from evenmoe.compiled import compiled
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def deal_tokens(seq_start, chunk, position, end, following, tokens):
     """Fill `tokens` int64 (lanes, chunk) with the numbers of the tokens that every lane takes in the next step.
 

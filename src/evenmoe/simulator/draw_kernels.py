@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
+
+from evenmoe.compiled import compiled
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _GUIDES = 64  # entries of the table that says where to begin looking; one per top six bits of a number
 _SIGMAS = 8.0  # beyond, a binomial count has probability below 1e-14, and numbers of 32 bits cannot tell it from zero
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def mix(value):
     """SplitMix64's output function: 64 well-mixed bits of a counter (Steele, Lea, Flood, OOPSLA 2014)."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -20,7 +21,7 @@ def mix(value):
     return value ^ (value >> np.uint64(31))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def layer_key(seed, step, layer):
     """The state that the random numbers of one layer of one step start from."""
     key = mix(np.uint64(seed) + _GOLDEN)
@@ -28,7 +29,7 @@ def layer_key(seed, step, layer):
     return mix(key + np.uint64(layer) + _GOLDEN)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def draw_counts(chance, num_tokens, seed, step, layer, counts):
     """Fill `counts` (E, G) with binomial numbers: of `num_tokens` tokens of a rank, each picks expert e by chance.
 
@@ -62,7 +63,7 @@ def draw_counts(chance, num_tokens, seed, step, layer, counts):
             counts[expert, rank] = least + place
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _tabulate(chance, num_tokens, table, guide):
     """Cumulative probabilities × 2³² of a binomial number from the returned least value on, and where to look first."""
     if chance <= 0.0 or chance >= 1.0:
@@ -96,7 +97,7 @@ def _tabulate(chance, num_tokens, table, guide):
     return least
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def share_by_row(counts, num_tokens, first, slots, seed, step, layer, per_slot):
     """Fill `per_slot` int16 or int32 (S, G) by the token rule: row i of a rank's batch takes replica i mod count.
 
@@ -120,7 +121,7 @@ def share_by_row(counts, num_tokens, first, slots, seed, step, layer, per_slot):
                 per_slot[replicas[replica]] = residues[replica]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _draw_rows(counts, num_tokens, key, residues):
     """Fill int32 (count, G): on every rank, the picking rows by row mod count."""
     taken = np.full(num_tokens, -1, np.int64)

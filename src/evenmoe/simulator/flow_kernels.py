@@ -7,12 +7,13 @@ Slot s is on rank s // (S / G), and rank g on node g // (G / nodes). A row from 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from evenmoe.compiled import compiled
 
 WITHIN, BETWEEN = range(2)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def rank_work(per_slot, num_ranks, tokens, busy):
     """Fill, per rank, the rows that it computes, int64 (G,), and how many of its slots have any, int64 (G,)."""
     slots_per_rank = per_slot.shape[0] // num_ranks
@@ -26,7 +27,7 @@ def rank_work(per_slot, num_ranks, tokens, busy):
                 busy[rank] += 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def count_rows(per_slot, ranks_per_node, sent, received):
     """Fill float64 `sent` and `received`: one row per pick."""
     num_ranks = sent.shape[1]
@@ -54,7 +55,7 @@ def count_rows(per_slot, ranks_per_node, sent, received):
         sent[BETWEEN, rank] = all_sent[rank] - near[rank]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _total(values):
     total = 0
     for i in range(values.size):
@@ -62,7 +63,7 @@ def _total(values):
     return total
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def expect_rows_once(per_slot, num_tokens, ranks_per_node, sent, received):
     """Fill the expected `sent` and `received` with one row per (token, destination rank), for counts without tokens.
 
@@ -86,7 +87,7 @@ def expect_rows_once(per_slot, num_tokens, ranks_per_node, sent, received):
         _book(row, target, ranks_per_node, sent, received)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _book(row, target, ranks_per_node, sent, received):
     """Enter the rows (G,) that each rank sends to `target`."""
     begin = target // ranks_per_node * ranks_per_node
@@ -104,7 +105,7 @@ def _book(row, target, ranks_per_node, sent, received):
     received[BETWEEN, target] = _sum(row[:begin]) + _sum(row[end:])
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _sum(values):
     """In four parts: a single sum waits for every addition, and this runs for every pair of ranks."""
     whole = values.size // 4 * 4
@@ -119,7 +120,7 @@ def _sum(values):
     return (a + b) + (c + d)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def count_rows_once(chosen, slots_per_rank, ranks_per_node, sent, received):
     """Fill float64 `sent` and `received` with one row per (token, destination rank): chosen int32 (G, B, K)."""
     num_ranks, num_tokens, top_k = chosen.shape

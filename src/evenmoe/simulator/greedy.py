@@ -9,8 +9,8 @@ replicas of an expert off one rank, and nothing looks at the placement in use.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from evenmoe.compiled import compiled
 from evenmoe.metrics import FloatArray
 from evenmoe.placement import IntArray
 
@@ -47,7 +47,7 @@ def plan_greedy(load: FloatArray, num_ranks: int, num_slots: int, num_nodes: int
     return slots
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def replicate(load, num_slots):
     """The expert of each replica, int64 (S,), and the load of each replica, float64 (S,); the first E are 0…E−1."""
     num_experts = load.size
@@ -66,7 +66,7 @@ def replicate(load, num_slots):
     return owner, load[owner] / counts[owner]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def pack(weights, num_bins):
     """Which items each bin gets, int64 (bins, items / bins): heaviest first, to the lightest bin that has room."""
     width = weights.size // num_bins

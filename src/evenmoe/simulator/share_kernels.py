@@ -6,12 +6,13 @@ A layer's replicas are two arrays: replica q of expert e is slot `slots[first[e]
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from evenmoe.compiled import compiled
 
 RANK, TOKEN, OCCURRENCE, BATCH, EVEN = range(5)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def count_picks(experts, counts):
     """Add picks to `counts` int16 or int32 (E, G): experts integers (G, B, K)."""
     num_ranks, num_tokens, top_k = experts.shape
@@ -22,7 +23,7 @@ def count_picks(experts, counts):
                 counts[experts[rank, token, k], rank] += 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def choose_slots(experts, first, slots, rule, quotas, chosen):
     """Fill `chosen` int32 (G, B, K) with the slot of every pick.
 
@@ -64,7 +65,7 @@ def choose_slots(experts, first, slots, rule, quotas, chosen):
                 chosen[rank, token, k] = slots[first[expert] + replica]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def count_chosen(chosen, per_slot):
     """Fill `per_slot` int16 or int32 (S, G) with the picks that each slot takes from each source rank."""
     per_slot[:] = 0
@@ -74,7 +75,7 @@ def count_chosen(chosen, per_slot):
                 per_slot[chosen[rank, token, k], rank] += 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def share_counts(counts, first, slots, rule, quotas, per_slot):
     """Fill `per_slot` int16 or int32 (S, G) with the picks that each slot takes from each source rank, from counts.
 
@@ -103,7 +104,7 @@ def share_counts(counts, first, slots, rule, quotas, per_slot):
             _deal(picks, expert, replicas, rule == OCCURRENCE, per_slot)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _deal(picks, expert, replicas, by_rank, per_slot):
     """Deal the picks of one expert in turn: on every rank anew from replica (rank + expert), or once for all."""
     count = replicas.size
@@ -127,7 +128,7 @@ def _deal(picks, expert, replicas, by_rank, per_slot):
             served[rank] = whole[rank] + (1 if ahead < rest[rank] else 0)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _cut(picks, replicas, quotas, per_slot):
     """Cut the line of one expert's picks, rank after rank, at the quotas; the last replica takes what is left."""
     for slot in replicas:

@@ -18,11 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.errors import ConstraintError, FileFormatError
+from evenmoe.io.output import whole_file
 from evenmoe.placement import Placement
 from evenmoe.rules.shares import RULES
 from evenmoe.simulator.result import Details, PolicyResult, Simulation, Traffic
 
 VERSION = 1
+MOST = 1e100  # of a time or a ratio, so that no sum, square or quotient that is shown overflows
+_MOST_COUNTED = 1 << 62
 _MOST_JSON = 1 << 24  # bytes; a hundred policies need less than a hundredth
 
 # Fields that are arrays: their dtype, and their axes by the letters of `result`. R is free.
@@ -41,10 +44,10 @@ _PLACEMENT = {"slots": ("<i4", "LS"), "order": ("<i4", "LS")}
 
 
 def save_simulation(path: str | Path, simulation: Simulation) -> None:
-    """Write `simulation` to `path`, replacing a file there.
+    """Write `simulation` to `path`; a file there is replaced once the new one is complete.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; `filename` names it, and what was there has not changed.
     """
     arrays: dict[str, npt.NDArray[Any]] = {name: getattr(simulation, name) for name in _ARRAYS}
     policies = []
@@ -80,8 +83,9 @@ def save_simulation(path: str | Path, simulation: Simulation) -> None:
         "empty_windows": simulation.empty_windows,
         "policies": policies,
     }
-    text = json.dumps(head, ensure_ascii=False, allow_nan=False).encode()
-    with Path(path).open("wb") as file:  # an open file, because savez adds .npz to a path
+    # A file's name may hold bytes that are no text: escaped as JSON does, it is read back as it was.
+    text = json.dumps(head, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace")
+    with whole_file(path) as file:
         np.savez(file, allow_pickle=False, simulation=np.frombuffer(text, np.uint8), **arrays)
 
 
@@ -222,6 +226,10 @@ def _array(
         raise _refuse(path, f"`{name}` with a value that is not finite", "must hold finite numbers", _AGAIN)
     if array.size and array.min() < 0:
         raise _refuse(path, f"`{name}` with {array.min()}", "must not be negative", _AGAIN)
+    if array.dtype.kind == "f" and array.max(initial=0.0) > MOST:
+        raise _refuse(path, f"`{name}` with {array.max()}", f"must hold numbers up to {MOST}", _AGAIN)
+    if array.dtype.kind == "i" and array.sum(dtype=np.float64) >= _MOST_COUNTED:
+        raise _refuse(path, f"`{name}` with {array.max()}", "must hold counts, fewer than 2**62 together", _AGAIN)
     sizes.update(zip(axes, shape, strict=True))
     return array
 
@@ -251,8 +259,8 @@ def _rows(path: Path, head: dict[str, Any], key: str) -> list[list[str]]:
 
 def _whole(path: Path, entry: dict[str, Any], key: str, least: int = 1) -> int:
     value = entry.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise _refuse(path, f"with `{key}` {value!r}", f"must be a whole number, {least} or more", _AGAIN)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < _MOST_COUNTED:
+        raise _refuse(path, f"with `{key}` {value!r}", f"must be a whole number, {least} or more, below 2**62", _AGAIN)
     return value
 
 

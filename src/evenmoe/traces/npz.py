@@ -58,18 +58,32 @@ def read_metadata(archive: zipfile.ZipFile, refuse: Refuse) -> dict[str, Scalar]
                 "must be one text",
                 "store json.dumps of a flat object",
             )
-        if dtype.itemsize > 4 * _LARGEST_TEXT:
-            raise refuse(
-                f"`metadata` of {dtype.itemsize // 4} characters",
-                f"must be at most {_LARGEST_TEXT} characters",
-                "store less",
-            )
+        _check_length(dtype.itemsize // 4, refuse)
         text = str(np.frombuffer(stream.read(), dtype)[0]) if dtype.itemsize else ""
+    return parse_metadata(text, refuse)
+
+
+def parse_metadata(text: str, refuse: Refuse) -> dict[str, Scalar]:
+    """The flat JSON object that `text` is."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise refuse(f"`metadata` that is not JSON ({error})", "must be a JSON object", "write it again") from error
     return check_metadata(values, refuse)
+
+
+def metadata_text(values: Mapping[str, Scalar], refuse: Refuse) -> str:
+    """What `parse_metadata` reads, no longer than `read_metadata` takes."""
+    text = json.dumps(values)
+    _check_length(len(text), refuse)
+    return text
+
+
+def _check_length(characters: int, refuse: Refuse) -> None:
+    if characters > _LARGEST_TEXT:
+        raise refuse(
+            f"`metadata` of {characters} characters", f"must be at most {_LARGEST_TEXT} characters", "store less"
+        )
 
 
 def check_metadata(values: object, refuse: Refuse) -> dict[str, Scalar]:

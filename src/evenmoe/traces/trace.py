@@ -17,10 +17,9 @@ thousand steps) is the recorder's choice. `evenmoe synthesise` writes the keys "
 
 from __future__ import annotations
 
-import json
-import os
+import dataclasses
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -29,9 +28,22 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.errors import FileFormatError
-from evenmoe.traces.npz import Refuse, Scalar, archive_bytes, check_metadata, read_integers, read_metadata
+from evenmoe.io.output import whole_file
+from evenmoe.traces.npz import (
+    Refuse,
+    Scalar,
+    archive_bytes,
+    check_metadata,
+    metadata_text,
+    read_integers,
+    read_metadata,
+)
 
-_MOST_TOKENS = 1 << 62  # in a file, so that no sum overflows
+#: The arrays of a trace, in the order in which its file holds them; all but the first may be missing.
+ARRAYS = ("load", "routing", "seq_start", "load_by_rank", "layer_ids")
+
+#: In a file, so that no sum overflows.
+MOST_TOKENS = 1 << 62
 _TOKENS_AT_ONCE = 1 << 12  # of `routing`, checked together: 58 layers with top-8 are then 4 MB
 
 
@@ -76,6 +88,21 @@ class Trace:
         """K, where the tokens are known."""
         return None if self.routing is None else self.routing.shape[2]
 
+    def of_layers(self, layers: Sequence[int]) -> Trace:
+        """The trace of these layers alone, by row, in the given order.
+
+        >>> Trace("two", np.array([[[1, 0], [0, 1]]])).of_layers([1]).load.tolist()
+        [[[0, 1]]]
+        """
+        rows = list(layers)
+        return dataclasses.replace(
+            self,
+            load=self.load[:, rows],
+            routing=None if self.routing is None else self.routing[:, rows],
+            load_by_rank=None if self.load_by_rank is None else self.load_by_rank[:, :, rows],
+            layer_ids=None if self.layer_ids is None else self.layer_ids[rows],
+        )
+
 
 def load_trace(path: str | Path) -> Trace:
     """Read a trace file; its name without the ending becomes the trace's.
@@ -103,10 +130,7 @@ def read_trace(file: BinaryIO, name: str, place: str) -> Trace:
 
     try:
         with zipfile.ZipFile(file) as archive:
-            arrays = {
-                array: read_integers(archive, array, refuse)
-                for array in ("load", "routing", "seq_start", "load_by_rank", "layer_ids")
-            }
+            arrays = {name: array for name in ARRAYS if (array := read_integers(archive, name, refuse)) is not None}
             metadata = read_metadata(archive, refuse)
             names = ", ".join(sorted(member.removesuffix(".npy") for member in archive.namelist())) or "nothing"
     except FileFormatError:
@@ -116,10 +140,9 @@ def read_trace(file: BinaryIO, name: str, place: str) -> Trace:
         raise refuse(
             f"not an intact .npz file ({reason})", "must be a numpy .npz", "write it with numpy.savez"
         ) from error
-    load = arrays.pop("load")
-    if load is None:
+    if "load" not in arrays:
         raise refuse(f"a file of {names}", "must hold `load`", "record loads first")
-    return _checked(name, load, **arrays, metadata=metadata, refuse=refuse)
+    return checked_trace(name, arrays, metadata, refuse)
 
 
 def save_trace(path: str | Path, trace: Trace) -> None:
@@ -130,16 +153,11 @@ def save_trace(path: str | Path, trace: Trace) -> None:
 
     Raises:
         FileFormatError: the trace's arrays do not fit each other, in the words of `load_trace`; nothing is written.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; `filename` names it, and what was there has not changed.
     """
-    path = Path(path)
     data = trace_bytes(trace, str(path))
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        unfinished.write_bytes(data)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(data)
 
 
 def trace_bytes(trace: Trace, place: str) -> bytes:
@@ -148,23 +166,29 @@ def trace_bytes(trace: Trace, place: str) -> bytes:
     def refuse(value: str, rule: str, fix: str) -> FileFormatError:
         return FileFormatError(place, value, rule, fix)
 
-    arrays = {
-        name: np.asarray(getattr(trace, name))
-        for name in ("load", "routing", "seq_start", "load_by_rank", "layer_ids")
-        if getattr(trace, name) is not None
-    }
-    for name, array in arrays.items():
-        if array.dtype.kind not in "iu":
-            raise refuse(f"`{name}` of dtype {array.dtype}", "must hold integers", "convert it with .astype(np.int64)")
-    checked = _checked(trace.name, **arrays, metadata=trace.metadata, refuse=refuse)
+    arrays = {name: np.asarray(array) for name in ARRAYS if (array := getattr(trace, name)) is not None}
+    checked = checked_trace(trace.name, arrays, trace.metadata, refuse)
     stored = {
         name: array if name == "routing" or array.max(initial=0) >= 1 << 31 else array.astype(np.int32)
         for name in arrays
         if (array := getattr(checked, name)) is not None
     }
     if checked.metadata:
-        stored["metadata"] = np.array(json.dumps(checked.metadata))
+        stored["metadata"] = np.array(metadata_text(checked.metadata, refuse))
     return archive_bytes(stored)
+
+
+def checked_trace(name: str, arrays: Mapping[str, npt.NDArray[np.generic]], metadata: object, refuse: Refuse) -> Trace:
+    """The trace of these of `ARRAYS`, or what `refuse` makes of the first thing that is wrong with them.
+
+    This is what a trace file may hold, whoever unpacked it.
+    """
+    for array_name, array in arrays.items():
+        if array.dtype.kind not in "iu":
+            raise refuse(
+                f"`{array_name}` of dtype {array.dtype}", "must hold integers", "convert it with .astype(np.int64)"
+            )
+    return _checked(name, **arrays, metadata=metadata, refuse=refuse)  # pyright: ignore[reportArgumentType]
 
 
 def _checked(
@@ -205,7 +229,7 @@ def _check_load(load: npt.NDArray[np.integer], refuse: Refuse) -> npt.NDArray[np
             "must be (windows, layers, experts), no axis empty",
             "record one row of experts per window and layer",
         )
-    if load.min() < 0 or load.sum(dtype=np.float64) >= _MOST_TOKENS:
+    if load.min() < 0 or load.sum(dtype=np.float64) >= MOST_TOKENS:
         raise refuse(
             f"`load` with counts from {load.min()} to {load.max()}",
             "must hold token counts, not negative, fewer than 2**62 together",
@@ -272,7 +296,7 @@ def _check_load_by_rank(
             f"must be ({windows}, ranks, {layers}, {experts}), as `load` is",
             "record the ranks' loads of the same windows",
         )
-    if by_rank.min() < 0 or by_rank.sum(dtype=np.float64) >= _MOST_TOKENS:
+    if by_rank.min() < 0 or by_rank.sum(dtype=np.float64) >= MOST_TOKENS:
         raise refuse(
             f"`load_by_rank` with counts from {by_rank.min()} to {by_rank.max()}",
             "must hold token counts, not negative, fewer than 2**62 together",

@@ -180,7 +180,7 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     with pytest.raises(ConstraintError, match="cc1plus: error: unrecognized option"):
         build.build_tree(tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()  # nor is the folder left that was made for it
 
 
 def test_a_directory_that_cannot_be_written_is_refused_on_the_command_line(tmp_path: Path) -> None:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 
 from evenmoe.ascend.cann.sources import digest, header_texts, source_texts
 from evenmoe.errors import ConstraintError
+from evenmoe.io.output import made_folder, scratch_folder, undone_by_exit, whole_folder
 
 CORE = "evenmoe_cann"
 LIBRARIES = ("ascendcl", "nnopbase", "opapi", "op_common", "hccl")
 _MARKER = "evenmoe.txt"
+#: What a compiler says, or a shell of the program that it started, where it could not write its files.
+_NO_ROOM = {
+    errno.ENOSPC: (os.strerror(errno.ENOSPC),),
+    errno.EDQUOT: (os.strerror(errno.EDQUOT),),
+    errno.EFBIG: (os.strerror(errno.EFBIG), "File size limit exceeded"),
+}
 _SETENV = """\
 # Sourced by bash: lets programs be compiled against this tree, and find its libraries when they run.
 ASCEND_TOOLKIT_HOME="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -48,14 +56,9 @@ def build_tree(out: Path) -> Path:
             "out", out, f"must not hold another `{latest.name}` than one written by this command", "use another DIR"
         )
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".evenmoe-", dir=out) as scratch:
-            tree = Path(scratch, "latest")
+        with made_folder(out), whole_folder(latest, replace=True) as tree, scratch_folder(out) as scratch:
             _write_texts(tree)
-            _compile(compiler, tree, Path(scratch))
-            if latest.exists():
-                latest.rename(Path(scratch, "before"))
-            tree.rename(latest)
+            _compile(compiler, tree, scratch)
     except OSError as error:
         raise ConstraintError(
             "out", out, f"must be a directory that can be written ({error.strerror})", "use another DIR"
@@ -91,10 +94,25 @@ def _compile(compiler: str, tree: Path, scratch: Path) -> None:
         target = lib64 / f"lib{name}.so"
         soname = [f"-Wl,-soname,{target.name}", "-Wl,-rpath,$ORIGIN", "-Wl,--no-undefined"]
         command = [*common, str(source), "-o", str(target), *soname, *own]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-        if done.returncode:
-            first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
+        returncode, errors = _run(command)
+        if returncode:
+            for number, texts in _NO_ROOM.items():
+                if any(text in errors for text in texts):
+                    raise OSError(number, os.strerror(number))
+            first = next((line for line in errors.splitlines() if "error" in line), errors.strip())
             raise ConstraintError("g++", f"{compiler}: {first}", "must compile C++17", "use a newer compiler")
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    """A command's exit code and standard error; it does not outlive an interrupt."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process, undone_by_exit(process.kill):
+        try:
+            errors = process.communicate()[1]
+        except BaseException:
+            process.kill()
+            raise
+    return process.returncode, errors
 
 
 def _compiler() -> str:

@@ -25,6 +25,6 @@ def cann(
 
     tree = build_tree(out)
     if as_json:
-        typer.echo(json.dumps({"tree": str(tree), "setenv": str(tree / "bin" / "setenv.bash")}))
+        print(json.dumps({"tree": str(tree), "setenv": str(tree / "bin" / "setenv.bash")}))
     else:
-        typer.echo(f"source {tree}/bin/setenv.bash")
+        print(f"source {tree}/bin/setenv.bash")

@@ -23,7 +23,7 @@ from evenmoe.formats.catalogue import FORMATS
 
 def _list_formats(wanted: bool) -> None:
     if wanted:
-        typer.echo(format_table())
+        print(format_table())
         raise typer.Exit
 
 
@@ -41,7 +41,13 @@ def convert(
     layers: Layers = None,
     first_layer: Annotated[
         int | None,
-        typer.Option(help="The model's number of the first row, for formats that count dense layers.", min=0),
+        typer.Option(help="The model's first MoE layer: 3 for DeepSeek-V3, 0 without dense layers.", min=0),
+    ] = None,
+    hidden_layers: Annotated[
+        int | None,
+        typer.Option(
+            help="The model's hidden layers, from whose number its MTP layers count: 61 for DeepSeek-V3.", min=1
+        ),
     ] = None,
     num_layers: NumLayers = None,
     slots: Slots = None,
@@ -74,4 +80,5 @@ def convert(
         num_layers=num_layers,
         num_slots=slots,
         shared_devices=shared_devices,
+        num_hidden_layers=hidden_layers,
     )

@@ -20,6 +20,10 @@ def diff(
     ranks: Ranks = None,
     experts: Experts = None,
     layers: Layers = None,
+    first_layer: Annotated[
+        int | None,
+        typer.Option(help="The model's first MoE layer, where only one file counts dense layers.", min=0),
+    ] = None,
     num_layers: NumLayers = None,
     slots: Slots = None,
     shared_devices: SharedDevices = None,
@@ -42,5 +46,6 @@ def diff(
         num_experts=experts,
         num_layers=num_layers,
         num_slots=slots,
+        first_layer=first_layer,
         shared_devices=shared_devices,
     )

@@ -14,12 +14,12 @@ _PARAMETERS = "In place of what was fitted to measured traces"
 
 def _list_models(wanted: bool) -> None:
     if wanted:
-        typer.echo(
+        print(
             f"{'model':<18} {'MoE layers':<16} {'experts':>7} {'top-k':>5} {'hidden':>6} {'inner':>6} {'MB/expert':>9}"
         )
         for shape in MODELS.values():
             layers = f"{shape.num_layers} ({shape.layer_ids[0]}-{shape.layer_ids[-1]})"
-            typer.echo(
+            print(
                 f"{shape.name:<18} {layers:<16} {shape.num_experts:>7} {shape.top_k:>5} {shape.hidden:>6} "
                 f"{shape.intermediate:>6} {shape.expert_bytes / 1e6:>9.1f}"
             )

@@ -1,0 +1,53 @@
+"""`compiled`: how every kernel is compiled by numba, with a cache on disk wherever there is room for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from numba import njit
+from numba.core.caching import FunctionCache
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def compiled(function: Function) -> Function:
+    """Compile a function when it is first called, without the interpreter's lock.
+
+    The machine code is kept beside the source or in the user's cache folder. Where neither can be written, as in a
+    read-only installation without a home, or where the disk is full, it is kept for this process only.
+
+    >>> @compiled
+    ... def double(x):
+    ...     return 2 * x
+    >>> double(21)
+    42
+    """
+    decorate: Any = njit(nogil=True)
+    dispatcher = decorate(function)
+    if hasattr(dispatcher, "enable_caching"):  # numba gives the function back where compiling is switched off
+        with suppress(RuntimeError):  # "no locator available": no folder can be written
+            dispatcher._cache = _Cache(function)  # as `cache=True` does with a cache that may raise
+    return dispatcher
+
+
+class _Cache(FunctionCache):
+    """A cache whose files may be damaged, and whose disk may fill up, without failing the call.
+
+    Exceptions are caught broadly: a damaged file raises whatever pickle, numba or LLVM make of it.
+    """
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:
+            with suppress(OSError):
+                self.flush()  # else the damaged index would keep its place, and nothing would be cached again
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except Exception:
+            self.disable()

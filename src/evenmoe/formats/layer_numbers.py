@@ -1,0 +1,309 @@
+"""Which row of a file is which layer of the model: dense layers, MoE layers, and those of multi-token prediction (MTP).
+
+A model with H hidden layers numbers them 0 to H - 1. Some are dense, the first few in most models, and the rest are MoE
+layers; its MTP layers, where it has any, are H, H + 1, …. A file numbers its rows in one of three ways:
+    MoE layers alone, counted from 0;
+    the model's own numbers, MoE layers alone;
+    a row for every hidden layer, dense ones too (`Format.dense_rows`), which does not say which are dense.
+What a file does not say, `Options.first_layer` and `Options.num_hidden_layers` do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from evenmoe.errors import ConstraintError, MissingArgumentError
+from evenmoe.formats.catalogue import FORMATS, Format
+from evenmoe.formats.contents import Contents, IntArray, Options, Raw, RawMap, WriteOptions
+from evenmoe.formats.document import Document
+from evenmoe.placement import Placement, layers_of
+
+#: In `metadata` of a placement: its rows are every hidden layer, and which of them are dense is not known.
+DENSE_ROWS = "has_dense_rows"
+#: In `metadata`: H, where it is known.
+HIDDEN_LAYERS = "num_hidden_layers"
+#: In `metadata` of a placement: the slots of its MTP layers (M, P), which are no rows of the placement itself.
+MTP_LAYERS = "mtp_layers"
+
+#: A layer's number is smaller: a file with a row for every hidden layer could not be written otherwise.
+MOST_LAYERS = 1 << 16
+
+
+def number_rows(document: Document, entry: Format, raw: Raw, options: Options) -> Raw:
+    """The file as it is, with what `first_layer` and `num_hidden_layers` say about its rows.
+
+    Raises FileFormatError where they contradict it.
+    """
+    if isinstance(raw, RawMap):
+        if options.first_layer is not None:
+            raw = _from_first(document, entry, raw, options.first_layer)
+        if options.num_hidden_layers is not None:
+            raw = _mark_mtp(document, raw, options.num_hidden_layers)
+    elif options.first_layer is not None:
+        _check_first(document, raw.layer_ids, options.first_layer)
+        if raw.layer_ids is None:
+            raw.layer_ids = _count_from(options.first_layer, raw.load.shape[1])
+    if options.num_hidden_layers is not None:
+        stated = raw.metadata.get(HIDDEN_LAYERS, options.num_hidden_layers)
+        if stated != options.num_hidden_layers:
+            raise document.refuse(
+                f"of {stated} hidden layers",
+                f"must have the {options.num_hidden_layers} that num_hidden_layers (--hidden-layers) says",
+                "leave that out, or correct it",
+            )
+        raw.metadata[HIDDEN_LAYERS] = options.num_hidden_layers
+    return raw
+
+
+def row_numbers(raw: Raw) -> tuple[int, ...]:
+    """A number for every row, MTP layers too: the model's where it is known, otherwise counted from 0."""
+    return raw.layer_ids or _count_from(0, len(raw.slots) if isinstance(raw, RawMap) else raw.load.shape[1])
+
+
+def choose_rows(raw: RawMap, rows: Sequence[int]) -> RawMap:
+    """Only these rows of a placement, in ascending order."""
+    main = len(raw.slots) - raw.mtp_layers
+    numbers = row_numbers(raw)
+    remaining = {numbers[row] for row in rows}
+    return dataclasses.replace(
+        raw,
+        slots=[raw.slots[row] for row in rows],
+        rank_sizes=raw.rank_sizes and [raw.rank_sizes[row] for row in rows],
+        replica_index=raw.replica_index and [raw.replica_index[row] for row in rows],
+        layer_ids=raw.layer_ids and tuple(raw.layer_ids[row] for row in rows),
+        mtp_layers=sum(row >= main for row in rows),
+        # Whoever chooses rows says which are MoE layers.
+        metadata={name: value for name, value in raw.metadata.items() if name != DENSE_ROWS},
+        findings=[finding for finding in raw.findings if finding.layer is None or finding.layer in remaining],
+    )
+
+
+def apart_from_mtp(placement: Placement, mtp_layers: int) -> tuple[Placement, IntArray]:
+    """The placement without its last `mtp_layers` rows, and the slots of those."""
+    main = placement.num_layers - mtp_layers
+    return layers_of(placement, range(main)), placement.slot_to_expert[main:].astype(np.int64)
+
+
+def for_target(value: Placement, entry: Format, options: WriteOptions) -> Placement:
+    """The placement's MoE layers, for the format; its MTP layers go to `options`.
+
+    Raises ConstraintError where a row would be lost, or become another layer.
+    """
+    if options.metadata.get(DENSE_ROWS) and not entry.dense_rows:
+        raise ConstraintError(
+            "first_layer",
+            "not given",
+            "must say which is the model's first MoE layer: the placement has a row for every hidden layer, dense ones "
+            f"too, and {entry.name} has rows for MoE layers alone",
+            "pass first_layer (--first-layer), 3 for DeepSeek-V3 and 0 for a model without dense layers, or choose the "
+            "MoE layers with layers (--layers)",
+        )
+    value, slots = _mtp_slots(value, options)
+    if len(slots) and not entry.mtp_layers:
+        fitting = ", ".join(name for name, known in FORMATS.items() if known.mtp_layers)
+        raise ConstraintError(
+            "format",
+            entry.name,
+            "must have a place for the layer of multi-token prediction (MTP) that the placement has",
+            f"use one of {fitting}, or leave the MTP layer out with layers (--layers first:end)",
+        )
+    options.mtp_slots = list(slots)
+    return value
+
+
+def note_new_numbers(entry: Format, options: WriteOptions) -> None:
+    """Note layer numbers that the format does not hold, because it counts MoE layers from 0."""
+    numbers = options.layer_ids
+    if numbers is None or numbers == _count_from(0, len(numbers)) or entry.model_layers or entry.optional_layers:
+        return
+    options.notes.append(f"numbered layers {ranges(numbers)} from 0: the format counts MoE layers")
+
+
+def check_hidden_layers_matter(contents: Contents, target: Format, options: Options) -> None:
+    """Raise ConstraintError where `num_hidden_layers` neither tells rows apart nor is written: it would do nothing."""
+    given = options.num_hidden_layers
+    if given is None:
+        return
+    if contents.kind == "placement":
+        matters = contents.layer_ids is not None or target.model_layers or target.optional_layers
+    else:
+        matters = target.kept_metadata is None or HIDDEN_LAYERS in target.kept_metadata
+    if not matters:
+        raise ConstraintError(
+            HIDDEN_LAYERS,
+            given,
+            f"must be left out: this {contents.kind} is read and written to {target.name} without it",
+            "leave num_hidden_layers (--hidden-layers) out",
+        )
+
+
+def _mtp_slots(value: Placement, options: WriteOptions) -> tuple[Placement, IntArray]:
+    """The placement's MoE layers, and the slots of the MTP layers: those of `metadata`, or its rows behind the last."""
+    given = options.metadata.get(MTP_LAYERS, [])
+    if any(len(row) != value.num_slots for row in given):
+        raise ConstraintError(
+            MTP_LAYERS,
+            f"{len(given)} layers of {' or '.join(sorted({str(len(row)) for row in given}))} slots",
+            f"must have the {value.num_slots} slots of the placement",
+            "leave it out of the metadata, or plan the MTP layer for as many slots",
+        )
+    slots = np.array(given, np.int64).reshape(len(given), value.num_slots)
+    hidden = options.num_hidden_layers
+    behind = sum(number >= hidden for number in options.layer_ids) if hidden and options.layer_ids else 0
+    if not behind:
+        return value, slots
+    assert options.layer_ids is not None
+    if behind == value.num_layers or len(slots):
+        raise ConstraintError(
+            HIDDEN_LAYERS,
+            hidden,
+            f"must be larger than the number of the last MoE layer, {options.layer_ids[-1]}",
+            "correct num_hidden_layers (--hidden-layers)",
+        )
+    options.layer_ids = options.layer_ids[:-behind]
+    return apart_from_mtp(value, behind)
+
+
+def mtp_numbers(options: WriteOptions) -> list[int]:
+    """The model's number of each of `options.mtp_slots`. Raises ConstraintError where it is not known."""
+    if not options.mtp_slots:
+        return []
+    if options.num_hidden_layers is None:
+        raise MissingArgumentError(
+            HIDDEN_LAYERS,
+            "not given",
+            "must say the number of the layer of multi-token prediction (MTP), which follows the hidden layers",
+            "pass num_hidden_layers (--hidden-layers), 61 for DeepSeek-V3, or leave the MTP layer out with layers "
+            "(--layers first:end)",
+        )
+    return [options.num_hidden_layers + i for i in range(len(options.mtp_slots))]
+
+
+def common_layers(
+    previous: Contents, placement: Contents
+) -> tuple[Placement, Placement, tuple[int, ...] | None, list[str]]:
+    """The layers of two placements that belong together: found by number where both are numbered, else in order.
+
+    Returns:
+        Both placements, row by row the same layers; the layers' numbers, None where they are merely counted; and a
+        sentence for rows that were left out because only one of the two has a row for dense layers.
+
+    Raises ConstraintError where a MoE layer of one is missing from the other.
+    """
+    assert previous.placement is not None
+    assert placement.placement is not None
+    ours, theirs = placement.layer_ids, previous.layer_ids
+    if ours is None or theirs is None or ours == theirs:
+        return previous.placement, placement.placement, ours or theirs, []
+    notes = []
+    for name, contents, others in (("the previous placement", previous, ours), ("the placement", placement, theirs)):
+        assert contents.layer_ids is not None
+        absent = sorted(set(contents.layer_ids) - set(others))
+        if not absent:
+            continue
+        if len(absent) == len(contents.layer_ids) or not contents.metadata.get(DENSE_ROWS):
+            raise ConstraintError(
+                "layers",
+                f"{ranges(absent)} in {name} alone",
+                "must be the same in both",
+                "choose those that both have with layers (--layers), or name placements of one model",
+            )
+        notes.append(f"left out the rows {ranges(absent)} of {name}, taken for dense layers: the other has none")
+    common = tuple(number for number in ours if number in set(theirs))
+    before = layers_of(previous.placement, [theirs.index(number) for number in common])
+    return before, layers_of(placement.placement, [ours.index(number) for number in common]), common, notes
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Text for numbers in ascending order.
+
+    >>> ranges([0, 1, 2, 5])
+    '0-2, 5'
+    """
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
+
+
+def _from_first(document: Document, entry: Format, raw: RawMap, first: int) -> RawMap:
+    if raw.layer_ids is None:
+        raw.layer_ids = _count_from(first, len(raw.slots))
+        raw.findings = [
+            dataclasses.replace(f, layer=None if f.layer is None else f.layer + first) for f in raw.findings
+        ]
+        return raw
+    if not entry.dense_rows:
+        _check_first(document, raw.layer_ids, first)
+        return raw
+    kept = [row for row, number in enumerate(raw.layer_ids) if number >= first]
+    if not kept:
+        raise document.refuse(
+            f"of {len(raw.slots)} layers",
+            f"must have a row for layer {first}, the first MoE layer",
+            "check first_layer (--first-layer)",
+        )
+    if first:
+        raw.notes.append(f"left out layers {ranges(range(first))}, which are dense: the first MoE layer is {first}")
+    chosen = choose_rows(raw, kept)
+    assert chosen.layer_ids is not None
+    trivial = [number for number, slots in zip(chosen.layer_ids, chosen.slots, strict=True) if is_trivial(slots)]
+    if 0 < len(trivial) < len(kept):
+        raw.notes.append(
+            f"took layers {ranges(trivial)} for MoE layers: they have the trivial map, as dense layers do; "
+            "--layers chooses others"
+        )
+    return chosen
+
+
+def is_trivial(slots: np.ndarray) -> bool:
+    """Whether slot i holds expert i mod E."""
+    experts = min(int(slots.max(initial=0)), len(slots)) + 1
+    return np.array_equal(slots, np.arange(len(slots)) % max(1, experts))
+
+
+def _mark_mtp(document: Document, raw: RawMap, hidden: int) -> RawMap:
+    if raw.layer_ids is None:
+        return raw
+    main = raw.layer_ids[: len(raw.layer_ids) - raw.mtp_layers]
+    behind = sum(number >= hidden for number in main)
+    if behind == len(main) or (behind and raw.mtp_layers):
+        raise document.refuse(
+            f"with MoE layers {ranges(main)}",
+            f"must have those below {hidden}, the number of hidden layers",
+            "check num_hidden_layers (--hidden-layers)",
+        )
+    return dataclasses.replace(raw, mtp_layers=raw.mtp_layers + behind)
+
+
+def _check_first(document: Document, layer_ids: tuple[int, ...] | None, first: int) -> None:
+    if layer_ids is not None and layer_ids[0] != first:
+        raise document.refuse(
+            f"with layer {layer_ids[0]} as its first",
+            f"must begin with layer {first}, as first_layer (--first-layer) says",
+            "leave that out: the file numbers the model's layers itself",
+        )
+
+
+def _count_from(first: int, count: int) -> tuple[int, ...]:
+    return tuple(range(first, first + count))
+
+
+def check_hidden_layers(value: object) -> int | None:
+    """`value`, if it is a number of hidden layers, or None. Raises ConstraintError."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= MOST_LAYERS:
+        raise ConstraintError(
+            HIDDEN_LAYERS,
+            repr(value)[:40],
+            f"must be a whole number from 1 to {MOST_LAYERS}",
+            "pass the model's number of hidden layers, 61 for DeepSeek-V3",
+        )
+    return int(value)
