@@ -21,8 +21,13 @@ import torch.distributed as dist
 import evenmoe as em
 from evenmoe.placement import identity_placement
 
-RANKS, STEPS = 4, 7
-SHAPES = {"H 7168, E 256, T 512": (512, 7168, 256), "H 2048, E 64, T 512": (512, 2048, 64), "T 16": (16, 7168, 256)}
+RANKS, STEPS = 4, 15
+SHAPES = {
+    "H 7168, E 256, T 512": (512, 7168, 256),
+    "H 2048, E 64, T 512": (512, 2048, 64),
+    "H 7168, E 256, T 16": (16, 7168, 256),
+    "H 2048, E 64, T 16": (16, 2048, 64),
+}
 TOP_K = 8
 Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, list[float]], torch.Tensor]
 
