@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,7 +88,7 @@ def _computes(called: Any) -> bool:
 
 def _lines(injection: Injection) -> Callable[[FrameType, str, Any], Any]:
     def trace_lines(frame: FrameType, event: str, _: Any) -> Any:
-        if event == "line":
+        if event == "line" and not _enters_or_leaves(frame):
             injection.happens(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
         return trace_lines
 
@@ -95,6 +96,14 @@ def _lines(injection: Injection) -> Callable[[FrameType, str, Any], Any]:
         return trace_lines if frame.f_code.co_filename.startswith(PACKAGE) else None
 
     return trace_calls
+
+
+def _enters_or_leaves(frame: FrameType) -> bool:
+    """Whether the line is a `with`: an error there, before the block is left, would keep its lock for ever.
+
+    No program can mend that, and no thread but the main one is ever interrupted there.
+    """
+    return linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with ")
 
 
 @contextmanager
