@@ -202,6 +202,9 @@ class GroupCall:
         if not isinstance(error, Exception):
             group.break_off(f"was ended by {type(error).__name__} in the midst of {self._operator}")
             return
+        if isinstance(error, LostRankError):  # of another group, without which this rank cannot go on
+            group.break_off(f"stopped in {self._operator}: {error}")
+            return
         if self._stage == _DONE:
             return
         exchanged = group.number() != self._next  # though this rank had not got round to noting it

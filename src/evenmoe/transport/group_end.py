@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 from evenmoe.errors import ConstraintError, LostRankError
@@ -114,11 +115,8 @@ class GroupEnd(Connection, ABC):
 
     def exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None = None) -> torch.Tensor:
         self.check_usable()
-        try:
+        with self._noting_its_end():
             return self._exchange_counts(counts, members)
-        except LostRankError as error:
-            self._broken = self._broken or (str(error), error.ranks)
-            raise
 
     @abstractmethod
     def last_counts(self) -> torch.Tensor: ...
@@ -132,11 +130,8 @@ class GroupEnd(Connection, ABC):
         into_scratch: bool = False,
     ) -> torch.Tensor:
         self.check_usable()
-        try:
+        with self._noting_its_end():
             return self._exchange_rows(rows, send_counts, recv_counts, members, into_scratch)
-        except LostRankError as error:
-            self._broken = self._broken or (str(error), error.ranks)
-            raise
 
     @abstractmethod
     def rows_to_send(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor: ...
@@ -166,6 +161,23 @@ class GroupEnd(Connection, ABC):
     @abstractmethod
     def _end(self) -> None:
         """Give back what the group holds."""
+
+    @property
+    def _unsure(self) -> bool:
+        """Whether an exchange may have been made that is not counted."""
+        return False
+
+    @contextmanager
+    def _noting_its_end(self) -> Iterator[None]:
+        try:
+            yield
+        except LostRankError as error:
+            self._broken = self._broken or (str(error), error.ranks)
+            raise
+        except BaseException as error:
+            if self._unsure:
+                self.break_off(f"failed with {type(error).__name__} in the midst of an exchange")
+            raise
 
     def _count(self, members: Sequence[int] | None) -> None:
         """An exchange is done: called at once when it is, before anything that may fail."""

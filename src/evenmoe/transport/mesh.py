@@ -37,11 +37,13 @@ class LastWord:
         reason: follows the rank in a sentence.
         by_itself: whether it stopped through its own fault or decision.
         because_of: else the ranks that made it stop, as far as it knows.
+        timed_out: whether it waited in vain, so that whoever says nothing now is the cause.
     """
 
     reason: str
     by_itself: bool = True
     because_of: tuple[int, ...] = ()
+    timed_out: bool = False
 
 
 @dataclass
@@ -61,7 +63,7 @@ class Mesh:
 
     def say(self, word: LastWord) -> None:
         """Leave a last word with every rank that still listens."""
-        text = json.dumps([word.reason[:1000], word.by_itself, word.because_of]).encode() + b"\n"
+        text = json.dumps([word.reason[:1000], word.by_itself, word.because_of, word.timed_out]).encode() + b"\n"
         for peer in self._peers.values():
             with suppress(OSError):
                 peer.connection.send(text[:_LONGEST_WORD], socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
@@ -82,9 +84,9 @@ class Mesh:
             if self._guilty():
                 self._read_for(_SETTLE_S)
                 return self._guilty()
-            if time.monotonic() >= deadline or all(peer.ended or peer.word for peer in self._peers.values()):
+            if time.monotonic() >= deadline or all(peer.ended for peer in self._peers.values()):
                 break
-        if all_silent:
+        if all_silent or any(peer.word.timed_out for peer in self._peers.values() if peer.word):
             silent = [rank for rank, peer in self._peers.items() if not peer.ended and peer.word is None]
             if silent:
                 return {rank: LastWord("did not call") for rank in silent}
@@ -128,9 +130,10 @@ class Mesh:
                 some = b""
             peer.ended = not some
             peer.received += some
-            if peer.word is None and b"\n" in peer.received:
-                reason, by_itself, because_of = json.loads(peer.received.split(b"\n", 1)[0])
-                peer.word = LastWord(reason, by_itself, tuple(because_of))
+            *words, peer.received = peer.received.split(b"\n")
+            if words:  # the later ones know more
+                reason, by_itself, because_of, timed_out = json.loads(words[-1])
+                peer.word = LastWord(reason, by_itself, tuple(because_of), timed_out)
         return True
 
 

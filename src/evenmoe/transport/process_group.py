@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from math import prod
 
@@ -99,7 +101,6 @@ class ProcessGroupTransport(GroupEnd):
         failure = self._attempt(sent, received, send, recv, members)
         if failure is not None:
             raise self._lost(failure, start)
-        self._count(members)
         return received
 
     def _attempt(
@@ -118,6 +119,7 @@ class ProcessGroupTransport(GroupEnd):
             else:
                 self._pending = self._begin_with(members, sent, received, send, recv)
         except dist.DistError as error:
+            self._pending = []
             return _first_line(error)
         except Exception as error:
             self._pending = []
@@ -128,11 +130,11 @@ class ProcessGroupTransport(GroupEnd):
             for request in self._pending:
                 assert request is not None, "a rank of the group called"
                 request.wait()
+            self._count(members)
         except RuntimeError as error:
+            self._pending = []
             return _first_line(error)
-        finally:
-            # An interrupt comes between the waits; what has not ended by then stays pending.
-            self._pending = [request for request in self._pending if request and not request.is_completed()]
+        self._pending = []
         return None
 
     def _begin_with(
@@ -153,6 +155,8 @@ class ProcessGroupTransport(GroupEnd):
         """The error of a failed exchange, told to the other ranks: they need not wait for this one."""
         # Nine tenths, since the backend's clock is another one and began a little later or earlier.
         timed_out = self._timeout_s is not None and time.monotonic() - start >= 0.9 * self._timeout_s
+        # First of all, so that ranks that wait for this one hear of it now, and nobody takes its silence for the cause.
+        self._stop(LastWord("lost a rank", by_itself=False, timed_out=timed_out))
         stopped = {} if self._mesh is None else self._mesh.stopped(_GRACE_S, all_silent=timed_out)
         ranks = tuple(stopped)
         if ranks:
@@ -163,15 +167,22 @@ class ProcessGroupTransport(GroupEnd):
         self._stop(LastWord(text, by_itself=False, because_of=ranks))
         return error
 
+    @property
+    def _unsure(self) -> bool:
+        return self._pending is None or len(self._pending) > 0
+
     def _tell(self, reason: str, because_of: Members | None) -> None:
         self._stop(LastWord(reason, because_of is None, because_of or ()))
 
     def _stop(self, word: LastWord) -> None:
         if self._mesh is not None:
             self._mesh.say(word)
-        # Not while an exchange is under way, whose end the backend would wait for.
-        if self._give_up is not None and self._group is not None and self._pending == []:
-            group, self._group = self._group, None
+        if self._give_up is None or self._group is None or self._pending is None:
+            return
+        group, self._group = self._group, None
+        if self._pending:  # the backend would wait for the end of an exchange that is under way, so let another thread
+            threading.Thread(target=_give_up_later, args=(self._give_up, group, self._pending), daemon=True).start()
+        else:
             self._give_up(group)
 
     def _end(self) -> None:
@@ -181,6 +192,16 @@ class ProcessGroupTransport(GroupEnd):
         self._stop(LastWord("closed its transport"))
         if self._mesh is not None:
             self._mesh.close()
+
+
+def _give_up_later(
+    give_up: Callable[[dist.ProcessGroup], None], group: dist.ProcessGroup, pending: Sequence[dist.Work | None]
+) -> None:
+    for request in pending:
+        with suppress(RuntimeError):
+            if request is not None:
+                request.wait()
+    give_up(group)
 
 
 def _first_line(error: Exception) -> str:
