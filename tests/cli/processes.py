@@ -75,7 +75,10 @@ def _child(folder: Path, arguments: list[str], pipes: list[int], before: Callabl
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
         os.chdir(folder)
         sys.dont_write_bytecode = True  # Python installs bytecode that a limit has cut, and would stumble over it later
+        # As in a terminal, whatever the suite was started with: a background job ignores them.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
         signal.alarm(_PATIENCE_S)
         sys.argv = ["evenmoe", *arguments]
         before()

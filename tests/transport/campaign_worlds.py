@@ -158,6 +158,7 @@ class World:
 
     def _start(self, index: int, pipes: list[Connection], mine: set[int], prepare: Callable[[], object]) -> None:
         torch.set_num_threads(1)  # first of all: the parent's thread pool does not exist here
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the campaign was started with
         # A copy of a pipe's end in another process would keep the parent from seeing that this one has ended.
         for other, (pipe, ours) in enumerate(zip(pipes, self._pipes, strict=True)):
             ours.close()
