@@ -112,28 +112,26 @@ class ProcessGroupTransport(GroupEnd):
         members: Sequence[int] | None,
     ) -> str | None:
         """Exchange; return what the backend says when it fails, and nothing that keeps the group alive."""
-        self._pending = None
+        number = self.number(members)
         try:
+            self._pending = None
             if members is None:
                 self._pending = [dist.all_to_all_single(received, sent, recv, send, group=self._group, async_op=True)]
             else:
                 self._pending = self._begin_with(members, sent, received, send, recv)
-        except dist.DistError as error:
-            self._pending = []
-            return _first_line(error)
-        except Exception as error:
-            self._pending = []
-            if members is None or not isinstance(error, RuntimeError):
-                raise  # torch refused the call before anything was sent
-            return _first_line(error)
-        try:
-            for request in self._pending:
-                assert request is not None, "a rank of the group called"
-                request.wait()
+            _wait(self._pending)
             self._count(members)
         except RuntimeError as error:
-            self._pending = []
+            begun, self._pending = self._pending is not None or members is not None, []
+            if not begun and not isinstance(error, dist.DistError):
+                raise  # torch refused the call before anything was sent
             return _first_line(error)
+        except Exception:  # of this rank alone: what has begun is ended all the same, and the error goes on from there
+            _wait(self._pending or [])
+            if self._pending and self.number(members) == number:
+                self._count(members)
+            self._pending = []
+            raise
         self._pending = []
         return None
 
@@ -197,11 +195,15 @@ class ProcessGroupTransport(GroupEnd):
 def _give_up_later(
     give_up: Callable[[dist.ProcessGroup], None], group: dist.ProcessGroup, pending: Sequence[dist.Work | None]
 ) -> None:
-    for request in pending:
-        with suppress(RuntimeError):
-            if request is not None:
-                request.wait()
+    with suppress(RuntimeError):
+        _wait(pending)
     give_up(group)
+
+
+def _wait(pending: Sequence[dist.Work | None]) -> None:
+    for request in pending:
+        assert request is not None, "a rank of the group called"
+        request.wait()
 
 
 def _first_line(error: Exception) -> str:
