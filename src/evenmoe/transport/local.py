@@ -102,6 +102,7 @@ class LocalTransport(GroupEnd):
         super().__init__()
         self._board, self._rank, self._on_close = board, rank, on_close
         self._scratch = Scratch()
+        self._meeting = False  # not yet counted
         self._posted: dict[int, torch.Tensor] = {}  # the counts of the last exchange, by rank
 
     @property
@@ -128,7 +129,7 @@ class LocalTransport(GroupEnd):
 
     def restart(self, number: int) -> None:
         """Begin the next run of the same world, in which every rank counts its exchanges from `number`."""
-        self._broken = None
+        self._broken, self._meeting = None, False
         self._numbers.clear()
         self._numbers[()] = number
 
@@ -156,6 +157,10 @@ class LocalTransport(GroupEnd):
         received = self._scratch.take("received", (sum(recv_counts), *rows.shape[1:]), rows)
         return torch.cat(parts, out=received)
 
+    @property
+    def _unsure(self) -> bool:
+        return self._meeting
+
     def _tell(self, reason: str, because_of: Members | None) -> None:
         self._board.leave(self._rank, reason, because_of or ())
 
@@ -167,8 +172,10 @@ class LocalTransport(GroupEnd):
 
     def _meet(self, value: object, members: Sequence[int] | None) -> dict[int, Any]:
         number = self.number(members)
+        self._meeting = True
         posted = self._board.meet(self._rank, (self._key(members), number), value, members or range(self.world_size))
         if isinstance(value, torch.Tensor):
             self._posted = posted
         self._count(members)
+        self._meeting = False
         return posted
