@@ -178,8 +178,9 @@ class ProcessGroupTransport(GroupEnd):
         if self._give_up is None or self._group is None or self._pending is None:
             return
         group, self._group = self._group, None
-        if self._pending:  # the backend would wait for the end of an exchange that is under way, so let another thread
-            threading.Thread(target=_give_up_later, args=(self._give_up, group, self._pending), daemon=True).start()
+        pending, self._pending = self._pending, []  # which would keep the group alive, and with it its connections
+        if pending:  # the backend would wait for the end of an exchange that is under way, so let another thread
+            threading.Thread(target=_give_up_later, args=(self._give_up, group, pending), daemon=True).start()
         else:
             self._give_up(group)
 
