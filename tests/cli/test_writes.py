@@ -171,7 +171,7 @@ def full(room) -> Iterator[Path]:
     """A disk with next to no room."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=4096", "tmpfs", str(room)]
     if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a file system")
+        pytest.skip("this machine lacks the right to mount a file system")
     yield room
     subprocess.run(["umount", str(room)], check=True)
 

@@ -357,7 +357,7 @@ def together(*calls: GroupCall | None) -> Iterator[None]:
             for call in present:
                 call.group.check_usable()
             yield
-        except BaseException as error:
+        except BaseException as error:  # also an interrupt: the other ranks wait for this one whatever it was
             for call in present:
                 call.fail(error)
             raise

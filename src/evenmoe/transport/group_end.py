@@ -174,7 +174,7 @@ class GroupEnd(Connection, ABC):
         except LostRankError as error:
             self._broken = self._broken or (str(error), error.ranks)
             raise
-        except BaseException as error:
+        except BaseException as error:  # also an interrupt: an exchange that may have been made is not made again
             if self._unsure:
                 self.break_off(f"failed with {type(error).__name__} in the midst of an exchange")
             raise
