@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -132,19 +134,27 @@ def test_what_a_parent_ignores_stays_ignored(tmp_path, load):
 def test_a_terminal_gets_its_cursor_back(tmp_path, load):
     """A progress bar hides it."""
     ours, theirs = os.openpty()
+    shown = bytearray()
+
+    def read() -> None:
+        """All the while, since a terminal that nobody reads blocks its writers after 4 KiB."""
+        with contextlib.suppress(OSError):  # how a terminal says that nobody writes any more
+            while piece := os.read(ours, 4096):
+                shown.extend(piece)
 
     def start() -> None:
         os.dup2(theirs, 2)
         interrupting("evenmoe.simulator.replay:_Run.advance")()
 
     command = [load if argument == "{load}" else argument for argument in REPLAY]
-    assert forked(tmp_path, command, start).code == 130
-    os.close(theirs)
-    shown = b""
+    reader = threading.Thread(target=read)
+    reader.start()
     try:
-        while piece := os.read(ours, 4096):
-            shown += piece
-    except OSError:  # how a terminal says that nobody writes any more
-        pass
+        code = forked(tmp_path, command, start).code
+    finally:
+        os.close(theirs)
+        reader.join()
+        os.close(ours)
+    assert code == 130
     assert b"Traceback" not in shown
     assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l")

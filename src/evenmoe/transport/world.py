@@ -25,6 +25,7 @@ from evenmoe.transport.local import Board, LocalTransport
 
 Result = TypeVar("Result")
 _world_numbers = itertools.count()
+_SIGNAL_CHECK_S = 0.2  # a signal that arrives just before a wait, or in a rank's thread, does not end the wait
 _INTERRUPT_PATIENCE_S = 1.0  # after Ctrl-C, for ranks that wait to notice; those that compute are left to themselves
 
 
@@ -133,7 +134,8 @@ class LocalWorld(Generic[Result]):
             for thread in threads:
                 thread.start()
             for thread in threads:
-                thread.join()
+                while thread.is_alive():
+                    thread.join(_SIGNAL_CHECK_S)
         except BaseException as error:
             self._interrupt(threads, type(error).__name__)
             raise
