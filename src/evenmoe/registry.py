@@ -1,0 +1,131 @@
+"""Things that go by a name: evenmoe's own, those of installed packages, and the user's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module, util
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Generic, TypeVar
+
+from evenmoe.errors import ConstraintError
+
+Thing = TypeVar("Thing")
+
+
+class Registry(Generic[Thing]):
+    """Finds things of one kind by name, and imports them when they are asked for.
+
+    A name is one of evenmoe's own, one that was added, one that an installed package declares as an entry point, or
+    `py:module:attribute` with a module, or a file that ends in .py, of the user's.
+
+    Args:
+        kind: what the things are, in the singular, as arguments and options call them: "rule".
+        own: {name: "module:attribute"}, in the order in which they are listed.
+        accepts: whether an object is such a thing.
+        wanted: what `accepts` wants, for messages: "an evenmoe.rules.rule.Rule".
+        group: of the entry points.
+
+    >>> from math import pi
+    >>> numbers = Registry("number", {"pi": "math:pi"}, lambda thing: isinstance(thing, float), "a float", "no.group")
+    >>> numbers.get("pi") == numbers.get("py:math:pi") == numbers.get(pi)
+    True
+    >>> numbers.add("half", 0.5)
+    >>> list(numbers)
+    ['pi', 'half']
+    >>> numbers.get("third")
+    Traceback (most recent call last):
+    evenmoe.errors.ConstraintError: `number` is 'third': it must be one of pi, half, or py:module:attribute; choose \
+one of them.
+    """
+
+    def __init__(
+        self, kind: str, own: Mapping[str, str], accepts: Callable[[object], bool], wanted: str, group: str
+    ) -> None:
+        self._kind, self._accepts, self._wanted, self._group = kind, accepts, wanted, group
+        self._places = dict(own)
+        self._things: dict[str, Thing] = {}
+        self._looked_for_packages = False
+
+    def __iter__(self) -> Iterator[str]:
+        self._look_for_packages()
+        return (name for name in {**self._places, **self._things} if not name.startswith("py:"))
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(self)
+
+    def add(self, name: str, thing: Thing) -> None:
+        """Let `thing` be found by `name` in this process.
+
+        Raises:
+            ConstraintError: the name is taken by another thing, or the thing is of another kind.
+        """
+        if name in self and self.get(name) is not thing:
+            raise ConstraintError("name", repr(name), f"must not be taken by another {self._kind}", "choose another")
+        self._things[name] = self._checked(name, thing)
+
+    def get(self, name: str | Thing) -> Thing:
+        """The thing of that name; a thing itself is returned as it is.
+
+        Raises:
+            ConstraintError: there is none, it cannot be imported, or it is of another kind.
+        """
+        if not isinstance(name, str):
+            return self._checked(repr(name), name)
+        if name not in self._things:
+            if name in self._places or name in self:
+                self._things[name] = self._checked(name, _attribute(self._kind, name, self._places[name]))
+            elif name.startswith("py:"):
+                self._things[name] = self._checked(name, _attribute(self._kind, name, name[3:]))
+            else:
+                raise ConstraintError(
+                    self._kind,
+                    repr(name),
+                    f"must be one of {', '.join(self)}, or py:module:attribute",
+                    "choose one of them",
+                )
+        return self._things[name]
+
+    def _look_for_packages(self) -> None:
+        if not self._looked_for_packages:
+            self._looked_for_packages = True
+            for entry in entry_points(group=self._group):
+                self._places.setdefault(entry.name, f"{entry.module}:{entry.attr}")
+
+    def _checked(self, name: str, thing: object) -> Thing:
+        if not self._accepts(thing):
+            raise ConstraintError(
+                self._kind, f"{name}, a {type(thing).__name__}", f"must be {self._wanted}", "pass one, or its name"
+            )
+        return thing  # pyright: ignore[reportReturnType]
+
+
+def _attribute(kind: str, name: str, place: str) -> object:
+    module, _, attribute = place.rpartition(":")
+    if not module or not attribute:
+        raise ConstraintError(
+            kind, repr(name), "must be py:module:attribute or py:file.py:attribute", "name a module and what it holds"
+        )
+    try:
+        return getattr(_file(module) if module.endswith(".py") else import_module(module), attribute)
+    except Exception as error:  # whatever a user's module does when it is imported
+        problem = f"{type(error).__name__}: {error}"
+        raise ConstraintError(kind, repr(name), f"must be importable, and is not ({problem})", "mend it") from error
+
+
+def _file(path: str) -> ModuleType:
+    """A file is imported once, under its whole path, whatever other files are called."""
+    whole = str(Path(path).resolve())
+    if whole not in sys.modules:
+        spec = util.spec_from_file_location(whole, whole)
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[whole] = util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[whole]
+            raise
+    return sys.modules[whole]
