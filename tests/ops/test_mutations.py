@@ -155,9 +155,7 @@ def bug(check: Callable[[], None], module: str, *changes: str) -> Bug:
 
 BUGS = {
     # §1: ids and pruning
-    "replica of the next rank": bug(
-        mapping, RULES + "rank", "rank // -(-world", "(rank + 1) // -(-world"
-    ),
+    "replica of the next rank": bug(mapping, RULES + "rank", "rank // -(-world", "(rank + 1) // -(-world"),
     "floor for ceiling": bug(mapping, RULES + "rank", "-(-world_size // eplb_table", "(world_size // eplb_table"),
     "replica 2 for token 0": bug(mapping, RULES + "token", "[None, :] %", "[None, :].add(1) %"),
     "count for first slot": bug(mapping, RULES + "table", "1 + replica.long()", "replica.long()"),
