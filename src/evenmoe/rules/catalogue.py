@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from evenmoe.registry import Registry
-from evenmoe.rules.rule import Rule
+
+if TYPE_CHECKING:
+    from evenmoe.rules.rule import Rule
+
+
+def _is_rule(thing: object) -> bool:
+    from evenmoe.rules.rule import Rule  # not at the top: `--help` lists the rules without numpy
+
+    return isinstance(thing, Rule)
+
 
 RULES: Registry[Rule] = Registry(
     "rule",
@@ -14,7 +25,7 @@ RULES: Registry[Rule] = Registry(
         "occurrence": "evenmoe.rules.occurrence:RULE",
         "batch": "evenmoe.rules.batch:RULE",
     },
-    lambda thing: isinstance(thing, Rule),
+    _is_rule,
     "an object of a subclass of evenmoe.rules.rule.Rule",
     "evenmoe.rules",
 )
