@@ -42,7 +42,7 @@ def of_the_chip(error: EvenmoeError) -> EvenmoeError:
     """The same error without the advice to call with other limits, which the functions of the chip cannot take.
 
     >>> from evenmoe.errors import ConstraintError
-    >>> use = 'use 1 to 512 tokens, or lift this bound of atlas-a3 with limits="laptop"'
+    >>> use = 'use 1 to 512 tokens, or lift this bound of atlas-a3 with limits="relaxed"'
     >>> print(of_the_chip(ConstraintError("x", "of 513 tokens", "must have 1 to 512 tokens", use)))
     `x` is of 513 tokens: it must have 1 to 512 tokens; use 1 to 512 tokens.
     """

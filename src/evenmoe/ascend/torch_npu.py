@@ -19,8 +19,7 @@ from evenmoe.ascend.groups import find_group
 from evenmoe.ascend.status import of_the_chip
 from evenmoe.contract.combine import check_combine, check_combine_add_rms_norm
 from evenmoe.contract.dispatch import DispatchCall, check_dispatch, check_token_nums_type
-from evenmoe.contract.distribute import check_ep_rank, check_shared_rank_num
-from evenmoe.contract.distribute_sizes import check_shared_pair
+from evenmoe.contract.distribute import check_ep_rank, check_shared_pair, check_shared_rank_num
 from evenmoe.contract.limits import ATLAS_A3
 from evenmoe.contract.tensor_spec import check_dims
 from evenmoe.contract.update_expert import check_update_expert
