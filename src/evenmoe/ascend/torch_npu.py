@@ -76,9 +76,11 @@ def _function(
     taken = [argument for argument in table if argument.name not in without]
     first = [argument for argument in taken if argument.required or argument.name in required]
     others = [argument for argument in taken if argument not in first] + [Argument(name, "int") for name in more]
+    positions = [names.get(argument.name, argument.name) for argument in first]
+    defaults = {argument.name: argument.default for argument in others}
     by_position, by_keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     signature = inspect.Signature(
-        [inspect.Parameter(names.get(argument.name, argument.name), by_position) for argument in first]
+        [inspect.Parameter(name, by_position) for name in positions]
         + [inspect.Parameter(argument.name, by_keyword, default=argument.default) for argument in others]
     )
     ours = {theirs: name for name, theirs in names.items()}
@@ -87,10 +89,12 @@ def _function(
     def decorate(function: Callable[[dict[str, Any]], _Result]) -> Callable[..., _Result]:
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> _Result:
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
+            given = {**defaults, **dict(zip(positions, args, strict=False)), **kwargs}
+            twice = not kwargs.keys().isdisjoint(positions[: len(args)])
+            if twice or len(args) > len(positions) or given.keys() != signature.parameters.keys():
+                signature.bind(*args, **kwargs)  # raises the TypeError; it would take a tenth of a whole call
             try:
-                return function({ours.get(name, name): value for name, value in bound.arguments.items()} | left_out)
+                return function({ours.get(name, name): value for name, value in given.items()} | left_out)
             except EvenmoeError as error:
                 argument, fix = error.argument, of_the_chip(error).fix
                 if argument in names:
