@@ -30,6 +30,7 @@ def test_copies_by_layer_and_rank(evenmoe):
 def test_the_json_has_the_whole_matrix(evenmoe):
     done = evenmoe("diff", BEFORE, AFTER, "--ranks", 2, "--expert-bytes", 10, "--json")
     assert json.loads(done.out) == {
+        "schema": 1,
         "before": BEFORE,
         "after": AFTER,
         "layers": [0, 1],

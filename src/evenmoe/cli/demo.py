@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from rich.table import Table
 import evenmoe as em
 from evenmoe.cli.chain import Comparison, Layer, compare, expect, make_layer, run_chain, with_placement
 from evenmoe.cli.ranks import finish, is_first_process, num_processes
+from evenmoe.cli.streams import print_json
 from evenmoe.errors import ConstraintError
 from evenmoe.placement import identity_placement
 from evenmoe.traces.synthesis import small_trace
@@ -67,7 +67,7 @@ def run_demo(path: Path | None, ranks: int, seed: int, *, as_json: bool) -> bool
     if steps:
         summary = _summary(trace, placement, before, after, steps, good)
         if as_json:
-            print(json.dumps(summary, indent=2))
+            print_json(summary)
         else:
             _print(summary, steps)
     finish()

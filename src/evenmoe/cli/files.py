@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from evenmoe.cli.streams import print_json
 from evenmoe.formats.checking import Checked
 from evenmoe.formats.checking import check as check_file
 from evenmoe.formats.contents import Contents, Options
@@ -42,20 +42,16 @@ def run_convert(
     done = convert_file(source, target, to, format=format, layers=layers, first_layer=first_layer, options=options)
     out = sys.stderr if target == "-" else sys.stdout
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "source": source,
-                    "target": target,
-                    "from": done.contents.format,
-                    "to": done.format,
-                    "kind": done.contents.kind,
-                    **_sizes(done.contents),
-                    "notes": list(done.notes),
-                }
-            ),
-            file=out,
-        )
+        summary = {
+            "source": source,
+            "target": target,
+            "from": done.contents.format,
+            "to": done.format,
+            "kind": done.contents.kind,
+            **_sizes(done.contents),
+            "notes": list(done.notes),
+        }
+        print_json(summary, out)
         return
     print(
         f"{source} ({done.contents.format}: {_sizes_text(_sizes(done.contents))}) -> {target} ({done.format})", file=out
@@ -80,7 +76,7 @@ def run_check(
             "findings": [dataclasses.asdict(finding) for finding in found.findings],
             "notes": list(found.notes),
         }
-        print(json.dumps(summary))
+        print_json(summary)
         return found.clean
     _print_findings(source, found, errors)
     _print_notes(found.notes)
@@ -97,7 +93,7 @@ def run_diff(
     change = compare(previous, placement, expert_bytes=expert_bytes)
     numbers = list(common or range(len(change.copies)))
     if as_json:
-        print(json.dumps(_diff_summary(before, after, change, numbers)))
+        print_json(_diff_summary(before, after, change, numbers))
         return
     _print_diff(before, after, change, numbers)
     _print_notes([*first.notes, *second.notes, *left_out])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ from rich.table import Table
 
 import evenmoe as em
 from evenmoe.cli.files import read_map
+from evenmoe.cli.streams import print_json
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.formats.catalogue import FORMATS
 from evenmoe.formats.contents import Contents, Options
@@ -112,7 +112,7 @@ def run_plan(order: Order, *, as_json: bool) -> None:
     summary = _summary(order, contents, windows, len(goal), placement, previous, rows, bound, shown)
     out = sys.stderr if order.out == "-" else sys.stdout
     if as_json:
-        print(json.dumps({**summary, "notes": notes}), file=out)
+        print_json({**summary, "notes": notes}, out)
         return
     console = Console(file=out) if out.isatty() else Console(file=out, width=120)
     _print(summary, rows, bound, shown, _judged(windows), console)

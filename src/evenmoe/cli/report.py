@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shlex
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from evenmoe.cli.streams import print_json
 from evenmoe.errors import ConstraintError
 from evenmoe.report import quantities, write_report
 from evenmoe.report.markup import shortened
@@ -31,7 +31,7 @@ def run_report(source: Path, output: Path, png: Path | None, command: list[str],
     summaries = summarise(simulation)
     if as_json:
         found = _object(summaries, best_policy(simulation), written, {str(source): digest})
-        print(json.dumps({**found, "empty_windows": simulation.empty_windows}, indent=2))
+        print_json({**found, "empty_windows": simulation.empty_windows})
         return
     Console().print(_table(summaries))
     if simulation.empty_windows:

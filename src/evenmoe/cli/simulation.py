@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shlex
 import zipfile
@@ -21,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from evenmoe.cli.streams import print_json
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.formats.contents import Contents
 from evenmoe.metrics import FloatArray, as_load
@@ -115,7 +115,7 @@ def run_simulation(choices: Choices, *, as_json: bool) -> None:
 
         write_report(simulation, choices.report, shlex.join(choices.command), digests)
     if as_json:
-        print(json.dumps(describe(simulation), indent=2))
+        print_json(describe(simulation))
     else:
         _print(simulation)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from evenmoe.cli.streams import print_json
 from evenmoe.io.output import write_standard_output
 from evenmoe.traces.statistics import common_factor_share, drift, gini, locality, skew
 from evenmoe.traces.synthesis import synthesize
@@ -42,7 +42,7 @@ def run_synthesise(out: str, *, as_json: bool, **arguments: Any) -> None:
         "statistics_median_of_layers": statistics,
     }
     if as_json:
-        print(json.dumps(summary), file=stream)
+        print_json(summary, stream)
         return
     print(
         f"{out}: {summary['windows']} windows of {trace.metadata['tokens_per_window']} tokens, {summary['layers']} "

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from evenmoe.cli.root import Json, app
+from evenmoe.cli.streams import print_json
 
 
 @app.command(short_help="Write the C headers and libraries of CANN for this CPU.")
@@ -25,6 +25,6 @@ def cann(
 
     tree = build_tree(out)
     if as_json:
-        print(json.dumps({"tree": str(tree), "setenv": str(tree / "bin" / "setenv.bash")}))
+        print_json({"tree": str(tree), "setenv": str(tree / "bin" / "setenv.bash")})
     else:
         print(f"source {tree}/bin/setenv.bash")

@@ -1,0 +1,43 @@
+"""The table of arguments, against what torch has registered and what the ranks compare."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from evenmoe.contract.operators import OPERATORS, SIGNATURES, agreement, schema
+from evenmoe.ops import combine, combine_add_rms_norm, dispatch, update_expert  # noqa: F401  they register
+from evenmoe.transport.agreement import OPERATORS as COMPARED
+
+
+def described(schema: torch._C.FunctionSchema) -> tuple[list, list, list]:
+    """Tensors in order, attributes (which go by keyword) by name, what is returned."""
+    arguments = [(a.name, str(a.type), a.has_default_value()) for a in schema.arguments]
+    by_keyword = [a.kwarg_only for a in schema.arguments]
+    positional = [argument for argument, only in zip(arguments, by_keyword, strict=True) if not only]
+    keywords = [argument for argument, only in zip(arguments, by_keyword, strict=True) if only]
+    return positional, sorted(keywords), [str(a.type) for a in schema.returns]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_schema_is_the_registered_one(name):
+    derived = torch._C.parse_schema(f"evenmoe::{name}{schema(OPERATORS[name])}")
+    assert described(derived) == described(getattr(torch.ops.evenmoe, name).default._schema)
+
+
+@pytest.mark.parametrize(("name", "compared"), [("dispatch", "dispatch"), ("combine", "combine")])
+def test_the_ranks_compare_what_the_table_says(name, compared):
+    assert sorted(agreement(OPERATORS[name])) == sorted(set(COMPARED[compared]) - {"dispatch"})
+    assert agreement(OPERATORS["combine_add_rms_norm"]) == agreement(OPERATORS["combine"])
+
+
+def test_arguments_are_listed_once():
+    for operator in OPERATORS.values():
+        inputs = [argument.name for argument in operator.arguments if argument.kind != "output"]
+        outputs = [argument.name for argument in operator.of_kind("output")]
+        assert len(set(inputs)) == len(inputs)
+        assert len(set(outputs)) == len(outputs)
+    for name, signature in SIGNATURES.items():
+        published = [a for a in OPERATORS[signature.operator].arguments if a.since is not None]
+        assert set(signature.arguments.values()) <= set(published), name
+        assert len({argument.c_name for argument in signature.arguments.values()}) == len(signature.arguments)
