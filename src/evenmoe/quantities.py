@@ -133,8 +133,8 @@ def percent(value: float) -> str:
 def share(value: float) -> str:
     """Per cent of a whole, with three significant digits and a space that does not break.
 
-    >>> print(share(12.345))
-    12.3 %
+    >>> share(12.345).replace("\\u00a0", " ")
+    '12.3 %'
     """
     return f"{significant(value)}\u00a0%"
 

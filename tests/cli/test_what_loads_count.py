@@ -156,7 +156,7 @@ def test_a_layer_without_any_token_is_no_layer_of_a_simulation(evenmoe: Run, tmp
     save_trace(tmp_path / "dense.npz", Trace("", np.concatenate([load, np.zeros_like(load)], axis=1)))
     found = simulated(evenmoe, tmp_path / "dense.npz")
     assert found["policies"] == simulated(evenmoe, tmp_path / "one.npz")["policies"]
-    assert (found["layers"], "1 of 2 layers were left out, without a token: 1." in found["notes"]) == (1, True)
+    assert (found["num_layers"], "1 of 2 layers were left out, without a token: 1." in found["notes"]) == (1, True)
 
 
 # Counts of slots.
