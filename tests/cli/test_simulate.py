@@ -13,7 +13,7 @@ from rich.console import Console
 
 from evenmoe.cli.simulation import progress_bar
 from evenmoe.simulator.store import load_simulation
-from evenmoe.traces.small import small_trace
+from evenmoe.traces.synthesis import small_trace
 
 SIZES = ("--expert-bytes", 4e6, "--expert-flops", 1e7, "--hidden", 64)
 SMALL = ("--ranks", 4, "--tokens-per-rank", 16, "--steps", 6, "--workers", 1, *SIZES)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from evenmoe.simulator.store import load_simulation
-from evenmoe.traces.small import small_trace
+from evenmoe.traces.synthesis import small_trace
 from tests.beside import measured_names
 from tests.simulator.dull import ByHand, Setup, replay
 from tests.traces.made_up import MADE_UP, trace_file

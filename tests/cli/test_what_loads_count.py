@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save
 
 from evenmoe import formats
-from evenmoe.formats.containers.torch_file import torch_bytes
+from evenmoe.io.torch_file import torch_bytes
 from evenmoe.placement import Placement
 from evenmoe.traces import Trace, save_trace
 from tests.cli.running import Run

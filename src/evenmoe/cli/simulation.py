@@ -138,10 +138,10 @@ def _open_trace(choices: Choices, world: World) -> tuple[Trace, Contents | None]
         return _read_trace(choices.trace, choices.map)
     if choices.map is not None:
         raise ConstraintError("--map", choices.map, "must come with a file, whose slots it holds", "leave it out")
-    from evenmoe.traces.synthesis import synthesise
+    from evenmoe.traces.synthesis import synthesize
 
     lanes = world.num_ranks * world.tokens_per_rank // (choices.chunk or world.tokens_per_rank)
-    trace = synthesise(
+    trace = synthesize(
         choices.trace.removeprefix(SYNTHETIC),
         num_windows=min(choices.steps or _SYNTHETIC_WINDOWS, _SYNTHETIC_WINDOWS),
         tokens_per_window=world.num_ranks * world.tokens_per_rank,
