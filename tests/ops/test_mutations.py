@@ -14,7 +14,7 @@ from evenmoe.ops.update_expert import prepare
 from evenmoe.reference.update_expert import update_expert as reference
 from tests.mutations import fails, mutated
 from tests.ops import test_disagreement as disagreement
-from tests.transport import test_contract as contract
+from tests.transport import test_transport as contract
 from tests.worlds import Case, Spec, assert_equal_worlds, assert_same_bits, run_rank, run_reference
 
 WORLDS = [
@@ -293,23 +293,23 @@ BUGS = {
     ),
     "refusal untold": bug(disagreements, TRANSPORT + "call", "if not self._heard or", "if True or"),
     # how bytes cross
-    "exchanges share a number": bug(transports, TRANSPORT + "local", "number = self.number(members)", "number = 0"),
+    "exchanges share a number": bug(transports, TRANSPORT + "local", "(key, self._numbers[key])", "(key, 0)"),
     "everybody reads the first rows": bug(
-        transports, TRANSPORT + "local", "start = sum(counts[: self._rank])", "start = 0"
+        transports, TRANSPORT + "local", "start = sum(counts[: self.rank])", "start = 0"
     ),
-    "columns for rows": bug(transports, TRANSPORT + "local", "theirs[self._rank]", "theirs[source]"),
-    "old run's departures": bug(disagreements, TRANSPORT + "world", "board.return_all()", "pass"),
+    "columns for rows": bug(transports, TRANSPORT + "local", "theirs[self.rank]", "theirs[source]"),
+    "old run's departures": bug(disagreements, TRANSPORT + "world", "rendezvous.reset()", "pass"),
     "blocks sent in new order": bug(
-        transports, TRANSPORT + "renumbered", "key=self._old_rank_of.__getitem__", "key=lambda new: new"
+        transports, TRANSPORT + "remapped", "key=self._old_rank_of.__getitem__", "key=lambda new: new"
     ),
     "blocks kept in old order": bug(
         transports,
-        TRANSPORT + "renumbered",
+        TRANSPORT + "remapped",
         "[self._members.index(old) for old in self._old_rank_of]",
         "list(range(len(in_old_order)))",
     ),
     "counts under old numbers": bug(
-        transports, TRANSPORT + "renumbered", "full[self._old_rank_of] = counts", "full[: len(counts)] = counts"
+        transports, TRANSPORT + "remapped", "full[self._old_rank_of] = counts", "full[: len(counts)] = counts"
     ),
 }
 

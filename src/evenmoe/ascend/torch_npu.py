@@ -29,7 +29,7 @@ from evenmoe.ops.groups import calls_of, in_order
 from evenmoe.ops.registration import of_right_types
 from evenmoe.ops.specs import refuse_other_places, specs_of
 from evenmoe.transport.call import together
-from evenmoe.transport.contract import Transport
+from evenmoe.transport.transport import Transport
 
 _OPERATOR_MODULES = (combine, combine_add_rms_norm, dispatch, update_expert)  # importing them registers the operators
 _ON_CHIP = {"check_values": True, "limits": ATLAS_A3.name}

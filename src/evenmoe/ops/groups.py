@@ -13,11 +13,10 @@ from evenmoe.contract.limits import resolve_limits
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.ops.registration import of_right_types
 from evenmoe.ops.specs import refuse_other_places
-from evenmoe.transport import registry
 from evenmoe.transport.call import GroupCall, together
-from evenmoe.transport.contract import Transport
 from evenmoe.transport.process_world import transport_of
-from evenmoe.transport.renumbered import RenumberedTransport
+from evenmoe.transport.remapped import RemappedTransport
+from evenmoe.transport.transport import Transport, find_transport
 
 
 def group_arguments(ep: Transport, tp: Transport | None) -> dict[str, Any]:
@@ -34,15 +33,15 @@ def group_arguments(ep: Transport, tp: Transport | None) -> dict[str, Any]:
 
 def find_groups(attributes: Mapping[str, Any]) -> tuple[Transport, Transport | None]:
     """The transports behind the names; no TP transport unless there are two peers."""
-    ep = registry.find("group_ep", attributes["group_ep"], attributes["ep_rank_id"], attributes["ep_world_size"])
+    ep = find_transport("group_ep", attributes["group_ep"], attributes["ep_rank_id"], attributes["ep_world_size"])
     if attributes["tp_world_size"] != 2:
         return ep, None
-    return ep, registry.find("group_tp", attributes["group_tp"], attributes["tp_rank_id"], 2)
+    return ep, find_transport("group_tp", attributes["group_tp"], attributes["tp_rank_id"], 2)
 
 
 def active_ranks(ep: Transport, layout: Layout) -> Transport:
     """The group that really exchanges: all of it, or the ranks that a scaled-down world kept (§2.11)."""
-    return RenumberedTransport(ep, layout.survivors) if layout.survivors else ep
+    return RemappedTransport(ep, layout.survivors) if layout.survivors else ep
 
 
 def tp_step(operator: str) -> str:

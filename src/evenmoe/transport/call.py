@@ -26,7 +26,7 @@ import torch
 
 from evenmoe.errors import LostRankError, RankDisagreementError
 from evenmoe.transport import agreement
-from evenmoe.transport.contract import Transport
+from evenmoe.transport.transport import Transport
 
 _HEAD_WORDS, _TEXT = 32, 3  # number of the exchange, rows of the block, status; the text of a failure
 _HEAD_BYTES = 8 * _HEAD_WORDS

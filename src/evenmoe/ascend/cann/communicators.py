@@ -9,8 +9,8 @@ from evenmoe.ascend.cann import refusals
 from evenmoe.ascend.cann.handles import Handles
 from evenmoe.ascend.cann.refusals import null, refusal
 from evenmoe.ascend.cann.runtime import NUM_DEVICES
-from evenmoe.transport import registry
-from evenmoe.transport.local import Board, LocalTransport
+from evenmoe.transport.local import LocalTransport, Rendezvous
+from evenmoe.transport.transport import register, unregister
 
 # A rank that never comes is reported by aclrtSynchronizeStreamWithTimeout; this bounds a wait without one.
 _EXCHANGE_S = 600.0
@@ -43,11 +43,11 @@ class Communicators:
         if not devices or bad or len(set(devices)) < len(devices):
             rule = f"must be distinct devices, each 0 to {NUM_DEVICES - 1}, and at least one"
             raise refusal(refusals.HCCL_PARA, "devices", devices, rule, "list each device of the group once")
-        board = Board(f"evenmoe_hccl_{next(self._numbers)}", len(devices), _EXCHANGE_S)
+        rendezvous = Rendezvous(f"evenmoe_hccl_{next(self._numbers)}", len(devices), _EXCHANGE_S)
         handles = []
         for rank, device in enumerate(devices):
-            transport = LocalTransport(board, rank)
-            registry.register(transport)
+            transport = LocalTransport(rendezvous, rank)
+            register(transport)
             handles.append(self.handles.add(Communicator(device, transport)))
         return handles
 
@@ -76,5 +76,5 @@ def check_given(argument: str, address: int | list[int] | None) -> None:
 
 
 def _close(communicator: Communicator) -> None:
-    registry.unregister(communicator.transport)
+    unregister(communicator.transport)
     communicator.transport.close()
