@@ -105,13 +105,29 @@ def fitting(world_size: int) -> int:
     return max(64, _MESSAGE_WORDS // world_size)
 
 
-def header(number: int, operator: str, sizes: Mapping[str, int]) -> Words:
-    """The header of a rank that calls `operator` with `sizes`, a value for every name of `OPERATORS[operator]`."""
-    assert tuple(sizes) == OPERATORS[operator], (operator, tuple(sizes))
-    words = np.zeros(HEADER, np.int64)
-    words[:4] = number, _NAMES.index(operator), 0, len(sizes)
-    words[4 : 4 + len(sizes)] = list(sizes.values())
-    return words
+class Header:
+    """What the calls of one kind say of themselves, made once for all of them.
+
+    Args:
+        operator: one of `OPERATORS`.
+        sizes: {name: value} for every name of `OPERATORS[operator]`.
+        choices: {name: words} for names whose values are positions in a list of words, for the error.
+
+    Attributes:
+        words: int64 (HEADER,), with 0 for the number of the exchange.
+        dispatch_word: which of them is the dispatch that the call is about; 0 if it is about none.
+    """
+
+    def __init__(
+        self, operator: str, sizes: Mapping[str, int], choices: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        names = OPERATORS[operator]
+        assert set(sizes) | {DISPATCH} == {*names, DISPATCH}, (operator, tuple(sizes))
+        self.operator, self.choices = operator, choices or {}
+        self.words = np.zeros(HEADER, np.int64)
+        self.words[1:4] = _NAMES.index(operator), 0, len(names)
+        self.words[4 : 4 + len(names)] = [sizes.get(name, UNKNOWN) for name in names]
+        self.dispatch_word = 4 + names.index(DISPATCH) if DISPATCH in names else 0
 
 
 def failed_header(number: int, operator: str, error: BaseException) -> Words:
@@ -138,8 +154,6 @@ def check_headers(headers: Words, choices: Mapping[str, Sequence[str]]) -> None:
     Raises:
         RankDisagreementError: a rank failed, or they differ in the call or in a size; the same on every rank.
     """
-    if not headers[0, 2] and (headers == headers[0]).all():
-        return
     for rank, words in enumerate(headers):
         if words[2]:
             raise failed_there(rank, _NAMES[words[1]], text_of(words[4 + FIELDS :]), refused=words[2] != FAILED)
