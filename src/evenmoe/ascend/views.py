@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
-from evenmoe.ops.specs import spec_of
+from evenmoe.ops.operator import spec_of
+
+
+def specs_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The same arguments with every tensor replaced by its spec."""
+    return {name: spec_of(value) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
 
 
 def check_no_overlap(argument: str, shape: Sequence[int], strides: Sequence[int]) -> None:

@@ -9,8 +9,8 @@ import torch
 
 from evenmoe.ascend.dispatch_numbers import remember
 from evenmoe.contract.layout import Layout
-from evenmoe.ops.dispatch import DYNAMIC_INT8
-from evenmoe.ops.routing import active_tokens
+from evenmoe.ops.exchange import active_tokens
+from evenmoe.ops.numerics import DYNAMIC_INT8
 
 Outputs = Mapping[str, torch.Tensor | None]
 Writer = Callable[[Outputs, Any, Layout | None, Mapping[str, Any]], None]

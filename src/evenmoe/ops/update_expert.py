@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
+from operator import index
 
 import torch
 
+from evenmoe.contract.calls import UpdateExpertCall
 from evenmoe.contract.limits import UNLIMITED, resolve_limits
-from evenmoe.contract.update_expert import check_update_expert
+from evenmoe.contract.update_expert import check_update_expert_call
 from evenmoe.errors import ConstraintError
-from evenmoe.ops.registration import CHECKS, of_right_types, register
-from evenmoe.ops.specs import specs_of
+from evenmoe.ops.operator import check_types, register, specs_of
 
 RANK, TOKEN, OCCURRENCE = 0, 1, 2
 BALANCE_MODES: dict[int | str, int] = {0: RANK, "rank": RANK, 1: TOKEN, "token": TOKEN, "occurrence": OCCURRENCE}
@@ -66,9 +67,19 @@ def update_expert(
     >>> [update_expert(ids, table, rank, 8)[0].tolist() for rank in (3, 4)]
     [[[0, 1]], [[0, 7]]]
     """
-    given = dict(locals())
-    given["balance_mode"], given["limits"] = _resolve_mode(balance_mode), resolve_limits(limits).name
-    return torch.ops.evenmoe.update_expert(**of_right_types("update_expert", given))
+    call = UpdateExpertCall(
+        expert_ids=expert_ids,
+        eplb_table=eplb_table,
+        local_rank_id=local_rank_id,
+        world_size=world_size,
+        balance_mode=_resolve_mode(balance_mode),
+        expert_scales=expert_scales,
+        pruning_threshold=pruning_threshold,
+        active_mask=active_mask,
+        check_values=check_values,
+        limits=resolve_limits(limits),
+    )
+    return torch.ops.evenmoe.update_expert(**check_types("update_expert", call))
 
 
 def prepare(
@@ -94,21 +105,20 @@ def prepare(
     >>> prepare(table, local_rank_id=4, world_size=8)(torch.tensor([[0, 1]])).tolist()
     [[0, 7]]
     """
-    given = {
-        "expert_ids": torch.zeros((1, 1), dtype=torch.int32),  # in place of those to come
-        "eplb_table": eplb_table,
-        **dict.fromkeys(("expert_scales", "pruning_threshold", "active_mask")),
-        "local_rank_id": local_rank_id,
-        "world_size": world_size,
-        "balance_mode": _resolve_mode(balance_mode),
-        "check_values": check_values,
-        "limits": UNLIMITED.name,
-    }
-    given = of_right_types("update_expert", given)
-    _check(given)
+    call = UpdateExpertCall(
+        expert_ids=torch.zeros((1, 1), dtype=torch.int32),  # in place of those to come
+        eplb_table=eplb_table,
+        local_rank_id=local_rank_id,
+        world_size=world_size,
+        balance_mode=_resolve_mode(balance_mode),
+        check_values=check_values,
+        limits=UNLIMITED,
+    )
+    check_types("update_expert", call)
+    _check(call)
     # A copy, since the token and occurrence rules read the table later, when its owner may have changed it.
     return PreparedUpdate(
-        given["eplb_table"].clone(), given["local_rank_id"], given["world_size"], given["balance_mode"], check_values
+        call.eplb_table.clone(), index(local_rank_id), index(world_size), call.balance_mode, check_values
     )
 
 
@@ -144,16 +154,16 @@ class PreparedUpdate:
             from evenmoe.rules import occurrence
 
             return occurrence.choose(expert_ids, self.table, self.rank)
-        index = expert_ids
+        entries = expert_ids
         if self.mode == TOKEN:
             self._grow(expert_ids)
-            index = expert_ids + self._row_offsets
+            entries = expert_ids + self._row_offsets
         lookup = self._lookups.get(expert_ids.dtype)
         if lookup is None:
             lookup = self._lookups[expert_ids.dtype] = self._lookup.to(expert_ids.dtype)
         try:
             # On the flat ids index_select takes three quarters of the time of torch.take.
-            return lookup.index_select(0, index.reshape(-1)).view(expert_ids.shape)
+            return lookup.index_select(0, entries.reshape(-1)).view(expert_ids.shape)
         except IndexError:
             _check_ids(expert_ids, self.num_experts)
             raise
@@ -176,29 +186,28 @@ class PreparedUpdate:
         return self.table.gather(1, 1 + replica.long())
 
 
-def _run(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    _check(given)
-    expert_ids = given["expert_ids"]
+def _run(call: UpdateExpertCall[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    _check(call)
+    expert_ids = call.expert_ids
     prepared = PreparedUpdate(
-        given["eplb_table"], given["local_rank_id"], given["world_size"], given["balance_mode"], given["check_values"]
+        call.eplb_table, call.local_rank_id, call.world_size, call.balance_mode, call.check_values
     )
-    if given["expert_scales"] is None or given["pruning_threshold"] is None:
+    if call.expert_scales is None or call.pruning_threshold is None:
         mask = torch.ones(expert_ids.shape, dtype=torch.bool, device=expert_ids.device)
     else:
-        mask = _keep(given["expert_scales"], given["pruning_threshold"], given["active_mask"])
+        mask = _keep(call.expert_scales, call.pruning_threshold, call.active_mask)
     return prepared(expert_ids), mask
 
 
-def _check(given: dict[str, Any]) -> None:
+def _check(call: UpdateExpertCall[torch.Tensor]) -> None:
     """What the contract says of shapes, dtypes and attributes."""
-    arguments = {name: value for name, value in given.items() if name not in ("check_values", "limits")}
-    if given["balance_mode"] == OCCURRENCE:
-        arguments["balance_mode"] = RANK  # it takes what the rank rule takes, and reaches every replica
-    check_update_expert(**specs_of(arguments), limits=resolve_limits(given["limits"]))
+    if call.balance_mode == OCCURRENCE:
+        call = replace(call, balance_mode=RANK)  # it takes what the rank rule takes, and reaches every replica
+    check_update_expert_call(specs_of(call))
 
 
-def _fake(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    ids = given["expert_ids"]
+def _fake(call: UpdateExpertCall[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    ids = call.expert_ids
     return ids.new_empty(ids.shape), ids.new_empty(ids.shape, dtype=torch.bool)
 
 
@@ -262,12 +271,4 @@ def _check_ids(expert_ids: torch.Tensor, num_experts: int) -> None:
         )
 
 
-register(
-    "update_expert",
-    required=("expert_ids", "eplb_table"),
-    optional=("expert_scales", "pruning_threshold", "active_mask"),
-    attributes={"local_rank_id": "int", "world_size": "int", "balance_mode": "int", **CHECKS},
-    outputs=2,
-    run=_run,
-    fake=_fake,
-)
+register("update_expert", _run, _fake)

@@ -34,7 +34,7 @@ class ReplicaChoice:
     def __init__(self, eplb_table: torch.Tensor, rule: str, num_slots: int, rank: int, world_size: int) -> None:
         if rule not in RULES:
             raise ConstraintError("rule", repr(rule), f"must be one of {', '.join(RULES)}", "choose one of them")
-        refuse_other_types(eplb_table=eplb_table)
+        check_tensors(eplb_table=eplb_table)
         shape = eplb_table.shape
         if eplb_table.dtype != torch.int32 or len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
             raise UnsupportedTypeError(
@@ -135,7 +135,7 @@ class ReplicaChoice:
             )
 
 
-def refuse_other_types(**tensors: object) -> None:
+def check_tensors(**tensors: object) -> None:
     """Raises UnsupportedTypeError for the first that is no tensor, None included."""
     for name, value in tensors.items():
         if not isinstance(value, torch.Tensor):

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from evenmoe.contract import operators
+from evenmoe.contract.operators import COMBINE, agreement
 from evenmoe.errors import RankDisagreementError
 
 if TYPE_CHECKING:
@@ -32,43 +34,11 @@ LAYER, DISPATCH = "layer", "dispatch"
 _WHERE = (LAYER, DISPATCH)  # which call it is: told for every rank at once
 Words = npt.NDArray[np.int64]
 
-_COMBINE = (
-    DISPATCH,
-    "hidden size of `expert_out`",
-    "dtype of `expert_out`",
-    "top-k of `expert_ids`",
-    "`num_experts`",
-    "`shared_expert_num`",
-    "`shared_expert_rank_num`",
-    "`comm_quant_mode`",
-    "tokens per rank times ranks (`global_bs`)",
-    "`zero_expert_num`",
-    "`copy_expert_num`",
-    "`const_expert_num`",
-    "presence of `x_active_mask`",
-    "tensor-parallel world size",
-    "digest of `elastic_info`",
-)
+_COMBINE = (DISPATCH, *agreement(COMBINE))
 
 #: What must be equal on all ranks, by operator; the position of a name is its word in the header.
 OPERATORS: dict[str, tuple[str, ...]] = {
-    "dispatch": (
-        "hidden size of `x`",
-        "dtype of `x`",
-        "top-k of `expert_ids`",
-        "`num_experts`",
-        "`shared_expert_num`",
-        "`shared_expert_rank_num`",
-        "`quant_mode`",
-        "tokens per rank times ranks (`global_bs`)",
-        "`zero_expert_num`",
-        "`copy_expert_num`",
-        "`const_expert_num`",
-        "presence of `scales`",
-        "presence of `x_active_mask`",
-        "tensor-parallel world size",
-        "digest of `elastic_info`",
-    ),
+    "dispatch": agreement(operators.DISPATCH),
     "combine": _COMBINE,
     "tensor-parallel step of dispatch": (
         "hidden size of `x`",
@@ -189,7 +159,7 @@ def failed_there(rank: int, operator: str, text: str, refused: bool) -> RankDisa
     )
 
 
-def dtype_code(dtype: torch.dtype) -> int:
+def dtype_code(dtype: torch.dtype | str) -> int:
     """A small number for a dtype, the same on all ranks."""
     name = str(dtype).removeprefix("torch.")
     return DTYPES.index(name) if name in DTYPES else len(DTYPES)

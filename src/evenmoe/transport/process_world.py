@@ -120,7 +120,7 @@ def transport_of(group: object, argument: str = "group", *, timeout_s: float = 6
         MissingArgumentError, UnsupportedTypeError, ConstraintError: it is none of these, or has other axes.
         LostRankError: a rank did not come.
     """
-    if isinstance(group, GroupEnd) or isinstance(group, Transport):  # in this order, since a protocol costs 10 µs
+    if isinstance(group, (GroupEnd, Transport)):  # in this order, since to ask a protocol costs 10 µs
         return group
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
