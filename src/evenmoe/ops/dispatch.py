@@ -6,13 +6,13 @@ parallel group, A capacity in rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from evenmoe.contract.calls import DispatchCall
-from evenmoe.contract.dispatch import check_dispatch_call
+from evenmoe.contract.dispatch import check_dispatch_call, infer_dispatch
 from evenmoe.contract.layout import Layout, scale_down
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.dispatched import Dispatched
@@ -42,8 +42,7 @@ from evenmoe.transport.agreement import UNKNOWN, Header, digest, dtype_code
 from evenmoe.transport.call import GroupCall, Outgoing, together
 from evenmoe.transport.process_world import Group
 
-Outputs = tuple[torch.Tensor, ...]
-Zeros = Callable[[tuple[int, ...], torch.dtype, torch.device], torch.Tensor]
+Outputs = Sequence[torch.Tensor]
 
 
 def dispatch(
@@ -127,10 +126,16 @@ def dispatch(
 
 @dataclass(frozen=True)
 class Plan:
-    """What follows from a call's shapes and attributes: the layout, and what the ranks must agree on."""
+    """What follows from a call's shapes and attributes.
+
+    Attributes:
+        layout, header: who holds what, and what the ranks must agree on.
+        outputs: shape and dtype of each.
+    """
 
     layout: Layout
     header: Header
+    outputs: list[tuple[tuple[int, ...], torch.dtype]]
 
 
 def prepare(call: DispatchCall[TensorSpec], elastic_info: list[int] | None = None) -> Plan:
@@ -155,13 +160,14 @@ def prepare(call: DispatchCall[TensorSpec], elastic_info: list[int] | None = Non
         "tensor-parallel world size": call.tp_world_size,
         "digest of `elastic_info`": digest((layout.num_experts, *layout.active_ranks)),
     }
-    return Plan(layout, Header("dispatch", sizes))
+    outputs = infer_dispatch(layout, call.x.dtype, call.quant_mode).values()
+    return Plan(layout, Header("dispatch", sizes), [(spec.shape, getattr(torch, spec.dtype)) for spec in outputs])
 
 
 _prepared = Prepared("dispatch", prepare)
 
 
-def _run(call: Dispatching) -> Outputs:
+def _run(call: Dispatching) -> tuple[torch.Tensor, ...]:
     ep, tp = find_groups(call)
     scaled_down = call.elastic_info is not None
     across, beside = parts_of("dispatch", ep, tp, scaled_down, call.x)
@@ -175,7 +181,7 @@ def _run(call: Dispatching) -> Outputs:
         if call.check_values:
             sent = sent_entries(call.expert_ids, layout, call.x_active_mask)
             check_physical_ids(call.expert_ids, sent, layout.num_experts + call.virtual_experts, layout.num_experts)
-        number = torch.tensor([across.group.number(), UNKNOWN if beside is None else beside.group.number()])
+        number = torch.tensor([across.number, UNKNOWN if beside is None else beside.number])
         outputs, received = _exchange_across(across, plan, call, local=tp is None)
         peer = None if beside is None else _exchange_with_peer(received, beside, layout)
         return (*_fill(outputs, received, peer, call), number)
@@ -199,7 +205,9 @@ def _exchange_across(part: GroupCall, plan: Plan, call: Dispatching, local: bool
     counts = part.agree(plan.header, routing.counts, sending.outgoing)
     # A shared-expert rank has one local expert, and every source counts for it in column 0.
     counts = counts[:, : layout.local_experts]
-    outputs = _allocate(call, layout, zeros)  # of A rows few are ever received, and only they are written
+    outputs = []
+    for output_shape, dtype in plan.outputs:  # of A rows few are ever received, and only they are written
+        outputs.append(zeros(output_shape, dtype, x.device))
     rows, index = x, sending.token
     if quantized:
         # Rows as they travel: bytes, H int8 and one float32 scale.
@@ -266,26 +274,11 @@ def _fill(outputs: Outputs, received: Received, peer: _Peer | None, call: Dispat
     return outputs
 
 
-def _allocate(call: Dispatching, layout: Layout, zeros: Zeros) -> Outputs:
-    x = call.x
-    dtype = torch.int8 if call.quant_mode == DYNAMIC_INT8 else x.dtype
-    return (
-        zeros((layout.expand_x_rows, x.shape[1]), dtype, x.device),
-        zeros((layout.dynamic_scales_length,), torch.float32, x.device),
-        zeros((layout.assist_info_length,), torch.int32, x.device),
-        zeros((layout.expert_token_nums_length,), torch.int64, x.device),
-        zeros((layout.ep_recv_counts_length,), torch.int32, x.device),
-        zeros((layout.tp_recv_counts_length,), torch.int32, x.device),
-        zeros((layout.expand_scales_length,), torch.float32, x.device),
-    )
-
-
-def _fake(call: Dispatching) -> Outputs:
-    def fake_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return call.x.new_zeros(shape, dtype=dtype)
-
+def _fake(call: Dispatching) -> tuple[torch.Tensor, ...]:
+    specs = specs_of(call)
+    outputs = infer_dispatch(check_dispatch_call(specs), specs.x.dtype, call.quant_mode).values()
     number = torch.empty((2,), dtype=torch.int64)
-    return (*_allocate(call, check_dispatch_call(specs_of(call)), fake_zeros), number)
+    return (*[call.x.new_zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in outputs], number)
 
 
 register("dispatch", _run, _fake)

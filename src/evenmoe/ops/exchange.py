@@ -225,7 +225,7 @@ def prepare_sending(
         token = pair % tokens
     row = row - (row_counts.cumsum(0) - row_counts)[destination]
     assignments = torch.stack([routing.token, routing.k, row], dim=1).int()
-    outgoing = Outgoing([3 * n for n in per_rank.tolist()], row_counts.tolist(), shape, like)
+    outgoing = Outgoing((3 * per_rank).tolist(), row_counts.tolist(), shape, like)
     return Sending(assignments, token, outgoing)
 
 

@@ -118,6 +118,13 @@ def _wrong(argument: str, value: object, wanted: str, passed: str) -> EvenmoeErr
     return ConstraintError(argument, repr(value), f"must be {wanted}", f"pass {passed}")
 
 
+def check_tensors(**tensors: object) -> None:
+    """Raises UnsupportedTypeError for the first that is no tensor, None included."""
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise UnsupportedTypeError(name, f"a {type(value).__name__}", "must be a torch.Tensor", "use torch.tensor")
+
+
 def check_devices(tensors: Mapping[str, object]) -> None:
     """Refuses tensors whose values cannot be read where the call reads them; everything else passes.
 
@@ -210,13 +217,12 @@ def parts_of(
 
     Args:
         operator: "dispatch" or "combine", under whose name the ranks agree.
-        rows: the tensor to be exchanged, on whose device the groups exchange; anything else if it is what is missing.
+        rows: the tensor to be exchanged, or anything else if it is what is missing.
     """
-    device = rows.device if isinstance(rows, torch.Tensor) and rows.device.type != "meta" else "cpu"
-    across = GroupCall(ep, operator, device, heard=not scaled_down)
+    across = GroupCall(ep, operator, rows, heard=not scaled_down)
     if tp is None or tp.world_size != 2:
         return across, None
-    return across, GroupCall(tp, f"tensor-parallel step of {operator}", device)
+    return across, GroupCall(tp, f"tensor-parallel step of {operator}", rows)
 
 
 def in_order(operator: str, across: GroupCall, beside: GroupCall | None) -> tuple[GroupCall | None, GroupCall | None]:

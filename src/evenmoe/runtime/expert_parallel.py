@@ -5,6 +5,7 @@ Shapes: T tokens of this rank, H hidden, K experts per token, E logical experts,
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -13,15 +14,16 @@ import torch
 from evenmoe.contract.layout import Layout, make_layout
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
 from evenmoe.ops.exchange import Routing, exchange, positions_of, prepare_returning, prepare_sending, route
-from evenmoe.ops.operator import check_devices
+from evenmoe.ops.operator import check_devices, check_tensors
 from evenmoe.ops.weighted_sum import add_rows
-from evenmoe.runtime.replica_choice import RULES, ReplicaChoice, check_tensors
+from evenmoe.rules.catalogue import RULES
+from evenmoe.rules.rule import Rule
+from evenmoe.rules.table import check_table_of_slots, counted_entries
 from evenmoe.transport.agreement import LAYER, Header, digest, dtype_code
 from evenmoe.transport.call import GroupCall, together
 from evenmoe.transport.process_world import Group, transport_of
 
 _DISPATCH, _COMBINE = "ExpertParallel.dispatch", "ExpertParallel.combine"
-_CHOICES = {"`rule`": RULES}
 _BATCH = "batch rule of ExpertParallel.dispatch"
 _KEPT = 256  # plans of a layer: as many batch sizes; a plan is a kilobyte
 
@@ -76,8 +78,9 @@ class ExpertParallel:
         eplb_table: int32 (E, F), row e = [count, slot ids…, don't care]; slot ids are unique over the table. The
             same on every rank (`Placement.eplb_table`).
         num_slots: S, a multiple of W.
-        rule: which replica a token uses: "rank", "token", "occurrence", or "batch" (the split of the whole batch
-            that minimizes the busiest rank's load; the counts it needs travel instead of the usual ones).
+        rule: which replica a token uses, a `evenmoe.rules.rule.Rule` or its name: "rank", "token", "occurrence",
+            "batch" (the split of the whole batch that minimizes the busiest rank's load; the counts it needs travel
+            instead of the usual ones), or one of your own (`evenmoe.rules.catalogue`).
         check_values: look at ids at every step. False saves the pass; a wrong value is then undefined.
         layer: a number of the layer, 0 or more, the same on all ranks, for messages and to tell layers apart. None for
             the next number of the group, which agrees if all ranks make their layers in the same order.
@@ -105,12 +108,13 @@ class ExpertParallel:
         eplb_table: torch.Tensor,
         *,
         num_slots: int,
-        rule: str = "rank",
+        rule: str | Rule = "rank",
         check_values: bool = True,
         layer: int | None = None,
     ) -> None:
         self._group = ep = transport_of(group)
-        self.num_slots, self.rule, self._check_values = num_slots, rule, check_values
+        self._rule, self._check_values = RULES.get(rule), check_values
+        self.num_slots, self.rule = num_slots, self._rule.name
         if num_slots < 1 or num_slots % ep.world_size:
             nearest = max(1, round(num_slots / ep.world_size)) * ep.world_size
             raise ConstraintError(
@@ -121,9 +125,12 @@ class ExpertParallel:
             )
         if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < 2**62):
             raise ConstraintError("layer", repr(layer), "must be a whole number from 0", "pass the layer's index")
-        self._choice = ReplicaChoice(eplb_table, rule, num_slots, ep.rank, ep.world_size)
+        check_table_of_slots(eplb_table, num_slots)
+        self._table = eplb_table.clone()  # it is read at every step, when its owner may have changed it
+        self._choose = self._rule.prepare(self._table, num_slots, ep.rank, ep.world_size)
         self.num_experts = eplb_table.shape[0]
-        self._table_digest = digest(self._choice.counted_entries())
+        experts, slots = counted_entries(self._table)
+        self._table_digest = digest(experts * num_slots + slots)
         self._given_layer, self.layer = layer, ep.next_layer() if layer is None else layer
         self._plans: dict[tuple[object, ...], _Plan] = {}
         self._combine_headers: dict[tuple[int, torch.dtype], Header] = {}
@@ -132,9 +139,9 @@ class ExpertParallel:
     def __deepcopy__(self, memo: object) -> ExpertParallel:
         return ExpertParallel(
             self._group,
-            self._choice.table,
+            self._table,
             num_slots=self.num_slots,
-            rule=self.rule,
+            rule=self._rule,
             check_values=self._check_values,
             layer=self._given_layer,
         )
@@ -165,29 +172,27 @@ class ExpertParallel:
                 another rank; the same error on every rank.
             LostRankError: a rank is gone or was interrupted; `.ranks` says which. The group is closed for good.
         """
-        call = self._part(_DISPATCH, x)
+        call = GroupCall(self._group, _DISPATCH, x)
         with together(call):
             plan = self._plan(x, topk_ids, topk_weights)
-            layout, counted = plan.layout, self._counted(topk_ids)
+            layout, header, counted = plan.layout, plan.header, self._counted(topk_ids)
             weights = topk_weights.to(torch.float32, copy=True)  # the caller may write to them before combine
-            number, ready, by_rank = self._group.number(), None, None
-            if self.rule == "batch":  # which needs every rank's assignments before it chooses
-                by_rank = call.agree(plan.header, self._count_experts(topk_ids)).cpu().numpy()
-                first = layout.rank * layout.experts_per_rank
-                to_slots = self._choice.slot_counts(by_rank)[:, first : first + layout.experts_per_rank]
-                ready = torch.from_numpy(to_slots.copy()).to(x.device)
+            by_rank = to_slots = None
+            if self._rule.needs_counts:
+                by_rank = call.agree(header, self._count_experts(topk_ids)).cpu().numpy()
+                to_slots, header = self._choose.slot_counts(by_rank), self._batch_header
             if counted is None:
-                slots = self._choice(topk_ids, topk_ids >= 0, by_rank)
+                slots = self._choose(topk_ids, None, by_rank)
             else:
-                slots = self._choice(torch.where(counted, topk_ids, 0), counted, by_rank)
+                slots = self._choose(torch.where(counted, topk_ids, 0), counted, by_rank)
                 slots = torch.where(counted, slots, self.num_slots)  # which `route` leaves here
             routing = route(slots, layout)
             sending = prepare_sending(routing, layout.num_tokens, (layout.hidden,), x)
-            if ready is None:
-                counts = call.agree(plan.header, routing.counts, sending.outgoing)
-            else:
-                counts = ready
-                call.agree(self._batch_header, counts.new_zeros((layout.ep, 0)), sending.outgoing)
+            sent = routing.counts if to_slots is None else routing.counts[:, :0]  # they follow from the others' counts
+            counts = call.agree(header, sent, sending.outgoing)
+            if to_slots is not None:
+                first = layout.rank * layout.experts_per_rank
+                counts = torch.from_numpy(to_slots[:, first : first + layout.experts_per_rank].copy()).to(x.device)
             received = exchange(call, sending, counts, x, sending.token)
             return DispatchedRows(
                 received.rows,
@@ -199,7 +204,7 @@ class ExpertParallel:
                 weights,
                 self._group.name,
                 self.layer,
-                number,
+                call.number,
             )
 
     def combine(self, dispatched: DispatchedRows, expert_out: torch.Tensor) -> torch.Tensor:
@@ -220,7 +225,7 @@ class ExpertParallel:
                 the call failed on another rank; the same error on every rank.
             LostRankError: as in `dispatch`.
         """
-        call = self._part(_COMBINE, expert_out)
+        call = GroupCall(self._group, _COMBINE, expert_out)
         with together(call):
             header = self._check_combine(dispatched, expert_out)
             source, routing, weights = dispatched.source_rank, dispatched.routing, dispatched.topk_weights
@@ -244,11 +249,6 @@ class ExpertParallel:
             total = expert_out.new_zeros((len(weights), expert_out.shape[1]), dtype=torch.float32)
             add_rows(total, incoming.buffer, position, weights)
             return total.to(expert_out.dtype)
-
-    def _part(self, operator: str, rows: object) -> GroupCall:
-        """This rank's part in a call; `rows` are to be exchanged, if they are a tensor at all."""
-        device = rows.device if isinstance(rows, torch.Tensor) and rows.device.type != "meta" else "cpu"
-        return GroupCall(self._group, operator, device)
 
     def _plan(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> _Plan:
         """What is known of calls with such arguments; they are checked when the first of them comes."""
@@ -277,12 +277,14 @@ class ExpertParallel:
                 "top-k of `topk_ids`": top_k,
                 "logical experts": self.num_experts,
                 "`num_slots`": self.num_slots,
-                "`rule`": RULES.index(self.rule),
+                "`rule`": digest(self.rule.encode()),
                 "digest of the EPLB table": self._table_digest,
             }
             if len(self._plans) >= _KEPT:
                 self._plans.clear()
-            plan = self._plans[tuple(key)] = _Plan(layout, Header(_DISPATCH, sizes, _CHOICES))
+            names = {digest(name.encode()): name for name in (*RULES, self.rule)}
+            choices = {"`rule`": defaultdict(lambda: "another rule", names)}
+            plan = self._plans[tuple(key)] = _Plan(layout, Header(_DISPATCH, sizes, choices))
         return plan
 
     def _counted(self, topk_ids: torch.Tensor) -> torch.Tensor | None:

@@ -10,7 +10,7 @@ It costs no collective of its own.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +27,6 @@ TEXT = 40  # int64 words for the message of a rank that failed: 320 bytes of UTF
 FIELDS = 24  # int64 words for what must agree
 HEADER = 4 + FIELDS + TEXT  # number of the exchange, operator, status, number of fields; fields; text
 FAILED = 1  # status of an error that has none of its own
-_MESSAGE_WORDS = 4096  # counts sent to all ranks together: 32 KiB, a latency-bound message on any link
 UNKNOWN = -1  # a dispatch that combine was not told; it may be any
 
 LAYER, DISPATCH = "layer", "dispatch"
@@ -70,18 +69,13 @@ _NAMES = tuple(OPERATORS)
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int8", "float8_e4m3fn", "float8_e5m2")
 
 
-def fitting(world_size: int) -> int:
-    """Counts per destination that fit into the first message; a function of the world alone, so ranks never differ."""
-    return max(64, _MESSAGE_WORDS // world_size)
-
-
 class Header:
     """What the calls of one kind say of themselves, made once for all of them.
 
     Args:
         operator: one of `OPERATORS`.
         sizes: {name: value} for every name of `OPERATORS[operator]`.
-        choices: {name: words} for names whose values are positions in a list of words, for the error.
+        choices: {name: {value: words}} for names whose values stand for words, for the error.
 
     Attributes:
         words: int64 (HEADER,), with 0 for the number of the exchange.
@@ -89,7 +83,7 @@ class Header:
     """
 
     def __init__(
-        self, operator: str, sizes: Mapping[str, int], choices: Mapping[str, Sequence[str]] | None = None
+        self, operator: str, sizes: Mapping[str, int], choices: Mapping[str, Mapping[int, str]] | None = None
     ) -> None:
         names = OPERATORS[operator]
         assert set(sizes) | {DISPATCH} == {*names, DISPATCH}, (operator, tuple(sizes))
@@ -118,7 +112,7 @@ def text_of(words: Words) -> str:
     return words.tobytes().rstrip(b"\0").decode(errors="replace")
 
 
-def check_headers(headers: Words, choices: Mapping[str, Sequence[str]]) -> None:
+def check_headers(headers: Words, choices: Mapping[str, Mapping[int, str]]) -> None:
     """Compare the headers of all ranks, int64 (W, HEADER), whose numbers are equal.
 
     Raises:
@@ -191,7 +185,7 @@ def _elsewhere(what: str, where: Mapping[int, str]) -> RankDisagreementError:
     )
 
 
-def _readable(name: str, value: int, choices: Mapping[str, Sequence[str]]) -> str:
+def _readable(name: str, value: int, choices: Mapping[str, Mapping[int, str]]) -> str:
     if name in choices:
         return choices[name][value]
     if name.startswith("dtype"):

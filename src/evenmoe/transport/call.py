@@ -30,10 +30,11 @@ from evenmoe.transport.transport import Transport
 
 _HEAD_WORDS, _TEXT = 32, 3  # number of the exchange, rows of the block, status; the text of a failure
 _HEAD_BYTES = 8 * _HEAD_WORDS
+_MESSAGE_WORDS = 4096  # counts sent to all ranks together: 32 KiB, a latency-bound message on any link
+_FEW = 64  # counts for each rank that travel with the first header, however many ranks there are
 # What the others wait for: the exchange that comes next; not known, since this rank has not understood their headers;
 # nothing more.
 _PENDING, _UNKNOWN, _DONE = range(3)
-_NUMPY = {torch.int32: np.int32, torch.int64: np.int64}
 _COUNTS = agreement.HEADER + 2  # where counts begin, behind the numbers and the rows of the packet that follows
 
 
@@ -102,6 +103,7 @@ class _Plan:
     """The packets that the others wait for, known to all ranks once they have agreed."""
 
     outgoing: Outgoing
+    wire_shape: tuple[int, ...]  # of a row as it travels: one of no bytes is a single element, as a head counts in rows
     sent: _Blocks
     received: _Blocks
 
@@ -119,28 +121,29 @@ class _Announced:
 class GroupCall:
     """One rank's part in one collective call of one group: `agree` once or more, then `exchange` once.
 
+    Attributes: `group`, and `number`, that of the exchange which begins the call, by which all ranks know it.
+
     Args:
         group: the group.
         operator: under whose name the ranks agree.
-        device: of the tensors that travel.
+        rows: the tensor that is to travel, on whose device the ranks exchange; anything else if it is missing.
         heard: whether the others would hear of a failure now; see `narrow`.
     """
 
-    def __init__(
-        self, group: Transport, operator: str, device: torch.device | str = "cpu", *, heard: bool = True
-    ) -> None:
-        self.group, self._operator, self._device, self._heard = group, operator, device, heard
-        self._next = group.number()  # of the exchange that the others wait for
+    def __init__(self, group: Transport, operator: str, rows: object = None, *, heard: bool = True) -> None:
+        self.group, self._operator, self._heard = group, operator, heard
+        self._device = rows.device if isinstance(rows, torch.Tensor) and rows.device.type != "meta" else "cpu"
+        self.number = self._next = group.number()  # of the exchange that the others wait for
         self._stage = _PENDING
         self._announced: _Announced | None = None
         self._plan: _Plan | None = None  # once agreed
         self._rest: torch.Tensor | None = None  # counts that did not fit beside the header
-        self._fitting = agreement.fitting(group.world_size)  # counts beside it; later headers come with few
+        self._fitting = max(_FEW, _MESSAGE_WORDS // group.world_size)  # counts beside it, on all ranks as many
 
     def narrow(self, group: Transport) -> None:
         """Go on with the ranks that are left, which wait for this one from now on."""
-        self.group, self._heard, self._next = group, True, group.number()
-        self._fitting = agreement.fitting(group.world_size)
+        self.group, self._heard, self.number = group, True, group.number()
+        self._next, self._fitting = self.number, max(_FEW, _MESSAGE_WORDS // group.world_size)
 
     def agree(
         self, header: Header, counts: torch.Tensor, outgoing: Outgoing | None = None, dispatch: int = UNKNOWN
@@ -200,10 +203,11 @@ class GroupCall:
             index = torch.arange(len(rows), device=rows.device)
         assert len(index) == sum(plan.sent.rows), (len(index), plan.sent.rows)
         shape = plan.outgoing.shape
-        if not prod(shape):
-            rows = rows.new_zeros((len(rows), *_wire_shape(shape)))
-        incoming = self._exchange_packets(plan, self._packed(plan, rows, index, numbers))
-        return incoming if prod(shape) else replace(incoming, buffer=rows.new_empty((len(incoming.buffer), *shape)))
+        if prod(shape):
+            return self._exchange_packets(plan, self._packed(plan, rows, index, numbers))
+        nothing = rows.new_zeros((len(rows), *plan.wire_shape))
+        incoming = self._exchange_packets(plan, self._packed(plan, nothing, index, numbers))
+        return replace(incoming, buffer=rows.new_empty((len(incoming.buffer), *shape)))
 
     def fail(self, error: BaseException) -> None:
         """Let the ranks that wait for this one know of `error`, and be in step with them again if that can be."""
@@ -252,10 +256,11 @@ class GroupCall:
                 self._stage = _DONE  # on every rank
                 raise
         if outgoing is not None:
-            row_bytes = prod(_wire_shape(outgoing.shape)) * outgoing.like.element_size()
+            wire_shape = outgoing.shape if prod(outgoing.shape) else (1,)
+            row_bytes = prod(wire_shape) * outgoing.like.element_size()
             numbers, rows = received[:, agreement.HEADER : _COUNTS].T.tolist()
             sent = _Blocks(outgoing.numbers, outgoing.rows, row_bytes)
-            self._plan = _Plan(outgoing, sent, _Blocks(numbers, rows, row_bytes))
+            self._plan = _Plan(outgoing, wire_shape, sent, _Blocks(numbers, rows, row_bytes))
         self._next, self._rest, self._stage, self._fitting = self._next + 1, announced.rest, _PENDING, 0
 
     def _exchange_rest(self, rest: torch.Tensor) -> torch.Tensor:
@@ -273,11 +278,14 @@ class GroupCall:
     ) -> torch.Tensor:
         """The blocks for all ranks, in the group's memory; of a failed call only the heads mean anything."""
         blocks = plan.sent
-        buffer = self.group.rows_to_send((blocks.total, *_wire_shape(plan.outgoing.shape)), plan.outgoing.like)
+        buffer = self.group.rows_to_send((blocks.total, *plan.wire_shape), plan.outgoing.like)
         if rows is not None and len(rows):
             assert index is not None
             whole = torch.zeros(blocks.total, dtype=index.dtype, device=index.device)
-            into, which = _plain(whole), _plain(index)
+            into: Any = whole
+            which: Any = index
+            if index.device.type == "cpu":  # slices of arrays cost a third of those of tensors
+                into, which = whole.numpy(), index.numpy()
             taken = 0
             for first, count in zip(blocks.first, blocks.rows, strict=True):
                 into[first : first + count] = which[taken : taken + count]
@@ -316,13 +324,14 @@ class GroupCall:
             at = start * blocks.row_bytes + _HEAD_BYTES
             heads.append(memory[at - _HEAD_BYTES : at])
             numbers.append(memory[at : at + 4 * count])
-        heads = _joined(heads, torch.int64).cpu().numpy().reshape(-1, _HEAD_WORDS)
+        both, size = _joined(heads + numbers), _HEAD_BYTES * len(heads)
+        heads = both[:size].view(torch.int64).cpu().numpy().reshape(-1, _HEAD_WORDS)
         if (heads[:, 0] != self._next).any() or (heads[:, 1] != blocks.lengths).any() or heads[:, 2].any():
             self._check_in_step(np.where(heads[:, 1] == blocks.lengths, heads[:, 0], -1))
             rank = int(np.flatnonzero(heads[:, 2])[0])
             text, refused = agreement.text_of(heads[rank, _TEXT:]), heads[rank, 2] != agreement.FAILED
             raise agreement.failed_there(rank, self._operator, text, refused)
-        return Incoming(received, blocks.first, blocks.rows, _joined(numbers, torch.int32))
+        return Incoming(received, blocks.first, blocks.rows, both[size:].view(torch.int32))
 
     def _check_in_step(self, numbers: agreement.Words) -> None:
         """Every rank must have sent what belongs to the exchange just made; −1 for a message that is cut short."""
@@ -362,24 +371,12 @@ def together(*calls: GroupCall | None) -> Iterator[None]:
             group.end_turn()
 
 
-def _wire_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a row as it travels: one of no bytes travels as a single element, since a head counts in rows."""
-    return shape if prod(shape) else (1,)
-
-
-def _plain(tensor: torch.Tensor) -> Any:
-    """The same memory as an array where that is possible: slices of arrays cost a third of those of tensors."""
-    return tensor.numpy() if tensor.device.type == "cpu" else tensor
-
-
 def _bytes(tensor: torch.Tensor) -> Any:
-    """The memory of a contiguous tensor as bytes; as an array where that is possible, see `_plain`."""
+    """The memory of a contiguous tensor as bytes; as an array where that is possible, since its slices cost less."""
     octets = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
     return octets.numpy() if octets.device.type == "cpu" else octets
 
 
-def _joined(parts: list[Any], dtype: torch.dtype) -> torch.Tensor:
-    """Pieces of bytes, one after the other, in new memory and seen as `dtype`."""
-    if isinstance(parts[0], np.ndarray):
-        return torch.from_numpy(np.concatenate(parts).view(_NUMPY[dtype]))
-    return torch.cat(parts).view(dtype)
+def _joined(parts: list[Any]) -> torch.Tensor:
+    """Pieces of bytes, one after the other, in new memory."""
+    return torch.from_numpy(np.concatenate(parts)) if isinstance(parts[0], np.ndarray) else torch.cat(parts)

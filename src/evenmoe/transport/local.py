@@ -47,11 +47,13 @@ class Rendezvous:
             if len(brought) == len(members):
                 self._changed.notify_all()
             while len(brought) < len(members):
-                missing = [r for r in members if r not in brought]
-                if any(r in self._gone for r in missing):
-                    raise self._lost(rank, missing)
+                if self._gone:
+                    missing = [r for r in members if r not in brought]
+                    if not self._gone.keys().isdisjoint(missing):
+                        raise self._lost(rank, missing)
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
+                    missing = [r for r in members if r not in brought]
                     self._gone[rank] = _Departure(
                         f"gave up after {self.timeout_s:g} s of waiting for ranks {missing}", tuple(missing)
                     )
@@ -65,7 +67,7 @@ class Rendezvous:
             self._readers[exchange] -= 1
             if self._readers[exchange] == 0:
                 del self._brought[exchange], self._readers[exchange]
-            return {r: brought[r] for r in members}
+            return dict(sorted(brought.items()))
 
     def leave(self, rank: int, reason: str, because_of: tuple[int, ...] = ()) -> None:
         """Say that `rank` will not come again, and wake whoever waits for it."""

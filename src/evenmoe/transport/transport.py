@@ -217,7 +217,8 @@ class GroupEnd(ABC):
             self._tell(reason, ranks)
 
     def exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None = None) -> torch.Tensor:
-        self.check_usable()
+        if self._closed or self._broken is not None:
+            self.check_usable()
         try:
             return self._exchange_counts(counts, members)
         except BaseException as error:
@@ -235,7 +236,8 @@ class GroupEnd(ABC):
         members: Sequence[int] | None = None,
         into_scratch: bool = False,
     ) -> torch.Tensor:
-        self.check_usable()
+        if self._closed or self._broken is not None:
+            self.check_usable()
         try:
             return self._exchange_rows(rows, send_counts, recv_counts, members, into_scratch)
         except BaseException as error:
