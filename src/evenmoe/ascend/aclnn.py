@@ -153,7 +153,7 @@ SecondStage = Callable[[object, int, Executor | None, Stream | None], int]
 def _two_stages(operator: str) -> tuple[FirstStage, SecondStage]:
     """The two functions of one operator, made from its listing."""
     arguments = SIGNATURES[operator]
-    parts = [arguments.names("tensor"), arguments.names("str", "int", "float"), arguments.names("output")]
+    outputs = arguments.names("output")
     signature = inspect.Signature(
         [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in arguments.arguments]
     )
@@ -161,8 +161,8 @@ def _two_stages(operator: str) -> tuple[FirstStage, SecondStage]:
     def first(*args: Any, **kwargs: Any) -> tuple[int, int, Executor | None]:
         given = signature.bind(*args, **kwargs).arguments  # a wrong number of arguments, C would not compile
         try:
-            executor = stage_one(operator, *({name: given[name] for name in names} for names in parts))
-            check_memory(given, parts[2])
+            executor = stage_one(operator, given)
+            check_memory(given, outputs)
         except EvenmoeError as error:
             return status_of(error), 0, None
         return status.SUCCESS, executor.workspace_size, executor

@@ -16,17 +16,12 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from evenmoe.contract.calls import CombineCall, DispatchCall, UpdateExpertCall
 from evenmoe.contract.layout import Layout
-from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
 from evenmoe.ops.exchange import active_tokens
 from evenmoe.ops.numerics import DYNAMIC_INT8
 from evenmoe.ops.operator import spec_of
-
-
-def specs_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The same arguments with every tensor replaced by its spec."""
-    return {name: spec_of(value) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
 
 
 def check_no_overlap(argument: str, shape: Sequence[int], strides: Sequence[int]) -> None:
@@ -69,22 +64,17 @@ def check_memory(arguments: Mapping[str, object], outputs: Sequence[str]) -> Non
             check_no_overlap(name, tensor.shape, tensor.stride())
 
 
-def check_unchanged(specs: Mapping[str, TensorSpec | None], tensors: Mapping[str, torch.Tensor | None]) -> None:
-    """Check that the tensors still have the shapes and dtypes that the first stage saw, `specs`.
+def check_unchanged(specs: object, tensors: Mapping[str, torch.Tensor | None]) -> None:
+    """Check that the tensors have the shapes and dtypes that the first stage saw, which `specs` has by name.
 
     Raises:
         ConstraintError: one was resized, or replaced by another.
-
-    >>> check_unchanged({"out": TensorSpec((2,), "int32")}, {"out": torch.zeros(3, dtype=torch.int32)})
-    Traceback (most recent call last):
-    evenmoe.errors.ConstraintError: `out` is int32 (3,): it must stay as the first stage saw it, int32 (2,); call the \
-first stage again.
     """
     for name, tensor in tensors.items():
-        now = None if tensor is None else spec_of(tensor)
-        if now != specs[name]:
+        before, now = getattr(specs, name), None if tensor is None else spec_of(tensor)
+        if now != before:
             raise ConstraintError(
-                name, now, f"must stay as the first stage saw it, {specs[name]}", "call the first stage again"
+                name, now, f"must stay as the first stage saw it, {before}", "call the first stage again"
             )
 
 
@@ -114,17 +104,19 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 Outputs = Mapping[str, torch.Tensor | None]
-Writer = Callable[[Outputs, Any, Layout | None, Mapping[str, Any]], None]
+Writer = Callable[[Outputs, Any, Layout | None, Any], None]
 
 
-def _write_update_expert(outputs: Outputs, results: Any, layout: Layout | None, given: Mapping[str, Any]) -> None:
+def _write_update_expert(
+    outputs: Outputs, results: Any, layout: Layout | None, call: UpdateExpertCall[torch.Tensor]
+) -> None:
     ids, mask = results
     _write(outputs, "balanced_expert_ids", ids)
-    if given["expert_scales"] is not None:  # without pruning the mask is not written (§1.5)
+    if call.expert_scales is not None:  # without pruning the mask is not written (§1.5)
         _write(outputs, "balanced_active_mask", mask)
 
 
-def _write_dispatch(outputs: Outputs, results: Any, layout: Layout | None, given: Mapping[str, Any]) -> None:
+def _write_dispatch(outputs: Outputs, results: Any, layout: Layout | None, call: DispatchCall[torch.Tensor]) -> None:
     assert layout is not None
     expand_x, dynamic_scales, assist, token_nums, ep_recv_counts, tp_recv_counts, _, number = results
     pairs = layout.ep * layout.local_experts
@@ -134,7 +126,7 @@ def _write_dispatch(outputs: Outputs, results: Any, layout: Layout | None, given
         rows, counted = int(tp_recv_counts.sum()), 2 * pairs
         _write(outputs, "tp_recv_counts", tp_recv_counts)
     _write(outputs, "expand_x", expand_x[:rows])
-    if given["quant_mode"] == DYNAMIC_INT8:
+    if call.quant_mode == DYNAMIC_INT8:
         _write(outputs, "dynamic_scales", dynamic_scales[:rows])
     _write(outputs, "assist_info_for_combine", assist[: 3 * own])
     remember(outputs["assist_info_for_combine"], number)
@@ -142,19 +134,19 @@ def _write_dispatch(outputs: Outputs, results: Any, layout: Layout | None, given
     _write(outputs, "ep_recv_counts", ep_recv_counts[:counted])
 
 
-def _write_combine(outputs: Outputs, results: Any, layout: Layout | None, given: Mapping[str, Any]) -> None:
-    _write_active(outputs, {"x_out": results}, given)
+def _write_combine(outputs: Outputs, results: Any, layout: Layout | None, call: CombineCall[torch.Tensor]) -> None:
+    _write_active(outputs, {"x_out": results}, call)
 
 
 def _write_combine_add_rms_norm(
-    outputs: Outputs, results: Any, layout: Layout | None, given: Mapping[str, Any]
+    outputs: Outputs, results: Any, layout: Layout | None, call: CombineCall[torch.Tensor]
 ) -> None:
-    _write_active(outputs, dict(zip(("y_out", "rstd_out", "x_out"), results, strict=True)), given)
+    _write_active(outputs, dict(zip(("y_out", "rstd_out", "x_out"), results, strict=True)), call)
 
 
-def _write_active(outputs: Outputs, results: dict[str, torch.Tensor], given: Mapping[str, Any]) -> None:
-    expert_ids = given["expert_ids"]
-    active = active_tokens(expert_ids.shape[0], given["x_active_mask"], expert_ids.device)
+def _write_active(outputs: Outputs, results: dict[str, torch.Tensor], call: CombineCall[torch.Tensor]) -> None:
+    expert_ids = call.expert_ids
+    active = active_tokens(expert_ids.shape[0], call.x_active_mask, expert_ids.device)
     for name, result in results.items():
         output = outputs[name]
         assert output is not None, "the first stage raises for null outputs"
@@ -173,4 +165,4 @@ WRITERS: dict[str, Writer] = {
     "combine": _write_combine,
     "combine_add_rms_norm": _write_combine_add_rms_norm,
 }
-"""By registered operator: (outputs, results of the operator, layout that took part, its arguments)."""
+"""By registered operator: (outputs, results of the operator, layout that took part, its call)."""

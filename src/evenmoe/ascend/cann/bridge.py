@@ -91,8 +91,8 @@ def _warm_up() -> None:
     """
     ids, table = torch.zeros((1, 1), dtype=torch.int32), torch.tensor([[1, 0]], dtype=torch.int32)
     attributes = {"local_rank_id": 0, "world_size": 2, "balance_mode": 0}
-    tensors = {"expert_ids": ids, "eplb_table": table}
-    stage_one_of_operator("MoeEPLBUpdateExpert", tensors, attributes, {"balanced_expert_ids": ids.clone()}).run()
+    given = {"expert_ids": ids, "eplb_table": table, **attributes, "balanced_expert_ids": ids.clone()}
+    stage_one_of_operator("MoeEPLBUpdateExpert", given).run()
 
 
 def _init() -> None:

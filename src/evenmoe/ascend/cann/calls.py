@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from evenmoe.ascend import status
 from evenmoe.ascend.cann.memory import Memory
 from evenmoe.ascend.cann.runtime import Communicators, Handles, Runtime
@@ -49,33 +47,30 @@ class Calls:
             AclError: they are not valid; the message uses the C names.
         """
         names = c_names(operator)
-        given = dict(zip(names, arguments, strict=True))
+        given: dict[str, Any] = dict(zip(names, arguments, strict=True))
         try:
-            executor = self._stage(operator, given, names)
+            executor = self._stage(operator, given)
         except EvenmoeError as error:
             raise _with_c_names(error, names) from error
         return executor.workspace_size, self.executors.add(Call(executor, _ranks(given)))
 
-    def _stage(self, operator: str, given: dict[str, Any], names: Mapping[str, str]) -> Executor:
-        signature = SIGNATURES[operator]
-        outputs = signature.names("output")
-        tensors: dict[str, torch.Tensor | None] = {}
+    def _stage(self, operator: str, given: Mapping[str, Any]) -> Executor:
+        arguments = dict(given)
         failure: EvenmoeError | None = None
-        for name in signature.names("tensor", "output"):
-            handle = given[name]
-            if handle == 0:
-                tensors[name] = None
+        for name, argument in SIGNATURES[operator].arguments.items():
+            if argument.kind not in ("tensor", "output"):
                 continue
-            description = self.tensors.get(names[name], handle)
+            if given[name] == 0:
+                arguments[name] = None
+                continue
+            description = self.tensors.get(argument.c_name, given[name])
             try:
-                tensors[name] = view(self._memory, name, description, name in outputs)
+                arguments[name] = view(self._memory, name, description, argument.kind == "output")
             except EvenmoeError as error:
                 # Shapes and ranges are checked before the memory behind them, which a wrong shape would not fit anyway.
                 failure = failure or error
-                tensors[name] = shape_only(name, description)
-        attributes = {name: given[name] for name in signature.names("str", "int", "float")}
-        inputs = {name: tensors[name] for name in signature.names("tensor")}
-        executor = stage_one(operator, inputs, attributes, {name: tensors[name] for name in outputs})
+                arguments[name] = shape_only(name, description)
+        executor = stage_one(operator, arguments)
         if failure is not None:
             raise failure
         return executor
