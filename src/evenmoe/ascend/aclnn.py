@@ -38,7 +38,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -158,7 +157,7 @@ def _two_stages(operator: str) -> tuple[FirstStage, SecondStage]:
         [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in arguments.arguments]
     )
 
-    def first(*args: Any, **kwargs: Any) -> tuple[int, int, Executor | None]:
+    def first(*args: object, **kwargs: object) -> tuple[int, int, Executor | None]:
         given = signature.bind(*args, **kwargs).arguments  # a wrong number of arguments, C would not compile
         try:
             executor = stage_one(operator, given)

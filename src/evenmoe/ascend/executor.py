@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from operator import index
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -18,31 +18,39 @@ from evenmoe.ascend import status
 from evenmoe.ascend.groups import Membership, find_group, late_ranks, peers_here, taking_part
 from evenmoe.ascend.status import AclError, of_the_chip
 from evenmoe.ascend.stream import Stream
-from evenmoe.ascend.tensors import WRITERS, check_unchanged, number_of
-from evenmoe.contract.calls import CombineCall, DistributeCall
+from evenmoe.ascend.tensors import check_unchanged, number_of, write_outputs
+from evenmoe.contract.calls import AddRmsNormCall, CombineCall, DispatchCall, DistributeCall, UpdateExpertCall
 from evenmoe.contract.combine import check_combine_add_rms_norm_call, check_combine_call
 from evenmoe.contract.dispatch import check_dispatch_call
 from evenmoe.contract.layout import Layout, scale_down
 from evenmoe.contract.limits import ATLAS_A3
 from evenmoe.contract.operators import SIGNATURES, Kind
+from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.contract.update_expert import check_update_expert_call
 from evenmoe.errors import ConstraintError, EvenmoeError, UnsupportedTypeError
 from evenmoe.ops import combine, combine_add_rms_norm, dispatch, update_expert
-from evenmoe.ops.operator import CALL_TYPES, perform, specs_of
+from evenmoe.ops.operator import CALL_TYPES, Call, perform, specs_of
 
 _OPERATOR_MODULES = (combine, combine_add_rms_norm, dispatch, update_expert)  # importing them registers the operators
 
 #: What the operators' tiling asks for, the fixed system workspace; this implementation does not touch it.
 WORKSPACE_BYTES = 16 * 2**20
 
-#: The contract's check of each operator.
-CHECKS: dict[str, Callable[[Any], Layout | None]] = {
-    "update_expert": check_update_expert_call,
-    "dispatch": check_dispatch_call,
-    "combine": check_combine_call,
-    "combine_add_rms_norm": check_combine_add_rms_norm_call,
-}
+Specs: TypeAlias = UpdateExpertCall[TensorSpec] | DispatchCall[TensorSpec] | CombineCall[TensorSpec]
 _INT64 = range(-(2**63), 2**63)
+
+
+def check_call(specs: Specs) -> Layout | None:
+    """Check a call of any operator, of the shapes and dtypes of its tensors; its layout where it has one.
+
+    Raises:
+        EvenmoeError: what the contract says.
+    """
+    if isinstance(specs, UpdateExpertCall):
+        return check_update_expert_call(specs)
+    if isinstance(specs, DispatchCall):
+        return check_dispatch_call(specs)
+    return check_combine_add_rms_norm_call(specs) if isinstance(specs, AddRmsNormCall) else check_combine_call(specs)
 
 
 def stage_one(operator: str, given: Mapping[str, object]) -> Executor:
@@ -66,7 +74,7 @@ def stage_one(operator: str, given: Mapping[str, object]) -> Executor:
     call = CALL_TYPES[signature.operator](**arguments, limits=ATLAS_A3)
     specs = specs_of(call)
     try:
-        layout = CHECKS[signature.operator](specs)
+        layout = check_call(specs)
     except EvenmoeError as error:
         raise of_the_chip(error) from error
     return Executor(operator, call, specs, layout)
@@ -80,15 +88,16 @@ class Executor:
         workspace_size: bytes that the second stage must be given.
         repeatable: whether the second stage may be called more than once; see `make_repeatable`.
         tensors, outputs: {name: tensor or None}; replace a tensor by one of equal shape and dtype to move it.
+        groups: (name, rank, world size) of those that it exchanges over, the expert-parallel one first.
     """
 
-    def __init__(self, operator: str, call: Any, specs: Any, layout: Layout | None) -> None:
+    def __init__(self, operator: str, call: Call, specs: Specs, layout: Layout | None) -> None:
         signature = SIGNATURES[operator]
         self.operator, self.workspace_size, self.repeatable = operator, WORKSPACE_BYTES, False
         self.tensors: dict[str, torch.Tensor | None] = {name: getattr(call, name) for name in signature.names("tensor")}
         self.outputs: dict[str, torch.Tensor | None] = {name: getattr(call, name) for name in signature.names("output")}
         self._call, self._specs, self._layout = call, specs, layout
-        self._groups = [] if layout is None else _groups_of(call)
+        self.groups = _groups_of(call) if isinstance(call, DistributeCall) else []
         self._state = threading.Lock()
         self._launched = self._destroyed = False
         self._memberships: list[Membership] = []
@@ -197,11 +206,11 @@ class Executor:
         with taking_part(self._memberships):
             results = perform(name, call)
         with memory():
-            WRITERS[name](self.outputs, results, layout, call)
+            write_outputs(call, self.outputs, (results,) if isinstance(results, torch.Tensor) else results, layout)
 
     def describe(self) -> str:
         """What the call is, and which ranks it waits for, for messages."""
-        where = "".join(f" as rank {rank} of group {name!r}" for name, rank, _ in self._groups[:1])
+        where = "".join(f" as rank {rank} of group {name!r}" for name, rank, _ in self.groups[:1])
         late = late_ranks(self._memberships)
         behind = "; ".join(f"rank {', '.join(map(str, ranks))} of group {name!r}" for name, ranks in late.items())
         waits = f" waits for {behind}, which has not begun its call," if behind else ""
@@ -222,7 +231,7 @@ class Executor:
 
     def _join(self, layout: Layout | None) -> list[Membership]:
         memberships = []
-        for position, (name, rank, world_size) in enumerate(self._groups):
+        for position, (name, rank, world_size) in enumerate(self.groups):
             members = peers_here(name, world_size)
             if position == 0 and layout is not None and layout.active_ranks:
                 members = [member for member in members if member in layout.active_ranks]
@@ -230,7 +239,7 @@ class Executor:
         return memberships
 
 
-def _of_type(kind: Kind, name: str, value: Any) -> Any:
+def _of_type(kind: Kind, name: str, value: Any) -> object:
     """What a C compiler would see to: the type of one argument. Numbers of other libraries become Python's."""
     if kind in ("tensor", "output"):
         if value is not None and not isinstance(value, torch.Tensor):

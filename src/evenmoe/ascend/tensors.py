@@ -10,8 +10,7 @@ another tensor (as in C++), is not known; then only the operator's own values ar
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -21,7 +20,7 @@ from evenmoe.contract.layout import Layout
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
 from evenmoe.ops.exchange import active_tokens
 from evenmoe.ops.numerics import DYNAMIC_INT8
-from evenmoe.ops.operator import spec_of
+from evenmoe.ops.operator import Call, spec_of
 
 
 def check_no_overlap(argument: str, shape: Sequence[int], strides: Sequence[int]) -> None:
@@ -82,9 +81,8 @@ _numbers = WeakIdKeyDictionary()  # assist info -> (its version, number)
 _lock = threading.Lock()
 
 
-def remember(assist_info: torch.Tensor | None, number: torch.Tensor) -> None:
+def remember(assist_info: torch.Tensor, number: torch.Tensor) -> None:
     """Keep `number`, the last output of `torch.ops.evenmoe.dispatch`, for what its assist info was written to."""
-    assert assist_info is not None, "the first stage raises for null outputs"
     with _lock:
         _numbers[assist_info] = _version(assist_info), number
 
@@ -104,20 +102,33 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 Outputs = Mapping[str, torch.Tensor | None]
-Writer = Callable[[Outputs, Any, Layout | None, Any], None]
 
 
-def _write_update_expert(
-    outputs: Outputs, results: Any, layout: Layout | None, call: UpdateExpertCall[torch.Tensor]
+def write_outputs(call: Call, outputs: Outputs, results: Sequence[torch.Tensor], layout: Layout | None) -> None:
+    """Write what an operator computed into the caller's tensors.
+
+    Args:
+        outputs: by name, in the operator's order.
+        results: the outputs of the registered operator.
+        layout: of the ranks that took part; None for update expert.
+    """
+    if isinstance(call, DispatchCall):
+        assert layout is not None
+        _write_dispatch(call, outputs, results, layout)
+    elif isinstance(call, CombineCall):
+        active = active_tokens(len(call.expert_ids), call.x_active_mask, call.expert_ids.device)
+        for name, result in zip(outputs, results, strict=True):
+            _given(outputs, name)[active] = result[active]
+    elif isinstance(call, UpdateExpertCall):
+        ids, mask = results
+        _write(outputs, "balanced_expert_ids", ids)
+        if call.expert_scales is not None:  # without pruning the mask is not written (§1.5)
+            _write(outputs, "balanced_active_mask", mask)
+
+
+def _write_dispatch(
+    call: DispatchCall[torch.Tensor], outputs: Outputs, results: Sequence[torch.Tensor], layout: Layout
 ) -> None:
-    ids, mask = results
-    _write(outputs, "balanced_expert_ids", ids)
-    if call.expert_scales is not None:  # without pruning the mask is not written (§1.5)
-        _write(outputs, "balanced_active_mask", mask)
-
-
-def _write_dispatch(outputs: Outputs, results: Any, layout: Layout | None, call: DispatchCall[torch.Tensor]) -> None:
-    assert layout is not None
     expand_x, dynamic_scales, assist, token_nums, ep_recv_counts, tp_recv_counts, _, number = results
     pairs = layout.ep * layout.local_experts
     own = int(ep_recv_counts[pairs - 1])
@@ -129,40 +140,16 @@ def _write_dispatch(outputs: Outputs, results: Any, layout: Layout | None, call:
     if call.quant_mode == DYNAMIC_INT8:
         _write(outputs, "dynamic_scales", dynamic_scales[:rows])
     _write(outputs, "assist_info_for_combine", assist[: 3 * own])
-    remember(outputs["assist_info_for_combine"], number)
+    remember(_given(outputs, "assist_info_for_combine"), number)
     _write(outputs, "expert_token_nums", token_nums[: layout.local_experts])
     _write(outputs, "ep_recv_counts", ep_recv_counts[:counted])
 
 
-def _write_combine(outputs: Outputs, results: Any, layout: Layout | None, call: CombineCall[torch.Tensor]) -> None:
-    _write_active(outputs, {"x_out": results}, call)
-
-
-def _write_combine_add_rms_norm(
-    outputs: Outputs, results: Any, layout: Layout | None, call: CombineCall[torch.Tensor]
-) -> None:
-    _write_active(outputs, dict(zip(("y_out", "rstd_out", "x_out"), results, strict=True)), call)
-
-
-def _write_active(outputs: Outputs, results: dict[str, torch.Tensor], call: CombineCall[torch.Tensor]) -> None:
-    expert_ids = call.expert_ids
-    active = active_tokens(expert_ids.shape[0], call.x_active_mask, expert_ids.device)
-    for name, result in results.items():
-        output = outputs[name]
-        assert output is not None, "the first stage raises for null outputs"
-        output[active] = result[active]
-
-
 def _write(outputs: Outputs, name: str, values: torch.Tensor) -> None:
+    _given(outputs, name)[: len(values)] = values
+
+
+def _given(outputs: Outputs, name: str) -> torch.Tensor:
     output = outputs[name]
     assert output is not None, "the first stage raises for null outputs"
-    output[: len(values)] = values
-
-
-WRITERS: dict[str, Writer] = {
-    "update_expert": _write_update_expert,
-    "dispatch": _write_dispatch,
-    "combine": _write_combine,
-    "combine_add_rms_norm": _write_combine_add_rms_norm,
-}
-"""By registered operator: (outputs, results of the operator, layout that took part, its call)."""
+    return output

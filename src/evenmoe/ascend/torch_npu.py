@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
-from evenmoe.ascend.executor import CHECKS
+from evenmoe.ascend.executor import check_call
 from evenmoe.ascend.groups import find_group
 from evenmoe.ascend.status import of_the_chip
 from evenmoe.ascend.tensors import number_of, remember
@@ -76,7 +76,7 @@ def _function(
 
     def decorate(function: Callable[..., _Result]) -> Callable[..., _Result]:
         @wraps(function)
-        def call(*args: Any, **kwargs: Any) -> _Result:
+        def call(*args: object, **kwargs: object) -> _Result:
             given = {**defaults, **dict(zip(positions, args, strict=False)), **kwargs}
             twice = not kwargs.keys().isdisjoint(positions[: len(args)])
             if twice or len(args) > len(positions) or given.keys() != signature.parameters.keys():
@@ -155,7 +155,7 @@ def npu_moe_update_expert(call: UpdateExpertCall[Tensor]) -> tuple[Tensor, Tenso
 def _update_expert(call: UpdateExpertCall[Tensor]) -> tuple[Tensor, Tensor]:
     arguments = check_types("update_expert", call)
     if call.old or call.balance_mode not in (0, 1):  # the registered operator takes more rules, and checks the rest
-        CHECKS["update_expert"](specs_of(call))
+        check_call(specs_of(call))
     return torch.ops.evenmoe.update_expert(**arguments)
 
 
@@ -283,7 +283,7 @@ def _find_groups(operator: str, call: _Collective) -> tuple[Transport, Transport
         # What is wrong with the call itself comes first, as on the chip.
         call = _completed(call)
         check_types(operator, call)
-        CHECKS[operator](specs_of(call))
+        check_call(specs_of(call))
         raise
 
 
