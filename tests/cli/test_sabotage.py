@@ -13,7 +13,6 @@ import torch
 
 import evenmoe as em
 from evenmoe.cli import chain
-from tests.cli.running import DEMO
 from tests.traces.npz import at, npz
 
 
@@ -134,7 +133,7 @@ def test_tables_and_slots_that_do_not_fit(small_demo, monkeypatch):
         planned = right(layer, placement, index)
         return replace(planned, slot_to_expert=planned.slot_to_expert.flip(0))
 
-    monkeypatch.setattr(DEMO, "with_placement", wrong)
+    monkeypatch.setattr(chain, "with_placement", wrong)
     done = small_demo("--json")
     assert done.code == 1
     shares = [world["largest_difference_over_bound"] for world in json.loads(done.out)["worlds"]]
