@@ -70,6 +70,7 @@ def test_a_real_pipe(tmp_path):
 def test_the_json_summary_is_one_object(evenmoe, table, tmp_path):
     done = evenmoe("convert", table, tmp_path / "map.json", "--to", "ascend-map", "--ranks", 2, "--json")
     assert json.loads(done.out) == {
+        "schema": 1,
         "source": str(table),
         "target": str(tmp_path / "map.json"),
         "from": "eplb-table",

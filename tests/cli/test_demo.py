@@ -19,6 +19,7 @@ from tests.traces.npz import at, npz
 
 PAGE_RANKS, TRACE_TOKENS = 16, SMALL["TRACE_TOKENS"]
 KEYS = [
+    "schema",
     "trace",
     "layers",
     "experts",

@@ -46,7 +46,7 @@ def load(tmp_path) -> Path:
     [
         "evenmoe.cli",
         "typer",
-        "evenmoe.cli.plan",
+        "evenmoe.cli.options",
         "evenmoe.formats.catalogue",
         "rich.console",
         "numpy",

@@ -89,8 +89,7 @@ def test_hidden_layers_that_would_do_nothing_are_refused(evenmoe, tmp_path):
         done = evenmoe("convert", source, tmp_path / "out", "--to", to, "--hidden-layers", 5)
         assert (done.code, done.out) == (2, "")
         assert (
-            f"`--hidden-layers` is 5: it must be left out: this {kind} is read and written to {to} without"
-            in done.err
+            f"`--hidden-layers` is 5: it must be left out: this {kind} is read and written to {to} without" in done.err
         )
         assert not (tmp_path / "out").exists()
     stored = evenmoe(

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evenmoe.cli import chain
 from evenmoe.errors import ConstraintError, FileFormatError
 from evenmoe.simulator.costs import CostModel
 from evenmoe.simulator.policies import DEFAULT
@@ -23,7 +24,7 @@ from evenmoe.simulator.store import load_simulation, save_simulation
 from evenmoe.simulator.world import World
 from evenmoe.traces.trace import Trace
 from tests.cli.processes import forked
-from tests.cli.running import DEMO, SMALL
+from tests.cli.running import SMALL
 from tests.traces.npz import at, npz
 
 MAP, OTHER = '{"physical_to_logical_map": [[0, 1, 0, 2]]}', '{"physical_to_logical_map": [[0, 1, 2, 0]]}'
@@ -38,7 +39,7 @@ def encoded(encoding: str) -> Callable[[], None]:
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(encoding=encoding, errors="strict")  # pyright: ignore[reportAttributeAccessIssue]
         for size, value in SMALL.items():
-            setattr(DEMO, size, value)
+            setattr(chain, size, value)
 
     return start
 

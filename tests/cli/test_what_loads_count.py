@@ -203,7 +203,12 @@ def test_simulate_takes_the_map_too(evenmoe: Run, tmp_path, statistics, placemen
     for source, text in (
         (tmp_path / "routed.npz", "which name experts: it must count slots alone to take a --map; leave --map"),
         (tmp_path / "right.npz", "a load with 3 counts per layer: it must have one for each of the 4 slots"),
-        ("synthetic:olmoe", "`--map` is MAP: it must come with a file; leave it out: a synthetic trace is read from none".replace("MAP", str(placement))),
+        (
+            "synthetic:olmoe",
+            "`--map` is MAP: it must come with a file; leave it out: a synthetic trace is read from none".replace(
+                "MAP", str(placement)
+            ),
+        ),
     ):
         done = evenmoe("simulate", source, *SIMULATED, "--map", placement)
         assert (done.code, done.out) == (2, "")

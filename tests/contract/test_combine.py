@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 from evenmoe.contract.combine import check_combine, check_combine_add_rms_norm
-from evenmoe.contract.limits import LAPTOP, UNLIMITED
+from evenmoe.contract.limits import RELAXED, UNLIMITED
 from evenmoe.contract.tensor_spec import ALLOCATED, TensorSpec
 
 LONG_NAME = "g" * 128
@@ -79,7 +79,7 @@ MINUS_ONE = [
 ]
 ATTRIBUTES = [
     ({"zero_expert_num": INT32_MAX, "moe_expert_num": 16}, 561002, "moe_expert_num", f"at most {INT32_MAX}"),
-    ({"ep_world_size": 1}, 561002, "ep_world_size", 'must be 2 to 768; .*limits="laptop"'),
+    ({"ep_world_size": 1}, 561002, "ep_world_size", 'must be 2 to 768; .*limits="relaxed"'),
     ({"ep_world_size": 769}, 561002, "ep_world_size", 'must be 2 to 768; .*limits="unlimited"'),
     ({"tp_world_size": 3}, 561002, "tp_world_size", "must be 0, 1 or 2"),
     ({"ep_rank_id": 8}, 561002, "ep_rank_id", "must be 0 to 7"),
@@ -171,7 +171,7 @@ CONSISTENCY = [
         "elastic_info",
         "must be None",
     ),
-    ({"expert_ids.0": 0}, 561002, "expert_ids", 'of 0 tokens: it must have 1 to 512 tokens; .*limits="laptop"'),
+    ({"expert_ids.0": 0}, 561002, "expert_ids", 'of 0 tokens: it must have 1 to 512 tokens; .*limits="relaxed"'),
     ({"expert_ids.0": 513}, 561002, "expert_ids", 'must have 1 to 512 tokens; .*limits="unlimited"'),
     ({"global_bs": 56}, 561002, "global_bs", "at least Bs·ep = 64"),
     ({"global_bs": 65}, 561002, "global_bs", "multiple of ep_world_size 8"),
@@ -188,7 +188,7 @@ CONSISTENCY = [
     ({"expert_ids.1": 12, "moe_expert_num": 8, "const_expert_num": 3}, 561002, "expert_ids", "at most 11 columns"),
     ({"elastic_info": TensorSpec((21,), "int32")}, 561002, "elastic_info", r"must have the shape \(20,\)"),
     ({"expand_x.0": 127}, 561002, "expand_x", "must have at least 128 entries, the rows that dispatch makes room for"),
-    ({"expand_x.1": 1023}, 561002, "expand_x", 'of width 1023: it must have 1024 to 8192 columns; .*limits="laptop"'),
+    ({"expand_x.1": 1023}, 561002, "expand_x", 'of width 1023: it must have 1024 to 8192 columns; .*limits="relaxed"'),
     ({"expand_x.1": 8193}, 561002, "expand_x", 'must have 1024 to 8192 columns; .*limits="unlimited"'),
     ({"assist_info_for_combine.0": 16383}, 561002, "assist_info_for_combine", "at least 16384 entries, 128 per row"),
     ({"ep_send_counts.0": 15}, 561002, "ep_send_counts", "at least 16 entries"),
@@ -231,7 +231,7 @@ VIOLATIONS = [
     *REQUIRED_DIMS,
     *OTHER_DIMS,
     ({"expand_x.dtype": "int32"}, 561002, "expand_x", "must not be int32, although it is declared"),
-    ({"expand_x.dtype": "float32"}, 161002, "expand_x", 'must be bfloat16 or float16; .*limits="laptop"'),
+    ({"expand_x.dtype": "float32"}, 161002, "expand_x", 'must be bfloat16 or float16; .*limits="relaxed"'),
     ({"expand_x.dtype": "int8"}, 161002, "expand_x", "use bfloat16 or float16.$"),
     *DTYPES,
     *TOKEN_DTYPES,
@@ -262,7 +262,7 @@ NORM_VIOLATIONS = [
     ({"residual_x": TensorSpec((8, 1024), "bfloat16")}, 561002, "residual_x", "must be 3-D"),
     ({"gamma": TensorSpec((1, 1024), "bfloat16")}, 561002, "gamma", "must be 1 or 3-D"),
     *OTHER_DIMS,
-    ({"expand_x.dtype": "float16"}, 161002, "expand_x", 'must be bfloat16; use bfloat16, or lift .*limits="laptop"'),
+    ({"expand_x.dtype": "float16"}, 161002, "expand_x", 'must be bfloat16; use bfloat16, or lift .*limits="relaxed"'),
     ({"expand_x.dtype": "int32"}, 161002, "expand_x", "must be bfloat16; use bfloat16.$"),
     *DTYPES,
     ({"rstd_out.dtype": "bfloat16"}, 161002, "rstd_out", "must be float32"),
@@ -347,15 +347,15 @@ def test_without_tp_the_chip_multiplies_by_zero(accepts, refuses):
     rows, counts = short | {"expand_x.0": 1}, short | {"ep_send_counts.0": 0}
     for changes in (rows, counts):
         accepts(check_combine, VALID, changes)
-    for limits in (LAPTOP, UNLIMITED):
+    for limits in (RELAXED, UNLIMITED):
         refuses(check_combine, VALID | {"limits": limits}, (rows, 561002, "expand_x", "at least 128 entries"))
         refuses(check_combine, VALID | {"limits": limits}, (counts, 561002, "ep_send_counts", "at least 16 entries"))
 
 
-def test_null_tp_send_counts_needs_a_laptop_and_no_tp(accepts, refuses):
+def test_null_tp_send_counts_needs_relaxed_limits_and_no_tp(accepts, refuses):
     changes = {"tp_send_counts": None, "tp_world_size": 0}
     refuses(check_combine, VALID, (changes, 561002, "tp_send_counts", "must be given"))
-    for limits in (LAPTOP, UNLIMITED):
+    for limits in (RELAXED, UNLIMITED):
         accepts(check_combine, VALID | {"limits": limits}, changes)
         tp = TP | {"moe_expert_num": 8, "tp_send_counts": None}
         refuses(check_combine, VALID | {"limits": limits}, (tp, 561002, "tp_send_counts", "must be given"))

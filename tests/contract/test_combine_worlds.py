@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from evenmoe.contract.combine import check_combine, check_combine_add_rms_norm
-from evenmoe.contract.limits import ATLAS_A3, LAPTOP, UNLIMITED
+from evenmoe.contract.limits import ATLAS_A3, RELAXED, UNLIMITED
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
 
@@ -55,19 +55,19 @@ def test_the_demo_of_the_first_page_is_accepted(refuses):
 
 def test_dtypes_beside_the_chip():
     tokens = {name: TensorSpec(spec.shape, "float32") for name, spec in DEMO_NORM.items() if is_bfloat16(spec)}
-    check_combine_add_rms_norm(**DEMO_NORM | tokens, limits=LAPTOP)
-    with pytest.raises(UnsupportedTypeError, match=r'must be bfloat16; .*limits="laptop"'):
+    check_combine_add_rms_norm(**DEMO_NORM | tokens, limits=RELAXED)
+    with pytest.raises(UnsupportedTypeError, match=r'must be bfloat16; .*limits="relaxed"'):
         check_combine_add_rms_norm(**DEMO_NORM | tokens, limits=ATLAS_A3)
     with pytest.raises(ConstraintError, match="must be float32, expand_x's"):
-        check_combine_add_rms_norm(**DEMO_NORM | tokens | {"gamma": DEMO_NORM["gamma"]}, limits=LAPTOP)
+        check_combine_add_rms_norm(**DEMO_NORM | tokens | {"gamma": DEMO_NORM["gamma"]}, limits=RELAXED)
 
 
 def is_bfloat16(value):
     return isinstance(value, TensorSpec) and value.dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("limits", [LAPTOP, UNLIMITED], ids=lambda limits: limits.name)
-def test_a_laptop_takes_a_world_of_one_rank_without_tokens(limits):
+@pytest.mark.parametrize("limits", [RELAXED, UNLIMITED], ids=lambda limits: limits.name)
+def test_relaxed_limits_take_a_world_of_one_rank_without_tokens(limits):
     call = {
         "expand_x": TensorSpec((0, 1), "float32"),
         "expert_ids": TensorSpec((0, 1), "int32"),
@@ -81,5 +81,5 @@ def test_a_laptop_takes_a_world_of_one_rank_without_tokens(limits):
         "moe_expert_num": 1,
     }
     assert check_combine(**call, limits=limits).capacity == 0
-    with pytest.raises(ConstraintError, match='limits="laptop"'):
+    with pytest.raises(ConstraintError, match='limits="relaxed"'):
         check_combine(**call)

@@ -69,7 +69,7 @@ VIOLATIONS = [
     ({"const_expert_num": -3}, 561002, "const_expert_num", "must be at least 0"),
     ({"zero_expert_num": INT32_MAX, "moe_expert_num": 16}, 561002, "moe_expert_num", f"at most {INT32_MAX}"),
     # ep, tp, ep rank, tp rank and group
-    ({"ep_world_size": 1}, 561002, "ep_world_size", r'2 to 768; use 2 to 768 ranks, or lift .* limits="laptop"'),
+    ({"ep_world_size": 1}, 561002, "ep_world_size", r'2 to 768; use 2 to 768 ranks, or lift .* limits="relaxed"'),
     ({"ep_world_size": 769}, 561002, "ep_world_size", r'2 to 768; use 2 to 768 ranks, or lift .* limits="unlimited"'),
     ({"tp_world_size": 3}, 561002, "tp_world_size", "is 3: it must be 0, 1 or 2"),
     ({"tp_world_size": -1}, 561002, "tp_world_size", "is -1: it must be 0, 1 or 2"),
@@ -107,7 +107,7 @@ VIOLATIONS = [
     ({"ep_recv_counts": TensorSpec((2, 8), "int32")}, 561002, "ep_recv_counts", "must be 1-D"),
     ({"tp_recv_counts": TensorSpec((), "int32")}, 561002, "tp_recv_counts", "must be 1-D"),
     # dtypes
-    ({"x.dtype": "float32"}, 161002, "x", 'must be bfloat16 or float16; .* limits="laptop"'),
+    ({"x.dtype": "float32"}, 161002, "x", 'must be bfloat16 or float16; .* limits="relaxed"'),
     ({"x.dtype": "int8"}, 161002, "x", "use bfloat16 or float16.$"),
     ({"expert_ids.dtype": "int64"}, 161002, "expert_ids", "must be int32; convert it to int32"),
     ({"scales.dtype": "bfloat16"}, 161002, "scales", "must be float32"),
@@ -154,13 +154,13 @@ VIOLATIONS = [
     ({**TP, "moe_expert_num": 16}, 561002, "tp_world_size", "is 2 with 2 experts per rank"),
     ({**TP, "moe_expert_num": 8, "elastic_info": ELASTIC}, 561002, "elastic_info", "None when tp_world_size is 2"),
     # Bs, globalBs, H, Bs match, K, mask
-    ({"x.0": 0}, 561002, "x", 'of 0 tokens: it must have 1 to 512 tokens; use 1 to 512 .*limits="laptop"'),
+    ({"x.0": 0}, 561002, "x", 'of 0 tokens: it must have 1 to 512 tokens; use 1 to 512 .*limits="relaxed"'),
     ({"x.0": 513}, 561002, "x", 'of 513 tokens: it must have 1 to 512 tokens; .*limits="unlimited"'),
     ({"global_bs": 56}, 561002, "global_bs", "multiple of ep_world_size 8 that is at least Bs·ep = 64"),
     ({"global_bs": 65}, 561002, "global_bs", "multiple of ep_world_size 8"),
     ({"global_bs": -64}, 561002, "global_bs", "multiple of ep_world_size 8"),
     ({"global_bs": 72, "x_active_mask": VALID["x_active_mask"]}, 561002, "x_active_mask", "with global_bs 72"),
-    ({"x.1": 1023}, 561002, "x", 'of width 1023: it must have 1024 to 8192 columns; .*limits="laptop"'),
+    ({"x.1": 1023}, 561002, "x", 'of width 1023: it must have 1024 to 8192 columns; .*limits="relaxed"'),
     ({"x.1": 8193}, 561002, "x", 'of width 8193: it must have 1024 to 8192 columns; .*limits="unlimited"'),
     ({"expert_ids.0": 9}, 561002, "expert_ids", "one row for each of the 8 tokens of x"),
     (

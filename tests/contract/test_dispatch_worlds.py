@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from evenmoe.contract.dispatch import check_dispatch, infer_dispatch
-from evenmoe.contract.limits import ATLAS_A3, LAPTOP, UNLIMITED
+from evenmoe.contract.limits import ATLAS_A3, RELAXED, UNLIMITED
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
 
@@ -190,15 +190,15 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("limits", [LAPTOP, UNLIMITED], ids=lambda limits: limits.name)
-def test_a_laptop_takes_a_world_of_one_rank_without_tokens(limits):
+@pytest.mark.parametrize("limits", [RELAXED, UNLIMITED], ids=lambda limits: limits.name)
+def test_relaxed_limits_take_a_world_of_one_rank_without_tokens(limits):
     layout = check_dispatch(**TINY, limits=limits)
     assert layout.capacity == 0
     with pytest.raises(ConstraintError, match="limits"):
         check_dispatch(**TINY, limits=ATLAS_A3)
 
 
-@pytest.mark.parametrize("limits", [ATLAS_A3, LAPTOP], ids=lambda limits: limits.name)
+@pytest.mark.parametrize("limits", [ATLAS_A3, RELAXED], ids=lambda limits: limits.name)
 @pytest.mark.parametrize(
     "large",
     [
@@ -227,7 +227,7 @@ def test_only_unlimited_takes_more_than_the_chip(limits, large):
 
 
 def test_float32_comes_back_as_float32():
-    call = TINY | {"limits": LAPTOP, "expand_x": TensorSpec((0, 1), "float32")}
+    call = TINY | {"limits": RELAXED, "expand_x": TensorSpec((0, 1), "float32")}
     check_dispatch(**call)
     with pytest.raises(ConstraintError, match="must be float32, what quant_mode 0 makes of x"):
         check_dispatch(**call | {"expand_x": TensorSpec((0, 1), "float16")})

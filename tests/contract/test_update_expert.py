@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from evenmoe.contract.limits import ATLAS_A3, LAPTOP, UNLIMITED
+from evenmoe.contract.limits import ATLAS_A3, RELAXED, UNLIMITED
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.contract.update_expert import check_update_expert, infer_update_expert
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
@@ -37,7 +37,7 @@ ATTRIBUTES = [
     ({"world_size": None}, 561002, "world_size", "is None: it must be an integer"),
     ({"balance_mode": 2}, 561002, "balance_mode", "is 2: it must be 0"),
     ({"balance_mode": -1}, 561002, "balance_mode", "is -1: it must be 0"),
-    ({"balance_mode": 0, "world_size": 1}, 561002, "world_size", 'use 2 to .* ranks, or lift .*limits="laptop"'),
+    ({"balance_mode": 0, "world_size": 1}, 561002, "world_size", 'use 2 to .* ranks, or lift .*limits="relaxed"'),
     ({"balance_mode": 0, "world_size": -1}, 561002, "world_size", "under balance_mode 0; use 2 to [0-9]* ranks.$"),
     ({"balance_mode": 0, "world_size": 769}, 561002, "world_size", 'limits="unlimited"'),
     ({"balance_mode": 0, "world_size": 8, "local_rank_id": 8}, 561002, "local_rank_id", "must be 0 to 7"),
@@ -45,7 +45,7 @@ ATTRIBUTES = [
 ]
 IDS_SHAPE = [
     ({"expert_ids": TensorSpec((128,), "int32")}, 561002, "expert_ids", r"must be 2-D, \(tokens, top_k\)"),
-    ({"expert_ids.0": 0}, 561002, "expert_ids", 'must have 1 to 512 tokens; use 1 to 512 .*limits="laptop"'),
+    ({"expert_ids.0": 0}, 561002, "expert_ids", 'must have 1 to 512 tokens; use 1 to 512 .*limits="relaxed"'),
     ({"expert_ids.0": 513}, 561002, "expert_ids", 'must have 1 to 512 tokens; .*limits="unlimited"'),
     ({"expert_ids.1": 0}, 561002, "expert_ids", "must have 1 to 16 columns; use 1 to 16 experts per token.$"),
     ({"expert_ids.1": 17}, 561002, "expert_ids", 'must have 1 to 16 columns; .*limits="unlimited"'),
@@ -190,11 +190,11 @@ def test_by_token_the_chip_alone_bounds_the_columns(refuses, violation):
     refuses(check_update_expert, VALID | {"balance_mode": 1}, violation)
 
 
-def test_a_laptop_takes_no_tokens_and_one_rank():
+def test_relaxed_limits_take_no_tokens_and_one_rank():
     ids, table = TensorSpec((0, 1), "int64"), TensorSpec((1, 2), "int32")
-    for limits in (LAPTOP, UNLIMITED):
+    for limits in (RELAXED, UNLIMITED):
         check_update_expert(expert_ids=ids, eplb_table=table, local_rank_id=0, world_size=1, limits=limits)
-    with pytest.raises(ConstraintError, match='limits="laptop"'):
+    with pytest.raises(ConstraintError, match='limits="relaxed"'):
         check_update_expert(expert_ids=ids, eplb_table=table, local_rank_id=0, world_size=1, limits=ATLAS_A3)
 
 
@@ -204,7 +204,7 @@ def test_only_unlimited_takes_more_than_the_chip():
         call = {"expert_ids": ids, "eplb_table": table, "local_rank_id": 0, "world_size": world, "balance_mode": mode}
         check_update_expert(**call, limits=UNLIMITED)
         with pytest.raises(ConstraintError, match='limits="unlimited"'):
-            check_update_expert(**call, limits=LAPTOP)
+            check_update_expert(**call, limits=RELAXED)
 
 
 def test_rank_and_world_must_be_said_by_rank():

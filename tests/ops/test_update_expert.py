@@ -178,7 +178,7 @@ PRUNING = (
 PRUNED = [[True, True, True], [True, True, False], [True, True, True], [False, False, False]]
 
 
-@pytest.mark.parametrize("limits", ["atlas-a3", "laptop", "unlimited", None])
+@pytest.mark.parametrize("limits", ["atlas-a3", "relaxed", "unlimited", None])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_the_worked_example(dtype, limits):
     ids = torch.tensor(EXAMPLE_IDS, dtype=dtype)

@@ -1,18 +1,14 @@
-"""The grammar of `--policy`, and the published greedy planner."""
+"""The grammar of `--policy`."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from evenmoe.errors import ConstraintError
-from evenmoe.simulator.greedy import plan_greedy
 from evenmoe.simulator.placing import first_placement, plan_policy
 from evenmoe.simulator.policies import DEFAULT, parse_policies
 from evenmoe.simulator.world import World
-from tests.simulator.dull import Setup, greedy
 
 WORLD = World(8, 2, 16)
 
@@ -132,25 +128,3 @@ def test_greedy_adds_the_pieces_up():
     _, whole, pieces = parse("static:planner=greedy", "static:planner=greedy,pieces=3")
     past = np.random.default_rng(0).exponential(size=(7, 2, 20)) ** 3
     assert plan_policy(pieces, WORLD, past, None, 0) == plan_policy(whole, WORLD, past, None, 0)
-
-
-@settings(deadline=None)
-@given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 2**32), st.integers(0, 3))
-def test_greedy_is_the_published_one(ranks, width, seed, spread):
-    rng = np.random.default_rng(seed)
-    experts = int(rng.integers(1, ranks * width + 1))
-    load = np.floor(rng.exponential(size=(2, experts)) ** spread * 10)
-    slots = plan_greedy(load, ranks, ranks * width)
-    setup = Setup(ranks, 1, 1, 1, 1, 1, 1, ranks * width, 0, 0, 0)
-    assert slots.tolist() == [greedy(layer.tolist(), setup, ranks * width) for layer in load]
-
-
-def test_greedy_keeps_groups_inside_nodes():
-    rng = np.random.default_rng(0)
-    load = rng.exponential(size=(3, 16)) ** 2
-    slots = plan_greedy(load, num_ranks=4, num_slots=24, num_nodes=2, num_groups=8)
-    for layer in slots.reshape(3, 2, 12):
-        groups = [set((node // 2).tolist()) for node in layer]
-        assert len(groups[0]) == len(groups[1]) == 4
-        assert not groups[0] & groups[1]
-        assert set(layer.ravel().tolist()) == set(range(16))

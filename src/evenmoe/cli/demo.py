@@ -80,7 +80,7 @@ class DemoCommand(Command):
             steps.append(_Step(title, comparison, time.perf_counter() - start))
         good = all(step.comparison.largest_share <= 1.0 for step in steps)
         if steps and self.json:
-            print_json(_summary(trace, placement, before, after, steps, good), indent=2)
+            print_json(_summary(trace, placement, before, after, steps, good))
         elif steps:
             _print(trace, placement, before, after, steps, good)
         chain.finish()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import shlex
 import sys
 from dataclasses import dataclass
@@ -61,7 +60,7 @@ class ReportCommand(Command):
                 "policies": [_policy(summary) for summary in summaries],
                 "empty_windows": simulation.empty_windows,
             }
-            print_json(found, indent=2)
+            print_json(found)
             return 0
         Console().print(_table(summaries))
         if simulation.empty_windows:
@@ -78,19 +77,14 @@ def _policy(summary: Summary) -> dict[str, object]:
         "worst_par": summary.worst_par,
         "mean_step_us": summary.step_time,
         "mean_copying_us_per_step": summary.copy_time,
-        "gain_percent": _number(summary.gain),
-        "gain_percent_with_copying": _number(summary.net_gain),
+        "gain_percent": summary.gain,
+        "gain_percent_with_copying": summary.net_gain,
         "copies_experts": summary.copies,
         "refreshes": summary.refreshes,
-        "break_even_steps": _number(summary.break_even),
+        "break_even_steps": summary.break_even,
         "memory_bytes_per_rank": summary.memory,
         "extra_memory_bytes_per_rank": summary.extra_memory,
     }
-
-
-def _number(value: float) -> float | None:
-    """JSON has neither infinity (never) nor a number that does not exist."""
-    return value if math.isfinite(value) else None
 
 
 def _table(summaries: tuple[Summary, ...]) -> Table:

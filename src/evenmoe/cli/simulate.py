@@ -165,7 +165,7 @@ class SimulateCommand(FileOptions, WorldOptions):
 
             write_report(simulation, self.report, called, files)
         if self.json:
-            print_json(describe(simulation), indent=2)
+            print_json(describe(simulation))
         else:
             _print(simulation)
         return 0
@@ -269,7 +269,7 @@ def _policy(policy: PolicyResult, baseline: PolicyResult) -> dict[str, Any]:
         "refreshes": refreshes,
         "copies_experts": int(policy.copies.sum()),
         "copy_us_per_refresh": float(policy.copy_time.sum() / refreshes) if refreshes else 0.0,
-        "break_even_steps": policy.break_even_steps if math.isfinite(policy.break_even_steps) else None,
+        "break_even_steps": policy.break_even_steps,
         "within_node_rows_per_step": float(traffic.within_node.mean()),
         "between_nodes_rows_per_step": float(traffic.between_nodes.mean()),
         "within_node_rows_once_per_step": float(traffic.within_node_once.mean()),
@@ -311,7 +311,7 @@ def _print(simulation: Simulation) -> None:
             f"{row['copies_experts']:,}",
             f"{row['refreshes']:,}",
             f"{row['copy_us_per_refresh'] / 1e3:.3f}",
-            "never" if even is None else f"{even:,.1f}",
+            "never" if math.isinf(even) else f"{even:,.1f}",
             f"{row['redundancy_bytes_per_rank'] / 1e9:.2f}",
         )
     console = Console()

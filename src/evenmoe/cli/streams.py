@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import math
 import os
 import sys
 import unicodedata
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+SCHEMA = 1  #: version of what `--json` prints, described in docs/json.md; a key that changes its meaning raises it
 
 _HANDLER = "evenmoe.plain"
 #: What stands for the characters of our texts that Unicode itself does not reduce to ASCII.
@@ -39,15 +42,29 @@ def prepare_streams() -> None:
             stream.reconfigure(errors=_HANDLER)
 
 
+def print_json(found: Mapping[str, object], file: TextIO | None = None) -> None:
+    """Print the object of `--json` on one line, its schema's version first; on standard output by default.
+
+    JSON has neither infinity nor nan: a number that is not finite becomes null.
+
+    >>> print_json({"copies": 3, "break_even_steps": math.inf})
+    {"schema": 1, "copies": 3, "break_even_steps": null}
+    """
+    print(json.dumps(_finite({"schema": SCHEMA, **found}), allow_nan=False), file=file)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def silence(stream: TextIO) -> None:
     """Let what a stream still holds go nowhere: Python would try once more to write it when it ends."""
     with suppress(OSError):  # in a test it may be no file at all
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def print_json(summary: Mapping[str, object], file: TextIO | None = None, indent: int | None = None) -> None:
-    """Print the one object of `--json`, on standard output by default."""
-    print(json.dumps(summary, indent=indent), file=file or sys.stdout)
 
 
 def print_notes(notes: Iterable[str]) -> None:

@@ -6,17 +6,11 @@ differ, the call object says so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from evenmoe.contract import distribute as attribute
-from evenmoe.contract import distribute_sizes as size
-from evenmoe.contract.arguments import check_integers, takes
-from evenmoe.contract.distribute import INTEGER_ATTRIBUTES, DistributeCall
+from evenmoe.contract import distribute as common
+from evenmoe.contract.calls import AddRmsNormCall, CombineCall, Output, takes, with_integers
+from evenmoe.contract.distribute import INTEGER_ATTRIBUTES, Sizes
 from evenmoe.contract.layout import Layout
 from evenmoe.contract.tensor_spec import (
-    ALLOCATED,
-    Input,
-    Output,
     TensorSpec,
     check_absent,
     check_dims,
@@ -29,75 +23,13 @@ from evenmoe.contract.tensor_spec import (
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
 
 _INT8_TRANSPORT = 2
+Call = CombineCall[TensorSpec]
 
 
-@dataclass(slots=True, kw_only=True)
-class CombineCall(DistributeCall):
-    """Everything that combine is called with; the fields of `DistributeCall`, and these.
+def check_combine_call(call: Call) -> Layout:
+    """Checks one rank's call of combine, and derives its layout; of several mistakes the first of §3.6 is raised.
 
-    Attributes:
-        expand_x: float16 or bfloat16 (at least A·tp, H), the experts' outputs in dispatch's row order.
-        assist_info_for_combine: int32 (at least 128·A,), dispatch's.
-        ep_send_counts: int32 (at least ep·L·tp,), dispatch's ep_recv_counts.
-        expert_scales: float32 (Bs, K), gate weights.
-        tp_send_counts: int32 (tp,), dispatch's tp_recv_counts; None only without TP and not on Atlas A3.
-        activation_scale, weight_scale, group_list: only None.
-        expand_scales: float32, ignored, or None.
-        shared_expert_x: (Bs, H) or (a, b, H) with a·b = Bs, or None; only without ranks of shared experts.
-        ori_x: (Bs, H), the tokens; needed when there are copy or const experts.
-        const_expert_alpha_1, const_expert_alpha_2, const_expert_v: (const_expert_num, H); needed when there are any.
-        out_dtype, group_list_type: not examined.
-        comm_quant_mode: int, 0, or 2 for rows that travel as int8.
-        x_out: (Bs, H), the output; `ALLOCATED` when the operator allocates it. None is a null pointer.
-            These tensors all have expand_x's dtype.
-    """
-
-    expand_x: Input
-    assist_info_for_combine: Input
-    ep_send_counts: Input
-    expert_scales: Input
-    tp_send_counts: Input = None
-    activation_scale: Input = None
-    weight_scale: Input = None
-    group_list: Input = None
-    expand_scales: Input = None
-    shared_expert_x: Input = None
-    ori_x: Input = None
-    const_expert_alpha_1: Input = None
-    const_expert_alpha_2: Input = None
-    const_expert_v: Input = None
-    out_dtype: int = 0
-    comm_quant_mode: int = 0
-    group_list_type: int = 0
-    x_out: Output = ALLOCATED
-
-
-@dataclass(slots=True, kw_only=True)
-class AddRmsNormCall(CombineCall):
-    """Everything that combine_add_rms_norm is called with; the fields of `CombineCall`, and these (§4).
-
-    Attributes:
-        expand_x: bfloat16 on Atlas A3.
-        residual_x: (Bs, 1, H), expand_x's dtype.
-        gamma: (H,), expand_x's dtype. Also (Bs, 1, H), which the operator's first page shows; the rows are then equal.
-        norm_eps: float, not examined.
-        y_out, x_out: (Bs, 1, H), expand_x's dtype.
-        rstd_out: float32 (Bs, 1, 1).
-    """
-
-    residual_x: Input
-    gamma: Input
-    norm_eps: float = 1e-6
-    y_out: Output = ALLOCATED
-    rstd_out: Output = ALLOCATED
-
-
-@takes(CombineCall)
-def check_combine(call: CombineCall) -> Layout:
-    """Checks one rank's call of combine, and derives its layout.
-
-    The arguments are the fields of `CombineCall` by keyword; of several mistakes the first in the order of
-    specification §3.6 is raised.
+    `check_combine` is the same with the fields of `CombineCall` by keyword.
 
     Raises:
         MissingArgumentError: a null tensor or group name.
@@ -106,27 +38,25 @@ def check_combine(call: CombineCall) -> Layout:
 
     Eight ranks with one expert each, 8 tokens on every rank, each for 3 experts:
 
-    >>> from evenmoe.contract.limits import LAPTOP
+    >>> from evenmoe.contract.limits import RELAXED
     >>> from evenmoe.contract.tensor_spec import TensorSpec
     >>> layout = check_combine(
     ...     expand_x=TensorSpec((64, 7168), "bfloat16"), expert_ids=TensorSpec((8, 3), "int32"),
     ...     assist_info_for_combine=TensorSpec((8192,), "int32"), ep_send_counts=TensorSpec((8,), "int32"),
     ...     expert_scales=TensorSpec((8, 3), "float32"),
-    ...     group_ep="ep", ep_world_size=8, ep_rank_id=0, moe_expert_num=8, limits=LAPTOP)
+    ...     group_ep="ep", ep_world_size=8, ep_rank_id=0, moe_expert_num=8, limits=RELAXED)
     >>> layout.num_tokens, layout.hidden
     (8, 7168)
     """
     check_wrapper(call)
-    check_tiling(call)
-    return call.layout
+    return check_tiling(call)
 
 
-@takes(AddRmsNormCall)
-def check_combine_add_rms_norm(call: AddRmsNormCall) -> Layout:
+def check_combine_add_rms_norm_call(call: AddRmsNormCall[TensorSpec]) -> Layout:
     """Checks one rank's call of combine with add and RMS norm, and derives its layout.
 
-    The arguments are the fields of `AddRmsNormCall` by keyword. The order and the errors are those of
-    `check_combine`; a virtual expert number is refused only when it is −1 (specification §4).
+    `check_combine_add_rms_norm` is the same with the fields of `AddRmsNormCall` by keyword. The order and the errors
+    are those of `check_combine`; a virtual expert number is refused only when it is −1 (specification §4).
 
     >>> from evenmoe.contract.tensor_spec import TensorSpec
     >>> check_combine_add_rms_norm(
@@ -143,11 +73,14 @@ def check_combine_add_rms_norm(call: AddRmsNormCall) -> Layout:
     check_given("gamma", call.gamma, "pass the norm's weight")
     check_given("y_out", call.y_out, "pass a tensor for this output")
     check_given("rstd_out", call.rstd_out, "pass a tensor for this output")
-    check_tiling(call)
-    return call.layout
+    return check_tiling(call)
 
 
-def check_wrapper(call: CombineCall) -> None:
+check_combine = takes(CombineCall)(check_combine_call)
+check_combine_add_rms_norm = takes(AddRmsNormCall)(check_combine_add_rms_norm_call)
+
+
+def check_wrapper(call: Call) -> None:
     """What the aclnn wrapper looks at: null pointers and the lengths of the group names."""
     check_given("expand_x", call.expand_x, "pass the experts' outputs in dispatch's row order")
     check_given("expert_ids", call.expert_ids, "pass the ids that dispatch was called with")
@@ -155,71 +88,72 @@ def check_wrapper(call: CombineCall) -> None:
     check_given("ep_send_counts", call.ep_send_counts, "pass dispatch's ep_recv_counts")
     check_given("expert_scales", call.expert_scales, "pass the gate weights")
     check_given("x_out", call.x_out, "pass a tensor for this output")
-    attribute.check_group_given(call)
-    attribute.check_group_lengths(call, UnsupportedTypeError)
+    common.check_group_given(call)
+    common.check_group_lengths(call, UnsupportedTypeError)
 
 
-def check_tiling(call: CombineCall) -> None:
-    """Everything else, in the order of §3.6. Derives `tokens`, `hidden`, `top_k` and `layout` on the way."""
-    check_integers(call, (*INTEGER_ATTRIBUTES, "comm_quant_mode"))
+def check_tiling(call: Call) -> Layout:
+    """Everything else, in the order of §3.6."""
+    call = with_integers(call, (*INTEGER_ATTRIBUTES, "comm_quant_mode"))
     check_virtual_experts(call)
-    attribute.check_ep_world_size(call)
-    attribute.check_tp_world_size(call)
-    attribute.check_ep_rank(call)
-    attribute.check_tp_rank(call)
+    common.check_ep_world_size(call)
+    common.check_tp_world_size(call)
+    common.check_ep_rank(call)
+    common.check_tp_rank(call)
     check_tp_transport(call)
-    attribute.check_shard_type(call)
-    attribute.check_shared_expert_num(call)
-    attribute.check_shared_rank_num(call)
-    attribute.check_moe_expert_num(call)
+    common.check_shard_type(call)
+    common.check_shared_expert_num(call)
+    common.check_shared_rank_num(call)
+    common.check_moe_expert_num(call)
     check_comm_quant_mode(call)
-    check_tensor_dims(call)
+    sizes = check_tensor_dims(call)
     check_dtypes(call)
-    size.check_shared_pair(call)
-    size.check_divisible(call)
-    size.check_experts_per_rank(call)
-    size.check_tp_experts(call)
-    size.check_tp_elastic(call)
-    size.check_tokens(call, "expert_ids")
-    size.check_global_bs(call)
+    common.check_shared_pair(call)
+    common.check_divisible(call)
+    common.check_experts_per_rank(call)
+    common.check_tp_experts(call)
+    common.check_tp_elastic(call)
+    common.check_tokens(call, sizes, "expert_ids")
+    common.check_global_bs(call, sizes)
     check_virtual_inputs_given(call)
-    size.check_top_k(call)
-    size.check_elastic_shape(call)
-    size.derive_layout(call)
-    check_rows(call)
-    size.check_hidden(call, "expand_x")
-    check_dispatch_outputs(call)
-    check_shape("expert_scales", call.expert_scales, (call.tokens, call.top_k), "one weight per token and k")
-    size.check_mask_shape(call)
-    check_shared_expert_x(call)
-    check_norm_and_out(call)
-    check_virtual_inputs_shape(call)
-    size.check_performance_info(call)
-    size.check_buffer(call)
+    common.check_top_k(call, sizes)
+    common.check_elastic_shape(call)
+    layout = common.layout_of(call, sizes)
+    check_rows(call, layout)
+    common.check_hidden(call, sizes, "expand_x")
+    check_dispatch_outputs(call, layout)
+    check_shape("expert_scales", call.expert_scales, (sizes.tokens, sizes.top_k), "one weight per token and k")
+    common.check_mask_shape(call, sizes)
+    check_shared_expert_x(call, sizes)
+    check_norm_and_out(call, sizes)
+    check_virtual_inputs_shape(call, sizes)
+    common.check_performance_info(call)
+    common.check_buffer(call, layout)
+    return layout
 
 
-def check_virtual_experts(call: CombineCall) -> None:
+def check_virtual_experts(call: Call) -> None:
     if not isinstance(call, AddRmsNormCall):
-        return attribute.check_virtual_experts(call)
+        return common.check_virtual_experts(call)
     for name in ("zero_expert_num", "copy_expert_num", "const_expert_num"):
         if getattr(call, name) == -1:
             raise ConstraintError(name, -1, "must not be -1", "use 0 for none")
-    attribute.check_sum_of_experts(call)
+    common.check_sum_of_experts(call)
 
 
-def check_tp_transport(call: CombineCall) -> None:
+def check_tp_transport(call: Call) -> None:
     if call.tp_world_size == 2 and call.comm_quant_mode != 0:
         raise ConstraintError(
             "comm_quant_mode", call.comm_quant_mode, "must be 0 when tp_world_size is 2", "use 0, or no TP"
         )
 
 
-def check_comm_quant_mode(call: CombineCall) -> None:
+def check_comm_quant_mode(call: Call) -> None:
     if call.comm_quant_mode not in (0, _INT8_TRANSPORT):
         raise ConstraintError("comm_quant_mode", call.comm_quant_mode, "must be 0 or 2", "use 2 for int8 transport")
 
 
-def check_tensor_dims(call: CombineCall) -> None:
+def check_tensor_dims(call: Call) -> Sizes:
     check_dims("expand_x", call.expand_x, (2,), "(rows, hidden)")
     check_dims("expert_ids", call.expert_ids, (2,), "(tokens, top_k)")
     check_dims("assist_info_for_combine", call.assist_info_for_combine, (1,), "(128·rows,)")
@@ -243,11 +177,11 @@ def check_tensor_dims(call: CombineCall) -> None:
     check_dims("shared_expert_x", call.shared_expert_x, (2, 3), "(tokens, hidden) or (a, b, hidden) with a·b tokens")
     assert isinstance(call.expand_x, TensorSpec)
     assert isinstance(call.expert_ids, TensorSpec)
-    call.hidden = call.expand_x.shape[1]
-    call.tokens, call.top_k = call.expert_ids.shape
+    tokens, top_k = call.expert_ids.shape
+    return Sizes(tokens, call.expand_x.shape[1], top_k)
 
 
-def check_dtypes(call: CombineCall) -> None:
+def check_dtypes(call: Call) -> None:
     """Tokens have expand_x's dtype everywhere: outside the operator's list is 161002, another of the list 561002."""
     assert isinstance(call.expand_x, TensorSpec)
     dtype = call.expand_x.dtype
@@ -272,12 +206,12 @@ def check_dtypes(call: CombineCall) -> None:
         check_dtype("rstd_out", call.rstd_out, ("float32",))
         names = ("residual_x", "gamma", *names, "y_out")
     for name in names:
-        spec: Output = getattr(call, name)
+        spec: Output[TensorSpec] = getattr(call, name)
         check_dtype(name, spec, supported)
         check_dtype_of(name, spec, dtype, "expand_x's")
 
 
-def check_virtual_inputs_given(call: CombineCall) -> None:
+def check_virtual_inputs_given(call: Call) -> None:
     if (call.copy_expert_num > 0 or call.const_expert_num > 0) and call.ori_x is None:
         raise ConstraintError("ori_x", None, "must be given for copy and const experts", "pass the tokens themselves")
     if call.const_expert_num > 0:
@@ -286,24 +220,23 @@ def check_virtual_inputs_given(call: CombineCall) -> None:
                 raise ConstraintError(name, None, "must be given for const experts", "pass their parameters")
 
 
-def check_rows(call: CombineCall) -> None:
-    rows = call.layout.capacity * _tp_factor(call)
+def check_rows(call: Call, layout: Layout) -> None:
+    rows = layout.capacity * _tp_factor(call)
     check_length("expand_x", call.expand_x, rows, "the rows that dispatch makes room for")
 
 
-def check_dispatch_outputs(call: CombineCall) -> None:
-    layout = call.layout
+def check_dispatch_outputs(call: Call, layout: Layout) -> None:
     counts = layout.ep * layout.local_experts * _tp_factor(call)
     check_length("assist_info_for_combine", call.assist_info_for_combine, 128 * layout.capacity, "128 per row")
     check_length("ep_send_counts", call.ep_send_counts, counts, "one per local expert, source and TP rank")
     check_shape("tp_send_counts", call.tp_send_counts, (layout.tp,), "one per TP rank")
 
 
-def _tp_factor(call: CombineCall) -> int:
+def _tp_factor(call: Call) -> int:
     return call.tp_world_size if call.limits.lengths_times_tp else max(call.tp_world_size, 1)
 
 
-def check_shared_expert_x(call: CombineCall) -> None:
+def check_shared_expert_x(call: Call, sizes: Sizes) -> None:
     spec = call.shared_expert_x
     if spec is None:
         return
@@ -316,32 +249,32 @@ def check_shared_expert_x(call: CombineCall) -> None:
         )
     *rows, width = spec.shape
     tokens = rows[0] if len(rows) == 1 else rows[0] * rows[1]
-    if tokens != call.tokens or width != call.hidden or min(rows) < 0:
+    if tokens != sizes.tokens or width != sizes.hidden or min(rows) < 0:
         raise ConstraintError(
             "shared_expert_x",
             spec,
-            f"must be ({call.tokens}, {call.hidden}), or (a, b, {call.hidden}) with a·b = {call.tokens}",
+            f"must be ({sizes.tokens}, {sizes.hidden}), or (a, b, {sizes.hidden}) with a·b = {sizes.tokens}",
             "give it one row per token",
         )
 
 
-def check_norm_and_out(call: CombineCall) -> None:
+def check_norm_and_out(call: Call, sizes: Sizes) -> None:
     if not isinstance(call, AddRmsNormCall):
-        check_shape("x_out", call.x_out, (call.tokens, call.hidden), "one row per token")
+        check_shape("x_out", call.x_out, (sizes.tokens, sizes.hidden), "one row per token")
         return
-    shape = (call.tokens, 1, call.hidden)
+    shape = (sizes.tokens, 1, sizes.hidden)
     check_shape("residual_x", call.residual_x, shape, "one row per token")
     assert isinstance(call.gamma, TensorSpec)
-    if call.gamma.shape not in ((call.hidden,), shape):
+    if call.gamma.shape not in ((sizes.hidden,), shape):
         raise ConstraintError(
-            "gamma", call.gamma, f"must be ({call.hidden},), or {shape}", "pass one weight per hidden column"
+            "gamma", call.gamma, f"must be ({sizes.hidden},), or {shape}", "pass one weight per hidden column"
         )
     check_shape("y_out", call.y_out, shape, "one row per token")
-    check_shape("rstd_out", call.rstd_out, (call.tokens, 1, 1), "one number per token")
+    check_shape("rstd_out", call.rstd_out, (sizes.tokens, 1, 1), "one number per token")
     check_shape("x_out", call.x_out, shape, "one row per token")
 
 
-def check_virtual_inputs_shape(call: CombineCall) -> None:
-    check_shape("ori_x", call.ori_x, (call.tokens, call.hidden), "one row per token")
+def check_virtual_inputs_shape(call: Call, sizes: Sizes) -> None:
+    check_shape("ori_x", call.ori_x, (sizes.tokens, sizes.hidden), "one row per token")
     for name in ("const_expert_alpha_1", "const_expert_alpha_2", "const_expert_v"):
-        check_shape(name, getattr(call, name), (call.const_expert_num, call.hidden), "one row per const expert")
+        check_shape(name, getattr(call, name), (call.const_expert_num, sizes.hidden), "one row per const expert")

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from evenmoe.contract import distribute as attribute
-from evenmoe.contract import distribute_sizes as size
-from evenmoe.contract.arguments import check_integers, takes
-from evenmoe.contract.distribute import INTEGER_ATTRIBUTES, DistributeCall
+from evenmoe.contract import distribute as common
+from evenmoe.contract.calls import DispatchCall, takes, with_integers
+from evenmoe.contract.distribute import INTEGER_ATTRIBUTES, Sizes
 from evenmoe.contract.layout import Layout
 from evenmoe.contract.tensor_spec import (
-    ALLOCATED,
-    Input,
-    Output,
     TensorSpec,
     check_dims,
     check_dtype,
@@ -25,42 +19,13 @@ from evenmoe.errors import ConstraintError, MissingArgumentError
 
 _NO_QUANT, _STATIC_QUANT, _DYNAMIC_QUANT = 0, 1, 2
 _FULL_MESH_V2 = "fullmesh_v2"
+Call = DispatchCall[TensorSpec]
 
 
-@dataclass(slots=True, kw_only=True)
-class DispatchCall(DistributeCall):
-    """Everything that dispatch is called with; the fields of `DistributeCall`, and these.
+def check_dispatch_call(call: Call) -> Layout:
+    """Checks one rank's call of dispatch, and derives its layout; of several mistakes the first of §2.13 is raised.
 
-    Attributes:
-        x: float16 or bfloat16 (Bs, H).
-        scales: float32 (Sn + M, H), only under quant_mode 2, or None.
-        expert_scales: float32, ignored, or None.
-        quant_mode: int, 0 or 2.
-        expert_token_nums_type: int, 0 for prefix sums, 1 for counts.
-        expand_x, dynamic_scales, assist_info_for_combine, expert_token_nums, ep_recv_counts, tp_recv_counts,
-            expand_scales: the outputs; `ALLOCATED` when the operator allocates them. None is a null pointer.
-    """
-
-    x: Input
-    scales: Input = None
-    expert_scales: Input = None
-    quant_mode: int = 0
-    expert_token_nums_type: int = 1
-    expand_x: Output = ALLOCATED
-    dynamic_scales: Output = ALLOCATED
-    assist_info_for_combine: Output = ALLOCATED
-    expert_token_nums: Output = ALLOCATED
-    ep_recv_counts: Output = ALLOCATED
-    tp_recv_counts: Output = ALLOCATED
-    expand_scales: Output = ALLOCATED
-
-
-@takes(DispatchCall)
-def check_dispatch(call: DispatchCall) -> Layout:
-    """Checks one rank's call of dispatch, and derives its layout.
-
-    The arguments are the fields of `DispatchCall` by keyword; of several mistakes the first in the order of
-    specification §2.13 is raised.
+    `check_dispatch` is the same with the fields of `DispatchCall` by keyword.
 
     Raises:
         MissingArgumentError: a null tensor or group name, or a group name of 128 characters or more.
@@ -77,11 +42,13 @@ def check_dispatch(call: DispatchCall) -> Layout:
     64
     """
     check_wrapper(call)
-    check_tiling(call)
-    return call.layout
+    return check_tiling(call)
 
 
-def check_wrapper(call: DispatchCall) -> None:
+check_dispatch = takes(DispatchCall)(check_dispatch_call)
+
+
+def check_wrapper(call: Call) -> None:
     """What the aclnn wrapper looks at: null pointers and the lengths of the group names."""
     check_given("x", call.x, "pass the tokens of this rank")
     check_given("expert_ids", call.expert_ids, "pass the physical experts of every token")
@@ -93,82 +60,83 @@ def check_wrapper(call: DispatchCall) -> None:
         "tp_recv_counts",
     ):
         check_given(name, getattr(call, name), "pass a tensor for this output")
-    attribute.check_group_given(call)
+    common.check_group_given(call)
     if call.quant_mode == _DYNAMIC_QUANT:
         check_given("dynamic_scales", call.dynamic_scales, "pass a tensor for this output of quant_mode 2")
-    attribute.check_group_lengths(call, MissingArgumentError)
+    common.check_group_lengths(call, MissingArgumentError)
 
 
-def check_tiling(call: DispatchCall) -> None:
-    """Everything else, in the order of §2.13. Derives `tokens`, `hidden`, `top_k` and `layout` on the way."""
-    check_integers(call, (*INTEGER_ATTRIBUTES, "quant_mode", "expert_token_nums_type"))
-    attribute.check_virtual_experts(call)
-    attribute.check_ep_world_size(call)
-    attribute.check_tp_world_size(call)
-    attribute.check_ep_rank(call)
-    attribute.check_tp_rank(call)
-    attribute.check_shard_type(call)
-    attribute.check_shared_expert_num(call)
-    attribute.check_shared_rank_num(call)
-    attribute.check_moe_expert_num(call)
+def check_tiling(call: Call) -> Layout:
+    """Everything else, in the order of §2.13."""
+    call = with_integers(call, (*INTEGER_ATTRIBUTES, "quant_mode", "expert_token_nums_type"))
+    common.check_virtual_experts(call)
+    common.check_ep_world_size(call)
+    common.check_tp_world_size(call)
+    common.check_ep_rank(call)
+    common.check_tp_rank(call)
+    common.check_shard_type(call)
+    common.check_shared_expert_num(call)
+    common.check_shared_rank_num(call)
+    common.check_moe_expert_num(call)
     check_quant_mode(call)
     check_token_nums_type(call)
     check_comm_alg(call)
     check_static_quant(call)
     check_scales_wanted(call)
-    check_tensor_dims(call)
+    sizes = check_tensor_dims(call)
     check_dtypes(call)
-    size.check_shared_pair(call)
-    check_full_mesh(call)
-    size.check_divisible(call)
-    size.check_experts_per_rank(call)
-    size.check_tp_experts(call)
-    size.check_tp_elastic(call)
-    size.check_tokens(call, "x")
-    size.check_global_bs(call)
-    size.check_hidden(call, "x")
-    check_tokens_match(call)
-    size.check_top_k(call)
-    size.check_mask_shape(call)  # §2.13 does not say where; here both sizes that it needs are known to be sound
-    check_scales_shape(call)
-    size.check_elastic_shape(call)
-    size.derive_layout(call)
-    check_outputs(call)
-    size.check_performance_info(call)
-    size.check_buffer(call, full_mesh_v2=call.comm_alg == _FULL_MESH_V2)
+    common.check_shared_pair(call)
+    check_full_mesh(call, sizes)
+    common.check_divisible(call)
+    common.check_experts_per_rank(call)
+    common.check_tp_experts(call)
+    common.check_tp_elastic(call)
+    common.check_tokens(call, sizes, "x")
+    common.check_global_bs(call, sizes)
+    common.check_hidden(call, sizes, "x")
+    check_tokens_match(call, sizes)
+    common.check_top_k(call, sizes)
+    common.check_mask_shape(call, sizes)  # §2.13 does not say where; here both sizes that it needs are sound
+    check_scales_shape(call, sizes)
+    common.check_elastic_shape(call)
+    layout = common.layout_of(call, sizes)
+    check_outputs(call, layout)
+    common.check_performance_info(call)
+    common.check_buffer(call, layout, full_mesh_v2=call.comm_alg == _FULL_MESH_V2)
+    return layout
 
 
-def check_quant_mode(call: DispatchCall) -> None:
+def check_quant_mode(call: Call) -> None:
     if call.quant_mode not in (_NO_QUANT, _STATIC_QUANT, _DYNAMIC_QUANT):
         raise ConstraintError("quant_mode", call.quant_mode, "must be 0 or 2", "use 0 for rows as they are, 2 for int8")
 
 
-def check_token_nums_type(call: DispatchCall) -> None:
+def check_token_nums_type(call: Call) -> None:
     if call.expert_token_nums_type not in (0, 1):
         raise ConstraintError(
             "expert_token_nums_type", call.expert_token_nums_type, "must be 0 or 1", "use 1 for counts, 0 for sums"
         )
 
 
-def check_comm_alg(call: DispatchCall) -> None:
+def check_comm_alg(call: Call) -> None:
     if call.comm_alg not in (None, "", "fullmesh_v1", _FULL_MESH_V2):
         raise ConstraintError(
             "comm_alg", repr(call.comm_alg), 'must be "", "fullmesh_v1" or "fullmesh_v2"', 'use "" for the default'
         )
 
 
-def check_static_quant(call: DispatchCall) -> None:
+def check_static_quant(call: Call) -> None:
     """In the range above, yet refused on Atlas A3 (§2.8)."""
     if call.quant_mode == _STATIC_QUANT:
         raise ConstraintError("quant_mode", 1, "must be 0 or 2, static quantisation is not supported", "use 2 for int8")
 
 
-def check_scales_wanted(call: DispatchCall) -> None:
+def check_scales_wanted(call: Call) -> None:
     if call.quant_mode == _NO_QUANT and call.scales is not None:
         raise ConstraintError("scales", call.scales, "must be None under quant_mode 0", "drop it, or use quant_mode=2")
 
 
-def check_tensor_dims(call: DispatchCall) -> None:
+def check_tensor_dims(call: Call) -> Sizes:
     check_dims("x", call.x, (2,), "(tokens, hidden)")
     check_dims("expert_ids", call.expert_ids, (2,), "(tokens, top_k)")
     check_dims("scales", call.scales, (2,), "(shared and physical experts, hidden)")
@@ -183,11 +151,10 @@ def check_tensor_dims(call: DispatchCall) -> None:
     check_dims("tp_recv_counts", call.tp_recv_counts, (1,), "(tp_world_size,)")
     assert isinstance(call.x, TensorSpec)
     assert isinstance(call.expert_ids, TensorSpec)
-    call.tokens, call.hidden = call.x.shape
-    call.top_k = call.expert_ids.shape[1]
+    return Sizes(call.x.shape[0], call.x.shape[1], call.expert_ids.shape[1])
 
 
-def check_dtypes(call: DispatchCall) -> None:
+def check_dtypes(call: Call) -> None:
     assert isinstance(call.x, TensorSpec)
     call.limits.check_dtype("token_dtypes", call.x.dtype, "x", call.x)
     check_dtype("expert_ids", call.expert_ids, ("int32",))
@@ -207,11 +174,11 @@ def check_dtypes(call: DispatchCall) -> None:
     check_dtype("expand_scales", call.expand_scales, ("float32",))
 
 
-def check_full_mesh(call: DispatchCall) -> None:
+def check_full_mesh(call: Call, sizes: Sizes) -> None:
     """What fullmesh_v2 cannot be combined with (§2.2)."""
     if call.comm_alg != _FULL_MESH_V2:
         return
-    unequal = call.global_bs not in (0, call.tokens * call.ep_world_size)
+    unequal = call.global_bs not in (0, sizes.tokens * call.ep_world_size)
     for excluded, named in (
         (call.elastic_info is not None, "elastic_info"),
         (call.virtual_experts > 0, "zero, copy or const experts"),
@@ -224,8 +191,8 @@ def check_full_mesh(call: DispatchCall) -> None:
                 "comm_alg", f'"fullmesh_v2" with {named}', f"must not come with {named}", 'use "" or "fullmesh_v1"'
             )
     for quantity, value, named in (
-        ("full_mesh_tokens", call.tokens, "tokens"),
-        ("full_mesh_top_k", call.top_k, "experts per token"),
+        ("full_mesh_tokens", sizes.tokens, "tokens"),
+        ("full_mesh_top_k", sizes.top_k, "experts per token"),
     ):
         call.limits.check(
             quantity,
@@ -237,22 +204,21 @@ def check_full_mesh(call: DispatchCall) -> None:
         )
 
 
-def check_tokens_match(call: DispatchCall) -> None:
+def check_tokens_match(call: Call, sizes: Sizes) -> None:
     assert isinstance(call.expert_ids, TensorSpec)
-    if call.expert_ids.shape[0] != call.tokens:
+    if call.expert_ids.shape[0] != sizes.tokens:
         raise ConstraintError(
-            "expert_ids", call.expert_ids, f"must have one row for each of the {call.tokens} tokens of x", "match them"
+            "expert_ids", call.expert_ids, f"must have one row for each of the {sizes.tokens} tokens of x", "match them"
         )
 
 
-def check_scales_shape(call: DispatchCall) -> None:
+def check_scales_shape(call: Call, sizes: Sizes) -> None:
     rows = call.shared_experts + call.moe_expert_num
-    check_shape("scales", call.scales, (rows, call.hidden), "one row for each shared and each physical expert")
+    check_shape("scales", call.scales, (rows, sizes.hidden), "one row for each shared and each physical expert")
 
 
-def check_outputs(call: DispatchCall) -> None:
+def check_outputs(call: Call, layout: Layout) -> None:
     """The outputs must have room for what may arrive (§2.3); where nothing is written, any shape will do."""
-    layout = call.layout
     if isinstance(call.expand_x, TensorSpec):
         check_length("expand_x", call.expand_x, layout.expand_x_rows, "the rows that may arrive")
         check_shape("expand_x", call.expand_x, (call.expand_x.shape[0], layout.hidden), "as wide as x")

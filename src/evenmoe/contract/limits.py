@@ -46,7 +46,7 @@ class Limits:
         lengths_times_tp: whether combine asks for A·tp rows and ep·L·tp counts to the letter, so for nothing at all
             when tp is 0 (specification §3.2). Otherwise for A and ep·L of them even then.
 
-    >>> ATLAS_A3.tokens, LAPTOP.tokens, UNLIMITED.tokens
+    >>> ATLAS_A3.tokens, RELAXED.tokens, UNLIMITED.tokens
     (Range(low=1, high=512), Range(low=0, high=512), Range(low=0, high=None))
     """
 
@@ -84,7 +84,7 @@ bound of atlas-a3 with limits="unlimited".
         """
         bound: Range = getattr(self, quantity)
         if not bound.admits(value):
-            lifting = (other.name for other in (LAPTOP, UNLIMITED) if getattr(other, quantity).admits(value))
+            lifting = (other.name for other in (RELAXED, UNLIMITED) if getattr(other, quantity).admits(value))
             fix = use.format(bound) + self._or_lift(next(lifting, None))
             raise ConstraintError(argument, shown, rule.format(bound), fix)
 
@@ -96,7 +96,7 @@ bound of atlas-a3 with limits="unlimited".
         """
         supported: tuple[str, ...] = getattr(self, quantity)
         if dtype not in supported:
-            lifting = (other.name for other in (LAPTOP, UNLIMITED) if dtype in getattr(other, quantity))
+            lifting = (other.name for other in (RELAXED, UNLIMITED) if dtype in getattr(other, quantity))
             fix = f"use {join_or(supported)}" + self._or_lift(next(lifting, None))
             raise UnsupportedTypeError(argument, shown, f"must be {join_or(supported)}", fix)
 
@@ -128,9 +128,9 @@ ATLAS_A3 = Limits(
 )
 """Atlas A3 (Ascend 910_93), exactly as its tiling decides (specification §1.6, §2.2, §3.2, §4)."""
 
-LAPTOP = replace(
+RELAXED = replace(
     ATLAS_A3,
-    name="laptop",
+    name="relaxed",
     tokens=Range(0, 512),
     hidden=Range(1, 8192),
     update_world_size=Range(1, 768),
@@ -144,7 +144,7 @@ LAPTOP = replace(
 """The chip's upper bounds without its lower ones, so that a world of one rank and tiny sizes runs; float32 beside."""
 
 UNLIMITED = replace(
-    LAPTOP,
+    RELAXED,
     name="unlimited",
     tokens=Range(0),
     hidden=Range(1),
@@ -166,21 +166,20 @@ UNLIMITED = replace(
 
 
 def resolve_limits(limits: Limits | str | None) -> Limits:
-    """The limits that a name stands for: "atlas-a3", "laptop", "unlimited" or None, which is "unlimited" too.
+    """The limits that a name stands for: "atlas-a3", "relaxed", "unlimited" or None, which is "unlimited" too.
 
     Raises:
         ConstraintError: another name.
 
-    >>> resolve_limits("laptop") is LAPTOP, resolve_limits(None) is UNLIMITED
+    >>> resolve_limits("relaxed") is RELAXED, resolve_limits(None) is UNLIMITED
     (True, True)
     """
     if isinstance(limits, Limits):
         return limits
     if limits is None:
         return UNLIMITED
-    for known in (ATLAS_A3, LAPTOP, UNLIMITED):
+    for known in (ATLAS_A3, RELAXED, UNLIMITED):
         if limits == known.name:
             return known
-    raise ConstraintError(
-        "limits", repr(limits), 'must be "atlas-a3", "laptop", "unlimited" or a Limits', "use one of these three names"
-    )
+    fix = 'use "relaxed", its new name' if limits == "laptop" else "use one of these three names"
+    raise ConstraintError("limits", repr(limits), 'must be "atlas-a3", "relaxed", "unlimited" or a Limits', fix)

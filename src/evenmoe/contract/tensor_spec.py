@@ -40,8 +40,7 @@ class Allocated(Enum):
 ALLOCATED: Final = Allocated.ALLOCATED
 """An output that the operator allocates itself: there is nothing to check. None would be a null pointer."""
 
-Input = TensorSpec | None
-Output = TensorSpec | None | Allocated
+Spec = TensorSpec | Allocated | None
 
 
 def join_or(words: tuple[object, ...]) -> str:
@@ -57,43 +56,43 @@ def join_or(words: tuple[object, ...]) -> str:
 # Every check below passes over None and ALLOCATED: whether a tensor must be there is a question of its own.
 
 
-def check_given(argument: str, spec: Output, fix: str) -> None:
+def check_given(argument: str, spec: Spec, fix: str) -> None:
     """Refuses None: `MissingArgumentError`."""
     if spec is None:
         raise MissingArgumentError(argument, None, "must be given", fix)
 
 
-def check_absent(argument: str, spec: Input, fix: str) -> None:
+def check_absent(argument: str, spec: Spec, fix: str) -> None:
     """Refuses a tensor that this operator has no use for: `ConstraintError`."""
     if spec is not None:
         raise ConstraintError(argument, spec, "must be None", fix)
 
 
-def check_dims(argument: str, spec: Output, dims: tuple[int, ...], meaning: str) -> None:
+def check_dims(argument: str, spec: Spec, dims: tuple[int, ...], meaning: str) -> None:
     """The number of dimensions must be one of `dims`: `ConstraintError`."""
     if isinstance(spec, TensorSpec) and len(spec.shape) not in dims:
         raise ConstraintError(argument, spec, f"must be {join_or(dims)}-D, {meaning}", f"reshape it to {meaning}")
 
 
-def check_dtype(argument: str, spec: Output, supported: tuple[str, ...]) -> None:
+def check_dtype(argument: str, spec: Spec, supported: tuple[str, ...]) -> None:
     """The dtype must be one of the operator's list: `UnsupportedTypeError`."""
     if isinstance(spec, TensorSpec) and spec.dtype not in supported:
         raise UnsupportedTypeError(argument, spec, f"must be {join_or(supported)}", f"convert it to {supported[0]}")
 
 
-def check_dtype_of(argument: str, spec: Output, dtype: str, reason: str) -> None:
+def check_dtype_of(argument: str, spec: Spec, dtype: str, reason: str) -> None:
     """The dtype must be the one that follows from another argument, which `reason` says: `ConstraintError`."""
     if isinstance(spec, TensorSpec) and spec.dtype != dtype:
         raise ConstraintError(argument, spec, f"must be {dtype}, {reason}", f"convert it to {dtype}")
 
 
-def check_shape(argument: str, spec: Output, shape: tuple[int, ...], meaning: str) -> None:
+def check_shape(argument: str, spec: Spec, shape: tuple[int, ...], meaning: str) -> None:
     """The shape must be exactly this one: `ConstraintError`."""
     if isinstance(spec, TensorSpec) and spec.shape != shape:
         raise ConstraintError(argument, spec, f"must have the shape {shape}, {meaning}", f"give it the shape {shape}")
 
 
-def check_length(argument: str, spec: Output, at_least: int, meaning: str) -> None:
+def check_length(argument: str, spec: Spec, at_least: int, meaning: str) -> None:
     """The first dimension must have room for so many entries: `ConstraintError`."""
     if isinstance(spec, TensorSpec) and spec.shape[0] < at_least:
         raise ConstraintError(

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
-from evenmoe.contract.arguments import check_integers, takes
-from evenmoe.contract.limits import ATLAS_A3, Limits
+from evenmoe.contract.calls import UpdateExpertCall, takes, with_integers
 from evenmoe.contract.tensor_spec import (
-    ALLOCATED,
-    Input,
-    Output,
     TensorSpec,
     check_absent,
     check_dims,
@@ -23,51 +16,13 @@ from evenmoe.errors import ConstraintError
 
 _BY_RANK, _BY_TOKEN = 0, 1
 _NEW, _OLD = "update_expert", "eplb_update_expert"
+Call = UpdateExpertCall[TensorSpec]
 
 
-@dataclass(slots=True, kw_only=True)
-class UpdateExpertCall:
-    """Everything that update expert is called with.
+def check_update_expert_call(call: Call) -> None:
+    """Checks a call of update expert; of several mistakes the first in the order of §1.7 is raised.
 
-    Attributes:
-        expert_ids: int32 or int64 (Bs, K), logical experts.
-        eplb_table: int32 (E, F).
-        local_rank_id, world_size: int, looked at under balance_mode 0 only.
-        balance_mode: int, 0 by rank, 1 by token.
-        expert_scales: float16, bfloat16 or float32 (Bs, K), or None.
-        pruning_threshold: float32 (K,) or (1, K), or None; with expert_scales or not at all.
-        active_mask: bool (Bs,), or None; only with the two before.
-        balanced_expert_ids: like expert_ids; `ALLOCATED` when the operator allocates it. None is a null pointer.
-        balanced_active_mask: bool (Bs, K), or as before. The older operator has none.
-        limits: `Limits`.
-        generation: "update_expert", or "eplb_update_expert" for the older operator: int32 ids, balance_mode 0, no
-            pruning, and fewer experts and ranks.
-    """
-
-    expert_ids: Input
-    eplb_table: Input
-    local_rank_id: int = -1
-    world_size: int = -1
-    balance_mode: int = 0
-    expert_scales: Input = None
-    pruning_threshold: Input = None
-    active_mask: Input = None
-    balanced_expert_ids: Output = ALLOCATED
-    balanced_active_mask: Output = ALLOCATED
-    limits: Limits = ATLAS_A3
-    generation: Literal["update_expert", "eplb_update_expert"] = _NEW
-
-    @property
-    def old(self) -> bool:
-        return self.generation == _OLD
-
-
-@takes(UpdateExpertCall)
-def check_update_expert(call: UpdateExpertCall) -> None:
-    """Checks a call of update expert.
-
-    The arguments are the fields of `UpdateExpertCall` by keyword; of several mistakes the first in the order of
-    specification §1.7 is raised.
+    `check_update_expert` is the same with the fields of `UpdateExpertCall` by keyword.
 
     Raises:
         MissingArgumentError: a null tensor.
@@ -85,12 +40,16 @@ def check_update_expert(call: UpdateExpertCall) -> None:
 more than world_size 8 replicas; drop the columns behind, or lift this bound of atlas-a3 with limits="unlimited".
     """
     check_wrapper(call)
+    call = with_integers(call, ("balance_mode", "world_size", "local_rank_id"))
     check_attributes(call)
     check_dtypes(call)
     check_ids_shape(call)
     check_table_shape(call)
     check_pruning_inputs(call)
     check_output_shapes(call)
+
+
+check_update_expert = takes(UpdateExpertCall)(check_update_expert_call)
 
 
 def infer_update_expert(expert_ids: TensorSpec, eplb_table: TensorSpec) -> tuple[TensorSpec, TensorSpec]:
@@ -124,7 +83,6 @@ def check_wrapper(call: UpdateExpertCall) -> None:
 
 
 def check_attributes(call: UpdateExpertCall) -> None:
-    check_integers(call, ("balance_mode", "world_size", "local_rank_id"))
     if call.old and call.balance_mode != _BY_RANK:
         raise ConstraintError("balance_mode", call.balance_mode, f"must be 0 for {_OLD}", f"use {_NEW} for mode 1")
     if call.balance_mode not in (_BY_RANK, _BY_TOKEN):
@@ -183,7 +141,7 @@ def check_table_shape(call: UpdateExpertCall) -> None:
     check_table_columns(call, table, columns)
 
 
-def check_table_columns(call: UpdateExpertCall, table: TensorSpec, columns: int) -> None:
+def check_table_columns(call: Call, table: TensorSpec, columns: int) -> None:
     """F is bounded by a number of the chip in mode 1, by world_size in mode 0."""
     if call.balance_mode == _BY_TOKEN:
         call.limits.check(

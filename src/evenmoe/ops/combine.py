@@ -54,7 +54,7 @@ def combine(
     copy_expert_num: int = 0,
     const_expert_num: int = 0,
     check_values: bool = True,
-    limits: str | None = "laptop",
+    limits: str | None = "relaxed",
 ) -> torch.Tensor:
     """Send the experts' rows back to their tokens and add them up, weighted; a collective of the whole world.
 

@@ -53,7 +53,7 @@ def combine_add_rms_norm(
     copy_expert_num: int = 0,
     const_expert_num: int = 0,
     check_values: bool = True,
-    limits: str | None = "laptop",
+    limits: str | None = "relaxed",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Combine without rounding, add the residual and apply RmsNorm; a collective of the whole world.
 

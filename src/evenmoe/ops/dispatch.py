@@ -56,7 +56,7 @@ def dispatch(
     copy_expert_num: int = 0,
     const_expert_num: int = 0,
     check_values: bool = True,
-    limits: str | None = "laptop",
+    limits: str | None = "relaxed",
 ) -> Dispatched:
     """Send each token to the ranks that hold its experts; a collective of the whole world.
 
@@ -82,7 +82,7 @@ def dispatch(
         comm_alg: "", "fullmesh_v1" or "fullmesh_v2"; the outputs are the same.
         zero_expert_num, copy_expert_num, const_expert_num: virtual experts.
         check_values: refuse ids out of range or repeated within a token. False saves the pass.
-        limits: "atlas-a3" for exactly the chip's ranges, "laptop" for its maxima with small worlds allowed, or
+        limits: "atlas-a3" for exactly the chip's ranges, "relaxed" for its maxima with small worlds allowed, or
             "unlimited".
 
     Returns:

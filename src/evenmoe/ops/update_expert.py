@@ -28,7 +28,7 @@ def update_expert(
     active_mask: torch.Tensor | None = None,
     *,
     check_values: bool = True,
-    limits: str | None = "laptop",
+    limits: str | None = "relaxed",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Map logical expert ids to the physical experts (slots) that this rank uses, and mark entries to prune.
 
@@ -46,7 +46,7 @@ def update_expert(
         pruning_threshold: float32 (K,) or (1, K), shares of the token's total weight.
         active_mask: bool (Bs,), False for padding tokens; only with the two above.
         check_values: look at the values too. False saves a pass over ids and table; a wrong value is then undefined.
-        limits: "atlas-a3" for exactly the chip's ranges, "laptop" for its maxima with small worlds allowed, or
+        limits: "atlas-a3" for exactly the chip's ranges, "relaxed" for its maxima with small worlds allowed, or
             "unlimited".
 
     Returns:

@@ -9,8 +9,8 @@ from evenmoe.metrics import FloatArray, as_load, within_range
 from evenmoe.planner._bound import lower_bounds, scratch
 from evenmoe.planner._exact import improve
 from evenmoe.planner._groups import MOST_PACKINGS, all_packings, best_packings, count_packings
-from evenmoe.planner._shape import Shape, check_shape
 from evenmoe.planner.hierarchical import group_members
+from evenmoe.planner.options import Shape, check_shape
 
 # The exhaustive search sharpens the bound of layers up to this size, for a millisecond each: it proves the optimum
 # of Mixtral's shape (8 experts, 16 slots) in about 3,000 nodes.

@@ -14,7 +14,7 @@ from evenmoe.planner._groups import (
     count_packings,
     even_packing,
 )
-from evenmoe.planner._shape import Shape
+from evenmoe.planner.options import Shape
 from evenmoe.planner.static import plan_peaks
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from evenmoe.errors import ConstraintError
 from evenmoe.metrics import FloatArray, as_load, within_range
 from evenmoe.placement import Placement, layers_of
-from evenmoe.planner._shape import Shape, check_shape, whole_number
-from evenmoe.rules.shares import check_rule
+from evenmoe.planner.options import PlanOptions, Shape
 
 
 def plan(
@@ -63,17 +61,12 @@ def plan(
     >>> placement.num_replicas.tolist()
     [[2, 1, 1]]
     """
+    options = PlanOptions(num_ranks, num_slots, num_nodes, num_groups, previous, max_copies, target_par, rule, seed)
     tokens = _without_empty(within_range(as_load(load)))
-    shape = check_shape(tokens.shape[-1], num_ranks, num_slots, num_nodes, num_groups)
-    seed = whole_number("seed", seed, 0)
-    check_rule(rule)
-    _check_previous(previous, tokens, shape)
-    if max_copies is not None:
-        max_copies = whole_number("max_copies", max_copies, 0)
-    _check_goals(previous, max_copies, target_par, rule)
+    options, shape = options.checked(*tokens.shape[-2:])
     if tokens.ndim == 3 and previous is not None:
-        return _plan_each_history(tokens, shape, rule, previous, max_copies, target_par, seed)
-    return _plan(tokens, shape, rule, previous, max_copies, target_par, seed)
+        return _plan_each_history(tokens, shape, rule, previous, options.max_copies, target_par, options.seed)
+    return _plan(tokens, shape, rule, previous, options.max_copies, target_par, options.seed)
 
 
 def _without_empty(tokens: FloatArray) -> FloatArray:
@@ -143,69 +136,3 @@ def _plan(
 
         slots = plan_static(tokens, shape.num_ranks, shape.num_slots, seed)
     return Placement(slots, shape.num_ranks, num_experts=shape.num_experts)
-
-
-def _check_previous(previous: object, tokens: FloatArray, shape: Shape) -> None:
-    if previous is None:
-        return
-    if not isinstance(previous, Placement):
-        raise ConstraintError(
-            "previous",
-            f"of type {type(previous).__name__}",
-            "must be a Placement",
-            "wrap the slots in Placement(slot_to_expert, num_ranks)",
-        )
-    theirs = (previous.num_layers, previous.num_experts, previous.num_slots, previous.num_ranks)
-    ours = (tokens.shape[-2], shape.num_experts, shape.num_slots, shape.num_ranks)
-    if theirs != ours:
-        raise ConstraintError(
-            "previous",
-            "a placement of {} layers, {} experts, {} slots, {} ranks".format(*theirs),
-            "must have the {} layers, {} experts, {} slots, {} ranks of this call".format(*ours),
-            "pass the placement in use on this world, or None to plan anew",
-        )
-    if shape.is_hierarchical:
-        _check_groups(previous, shape)
-
-
-def _check_groups(previous: Placement, shape: Shape) -> None:
-    group_size, node_slots = shape.num_experts // shape.num_groups, shape.num_slots // shape.num_nodes
-    node = np.arange(shape.num_slots) // node_slots
-    held = np.zeros((previous.num_layers, shape.num_groups, shape.num_nodes), bool)
-    held[np.arange(previous.num_layers)[:, None], previous.slot_to_expert // group_size, node] = True
-    torn = np.argwhere(held.sum(axis=2) > 1)
-    if len(torn):
-        layer, group = torn[0].tolist()
-        raise ConstraintError(
-            "previous",
-            f"a placement with group {group} of layer {layer} on nodes {np.flatnonzero(held[layer, group]).tolist()}",
-            "must keep each group inside one node",
-            "plan anew without previous, or with num_groups=1",
-        )
-    per_node = held.sum(axis=1)
-    uneven = np.argwhere(per_node != shape.num_groups // shape.num_nodes)
-    if len(uneven):
-        layer, full = uneven[0].tolist()
-        raise ConstraintError(
-            "previous",
-            f"a placement with {per_node[layer, full]} groups of layer {layer} on node {full}",
-            f"must have {shape.num_groups // shape.num_nodes} groups on each node",
-            "plan anew without previous, or with num_groups=1",
-        )
-
-
-def _check_goals(previous: Placement | None, max_copies: int | None, target_par: float | None, rule: str) -> None:
-    for name, value in (("max_copies", max_copies), ("target_par", target_par)):
-        if value is not None and previous is None:
-            raise ConstraintError(
-                name, value, "needs `previous`, the placement to start from", "pass previous=, or leave this out"
-            )
-    if target_par is not None and not target_par >= 1:
-        raise ConstraintError("target_par", target_par, "must be at least 1.0", "1.0 is perfect balance")
-    if target_par is not None and rule in ("rank", "batch"):
-        raise ConstraintError(
-            "target_par",
-            f"{target_par} with rule={rule!r}",
-            "needs a rule whose shares are even",
-            "bound the copies with max_copies instead",
-        )

@@ -9,9 +9,9 @@ from evenmoe.metrics import FloatArray, count_copies, peak_over_mean
 from evenmoe.placement import Placement, layers_of
 from evenmoe.planner import batch, rank_rule
 from evenmoe.planner._renaming import rename_ranks
-from evenmoe.planner._shape import Shape
 from evenmoe.planner.batch import improve_batch, judge_batch, plan_batch
 from evenmoe.planner.hierarchical import pack_groups, put_nodes, take_nodes
+from evenmoe.planner.options import Shape
 from evenmoe.planner.rank_rule import improve_rank_rule, plan_rank_rule
 from evenmoe.rules.shares import rank_loads
 

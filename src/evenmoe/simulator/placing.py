@@ -29,10 +29,10 @@ def plan_policy(policy: Policy, world: World, past: FloatArray, previous: Placem
     edges = np.arange(min(policy.pieces, len(past)) + 1) * len(past) // min(policy.pieces, len(past))
     windows = np.stack([past[begin:end].sum(axis=0) for begin, end in pairwise(edges)])
     if policy.planner == "greedy":
-        from evenmoe.simulator.greedy import plan_greedy  # not at the top: importing numba takes 0.3 s
+        from evenmoe.planner.greedy import plan_greedy  # not at the top: importing numba takes 0.3 s
 
-        slots = plan_greedy(windows.sum(axis=0), world.num_ranks, policy.num_slots, world.num_nodes, policy.num_groups)
-        return Placement(slots, world.num_ranks, num_experts=past.shape[2])
+        counts = {"num_nodes": world.num_nodes, "num_groups": policy.num_groups}
+        return plan_greedy(windows, num_ranks=world.num_ranks, num_slots=policy.num_slots, **counts)
     return plan(
         windows[0] if len(windows) == 1 else windows,
         num_ranks=world.num_ranks,

@@ -9,42 +9,54 @@ replicas of an expert off one rank, and nothing looks at the placement in use.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from evenmoe.compiled import compiled
-from evenmoe.metrics import FloatArray
-from evenmoe.placement import IntArray
+from evenmoe.metrics import as_load, within_range
+from evenmoe.placement import Placement
+from evenmoe.planner.options import check_shape
 
 
-def plan_greedy(load: FloatArray, num_ranks: int, num_slots: int, num_nodes: int = 1, num_groups: int = 1) -> IntArray:
-    """The slots, int32 (L, S), for tokens per expert `load` float64 (L, E).
+def plan_greedy(
+    load: npt.ArrayLike, *, num_ranks: int, num_slots: int, num_nodes: int = 1, num_groups: int = 1
+) -> Placement:
+    """Plan as the published greedy planner does; called as `evenmoe.plan` is.
 
     Args:
-        load: tokens per logical expert.
-        num_ranks: G, a multiple of the nodes.
-        num_slots: S, a multiple of the ranks and at least E.
-        num_nodes, num_groups: with more than one of both, the hierarchical plan; groups are runs of E / groups experts
-            and a multiple of the nodes.
+        load: tokens per logical expert, (L, E), or windows (T, L, E), which are added up.
+        num_ranks: G.
+        num_slots: S, at least E and a multiple of G.
+        num_nodes: nodes that share the ranks evenly, in rank order.
+        num_groups: with more than one of both, groups stay inside nodes as in `evenmoe.plan`.
 
-    Equal loads are taken in ascending order of id.
+    Returns:
+        The placement. Equal loads are taken in ascending order of id.
 
-    >>> plan_greedy(np.array([[6.0, 1.0, 1.0]]), num_ranks=2, num_slots=4).tolist()
+    Raises:
+        ConstraintError: counts that cannot work; the text names the nearest that do.
+
+    >>> plan_greedy([[6, 1, 1]], num_ranks=2, num_slots=4).slot_to_expert.tolist()
     [[0, 1, 0, 2]]
-    >>> plan_greedy(np.array([[6.0, 4.0, 3.0, 1.0]]), 2, 4, num_nodes=2, num_groups=4).tolist()
+    >>> shape = {"num_ranks": 2, "num_slots": 4, "num_nodes": 2, "num_groups": 4}
+    >>> plan_greedy([[6, 4, 3, 1]], **shape).slot_to_expert.tolist()
     [[0, 3, 1, 2]]
     """
-    num_layers, num_experts = load.shape
-    slots = np.empty((num_layers, num_slots), np.int32)
-    if num_nodes == 1 or num_groups == 1:
+    tokens = within_range(as_load(load))
+    tokens = tokens.sum(axis=0) if tokens.ndim == 3 else tokens
+    num_layers, num_experts = tokens.shape
+    shape = check_shape(num_experts, num_ranks, num_slots, num_nodes, num_groups)
+    if not shape.is_hierarchical:
         num_nodes = num_groups = 1
     size = num_experts // num_groups
+    slots = np.empty((num_layers, num_slots), np.int32)
     for layer in range(num_layers):
-        groups = pack(load[layer].reshape(num_groups, size).sum(axis=1), num_nodes)
+        groups = pack(tokens[layer].reshape(num_groups, size).sum(axis=1), num_nodes)
         for node, members in enumerate(np.sort(groups, axis=1)):
             experts = (members[:, None] * size + np.arange(size)).ravel()
-            owner, share = replicate(load[layer, experts], num_slots // num_nodes)
+            owner, share = replicate(tokens[layer, experts], num_slots // num_nodes)
             packed = pack(share, num_ranks // num_nodes)
             slots[layer].reshape(num_nodes, -1)[node] = experts[owner[packed]].ravel()
-    return slots
+    return Placement(slots, num_ranks, num_experts=num_experts)
 
 
 @compiled

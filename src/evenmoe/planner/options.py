@@ -1,0 +1,213 @@
+"""The options of a plan, and the checks that name the nearest counts that work."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from evenmoe.errors import ConstraintError
+from evenmoe.placement import Placement
+from evenmoe.rules.shares import check_rule
+
+
+class Shape(NamedTuple):
+    """Counts that fit together: what `check_shape` returns."""
+
+    num_experts: int
+    num_ranks: int
+    num_slots: int
+    num_nodes: int
+    num_groups: int
+
+    @property
+    def is_hierarchical(self) -> bool:
+        """One group has nowhere to be pinned, and one node holds every group: both mean the global problem."""
+        return self.num_groups > 1 and self.num_nodes > 1
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a planner is asked for, beside the load: the arguments of `evenmoe.plan`, under their names there."""
+
+    num_ranks: int
+    num_slots: int
+    num_nodes: int = 1
+    num_groups: int = 1
+    previous: Placement | None = None
+    max_copies: int | None = None
+    target_par: float | None = None
+    rule: str = "even"
+    seed: int = 0
+
+    def checked(self, num_layers: int, num_experts: int) -> tuple[PlanOptions, Shape]:
+        """These options with whole numbers as ints, and their counts.
+
+        Raises:
+            ConstraintError: counts that cannot work (the text names the nearest that do), or options that do not go
+                together.
+        """
+        shape = check_shape(num_experts, self.num_ranks, self.num_slots, self.num_nodes, self.num_groups)
+        seed = whole_number("seed", self.seed, 0)
+        check_rule(self.rule)
+        if self.previous is not None:
+            check_placement(self.previous, num_layers, shape)
+        max_copies = None if self.max_copies is None else whole_number("max_copies", self.max_copies, 0)
+        self._check_goals()
+        _, num_ranks, num_slots, num_nodes, num_groups = shape
+        counts = {"num_ranks": num_ranks, "num_slots": num_slots, "num_nodes": num_nodes, "num_groups": num_groups}
+        return replace(self, **counts, seed=seed, max_copies=max_copies), shape
+
+    def _check_goals(self) -> None:
+        for name, value in (("max_copies", self.max_copies), ("target_par", self.target_par)):
+            if value is not None and self.previous is None:
+                raise ConstraintError(
+                    name, value, "needs `previous`, the placement to start from", "pass previous=, or leave this out"
+                )
+        if self.target_par is None:
+            return
+        if not self.target_par >= 1:
+            raise ConstraintError("target_par", self.target_par, "must be at least 1.0", "1.0 is perfect balance")
+        if self.rule in ("rank", "batch"):
+            raise ConstraintError(
+                "target_par",
+                f"{self.target_par} with rule={self.rule!r}",
+                "needs a rule whose shares are even",
+                "bound the copies with max_copies instead",
+            )
+
+
+def whole_number(name: str, value: object, least: int) -> int:
+    """`value` as an int of at least `least`.
+
+    Raises:
+        ConstraintError: not a whole number, or too small.
+
+    >>> whole_number("num_ranks", 8, least=1)
+    8
+    """
+    try:
+        number = operator.index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise ConstraintError(
+            name, f"{value!r} of type {type(value).__name__}", "must be a whole number", "pass an int"
+        ) from None
+    if number < least:
+        raise ConstraintError(name, number, f"must be at least {least}", f"use {least} or more")
+    return number
+
+
+def check_shape(
+    num_experts: int, num_ranks: object, num_slots: object, num_nodes: object = 1, num_groups: object = 1
+) -> Shape:
+    """The counts as a `Shape`, if a placement of that shape exists.
+
+    Raises:
+        ConstraintError: counts that cannot work; the text names the nearest ones that do.
+
+    >>> check_shape(256, 32, 288).is_hierarchical
+    False
+    >>> check_shape(256, 32, 250)
+    Traceback (most recent call last):
+    evenmoe.errors.ConstraintError: `num_slots` is 250: it must hold each of the 256 experts at least once and divide \
+evenly over 32 ranks; the nearest that works is 256.
+    """
+    ranks = whole_number("num_ranks", num_ranks, 1)
+    slots = whole_number("num_slots", num_slots, 1)
+    nodes = whole_number("num_nodes", num_nodes, 1)
+    groups = whole_number("num_groups", num_groups, 1)
+    _check_slots(num_experts, ranks, slots)
+    if ranks % nodes:
+        raise ConstraintError(
+            "num_nodes",
+            nodes,
+            f"must divide the {ranks} ranks evenly",
+            _nearest([n for n in range(1, ranks + 1) if ranks % n == 0], nodes),
+        )
+    shape = Shape(num_experts, ranks, slots, nodes, groups)
+    if shape.is_hierarchical and (groups % nodes or num_experts % groups):
+        fitting = [n for n in range(nodes, num_experts + 1, nodes) if num_experts % n == 0]
+        fix = (
+            _nearest(fitting, groups)
+            if fitting
+            else f"{num_experts} experts have no such groups: use num_groups=1, which plans across nodes"
+        )
+        raise ConstraintError(
+            "num_groups",
+            groups,
+            f"must be a multiple of the {nodes} nodes and divide the {num_experts} experts evenly",
+            fix,
+        )
+    return shape
+
+
+def _check_slots(num_experts: int, ranks: int, slots: int) -> None:
+    if slots >= num_experts and slots % ranks == 0:
+        return
+    least = -(-num_experts // ranks) * ranks
+    below = slots // ranks * ranks
+    fitting = sorted({max(below, least), max(below + ranks, least)} if slots >= num_experts else {least})
+    raise ConstraintError(
+        "num_slots",
+        slots,
+        f"must hold each of the {num_experts} experts at least once and divide evenly over {ranks} ranks",
+        _nearest(fitting, slots),
+    )
+
+
+def _nearest(fitting: list[int], value: int) -> str:
+    """The closest fitting number on either side, in words."""
+    below = [n for n in fitting if n < value]
+    above = [n for n in fitting if n > value]
+    near = below[-1:] + above[:1]
+    verb = "is" if len(near) == 1 else "are"
+    return f"the nearest that {'works' if len(near) == 1 else 'work'} {verb} {' and '.join(map(str, near))}"
+
+
+def check_placement(
+    placement: object,
+    num_layers: int,
+    shape: Shape,
+    argument: str = "previous",
+    whose: str = "",
+    fix: str = "pass the placement in use on this world, or None to plan anew",
+) -> None:
+    """Raise a ConstraintError about `argument` unless it is a placement of these counts, its groups inside nodes."""
+    if not isinstance(placement, Placement):
+        raise ConstraintError(
+            argument,
+            f"{whose}of type {type(placement).__name__}",
+            "must be a Placement",
+            "wrap the slots in Placement(slot_to_expert, num_ranks)",
+        )
+    theirs = (placement.num_layers, placement.num_experts, placement.num_slots, placement.num_ranks)
+    ours = (num_layers, shape.num_experts, shape.num_slots, shape.num_ranks)
+    if theirs != ours:
+        raise ConstraintError(
+            argument,
+            whose + "a placement of {} layers, {} experts, {} slots, {} ranks".format(*theirs),
+            "must have the {} layers, {} experts, {} slots, {} ranks of this call".format(*ours),
+            fix,
+        )
+    if not shape.is_hierarchical:
+        return
+    group_size, node_slots = shape.num_experts // shape.num_groups, shape.num_slots // shape.num_nodes
+    node = np.arange(shape.num_slots) // node_slots
+    held = np.zeros((num_layers, shape.num_groups, shape.num_nodes), bool)
+    held[np.arange(num_layers)[:, None], placement.slot_to_expert // group_size, node] = True
+    torn, per_node = np.argwhere(held.sum(axis=2) > 1), held.sum(axis=1)
+    uneven = np.argwhere(per_node != shape.num_groups // shape.num_nodes)
+    if len(torn):
+        layer, group = torn[0].tolist()
+        wrong = f"group {group} of layer {layer} on nodes {np.flatnonzero(held[layer, group]).tolist()}"
+        rule = "must keep each group inside one node"
+    elif len(uneven):
+        layer, full = uneven[0].tolist()
+        wrong = f"{per_node[layer, full]} groups of layer {layer} on node {full}"
+        rule = f"must have {shape.num_groups // shape.num_nodes} groups on each node"
+    else:
+        return
+    fix = "plan anew without previous, or with num_groups=1" if argument == "previous" else fix
+    raise ConstraintError(argument, f"{whose}a placement with {wrong}", rule, fix)
