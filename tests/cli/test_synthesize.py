@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from evenmoe.traces import load_trace, synthesise
+from evenmoe.traces import load_trace, synthesize
 from tests.cli.running import Run
 
 
@@ -17,7 +17,7 @@ def test_every_option_reaches_the_trace(evenmoe: Run, tmp_path):
     assert (done.code, done.err) == (0, "")
     said = json.loads(done.out)
     trace = load_trace(out)
-    again = synthesise(
+    again = synthesize(
         "gpt-oss-20b", num_windows=5, tokens_per_window=100, requests=2, num_layers=3, routing=True, source_ranks=4,
         skew=1.0, seed=7,
     )  # fmt: skip

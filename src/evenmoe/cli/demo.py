@@ -50,7 +50,7 @@ class DemoCommand(Command):
         import evenmoe as em
         from evenmoe.cli import chain
         from evenmoe.placement import identity_placement
-        from evenmoe.traces.small import small_trace
+        from evenmoe.traces.synthesis import small_trace
         from evenmoe.traces.trace import load_trace
 
         # One thread: on a busy machine two that wait for each other take ten times as long, on an idle one half as

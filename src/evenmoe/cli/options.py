@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, get_args, get_type_hints
@@ -20,11 +20,11 @@ from typer.models import OptionInfo
 
 from evenmoe.errors import ConstraintError, EvenmoeError
 from evenmoe.formats.catalogue import FORMATS
+from evenmoe.rules.catalogue import RULES
 
 if TYPE_CHECKING:
     from evenmoe.formats.contents import Options as ReadOptions
 
-RULE_NAMES = ("even", "rank", "token", "occurrence", "batch")
 _RANKS_PER_NODE = 8  # of nearly every server with more than one accelerator
 
 
@@ -53,16 +53,17 @@ class Command:
         raise NotImplementedError
 
 
-def completed(
-    names: Callable[[], Iterator[str]] | Mapping[str, object] | tuple[str, ...],
-) -> Callable[[str], list[str]]:
+def completed(names: Iterable[str]) -> Callable[[str], list[str]]:
     """What a shell offers for an option's value: those of the names that begin with what is typed."""
-    return lambda incomplete: [name for name in (names() if callable(names) else names) if name.startswith(incomplete)]
+    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
 
 
 Rule = Annotated[
     str,
-    typer.Option(help=f"How tokens choose a replica: {', '.join(RULE_NAMES)}.", autocompletion=completed(RULE_NAMES)),
+    typer.Option(
+        help=f"How tokens choose a replica: {', '.join(RULES)}; or py:module:attribute.",
+        autocompletion=completed(RULES),
+    ),
 ]
 
 

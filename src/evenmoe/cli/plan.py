@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 _PLACEMENT_FORMATS = tuple(name for name, entry in FORMATS.items() if entry.kind == "placement" and entry.writes)
 _WORST_SHOWN = 8  # layers in text; --json has them all
-_EVEN_RULES = ("even", "token", "occurrence")  # under which replicas share evenly, as `lower_bound` takes them to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +67,7 @@ class PlanCommand(FileOptions, WorldOptions):
         import evenmoe as em
         from evenmoe.formats.writing import write
         from evenmoe.metrics import as_load, within_range
+        from evenmoe.rules.catalogue import RULES
 
         self._check_target()
         contents = self._read_load()
@@ -98,7 +98,7 @@ class PlanCommand(FileOptions, WorldOptions):
         if self.out is not None:
             metadata = dict(contents.metadata)
             notes += write(self.out, placement, format=self.to, layer_ids=contents.layer_ids, metadata=metadata)
-        bound = em.lower_bound(load.sum(axis=0), **world) if self.rule in _EVEN_RULES else None
+        bound = em.lower_bound(load.sum(axis=0), **world) if RULES.get(self.rule).shares_evenly else None
         rows = _compare(windows, placement, previous, self.rule)
         found = _Outcome(self, contents, windows, len(goal), numbers, placement, previous, rows, bound)
         file = sys.stderr if self.out == "-" else sys.stdout
@@ -353,7 +353,7 @@ def _compare(windows: FloatArray, placement: Placement, previous: Placement | No
     """The default placement, where the experts divide by the ranks; the previous one; the plan."""
     from evenmoe.metrics import mean_over_windows, peak_over_mean
     from evenmoe.placement import identity_placement
-    from evenmoe.rules.shares import rank_loads
+    from evenmoe.rules.catalogue import RULES
 
     layers, experts = windows.shape[1:]
     compared: list[tuple[str, Placement]] = []
@@ -362,13 +362,13 @@ def _compare(windows: FloatArray, placement: Placement, previous: Placement | No
     if previous is not None:
         compared.append(("previous", previous))
     compared.append(("planned", placement))
-    total = windows.sum(axis=0)
+    total, chosen = windows.sum(axis=0), RULES.get(rule)
     return [
         _Row(
             name,
             each.num_slots,
-            peak_over_mean(rank_loads(total, each, rule)),
-            mean_over_windows(peak_over_mean(rank_loads(windows, each, rule)), windows),
+            peak_over_mean(chosen.rank_loads(total, each)),
+            mean_over_windows(peak_over_mean(chosen.rank_loads(windows, each)), windows),
         )
         for name, each in compared
     ]

@@ -7,6 +7,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
@@ -18,7 +19,11 @@ from evenmoe.errors import ConstraintError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from evenmoe.report.summary import Summary
+    from evenmoe.simulator.result import Summary
+
+#: Figures that fit 80 columns; everything else is on the page.
+_SHOWN = ("mean_par", "worst_par", "net_gain_percent", "copies", "break_even_steps")
+_WIDTH = 8  # characters of a column's head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,76 +44,51 @@ class ReportCommand(Command):
         """Write the page and print its headline."""
         from rich.console import Console
 
-        from evenmoe.report import quantities, write_report
-        from evenmoe.report.summary import best_policy, summarise
+        from evenmoe.quantities import count
+        from evenmoe.report import write_report
         from evenmoe.simulator.store import load_simulation
 
         simulation = load_simulation(self.simulation)
         if self.out.exists() and self.out.samefile(self.simulation):
             raise ConstraintError("--out", self.out, "must not be the input", "name another file")
-        digests = {str(self.simulation): hashlib.sha256(self.simulation.read_bytes()).hexdigest()}
-        called = shlex.join(["evenmoe", *sys.argv[1:]])
-        written = write_report(simulation, self.out, called, digests, self.png)
-        summaries = summarise(simulation)
+        inputs = {str(self.simulation): hashlib.sha256(self.simulation.read_bytes()).hexdigest()}
+        written = write_report(simulation, self.out, shlex.join(["evenmoe", *sys.argv[1:]]), inputs, self.png)
         if self.json:
-            found = {
+            files = {
                 "page": str(written[0]),
-                "pictures": [str(path) for path in written[1:]],
                 "page_bytes": written[0].stat().st_size,
-                "input_sha256": digests,
-                "best_policy": summaries[best_policy(simulation)].name,
-                "policies": [_policy(summary) for summary in summaries],
-                "empty_windows": simulation.empty_windows,
+                "pictures": [str(path) for path in written[1:]],
+                "input_sha256": inputs,
             }
-            print_json(found)
+            print_json({**files, **simulation.summary.as_json()})
             return 0
-        Console().print(_table(summaries))
+        Console().print(summary_table(simulation.summary, _SHOWN))
         if simulation.empty_windows:
-            print(f"{quantities.count(simulation.empty_windows)} empty windows of the trace left out")
+            print(f"{count(simulation.empty_windows)} empty windows of the trace left out")
         for path in written:
-            print(f"{path}  {quantities.count(path.stat().st_size)} bytes")
+            print(f"{path}  {count(path.stat().st_size)} bytes")
         return 0
 
 
-def _policy(summary: Summary) -> dict[str, object]:
-    return {
-        "name": summary.name,
-        "mean_par": summary.mean_par,
-        "worst_par": summary.worst_par,
-        "mean_step_us": summary.step_time,
-        "mean_copying_us_per_step": summary.copy_time,
-        "gain_percent": summary.gain,
-        "gain_percent_with_copying": summary.net_gain,
-        "copies_experts": summary.copies,
-        "refreshes": summary.refreshes,
-        "break_even_steps": summary.break_even,
-        "memory_bytes_per_rank": summary.memory,
-        "extra_memory_bytes_per_rank": summary.extra_memory,
-    }
-
-
-def _table(summaries: tuple[Summary, ...]) -> Table:
-    """What fits 80 columns; everything else is on the page."""
+def summary_table(summary: Summary, names: tuple[str, ...]) -> Table:
+    """Some figures of all policies, each as it is written on the page."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    from evenmoe.report import quantities
+    from evenmoe.quantities import QUANTITIES
     from evenmoe.report.markup import shortened
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    table.add_column("policy", overflow="fold", min_width=20)
-    for head in ("mean\nPAR", "worst\nPAR", "gain with\ncopying", "copies\nexperts", "break-even\nsteps"):
+    table.add_column("Policy", overflow="fold", min_width=20)
+    columns = [[Text(shortened(policy.name, 60)) for policy in summary.policies]]
+    for name in names:
+        shown = summary.shown(name)
+        head = "\n".join(fill(text, _WIDTH, break_long_words=False) for text in (QUANTITIES[name].label, shown.unit))
         table.add_column(head, justify="right", no_wrap=True)
-    for summary in summaries:
-        table.add_row(
-            Text(shortened(summary.name, 60)),
-            quantities.par(summary.mean_par),
-            quantities.par(summary.worst_par),
-            quantities.percent(summary.net_gain),
-            quantities.count(summary.copies),
-            quantities.steps(summary.break_even),
-        )
+        columns.append([Text(text) for text in shown.texts])
+    for cells in zip(*columns, strict=True):
+        table.add_row(*cells)
     return table
 
 

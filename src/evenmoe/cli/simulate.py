@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
 from evenmoe.cli.options import FileOptions, WorldOptions, completed, make_command, out_option
+from evenmoe.cli.report import summary_table
 from evenmoe.cli.streams import print_json
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.traces.models import MODELS, ModelShape
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from evenmoe.formats.contents import Contents
     from evenmoe.simulator.costs import CostModel
-    from evenmoe.simulator.result import PolicyResult, Simulation
+    from evenmoe.simulator.result import Summary
     from evenmoe.simulator.world import World
     from evenmoe.traces.trace import Trace
 
@@ -33,6 +32,8 @@ _FIGURES = (
     *("copy_bytes", "dispatch_row_bytes", "combine_row_bytes", "flops_per_s", "memory_bytes_per_s"),
     *("within_bytes_per_s", "between_bytes_per_s", "latency_us"),
 )
+_GAINS = ("mean_par", "worst_par", "step_time_us", "gain_percent", "deduplicated_rows_between_nodes")
+_PRICES = ("copies", "refreshes", "refresh_copy_time_us", "break_even_steps", "extra_memory_bytes_per_rank")
 _POLICIES = ("identity", "static", "greedy", "evenmoe", "oracle")
 _POLICY_HELP = (
     "NAME[:key=value,...], once per policy. identity (always compared with): rule. static: rule, slots, groups, "
@@ -165,9 +166,9 @@ class SimulateCommand(FileOptions, WorldOptions):
 
             write_report(simulation, self.report, called, files)
         if self.json:
-            print_json(describe(simulation))
+            print_json(simulation.summary.as_json())
         else:
-            _print(simulation)
+            _print(simulation.summary)
         return 0
 
     def _check_outputs(self) -> None:
@@ -235,102 +236,21 @@ def progress_bar(what: str, console: Console | None = None) -> Iterator[Callable
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def describe(simulation: Simulation) -> dict[str, Any]:
-    """The object of `--json`: settings and, per policy, means over steps; units are in the names of the keys."""
-    return {
-        "trace": simulation.trace,
-        "steps": len(simulation.tokens),
-        "ranks": simulation.num_ranks,
-        "nodes": simulation.num_nodes,
-        "layers": simulation.load.shape[0],
-        "experts": simulation.num_experts,
-        "top_k": simulation.top_k,
-        "tokens_per_step": int(simulation.tokens[0]),
-        "empty_windows": simulation.empty_windows,
-        "settings": [{"name": name, "value": value, "unit": unit} for name, value, unit in simulation.settings],
-        "notes": list(simulation.notes),
-        "policies": [_policy(policy, simulation.policies[0]) for policy in simulation.policies],
-    }
-
-
-def _policy(policy: PolicyResult, baseline: PolicyResult) -> dict[str, Any]:
-    traffic = policy.traffic
-    refreshes = len(policy.refreshes)
-    return {
-        "name": policy.name,
-        "description": policy.description,
-        "rule": policy.rule,
-        "slots": policy.final.num_slots,
-        "par_mean": float(policy.par.mean()),
-        "par_max": float(policy.par.max()),
-        "par_mean_per_layer": policy.par.mean(axis=0).tolist(),
-        "step_us_mean": float(policy.step_time.mean()),
-        "step_us_gain_percent": _gain(policy, baseline),
-        "refreshes": refreshes,
-        "copies_experts": int(policy.copies.sum()),
-        "copy_us_per_refresh": float(policy.copy_time.sum() / refreshes) if refreshes else 0.0,
-        "break_even_steps": policy.break_even_steps,
-        "within_node_rows_per_step": float(traffic.within_node.mean()),
-        "between_nodes_rows_per_step": float(traffic.between_nodes.mean()),
-        "within_node_rows_once_per_step": float(traffic.within_node_once.mean()),
-        "between_nodes_rows_once_per_step": float(traffic.between_nodes_once.mean()),
-        "memory_bytes_per_rank": policy.memory_per_rank,
-        "redundancy_bytes_per_rank": policy.memory_per_rank - baseline.memory_per_rank,
-    }
-
-
-def _gain(policy: PolicyResult, baseline: PolicyResult) -> float:
-    return float(100 * (1 - policy.step_time.mean() / baseline.step_time.mean()))
-
-
-def _print(simulation: Simulation) -> None:
+def _print(summary: Summary) -> None:
     """Two tables, because one would not fit 80 columns: what a policy gains, and what it costs."""
     from rich.console import Console
-    from rich.text import Text
 
     print(
-        f"{simulation.trace}: {len(simulation.tokens)} steps of {int(simulation.tokens[0]):,} tokens "
-        f"on {simulation.num_ranks} ranks, {simulation.num_nodes} nodes"
-        + (f"; {simulation.empty_windows:,} empty windows left out" if simulation.empty_windows else "")
+        f"{summary.trace}: {summary.num_steps} steps of {summary.tokens_per_step:,} tokens "
+        f"on {summary.num_ranks} ranks, {summary.num_nodes} nodes"
+        + (f"; {summary.num_empty_windows:,} empty windows left out" if summary.num_empty_windows else "")
     )
-    found = [_policy(policy, simulation.policies[0]) for policy in simulation.policies]
-    gains = _table("mean\nPAR", "worst\nPAR", "step\nms", "saved\n%", "rows between\nnodes, step")
-    prices = _table("copies\nexperts", "plans", "copying\nms each", "break-even\nsteps", "extra\nGB/rank")
-    for row in found:
-        gains.add_row(
-            Text(row["name"]),
-            f"{row['par_mean']:.3f}",
-            f"{row['par_max']:.3f}",
-            f"{row['step_us_mean'] / 1e3:.3f}",
-            f"{round(row['step_us_gain_percent'], 1) + 0.0:.1f}",  # no -0.0
-            f"{row['between_nodes_rows_once_per_step']:,.0f}",
-        )
-        even = row["break_even_steps"]
-        prices.add_row(
-            Text(row["name"]),
-            f"{row['copies_experts']:,}",
-            f"{row['refreshes']:,}",
-            f"{row['copy_us_per_refresh'] / 1e3:.3f}",
-            "never" if math.isinf(even) else f"{even:,.1f}",
-            f"{row['redundancy_bytes_per_rank'] / 1e9:.2f}",
-        )
     console = Console()
-    console.print(gains)
-    console.print(prices)
+    console.print(summary_table(summary, _GAINS))
+    console.print(summary_table(summary, _PRICES))
     notes = Console(stderr=True)
-    for note in simulation.notes:
+    for note in summary.notes:
         notes.print(note, style="dim", markup=False, highlight=False)
-
-
-def _table(*heads: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    table.add_column("policy", overflow="fold", min_width=20)
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
-    return table
 
 
 command = make_command("simulate", SimulateCommand)

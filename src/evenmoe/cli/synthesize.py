@@ -61,7 +61,7 @@ class SynthesizeCommand(Command):
     locality: Annotated[
         float | None, typer.Option(help="Luck that stays for the next token, 0 to 0.99. Default: fitted.")
     ] = None
-    comovement: Annotated[
+    common_factor_share: Annotated[
         float | None, typer.Option(help="Drift's part in the strongest factor, 0 to 1. Default: fitted.")
     ] = None
     seed: Annotated[int, typer.Option(help="The same options give the same bytes.", min=0)] = 0
@@ -104,10 +104,10 @@ class SynthesizeCommand(Command):
     def _write(self) -> tuple[Trace, int]:
         """The trace, and the bytes of its file."""
         from evenmoe.io.output import write_standard_output
-        from evenmoe.traces.synthesis import synthesise
+        from evenmoe.traces.synthesis import synthesize
         from evenmoe.traces.trace import save_trace, trace_bytes
 
-        trace = synthesise(
+        trace = synthesize(
             self.model,
             num_windows=self.windows,
             tokens_per_window=self.tokens_per_window,
@@ -117,7 +117,7 @@ class SynthesizeCommand(Command):
             skew=self.skew,
             drift=self.drift,
             locality=self.locality,
-            comovement=self.comovement,
+            common_factor_share=self.common_factor_share,
             routing=self.routing,
             source_ranks=self.source_ranks,
             seed=self.seed,
@@ -134,7 +134,7 @@ def _statistics(trace: Trace) -> dict[str, float]:
     """Median over layers; see `evenmoe.traces.statistics` for what each is."""
     import numpy as np
 
-    from evenmoe.traces.statistics import comovement, drift, gini, locality, skew
+    from evenmoe.traces.statistics import common_factor_share, drift, gini, locality, skew
 
     found = {
         "busiest_over_mean_expert": float(np.median(skew(trace.load))),
@@ -142,7 +142,7 @@ def _statistics(trace: Trace) -> dict[str, float]:
     }
     if trace.num_windows > 1:
         found["drift_between_windows"] = float(np.median(drift(trace.load)))
-        found["comovement_of_one_factor"] = comovement(trace.load, 1)
+        found["comovement_of_one_factor"] = common_factor_share(trace.load, 1)
     if trace.routing is not None:
         found["locality_of_neighbours"] = float(np.median(locality(trace.routing, trace.seq_start)))
     return {name: round(value, 6) for name, value in found.items()}

@@ -26,9 +26,9 @@ _MOST_TOKENS, _LARGEST_BITS = 2.0**53, 40
 
 def synthetic_trace(model: str, world: World, chunk: int | None, steps: int | None, seed: int) -> Trace:
     """Draw a trace of the model, with as many requests in a window as a step of the world has."""
-    from evenmoe.traces.synthesis import synthesise
+    from evenmoe.traces.synthesis import synthesize
 
-    return synthesise(
+    return synthesize(
         model,
         num_windows=min(steps or _SYNTHETIC_WINDOWS, _SYNTHETIC_WINDOWS),
         tokens_per_window=world.num_ranks * world.tokens_per_rank,
