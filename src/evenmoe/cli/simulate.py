@@ -52,7 +52,6 @@ class SimulateCommand(FileOptions, WorldOptions):
     codes: 0 done; 2 an option, the trace or a file is wrong.
     """
 
-    short_help: ClassVar = "Replay a trace under several policies, without a GPU."
     words: ClassVar = {"num_steps": "--steps", "expert_flops_per_token": "--expert-flops"}
 
     trace: Annotated[
