@@ -19,9 +19,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from evenmoe.contract.layout import Layout
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
-from evenmoe.ops.dispatch import DYNAMIC_INT8
-from evenmoe.ops.routing import active_tokens
-from evenmoe.ops.specs import spec_of
+from evenmoe.ops.exchange import active_tokens
+from evenmoe.ops.numerics import DYNAMIC_INT8
+from evenmoe.ops.operator import spec_of
+
+
+def specs_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The same arguments with every tensor replaced by its spec."""
+    return {name: spec_of(value) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
 
 
 def check_no_overlap(argument: str, shape: Sequence[int], strides: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from evenmoe.ascend.groups import find_group
 from evenmoe.ascend.status import of_the_chip
-from evenmoe.ascend.tensors import number_of, remember
+from evenmoe.ascend.tensors import number_of, remember, specs_of
 from evenmoe.contract.combine import check_combine, check_combine_add_rms_norm
 from evenmoe.contract.dispatch import DispatchCall, check_dispatch, check_token_nums_type
 from evenmoe.contract.distribute import check_ep_rank, check_shared_pair, check_shared_rank_num
@@ -27,14 +27,11 @@ from evenmoe.contract.tensor_spec import check_dims
 from evenmoe.contract.update_expert import check_update_expert
 from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError
 from evenmoe.ops import combine, combine_add_rms_norm, dispatch, update_expert
-from evenmoe.ops.groups import calls_of, in_order
-from evenmoe.ops.registration import of_right_types
-from evenmoe.ops.specs import refuse_other_places, specs_of
+from evenmoe.ops.operator import CALL_TYPES, check_devices, check_types, in_order, parts_of
 from evenmoe.transport.call import together
-from evenmoe.transport.contract import Transport
+from evenmoe.transport.transport import Transport
 
 _OPERATOR_MODULES = (combine, combine_add_rms_norm, dispatch, update_expert)  # importing them registers the operators
-_ON_CHIP = {"check_values": True, "limits": ATLAS_A3.name}
 _CHECKS: dict[str, Callable[..., object]] = {
     "dispatch": check_dispatch,
     "combine": check_combine,
@@ -162,8 +159,7 @@ def npu_moe_update_expert(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def _update_expert(given: Mapping[str, Any], generation: _Generation) -> tuple[Tensor, Tensor]:
-    absent = dict.fromkeys(("expert_scales", "pruning_threshold", "active_mask"))
-    arguments = of_right_types("update_expert", {**absent, **given, **_ON_CHIP})
+    arguments = check_types("update_expert", CALL_TYPES["update_expert"](**given, limits=ATLAS_A3))
     check_update_expert(**{name: specs_of(arguments)[name] for name in given}, generation=generation)
     return torch.ops.evenmoe.update_expert(**arguments)
 
@@ -275,11 +271,11 @@ def _call(operator: str, given: dict[str, Any], check_first: Callable[[], None] 
     ep, tp = _find_groups(operator, given)
     rows = given["x" if operator == "dispatch" else "expand_x"]
     exchanged = "dispatch" if operator == "dispatch" else "combine"
-    parts = calls_of(exchanged, ep, tp, given["elastic_info"] is not None, rows)
+    parts = parts_of(exchanged, ep, tp, given["elastic_info"] is not None, rows)
     with together(*in_order(exchanged, *parts)):
         arguments = _complete(operator, given)
         check_first()
-        refuse_other_places(arguments)
+        check_devices(arguments)
         return getattr(torch.ops.evenmoe, operator)(**arguments)
 
 
@@ -302,7 +298,7 @@ def _complete(operator: str, given: dict[str, Any]) -> dict[str, Any]:
         if given[name] is None:
             raise MissingArgumentError(name, None, "must be a name", 'pass a str, "" for no tensor parallelism')
     known = {} if operator == "dispatch" else {"dispatch_number": number_of(given["assist_info_for_combine"])}
-    arguments = of_right_types(operator, {**given, **known, **_ON_CHIP})
+    arguments = check_types(operator, CALL_TYPES[operator](**given, **known, limits=ATLAS_A3))
     expert_ids = arguments["expert_ids"]
     if arguments["global_bs"] == 0 and expert_ids is not None and expert_ids.dim():
         arguments["global_bs"] = given["global_bs"] = expert_ids.shape[0] * arguments["ep_world_size"]
