@@ -14,16 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evenmoe.cli import chain
 from evenmoe.errors import ConstraintError, FileFormatError
 from evenmoe.simulator.costs import CostModel
 from evenmoe.simulator.policies import DEFAULT
 from evenmoe.simulator.replay import simulate
 from evenmoe.simulator.result import Simulation
 from evenmoe.simulator.store import load_simulation, save_simulation
-from evenmoe.simulator.world import World
 from evenmoe.traces.trace import Trace
 from tests.cli.processes import forked
-from tests.cli.running import DEMO, SMALL
+from tests.cli.running import SMALL
 from tests.traces.npz import at, npz
 
 MAP, OTHER = '{"physical_to_logical_map": [[0, 1, 0, 2]]}', '{"physical_to_logical_map": [[0, 1, 2, 0]]}'
@@ -38,15 +38,17 @@ def encoded(encoding: str) -> Callable[[], None]:
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(encoding=encoding, errors="strict")  # pyright: ignore[reportAttributeAccessIssue]
         for size, value in SMALL.items():
-            setattr(DEMO, size, value)
+            setattr(chain, size, value)
 
     return start
 
 
+SIZES = {"num_ranks": 2, "tokens_per_rank": 8, "num_steps": 3, "top_k": 2, "workers": 1}
+
+
 def replayed() -> Simulation:
     costs = CostModel.for_expert(4, 8, 8)
-    world = World(2, 1, 8)
-    return simulate(Trace("load", LOAD), DEFAULT, world=world, costs=costs, num_steps=3, top_k=2, workers=1)
+    return simulate(Trace("load", LOAD), DEFAULT, costs=costs, **SIZES)
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ COMMANDS = [
     ["plan", "{load}", "--ranks", 3, "--slots", 5],
     ["simulate", "{load}", *REPLAY, "--expert-bytes", 8, "--expert-flops", 8, "--out", "é.npz", "--report", "é.html"],
     ["report", "replay.npz", "-o", "{load}.html"],
-    ["synthesise", "-o", "→.npz", "--windows", 2, "--num-layers", 1],
+    ["synthesize", "-o", "→.npz", "--windows", 2, "--num-layers", 1],
     ["demo", "--trace", "{load}", "--ranks", 2],
     ["check", "none…"],
     ["report", "{load}"],
@@ -198,7 +200,7 @@ def test_costs_beyond_all_measure(tmp_path, option, value):
 def test_the_largest_costs_still_add_up():
     """12 tokens in 3 steps at the limits of every figure: 10^30 / 10^-30 s a byte is less than 10^100 µs."""
     largest = CostModel(1e30, 1e30, 1e30, 1e30, 1e30, 1e-30, 1e-30, 1e-30, 1e-30, 1e30)
-    found = simulate(Trace("load", LOAD), DEFAULT, world=World(2, 1, 8), costs=largest, num_steps=3, top_k=2, workers=1)
+    found = simulate(Trace("load", LOAD), DEFAULT, costs=largest, **SIZES)
     assert all(policy.step_time.max() < 1e100 for policy in found.policies)
     with pytest.raises(ConstraintError, match="is 9e-31: it must be finite and more than 0, from 1e-30 to 1e"):
         CostModel(1.0, 1.0, 1.0, 1.0, 1.0, flops_per_s=9e-31)
@@ -231,7 +233,7 @@ def test_a_number_of_experts_beyond_all_measure(tmp_path, command, experts):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["synthesise", "-o", "new.npz", "--windows", 10**9],
+        ["synthesize", "-o", "new.npz", "--windows", 10**9],
         ["plan", "load.npz", "--ranks", 2, "--slots", 2**40],
         ["simulate", "load.npz", *REPLAY, "--expert-bytes", 8, "--expert-flops", 8, "--steps", 10**12],
     ],
@@ -250,12 +252,12 @@ def test_a_mistake_of_our_own_is_one_line(tmp_path):
     """With its own exit code, so that it is taken for nothing else, and what a report needs."""
 
     def start() -> None:
-        import evenmoe.cli.files
+        import evenmoe.formats.checking
 
         def broken(*given: object, **named: object) -> None:
             raise AttributeError("no\nsuch thing")
 
-        evenmoe.cli.files.check_file = broken  # pyright: ignore[reportAttributeAccessIssue]
+        evenmoe.formats.checking.check = broken  # pyright: ignore[reportAttributeAccessIssue]
 
     done = forked(tmp_path, ["check", MAP], start)
     assert (done.code, done.out) == (70, "")

@@ -21,7 +21,6 @@ from evenmoe.simulator.costs import CostModel
 from evenmoe.simulator.policies import DEFAULT
 from evenmoe.simulator.replay import simulate
 from evenmoe.simulator.store import save_simulation
-from evenmoe.simulator.world import World
 from evenmoe.traces.trace import Trace
 from tests.cli.processes import Ended, forked
 from tests.traces.npz import at, npz
@@ -67,7 +66,7 @@ COMMANDS = {
     "simulate": Command(("simulate", "{in}/load.npz", "--out", "{out}", *REPLAY)),
     "simulate, page": Command(("simulate", "{in}/load.npz", "--report", "{out}", *REPLAY)),
     "report": Command(("report", "{in}/replay.npz", "-o", "{out}")),
-    "synthesise": Command(("synthesise", "-o", "{out}", "--windows", 4, "--num-layers", 2)),
+    "synthesize": Command(("synthesize", "-o", "{out}", "--windows", 4, "--num-layers", 2)),
 }
 FILES = [name for name, command in COMMANDS.items() if not command.folder]
 
@@ -80,7 +79,7 @@ def inputs(tmp_path_factory) -> Path:
     at(folder / "wide.npz", npz(load=np.random.default_rng(3).integers(1, 1 << 30, (3, 1, 120))))
     costs = CostModel.for_expert(4, 8, 8)
     replayed = simulate(
-        Trace("load", load), DEFAULT, world=World(2, 1, 8), costs=costs, num_steps=3, top_k=2, workers=1
+        Trace("load", load), DEFAULT, num_ranks=2, tokens_per_rank=8, costs=costs, num_steps=3, top_k=2, workers=1
     )
     save_simulation(folder / "replay.npz", replayed)
     return folder
@@ -300,7 +299,7 @@ def test_what_is_no_file_is_written_directly(inputs, room, name):
         received = reader.stdout.read()
     assert done.code == 0, done.err
     assert (room / "pipe").is_fifo()
-    if name in ("convert", "plan", "synthesise"):  # the others write down how they were called
+    if name in ("convert", "plan", "synthesize"):  # the others write down how they were called
         assert received == expected
     assert len(received) > ROOM
     assert forked(room, command.on(Path("/dev/null"), inputs)).code == 0
