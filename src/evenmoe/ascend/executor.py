@@ -104,7 +104,7 @@ class Executor:
         workspace: bool,
         workspace_size: int,
         stream: Stream,
-        in_words: Callable[[EvenmoeError], Exception] = lambda error: error,
+        translate: Callable[[EvenmoeError], Exception] = lambda error: error,
     ) -> None:
         """The second stage: put the call on a stream and return at once.
 
@@ -112,12 +112,12 @@ class Executor:
             operator: the operator whose second stage this is.
             workspace: whether the workspace is there, not a null pointer.
             workspace_size: bytes of it.
-            in_words: what an error of the run is turned into.
+            translate: turns an error of the run into the caller's words.
 
         Raises:
             AclError: an executor of another operator, one used or destroyed before (561000), a null workspace
-                (161001), one smaller than the first stage asked for (161002), a destroyed stream (107017). A refused
-                call does not use the executor up.
+                (161001), one smaller than the first stage asked for (161002), a destroyed stream (107017). The
+                executor is not used up then.
         """
         if operator != self.operator:
             raise AclError(
@@ -142,7 +142,7 @@ class Executor:
             try:
                 self.run(stream.memory)
             except EvenmoeError as error:
-                raise in_words(error) from error
+                raise translate(error) from error
 
         with self._state:
             self._raise_if_spent()

@@ -2,7 +2,7 @@
 
 Shapes: Bs tokens, H hidden, K experts per token, ep ranks, L experts per rank, A capacity in rows (§2.4), tp peers.
 Every function takes what Atlas A3 takes, and raises `NpuCallError` (a RuntimeError, as torch_npu's errors are) where
-the chip's first stage refuses. `group_ep` and `group_tp` are names: `rank.ep.name` and `rank.tp.name` of an open world
+the chip's first stage fails. `group_ep` and `group_tp` are names: `rank.ep.name` and `rank.tp.name` of an open world
 (`evenmoe.local_world`, `evenmoe.process_world`), or `group.group_name` of a torch.distributed group.
 """
 
@@ -50,7 +50,7 @@ Tensor = torch.Tensor
 
 
 class NpuCallError(EvenmoeError, RuntimeError):
-    """A call that Atlas A3 refuses; `status` (int) is the code of its first stage: 161001, 161002 or 561002."""
+    """A call that is not valid on Atlas A3; `status` (int) is the code of its first stage: 161001, 161002 or 561002."""
 
 
 def _function(
@@ -122,7 +122,7 @@ def npu_moe_eplb_update_expert(given: dict[str, Any]) -> Tensor:
         int32 (Bs, K), slot ids as dispatch understands them.
 
     Raises:
-        NpuCallError: what the chip refuses, and ids or table entries out of range.
+        NpuCallError: what the chip does not take, and ids or table entries out of range.
 
     Expert 1 has two replicas, in slots 1 and 7; of 8 ranks the last four use slot 7:
 
@@ -151,7 +151,7 @@ def npu_moe_update_expert(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
         balanced_active_mask: bool (Bs, K). All True without pruning, where the chip leaves it undefined.
 
     Raises:
-        NpuCallError: what the chip refuses, and ids or table entries out of range.
+        NpuCallError: what the chip does not take, and ids or table entries out of range.
 
     >>> table = torch.tensor([[1, 0, 0], [2, 1, 7]], dtype=torch.int32)
     >>> ids, mask = npu_moe_update_expert(torch.tensor([[0, 1]]), table, local_rank_id=4, world_size=8)
@@ -194,7 +194,7 @@ def npu_moe_distribute_dispatch_v2(
         What the chip leaves unwritten is zero.
 
     Raises:
-        NpuCallError: what the chip refuses, a group that is not open here, ranks that disagree, ids out of range.
+        NpuCallError: what the chip does not take, a group that is not open here, ranks that disagree, ids out of range.
 
     >>> import evenmoe as em
     >>> def step(rank):
@@ -223,7 +223,7 @@ def npu_moe_distribute_combine_v2(given: dict[str, Any]) -> Tensor:
         expand_x: float16 or bfloat16 (at least A·tp, H), the experts' outputs in the row order of dispatch's expand_x.
         expert_ids, x_active_mask, elastic_info, and every attribute: those that dispatch was called with.
         assist_info_for_combine, ep_send_counts, tp_send_counts: dispatch's assist_info_for_combine, ep_recv_counts and
-            tp_recv_counts. The chip refuses tp_send_counts=None also without tensor parallelism.
+            tp_recv_counts. The chip needs tp_send_counts even without tensor parallelism.
         expert_scales: float32 (Bs, K), gate weights.
         All others: as in `evenmoe.combine`.
 
@@ -271,7 +271,7 @@ def _check_as_wrapper(given: Mapping[str, Any], later_chips: Mapping[str, object
 
 
 def _call(operator: str, given: dict[str, Any], check_first: Callable[[], None] = lambda: None) -> Any:
-    """Complete the arguments as the wrapper does, and call the operator; if this rank refuses, others hear of it."""
+    """Complete the arguments as the wrapper does, and call the operator; the other ranks are told of an error."""
     ep, tp = _find_groups(operator, given)
     rows = given["x" if operator == "dispatch" else "expand_x"]
     exchanged = "dispatch" if operator == "dispatch" else "combine"

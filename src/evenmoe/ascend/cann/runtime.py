@@ -65,7 +65,7 @@ class Handles(Generic[Thing]):
         """
         thing = self._live.get(handle)
         if thing is None:
-            raise self._refuse(argument, handle)
+            raise self._error_of(argument, handle)
         return thing
 
     def replace(self, handle: int, thing: Thing) -> None:
@@ -79,7 +79,7 @@ class Handles(Generic[Thing]):
         with self._lock:
             thing = self._live.pop(handle, None)
         if thing is None:
-            raise self._refuse(argument, handle)
+            raise self._error_of(argument, handle)
         return thing
 
     def handles(self) -> list[int]:
@@ -95,7 +95,7 @@ class Handles(Generic[Thing]):
         with self._lock:
             self._live.clear()
 
-    def _refuse(self, argument: str, handle: int) -> Exception:
+    def _error_of(self, argument: str, handle: int) -> Exception:
         if handle == 0:
             return null_pointer(self._null_code, argument)
         number, odd = divmod(handle - self._first, _STEP)
