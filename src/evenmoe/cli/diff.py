@@ -38,8 +38,7 @@ class DiffCommand(PlacementFileOptions):
 
     def run(self) -> int:
         """Print the copies, layer by layer and rank by rank."""
-        from evenmoe.formats.difference import diff
-        from evenmoe.formats.layer_numbers import common_layers
+        from evenmoe.formats.difference import common_layers, diff
         from evenmoe.formats.reading import read_placement
 
         options = self.read_options()

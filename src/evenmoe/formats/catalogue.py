@@ -30,17 +30,18 @@ class Entry:
         description: one line: whose it is, and its layout.
         containers: file types it comes in, the first is written where the target's suffix says nothing:
             "json", "jsonl", "yaml", "csv", "npy", "npz", "pt", "safetensors", "folder", "text".
-        keys: names in its file, one of which a file of named values has; empty where they may be any, or values have
-            no names.
         object: "module:attribute" of its `Format`; for evenmoe's own.
+        keys: regular expression that one of the names fits where its file is an object, or a dictionary of tensors.
+        arrays: whether its file may be a single array.
     """
 
     name: str
     kind: Kind
     description: str
     containers: tuple[str, ...]
-    keys: tuple[str, ...] = ()
     object: str = ""
+    keys: str = ""
+    arrays: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,150 +99,157 @@ _OWN = (
         "placement",
         "evenmoe: slots, ranks, replica order and layer numbers, nothing left out",
         ("json",),
-        ("format",),
         "evenmoe.formats.own:PLACEMENT",
+        "format",
     ),
     Entry(
         "evenmoe-trace",
         "load",
         "evenmoe: npz with `load` (T, L, E) and, where known, routing, requests, loads by rank, layer numbers",
         ("npz",),
-        ("load",),
         "evenmoe.formats.own:TRACE",
+        "load",
     ),
     Entry(
         "sglang-location",
         "placement",
         "SGLang --init-expert-location: physical_to_logical_map (L, P), every hidden layer a row; or `trivial`",
         ("json", "pt", "text"),
-        ("physical_to_logical_map",),
         f"{_SGLANG}:LOCATION",
+        "physical_to_logical_map",
     ),
     Entry(
         "sglang-logical-count",
         "load",
         "SGLang --init-expert-location: logical_count (L, E) or (T, L, E), every hidden layer a row",
         ("json", "pt"),
-        ("logical_count",),
         f"{_SGLANG}:LOGICAL_COUNT",
+        "logical_count",
     ),
     Entry(
         "sglang-stat",
         "load",
         "SGLang recorder, mode stat: logical_count (T, L, E) summed over ranks, every hidden layer a row",
         ("pt",),
-        ("logical_count",),
         f"{_SGLANG}:STAT",
+        "logical_count",
     ),
     Entry(
         "sglang-detail",
         "load",
         "SGLang recorder, modes per_pass and per_token: one rank's records and map; a folder of all ranks' files",
         ("pt", "folder"),
-        ("records",),
         f"{_SGLANG}_recorder:DETAIL",
+        "records",
     ),
     Entry(
         "sglang-csv",
         "load",
         "SGLang recorder, old: one rank's CSV of layer_id,expert_id,count; a folder of all ranks' files",
         ("csv", "folder"),
-        object=f"{_SGLANG}_recorder:CSV",
+        f"{_SGLANG}_recorder:CSV",
     ),
     Entry(
         "ascend-map",
         "placement",
         "vllm-ascend, MindIE, verl: expert map JSON, layers and their devices' experts",
         ("json",),
-        ("layer_list",),
         f"{_ASCEND}:MAP",
+        "layer_list",
     ),
     Entry(
         "slot-map",
         "placement",
         "vLLM #14544 and vllm-ascend: tensor (L, D, E), slot within the rank or -1",
         ("pt", "npy"),
-        object=f"{_ASCEND}_tensors:SLOT_MAP",
+        f"{_ASCEND}_tensors:SLOT_MAP",
+        arrays=True,
     ),
     Entry(
         "vllm-ascend-load",
         "load",
         "vllm-ascend: tensor (L, E); or per slot (L, D, P/D), (T, L, D, P/D) with its placement",
         ("pt", "npy"),
-        object=f"{_ASCEND}_tensors:LOAD",
+        f"{_ASCEND}_tensors:LOAD",
+        arrays=True,
     ),
     Entry(
         "mindie-csv",
         "load",
         "MindIE, msit: decode_<rank>.csv of a rank's slots, L rows a dump, appended; a folder of them, or merged",
         ("folder", "csv"),
-        object=f"{_ASCEND}:MINDIE_CSV",
+        f"{_ASCEND}:MINDIE_CSV",
     ),
     Entry(
         "vllm-list",
         "placement",
         "vLLM #49572: JSON list of P logical experts for all layers, or L lists",
         ("json",),
-        object=f"{_VLLM}:LIST",
+        f"{_VLLM}:LIST",
+        arrays=True,
     ),
     Entry(
         "vllm-layer-map",
         "placement",
         "vLLM #53022, #41141: JSON object from MoE layer to its P logical experts",
         ("json",),
-        object=f"{_VLLM}:LAYER_MAP",
+        f"{_VLLM}:LAYER_MAP",
+        r"record_type|[0-9]+|(.*\.)?layers\.[0-9]+(\..*)?",
     ),
     Entry(
         "vllm-safetensors",
         "load",
         "vLLM #41141: safetensors {model: float32 (L, E)}, version 1",
         ("safetensors",),
-        object=f"{_VLLM}:SAFETENSORS",
+        f"{_VLLM}:SAFETENSORS",
     ),
     Entry(
         "vllm-jsonl",
         "load",
         "vLLM #41141, earlier: JSON lines of expert_load (L, P) with p2l_map (L, P)",
         ("jsonl", "json"),
-        ("record_type",),
         f"{_VLLM}:JSONL",
+        "record_type",
     ),
     Entry(
         "tensorrt-llm",
         "placement",
         "TensorRT-LLM: YAML or JSON with num_slots and initial_global_assignments by model layer",
         ("yaml", "json"),
-        ("initial_global_assignments",),
         "evenmoe.formats.tensorrt_llm:PLACEMENT",
+        "initial_global_assignments",
     ),
     Entry(
         "tensorrt-llm-statistics",
         "load",
         "TensorRT-LLM: folder of meta_info.json and rank<r>.safetensors, counts per iteration and layer",
         ("folder",),
-        object="evenmoe.formats.tensorrt_llm:STATISTICS",
+        "evenmoe.formats.tensorrt_llm:STATISTICS",
     ),
     Entry(
         "deepseek",
         "placement",
         "DeepSeek EPLB: phy2log (L, P), log2phy (L, E, X) padded with -1, logcnt (L, E)",
         ("pt", "npz"),
-        ("phy2log",),
         "evenmoe.formats.deepseek:TABLES",
+        "phy2log",
     ),
     Entry(
         "eplb-table",
         "placement",
         "Ascend's operators: EPLB table int32 (L, E, F), rows [count, slots…]; one layer (E, F)",
         ("npy", "npz", "pt"),
-        object=f"{_ASCEND}_tensors:EPLB_TABLE",
+        f"{_ASCEND}_tensors:EPLB_TABLE",
+        r"(?s).*(table.*|\d)",
+        arrays=True,
     ),
     Entry(
         "lmdeploy",
         "load",
         "LMDeploy, DLBlas: JSON list of every layer's loads (L, E)",
         ("json",),
-        object=f"{_VLLM}:LMDEPLOY",
+        f"{_VLLM}:LMDEPLOY",
+        arrays=True,
     ),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -278,9 +279,9 @@ def _candidates(document: Document) -> Iterator[Format]:
 def _resembles(document: Document, entry: Entry) -> bool:
     if document.container not in entry.containers:
         return False
-    if isinstance(document.value, Mapping) and entry.keys:
-        return any(key in document.value for key in entry.keys)
-    return not (isinstance(document.value, np.ndarray) and entry.keys)
+    if isinstance(document.value, Mapping):
+        return bool(entry.keys) and any(re.fullmatch(entry.keys, str(key)) for key in document.value)
+    return entry.arrays or not isinstance(document.value, np.ndarray)
 
 
 def _read_raw(document: Document, format: Format, options: ReadOptions) -> Raw:
