@@ -33,12 +33,10 @@ class Command:
     """What every command has.
 
     Attributes:
-        short_help: its line in `evenmoe --help`; by default the first line of its help.
         epilog: what is shown below its options.
         words: names that errors of the Python interface use, and what they are called here; options are found without.
     """
 
-    short_help: ClassVar[str | None] = None
     epilog: ClassVar[str | None] = None
     words: ClassVar[Mapping[str, str]] = {}
 
@@ -233,7 +231,7 @@ def make_command(name: str, kind: type[Command]):
         ]
     )
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(name, help=inspect.getdoc(kind), short_help=kind.short_help, epilog=kind.epilog)(call)
+    app.command(name, help=inspect.getdoc(kind), epilog=kind.epilog)(call)
     return typer.main.get_command(app)
 
 

@@ -14,8 +14,8 @@ from typing import Generic, TypeVar
 from evenmoe.ascend import status
 from evenmoe.ascend.status import acl_error, null_pointer
 from evenmoe.ascend.stream import Stream
-from evenmoe.transport import registry
-from evenmoe.transport.local import Board, LocalTransport
+from evenmoe.transport.local import LocalTransport, Rendezvous
+from evenmoe.transport.transport import register, unregister
 
 Thing = TypeVar("Thing")
 
@@ -285,11 +285,11 @@ class Communicators:
         if not devices or bad or len(set(devices)) < len(devices):
             rule = f"must be distinct devices, each 0 to {NUM_DEVICES - 1}, and at least one"
             raise acl_error(status.HCCL_PARA, "devices", devices, rule, "list each device of the group once")
-        board = Board(f"evenmoe_hccl_{next(self._numbers)}", len(devices), _EXCHANGE_S)
+        rendezvous = Rendezvous(f"evenmoe_hccl_{next(self._numbers)}", len(devices), _EXCHANGE_S)
         handles = []
         for rank, device in enumerate(devices):
-            transport = LocalTransport(board, rank)
-            registry.register(transport)
+            transport = LocalTransport(rendezvous, rank)
+            register(transport)
             handles.append(self.handles.add(Communicator(device, transport)))
         return handles
 
@@ -312,5 +312,5 @@ class Communicators:
 
 
 def _close(communicator: Communicator) -> None:
-    registry.unregister(communicator.transport)
+    unregister(communicator.transport)
     communicator.transport.close()
