@@ -102,6 +102,7 @@ def test_the_list_is_the_design():
         "plan",
         "process_world",
         "read",
+        "simulate",
         "split_batch",
         "update_expert",
     ]
