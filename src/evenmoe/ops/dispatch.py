@@ -16,15 +16,7 @@ from evenmoe.contract.dispatch import check_dispatch_call, infer_dispatch
 from evenmoe.contract.layout import Layout, scale_down
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.dispatched import Dispatched
-from evenmoe.ops.exchange import (
-    Received,
-    check_physical_ids,
-    exchange,
-    prepare_sending,
-    route,
-    sent_entries,
-    zeros,
-)
+from evenmoe.ops.exchange import Received, check_physical_ids, exchange, prepare_sending, route, sent_entries, zeros
 from evenmoe.ops.numerics import DYNAMIC_INT8, quantize_rows, reinterpret
 from evenmoe.ops.operator import (
     Dispatching,

@@ -199,11 +199,7 @@ def distinct(keys: torch.Tensor, bound: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def prepare_sending(
-    routing: Routing,
-    num_tokens: int,
-    shape: tuple[int, ...],
-    like: torch.Tensor,
-    rows_differ_by_expert: bool = False,
+    routing: Routing, num_tokens: int, shape: tuple[int, ...], like: torch.Tensor, rows_differ_by_expert: bool = False
 ) -> Sending:
     """Work out which rows go where.
 
@@ -213,8 +209,7 @@ def prepare_sending(
         rows_differ_by_expert: a token's rows for two experts of one rank differ (smooth scales), so each must travel.
     """
     per_rank = routing.counts.sum(dim=1)
-    ranks = torch.arange(len(per_rank), device=per_rank.device)
-    destination = torch.repeat_interleave(ranks, per_rank)
+    destination = torch.repeat_interleave(per_rank)
     if rows_differ_by_expert:
         row_counts, token = per_rank, routing.token
         row = torch.arange(len(destination), device=destination.device)
@@ -245,10 +240,8 @@ def exchange(
         allocate: N -> memory (N, …) for the rows received. None for new memory.
     """
     incoming = call.exchange(rows, index, sending.assignments)
-    ranks = torch.arange(len(counts), device=counts.device)
-    lengths = counts.T.flatten()  # of the runs in the order (local expert, source rank)
-    source = torch.repeat_interleave(ranks.repeat(counts.shape[1]), lengths)
-    assignments = incoming.numbers.view(-1, 3)[received_order(counts)]
+    order, source = received_order(counts)
+    assignments = incoming.numbers.view(-1, 3)[order]
     position = torch.tensor(incoming.first, device=source.device)[source] + assignments[:, 2]
     buffer = incoming.buffer
     out = empty((len(position), *buffer.shape[1:]), buffer) if allocate is None else allocate(len(position))
@@ -256,25 +249,26 @@ def exchange(
     return Received(received, source.int(), assignments[:, 0], assignments[:, 1], counts)
 
 
-def received_order(counts: torch.Tensor) -> torch.Tensor:
+def received_order(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions that turn rows ordered by (source, local expert) into the order (local expert, source).
 
     Args:
         counts: int64 (W, L), rows from each source for each local expert.
 
     Returns:
-        int64 (counts.sum(),), positions in the received rows.
+        int64 (counts.sum(),), positions in the received rows; and as many, the source of each in the new order.
 
     Rank 0 sent one row for each expert, rank 1 two rows for expert 0:
 
-    >>> received_order(torch.tensor([[1, 1], [2, 0]])).tolist()
-    [0, 2, 3, 1]
+    >>> received_order(torch.tensor([[1, 1], [2, 0]]))
+    (tensor([0, 2, 3, 1]), tensor([0, 1, 1, 0]))
     """
     starts = (counts.flatten().cumsum(0) - counts.flatten()).view(counts.shape)
     lengths = counts.T.flatten()
     stops = lengths.cumsum(0)
-    shift = torch.repeat_interleave(starts.T.flatten() - (stops - lengths), lengths)
-    return shift + torch.arange(len(shift), device=shift.device)
+    run = torch.repeat_interleave(lengths)  # which (local expert, source rank) each row is of
+    shift = starts.T.flatten() - (stops - lengths)
+    return shift[run] + torch.arange(len(run), device=run.device), run % len(counts)
 
 
 # And back --------------------------------------------------------------------------------------------------------

@@ -316,7 +316,7 @@ class GroupCall:
 
     def _exchange_packets(self, plan: _Plan, buffer: torch.Tensor) -> Incoming:
         blocks = plan.received
-        received = self.group.exchange_rows(buffer, plan.sent.lengths, blocks.lengths, into_scratch=True)
+        received = self.group.exchange_rows(buffer, plan.sent.lengths, blocks.lengths, reuse=True)
         self._stage = _DONE
         memory = _bytes(received)
         heads, numbers = [], []

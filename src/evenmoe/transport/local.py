@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from evenmoe.errors import LostRankError
-from evenmoe.transport.transport import GroupEnd, Members, Scratch
+from evenmoe.transport.transport import GroupEnd, Ints, Members, Scratch
 
 Exchange = tuple[Members, int]  # its members, and its number among theirs
 
@@ -37,7 +37,7 @@ class Rendezvous:
         self._readers: dict[Exchange, int] = {}  # exchange -> ranks that have not read it yet
         self._gone: dict[int, _Departure] = {}
 
-    def meet(self, rank: int, exchange: Exchange, value: object, members: Sequence[int]) -> dict[int, Any]:
+    def meet(self, rank: int, exchange: Exchange, value: object, members: Ints) -> dict[int, Any]:
         """Bring `value` as `rank` and return {rank: value} of all members."""
         deadline = time.monotonic() + self.timeout_s
         with self._changed:
@@ -82,7 +82,7 @@ class Rendezvous:
             self._readers.clear()
             self._gone.clear()
 
-    def _lost(self, rank: int, missing: Sequence[int]) -> LostRankError:
+    def _lost(self, rank: int, missing: Ints) -> LostRankError:
         """Name the ranks that left by themselves; those that left because of others only if there is nobody else."""
         gone = {r: self._gone[r] for r in missing if r in self._gone}
         guilty = [r for r, departure in gone.items() if not departure.because_of]
@@ -106,7 +106,7 @@ class LocalTransport(GroupEnd):
         self._meeting = False  # not yet counted
         self._last: dict[int, torch.Tensor] = {}  # the counts of the last exchange, by rank
 
-    def rows_to_send(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    def rows_to_send(self, shape: Ints, like: torch.Tensor) -> torch.Tensor:
         return like.new_empty(shape)  # slower ranks may still read those of the last exchange
 
     def last_counts(self) -> torch.Tensor:
@@ -121,18 +121,13 @@ class LocalTransport(GroupEnd):
         self._numbers.clear()
         self._numbers[()] = number
 
-    def _exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None) -> torch.Tensor:
+    def _exchange_counts(self, counts: torch.Tensor, members: Ints | None) -> torch.Tensor:
         # A copy, since the caller may write to its counts while a slower rank still reads them.
         self._meet(counts.clone(), members)
         return self.last_counts()
 
     def _exchange_rows(
-        self,
-        rows: torch.Tensor,
-        send_counts: Sequence[int],
-        recv_counts: Sequence[int],
-        members: Sequence[int] | None,
-        into_scratch: bool,
+        self, rows: torch.Tensor, send_counts: Ints, recv_counts: Ints, members: Ints | None, reuse: bool
     ) -> torch.Tensor:
         assert sum(send_counts) == rows.shape[0], (send_counts, rows.shape)
         parts = []
@@ -140,7 +135,7 @@ class LocalTransport(GroupEnd):
             assert counts[self.rank] == recv_counts[source], (source, counts, recv_counts)
             start = sum(counts[: self.rank])
             parts.append(theirs[start : start + counts[self.rank]])
-        if not into_scratch:
+        if not reuse:
             return torch.cat(parts)
         received = self._scratch.take("received", (sum(recv_counts), *rows.shape[1:]), rows)
         return torch.cat(parts, out=received)
@@ -158,7 +153,7 @@ class LocalTransport(GroupEnd):
         if self._on_close is not None:
             self._on_close()
 
-    def _meet(self, value: object, members: Sequence[int] | None) -> dict[int, Any]:
+    def _meet(self, value: object, members: Ints | None) -> dict[int, Any]:
         key = () if members is None else self._key(members)
         self._meeting = True
         brought = self._rendezvous.meet(self.rank, (key, self._numbers[key]), value, members or range(self.world_size))
