@@ -56,7 +56,7 @@ def check_combine_add_rms_norm_call(call: AddRmsNormCall[TensorSpec]) -> Layout:
     """Checks one rank's call of combine with add and RMS norm, and derives its layout.
 
     `check_combine_add_rms_norm` is the same with the fields of `AddRmsNormCall` by keyword. The order and the errors
-    are those of `check_combine`; a virtual expert number is refused only when it is −1 (specification §4).
+    are those of `check_combine`; a virtual expert number is an error only when it is −1 (specification §4).
 
     >>> from evenmoe.contract.tensor_spec import TensorSpec
     >>> check_combine_add_rms_norm(
@@ -183,7 +183,7 @@ def check_dtypes(call: Call) -> None:
     """Tokens have expand_x's dtype everywhere: outside the operator's list is 161002, another of the list 561002."""
     dtype = call.expand_x.dtype
     add_rms_norm = isinstance(call, AddRmsNormCall)
-    if dtype == "int32" and not add_rms_norm:  # in the operator's list, then refused by tiling (§3.2)
+    if dtype == "int32" and not add_rms_norm:  # in the operator's list, then an error of tiling (§3.2)
         raise ConstraintError(
             "expand_x", call.expand_x, "must not be int32, although it is declared", "convert it to bfloat16"
         )

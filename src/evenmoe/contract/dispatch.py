@@ -120,7 +120,7 @@ def check_comm_alg(call: Call) -> None:
 
 
 def check_static_quant(call: Call) -> None:
-    """In the range above, yet refused on Atlas A3 (§2.8)."""
+    """In the range above, yet an error on Atlas A3 (§2.8)."""
     if call.quant_mode == _STATIC_QUANT:
         raise ConstraintError("quant_mode", 1, "must be 0 or 2, static quantisation is not supported", "use 2 for int8")
 
@@ -214,7 +214,7 @@ def check_outputs(call: Call, layout: Layout) -> None:
         check_shape("expand_x", call.expand_x, (call.expand_x.shape[0], layout.hidden), "as wide as x")
     if call.quant_mode == _DYNAMIC_QUANT:
         check_length("dynamic_scales", call.dynamic_scales, layout.dynamic_scales_length, "one per row")
-    # Triples only: the 128 ints per row that combine asks for are more than dispatch fills (§2.3).
+    # Assist info only: the 128 ints per row that combine asks for are more than dispatch fills (§2.3).
     check_length("assist_info_for_combine", call.assist_info_for_combine, 3 * layout.capacity, "three per row")
     check_shape("expert_token_nums", call.expert_token_nums, (layout.local_experts,), "one per local expert")
     check_length(

@@ -69,7 +69,7 @@ def register(name: str, run: Callable[[Any], Outputs], fake: Callable[[Any], Out
 
 
 def perform(name: str, call: Call) -> Any:
-    """Let the registered operator `name` compute a call whose types, and the places of whose tensors, are in doubt.
+    """Let the registered operator `name` compute a call whose types, and the devices of whose tensors, are in doubt.
 
     Raises:
         UnsupportedTypeError, ConstraintError: as `check_types` and `check_devices` do.
@@ -82,7 +82,7 @@ def perform(name: str, call: Call) -> Any:
 def check_types(name: str, call: object) -> dict[str, Any]:
     """The arguments of the registered operator `name`, NumPy's whole numbers as Python's.
 
-    torch refuses wrong types too, but in words about its dispatcher, and without a status.
+    torch raises for wrong types too, but in words about its dispatcher, and without a status.
 
     Raises:
         UnsupportedTypeError: a list, an array or a number where a tensor belongs.
@@ -119,14 +119,14 @@ def _wrong(argument: str, value: object, wanted: str, passed: str) -> EvenmoeErr
 
 
 def check_tensors(**tensors: object) -> None:
-    """Raises UnsupportedTypeError for the first that is no tensor, None included."""
+    """Raise UnsupportedTypeError for the first that is no tensor, None included."""
     for name, value in tensors.items():
         if not isinstance(value, torch.Tensor):
             raise UnsupportedTypeError(name, f"a {type(value).__name__}", "must be a torch.Tensor", "use torch.tensor")
 
 
 def check_devices(tensors: Mapping[str, object]) -> None:
-    """Refuses tensors whose values cannot be read where the call reads them; everything else passes.
+    """Raise for tensors whose values cannot be read where the call reads them; everything else passes.
 
     Raises:
         UnsupportedTypeError: a tensor is not dense, holds no values, or lies on another device than the first.

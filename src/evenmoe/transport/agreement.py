@@ -115,7 +115,7 @@ def check_headers(headers: Words, choices: Mapping[str, Mapping[int, str]]) -> N
     """
     for rank, words in enumerate(headers):
         if words[2]:
-            raise failed_there(rank, _NAMES[words[1]], text_of(words[4 + FIELDS :]), refused=words[2] != FAILED)
+            raise failed_there(rank, _NAMES[words[1]], text_of(words[4 + FIELDS :]), invalid=words[2] != FAILED)
     operators = {rank: _NAMES[words[1]] for rank, words in enumerate(headers)}
     where = {rank: _where(words) for rank, words in enumerate(headers)}
     if len(set(operators.values())) > 1:
@@ -138,10 +138,10 @@ def check_headers(headers: Words, choices: Mapping[str, Mapping[int, str]]) -> N
         )
 
 
-def failed_there(rank: int, operator: str, text: str, refused: bool) -> RankDisagreementError:
-    """The error of the other ranks when one rank's call was refused, or failed in the midst of it."""
+def failed_there(rank: int, operator: str, text: str, invalid: bool) -> RankDisagreementError:
+    """The error of the other ranks when one rank's call was invalid, or failed in the midst of it."""
     how, rule, fix = "failed", "succeed", f"mend what failed on rank {rank}, and repeat the call on all ranks"
-    if refused:
+    if invalid:
         how, rule, fix = "refused", "be accepted", f"correct the arguments of rank {rank}"
     return RankDisagreementError(
         f"the call of {operator} on rank {rank}", f"{how} there ({text})", f"must {rule} on every rank", fix

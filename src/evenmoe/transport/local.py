@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from evenmoe.errors import LostRankError
-from evenmoe.transport.transport import GroupEnd, Ints, Members, Scratch
+from evenmoe.transport.transport import Buffers, GroupEnd, Ints, Members
 
 Exchange = tuple[Members, int]  # its members, and its number among theirs
 
@@ -102,7 +102,7 @@ class LocalTransport(GroupEnd):
     def __init__(self, rendezvous: Rendezvous, rank: int, on_close: Callable[[], None] | None = None) -> None:
         super().__init__(rendezvous.name, rank, rendezvous.world_size)
         self._rendezvous, self._on_close = rendezvous, on_close
-        self._scratch = Scratch()
+        self._buffers = Buffers()
         self._meeting = False  # not yet counted
         self._last: dict[int, torch.Tensor] = {}  # the counts of the last exchange, by rank
 
@@ -137,7 +137,7 @@ class LocalTransport(GroupEnd):
             parts.append(theirs[start : start + counts[self.rank]])
         if not reuse:
             return torch.cat(parts)
-        received = self._scratch.take("received", (sum(recv_counts), *rows.shape[1:]), rows)
+        received = self._buffers.take("received", (sum(recv_counts), *rows.shape[1:]), rows)
         return torch.cat(parts, out=received)
 
     @property
@@ -149,7 +149,7 @@ class LocalTransport(GroupEnd):
 
     def _end(self) -> None:
         self._rendezvous.leave(self.rank, "closed its transport")
-        self._scratch.clear()
+        self._buffers.clear()
         if self._on_close is not None:
             self._on_close()
 

@@ -279,7 +279,7 @@ class GroupEnd(ABC):
         return () if len(members) == self.world_size else tuple(members)
 
 
-class Scratch:
+class Buffers:
     """Buffers of one rank's transport, by use; each is as large as the largest tensor taken from it, and kept.
 
     On a CPU a fresh 58 MB result costs 28 ms of page faults, more than the copy into it.
@@ -291,9 +291,9 @@ class Scratch:
     def take(self, use: str, shape: Ints, like: torch.Tensor) -> torch.Tensor:
         """An uninitialized tensor of `shape`, dtype and device of `like`, valid until the same use is taken again.
 
-        >>> scratch = Scratch()
-        >>> first = scratch.take("sent", (2, 3), torch.zeros(1))
-        >>> scratch.take("sent", (3, 1), torch.zeros(1)).data_ptr() == first.data_ptr()
+        >>> buffers = Buffers()
+        >>> first = buffers.take("sent", (2, 3), torch.zeros(1))
+        >>> buffers.take("sent", (3, 1), torch.zeros(1)).data_ptr() == first.data_ptr()
         True
         """
         if like.device.type != "cpu":  # other devices' allocators keep memory by themselves, and know their streams
