@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -39,7 +39,8 @@ from evenmoe.transport.agreement import UNKNOWN, Header, digest, dtype_code
 from evenmoe.transport.call import GroupCall, Outgoing, together
 from evenmoe.transport.process_world import Group
 
-_Call = TypeVar("_Call", bound=CombineCall[Any])
+_Call = TypeVar("_Call", bound=CombineCall[torch.Tensor])
+Check: TypeAlias = Callable[[Any], Layout]  # the contract of one of the two operators, on its call of specs
 
 
 def combine(
@@ -155,9 +156,7 @@ class CombinePlan:
     peer_header: Header
 
 
-def prepare(
-    check: Callable[[Any], Layout], call: CombineCall[TensorSpec], elastic_info: list[int] | None = None
-) -> CombinePlan:
+def prepare(check: Check, call: CombineCall[TensorSpec], elastic_info: list[int] | None = None) -> CombinePlan:
     """Check a call of one of the two operators, in the world that `elastic_info` leaves."""
     layout = check(call)
     if elastic_info is not None:
@@ -183,7 +182,7 @@ def prepare(
 
 
 def combine_and_sum(
-    call: Combining, check: Callable[[Any], Layout], prepared: Prepared[CombinePlan]
+    call: Combining, check: Check, prepared: Prepared[CombinePlan]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Check the call, exchange its rows and add them up.
 
@@ -337,4 +336,4 @@ def _fake(call: Combining) -> torch.Tensor:
     return call.expand_x.new_empty((call.expert_ids.shape[0], call.expand_x.shape[1]))
 
 
-register("combine", _run, _fake)
+register("combine", CombineCall, _run, _fake)

@@ -115,4 +115,4 @@ def _fake(call: AddRmsNormCall[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return x.new_empty(x.shape), x.new_empty((x.shape[0], 1, 1), dtype=torch.float32), x.new_empty(x.shape)
 
 
-register("combine_add_rms_norm", _run, _fake)
+register("combine_add_rms_norm", AddRmsNormCall, _run, _fake)

@@ -275,4 +275,4 @@ def _fake(call: Dispatching) -> tuple[torch.Tensor, ...]:
     return (*[call.x.new_zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in outputs], number)
 
 
-register("dispatch", _run, _fake)
+register("dispatch", DispatchCall, _run, _fake)

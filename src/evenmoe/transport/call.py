@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ _FEW = 64  # counts for each rank that travel with the first header, however man
 # What the others wait for: the exchange that comes next; not known, since this rank has not understood their headers;
 # nothing more.
 _PENDING, _UNKNOWN, _DONE = range(3)
+_Memory: TypeAlias = Any  # an array where that is possible, else a tensor: they are sliced and filled alike
 _COUNTS = agreement.HEADER + 2  # where counts begin, behind the numbers and the rows of the packet that follows
 
 
@@ -282,8 +283,8 @@ class GroupCall:
         if rows is not None and len(rows):
             assert index is not None
             whole = torch.zeros(blocks.total, dtype=index.dtype, device=index.device)
-            into: Any = whole
-            which: Any = index
+            into: _Memory = whole
+            which: _Memory = index
             if index.device.type == "cpu":  # slices of arrays cost a third of those of tensors
                 into, which = whole.numpy(), index.numpy()
             taken = 0
@@ -292,7 +293,7 @@ class GroupCall:
                 taken += count
             torch.index_select(rows, 0, whole, out=buffer)
         memory = _bytes(buffer)
-        heads: Any = self._heads(blocks, error).view(np.uint8)
+        heads: _Memory = self._heads(blocks, error).view(np.uint8)
         heads = heads if isinstance(memory, np.ndarray) else torch.from_numpy(heads).to(memory.device)
         ours = None if numbers is None else _bytes(numbers.contiguous())
         taken = 0
@@ -371,12 +372,12 @@ def together(*calls: GroupCall | None) -> Iterator[None]:
             group.end_turn()
 
 
-def _bytes(tensor: torch.Tensor) -> Any:
+def _bytes(tensor: torch.Tensor) -> _Memory:
     """The memory of a contiguous tensor as bytes; as an array where that is possible, since its slices cost less."""
     octets = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
     return octets.numpy() if octets.device.type == "cpu" else octets
 
 
-def _joined(parts: list[Any]) -> torch.Tensor:
+def _joined(parts: list[_Memory]) -> torch.Tensor:
     """Pieces of bytes, one after the other, in new memory."""
     return torch.from_numpy(np.concatenate(parts)) if isinstance(parts[0], np.ndarray) else torch.cat(parts)

@@ -14,6 +14,7 @@ from evenmoe.errors import LostRankError
 from evenmoe.transport.transport import Buffers, GroupEnd, Ints, Members
 
 Exchange = tuple[Members, int]  # its members, and its number among theirs
+Brought = dict[int, Any]  # by rank, what it brought
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Rendezvous:
     def __init__(self, name: str, world_size: int, timeout_s: float) -> None:
         self.name, self.world_size, self.timeout_s = name, world_size, timeout_s
         self._changed = threading.Condition()
-        self._brought: dict[Exchange, dict[int, Any]] = {}  # exchange -> rank -> value
+        self._brought: dict[Exchange, Brought] = {}
         self._readers: dict[Exchange, int] = {}  # exchange -> ranks that have not read it yet
         self._gone: dict[int, _Departure] = {}
 
-    def meet(self, rank: int, exchange: Exchange, value: object, members: Ints) -> dict[int, Any]:
+    def meet(self, rank: int, exchange: Exchange, value: object, members: Ints) -> Brought:
         """Bring `value` as `rank` and return {rank: value} of all members."""
         deadline = time.monotonic() + self.timeout_s
         with self._changed:
@@ -153,7 +154,7 @@ class LocalTransport(GroupEnd):
         if self._on_close is not None:
             self._on_close()
 
-    def _meet(self, value: object, members: Ints | None) -> dict[int, Any]:
+    def _meet(self, value: object, members: Ints | None) -> Brought:
         key = () if members is None else self._key(members)
         self._meeting = True
         brought = self._rendezvous.meet(self.rank, (key, self._numbers[key]), value, members or range(self.world_size))
