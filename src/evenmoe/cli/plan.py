@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from evenmoe.cli.options import FileOptions, Rule, WorldOptions, completed, make_command, out_option
+from evenmoe.cli.options import FileOptions, Rule, WorldOptions, completed, find_format, make_command, out_option
 from evenmoe.cli.streams import print_json, print_notes, table_console
 from evenmoe.errors import ConstraintError, MissingArgumentError
-from evenmoe.formats.catalogue import FORMATS
+from evenmoe.formats.catalogue import ENTRIES
+from evenmoe.planner.planners import PLANNERS, plan_with
+from evenmoe.rules.catalogue import RULES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from evenmoe.metrics import FloatArray
     from evenmoe.placement import Placement
 
-_PLACEMENT_FORMATS = tuple(name for name, entry in FORMATS.items() if entry.kind == "placement" and entry.writes)
+_PLACEMENT_FORMATS = tuple(name for name, entry in ENTRIES.items() if entry.kind == "placement")
 _WORST_SHOWN = 8  # layers in text; --json has them all
 
 
@@ -47,6 +49,15 @@ class PlanCommand(FileOptions, WorldOptions):
         int | None,
         typer.Option(help="Expert-parallel ranks. Default of --ranks and --slots: those of --previous.", min=1),
     ] = None
+    planner: Annotated[
+        str,
+        typer.Option(
+            "--planner",
+            "-p",
+            help=f"{', '.join(PLANNERS)}; or py:module:function, or py:file.py:function, called as evenmoe.plan is.",
+            autocompletion=completed(PLANNERS),
+        ),
+    ] = "evenmoe"
     rule: Rule = "even"
     mean: Annotated[
         bool, typer.Option("--mean/--windows", help="Balance the sum of the recording, or its single windows.")
@@ -67,7 +78,7 @@ class PlanCommand(FileOptions, WorldOptions):
         import evenmoe as em
         from evenmoe.formats.writing import write
         from evenmoe.metrics import as_load, within_range
-        from evenmoe.rules.catalogue import RULES
+        from evenmoe.planner.options import PlanOptions
 
         self._check_target()
         contents = self._read_load()
@@ -79,8 +90,7 @@ class PlanCommand(FileOptions, WorldOptions):
         windows = _merged(load, self.most_windows)
         goal = windows.sum(axis=0, keepdims=True) if self.mean else windows
         with table_console(sys.stderr).status(f"planning {windows.shape[1]} layers for {len(goal)} windows …"):
-            placement = em.plan(
-                goal[0] if len(goal) == 1 else goal,
+            options = PlanOptions(
                 previous=previous,
                 max_copies=self.max_copies,
                 target_par=self.target_par,
@@ -88,6 +98,7 @@ class PlanCommand(FileOptions, WorldOptions):
                 seed=self.seed,
                 **world,
             )
+            placement = plan_with(self.planner, goal[0] if len(goal) == 1 else goal, options)
         numbers = contents.layer_ids or tuple(range(windows.shape[1]))
         notes = [*contents.notes, *notes_on_previous]
         if contents.trace is not None and contents.trace.routing is not None:
@@ -114,15 +125,14 @@ class PlanCommand(FileOptions, WorldOptions):
         with suppress(OSError):  # one of them is no file, or not yet
             if self.out is not None and Path(self.out).samefile(self.source) and Path(self.out).is_file():
                 raise ConstraintError("--out", self.out, "must not be the input", "name another file")
-        if self.to not in _PLACEMENT_FORMATS:
+        if self.to not in _PLACEMENT_FORMATS and find_format("--to", self.to).kind != "placement":
             fitting = ", ".join(_PLACEMENT_FORMATS)
             raise ConstraintError("--to", repr(self.to), "must be a format of placements", f"use one of {fitting}")
 
     def _read_load(self) -> Contents:
         from evenmoe.formats.reading import read
 
-        options = self.read_options()
-        contents = read(self.source, format=self.from_, layers=self.layers, **vars(options))
+        contents = read(self.source, self.read_options())
         if contents.load is None:
             raise ConstraintError(
                 self.source,
@@ -136,13 +146,13 @@ class PlanCommand(FileOptions, WorldOptions):
         """The placement in use, row by row the load's layers; and what of it is no part of the plan."""
         if self.previous is None:
             return None, []
-        from evenmoe.formats.contents import Options
+        from evenmoe.formats.contents import ReadOptions
         from evenmoe.formats.layer_numbers import MTP_LAYERS, ranges
         from evenmoe.formats.reading import read_placement
         from evenmoe.placement import layers_of
 
         assert contents.load is not None
-        known = Options(num_ranks=self.ranks, num_experts=contents.load.shape[-1])
+        known = ReadOptions(num_ranks=self.ranks, num_experts=contents.load.shape[-1])
         found = read_placement(self.previous, known, argument="--previous")
         assert found.placement is not None
         notes = ["the MTP layer of --previous is no part of the plan"] if MTP_LAYERS in found.metadata else []
@@ -263,13 +273,14 @@ class _Outcome:
         options, contents, placement, copies = self.options, self.contents, self.placement, self.copies
         assert contents.load is not None
         empty = f" ({contents.empty_windows} empty ones left out)" if contents.empty_windows else ""
+        by = "" if options.planner == "evenmoe" else f"by {options.planner} "
         count = self.assignments
         shown = "more than 1.8e308" if not isfinite(count) else f"{count:,.0f}" if count < 1e15 else f"{count:.3g}"
         console.print(
             f"{options.source} ({contents.format}): {contents.load.shape[0]} windows{empty}, "
             f"{placement.num_layers} layers, {placement.num_experts} experts, {shown} picks per layer\n"
             f"{placement.num_ranks} ranks, {placement.num_slots} slots, rule {options.rule}; "
-            f"planned on {self.num_planned} {'window' if self.num_planned == 1 else 'windows'}",
+            f"planned {by}on {self.num_planned} {'window' if self.num_planned == 1 else 'windows'}",
             highlight=False,
             markup=False,
             soft_wrap=True,
@@ -353,7 +364,6 @@ def _compare(windows: FloatArray, placement: Placement, previous: Placement | No
     """The default placement, where the experts divide by the ranks; the previous one; the plan."""
     from evenmoe.metrics import mean_over_windows, peak_over_mean
     from evenmoe.placement import identity_placement
-    from evenmoe.rules.catalogue import RULES
 
     layers, experts = windows.shape[1:]
     compared: list[tuple[str, Placement]] = []

@@ -16,6 +16,8 @@ from evenmoe.cli.options import FileOptions, WorldOptions, completed, make_comma
 from evenmoe.cli.report import summary_table
 from evenmoe.cli.streams import print_json
 from evenmoe.errors import ConstraintError, MissingArgumentError
+from evenmoe.planner.planners import PLANNERS
+from evenmoe.rules.catalogue import RULES
 from evenmoe.traces.models import MODELS, ModelShape
 
 if TYPE_CHECKING:
@@ -33,12 +35,14 @@ _FIGURES = (
 )
 _GAINS = ("mean_par", "worst_par", "step_time_us", "gain_percent", "deduplicated_rows_between_nodes")
 _PRICES = ("copies", "refreshes", "refresh_copy_time_us", "break_even_steps", "extra_memory_bytes_per_rank")
-_POLICIES = ("identity", "static", "greedy", "evenmoe", "oracle")
+_POLICIES = ("identity", "static", *PLANNERS, "oracle")
 _POLICY_HELP = (
-    "NAME[:key=value,...], once per policy. identity (always compared with): rule. static: rule, slots, groups, "
-    "window, pieces, planner, plan-for. greedy (published): rule, slots, groups, refresh, window. evenmoe: rule, "
-    "slots, groups, refresh, window, pieces, plan-for, max-copies, target-par, start=first|previous|scratch. oracle: "
-    "rule, slots, groups, planner, plan-for. Rules: rank, token, occurrence, batch, even. Without any: all kinds."
+    "NAME[:key=value,...], once per policy. identity (the default placement, always compared with): rule. static: "
+    "rule, slots, groups, window, pieces, planner, plan-for. greedy (published): rule, slots, groups, refresh, window. "
+    "evenmoe: rule, slots, groups, refresh, window, pieces, plan-for, max-copies, target-par, "
+    "start=first|previous|scratch. oracle: rule, slots, groups, planner, plan-for. Other planners, as "
+    f"py:module:function, are policies too. Planners: {', '.join(PLANNERS)}. Rules: {', '.join(RULES)}. Without any: "
+    "all kinds."
 )
 
 
