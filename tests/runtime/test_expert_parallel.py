@@ -257,7 +257,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_a_layer_knows_of_earlier_calls_lets_nothing_wrong_pass(name):
-    """Right calls and wrong ones of the same shapes in turn; the plan of a shape is kept, its checks are not skipped."""
+    """Right calls and wrong ones of the same shapes in turn: the plan of a shape is kept, no check is skipped."""
     argument, change = WRONG[name]
     right = {
         "x": torch.ones(2, 3),
