@@ -195,7 +195,7 @@ def test_the_command_says_where_the_tree_is(tmp_path: Path, monkeypatch: pytest.
     text = CliRunner().invoke(app, ["cann", "--out", str(tmp_path)])
     assert text.output == f"source {tmp_path}/latest/bin/setenv.bash\n"
     found = json.loads(CliRunner().invoke(app, ["cann", "--out", str(tmp_path), "--json"]).output)
-    assert found == {"tree": f"{tmp_path}/latest", "setenv": f"{tmp_path}/latest/bin/setenv.bash"}
+    assert found == {"schema": 1, "tree": f"{tmp_path}/latest", "setenv": f"{tmp_path}/latest/bin/setenv.bash"}
 
 
 def test_anothers_latest_is_left_alone(tmp_path: Path) -> None:
