@@ -14,6 +14,7 @@ import pytest
 from evenmoe import count_copies, plan
 from evenmoe.formats import FORMATS, read, write
 from evenmoe.placement import Placement, identity_placement
+from evenmoe.planner.greedy import plan_greedy
 from evenmoe.traces import load_trace, save_trace, synthesize
 from tests.cli.running import Run
 
@@ -168,6 +169,37 @@ def test_mean_windows_and_rules(evenmoe: Run, tmp_path, trace, load):
     merged = evenmoe("plan", trace, "--most-windows", 4, *world[:-1])
     assert "planned on 4 windows" in merged.out
     assert merged.err == "note: merged 6 windows into 4 (--most-windows)\n"
+
+
+def test_another_planner(evenmoe: Run, tmp_path, trace, load, monkeypatch):
+    """By name, or a function of the user's in a file; what it does not take is an error."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "import evenmoe\n\n\ndef first_window(load, *, num_ranks, num_slots):\n"
+        "    return evenmoe.plan(load[0], num_ranks=num_ranks, num_slots=num_slots)\n"
+    )
+    call = ("plan", trace, "-o", "p.json", "--ranks", RANKS, "--slots", SLOTS, "-p")
+    done = evenmoe(*call, "greedy")
+    assert "planned by greedy on 6 windows" in done.out
+    expected = plan_greedy(load, num_ranks=RANKS, num_slots=SLOTS)
+    assert read("p.json").placement == expected
+    mine = "py:mine.py:first_window"
+    assert evenmoe(*call, mine).code == 0
+    assert read("p.json").placement == plan(load[0], num_ranks=RANKS, num_slots=SLOTS)
+    for more, text in (
+        (("greedie",), "`--planner` is 'greedie': it must be one of evenmoe, greedy, or py:module:attribute; choose"),
+        ((mine, "--nodes", 2, "--groups", 4), f"`--planner` is {mine}, which takes no `--nodes`: it must take it"),
+    ):
+        done = evenmoe(*call, *more)
+        assert (done.code, done.out) == (2, "")
+        assert text in done.err
+
+
+def test_nodes_have_eight_ranks_where_that_divides(evenmoe: Run, trace):
+    """As in `simulate`."""
+    for ranks, more, nodes in ((16, (), 2), (4, (), 1), (4, ("--nodes", 2), 2)):
+        done = evenmoe("plan", trace, "--ranks", ranks, "--slots", 2 * 16, *more, "--json")
+        assert json.loads(done.out)["nodes"] == nodes
 
 
 def test_experts_that_do_not_divide_have_no_identity(evenmoe: Run, tmp_path):

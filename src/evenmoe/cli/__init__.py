@@ -7,7 +7,7 @@ import sys
 import traceback
 from contextlib import suppress
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -31,8 +31,18 @@ _ADVICE = {
     errno.ENOSPC: "free some space, or name a file on another disk",
     errno.ENOTDIR: "name a folder that exists",
 }
-#: Each is a module of this package, which is imported when the command is called, completed or listed.
-COMMANDS = ("demo", "plan", "simulate", "report", "convert", "check", "diff", "synthesize", "cann")
+#: Each is a module of this package, which is imported when the command is called or completed.
+COMMANDS = {
+    "demo": "Run the whole chain here and compare it with a dense model.",
+    "plan": "Plan a placement for a recorded load.",
+    "simulate": "Replay a trace under several policies, without a GPU.",
+    "report": "Show what a simulation found, as one HTML page.",
+    "convert": "Convert a placement or a load to another tool's format.",
+    "check": "Find what is wrong with a placement or a load.",
+    "diff": "Count what it takes to move from one placement to another.",
+    "synthesize": "Write a synthetic trace that behaves like the measured ones.",
+    "cann": "Write the C headers and libraries of CANN for this CPU.",
+}
 _RENAMED = {"synthesise": "synthesize"}
 
 
@@ -47,6 +57,10 @@ class _Commands(TyperGroup):
             new = _RENAMED[cmd_name]
             raise ConstraintError("evenmoe", cmd_name, f"is now called {new}", f"write evenmoe {new}")
         return import_module(f"evenmoe.cli.{cmd_name}").command if cmd_name in COMMANDS else None
+
+    def format_commands(self, ctx: object, formatter: Any) -> None:  # of click or of typer, by typer's version
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
 
 
 app = typer.Typer(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from evenmoe.cli.options import Command, make_command, out_option
 from evenmoe.cli.streams import print_json
@@ -17,8 +17,6 @@ class CannCommand(Command):
     The tree has latest/include, latest/lib64 and latest/bin/setenv.bash; a program written for CANN compiles against it
     unchanged. Needs g++. A tree of an earlier run is replaced. Exit codes: 0 done; 2 nothing can be built here.
     """
-
-    short_help: ClassVar = "Write the C headers and libraries of CANN for this CPU."
 
     out: Annotated[Path, out_option("Where the tree `latest` is written; the cann_path of a build script.")]
 

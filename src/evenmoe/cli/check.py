@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,8 +26,6 @@ class CheckCommand(PlacementFileOptions):
     of different sizes, replicas that the rank rule never reaches, counts that are negative or too large, layers without
     tokens. Exits with 0 if there is nothing but warnings, 1 if there is an error, 2 if the file cannot be read at all.
     """
-
-    short_help: ClassVar = "Find what is wrong with a placement or a load."
 
     file: Annotated[str, typer.Argument(help="File, folder, `-` for standard input, or inline JSON.")]
 

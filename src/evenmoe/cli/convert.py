@@ -36,7 +36,6 @@ class ConvertCommand(PlacementFileOptions):
     only once the new file is complete. With `-` as target the summary goes to standard error.
     """
 
-    short_help: ClassVar = "Convert a placement or a load to another tool's format."
     epilog: ClassVar = "Formats: " + ", ".join(FORMATS) + ". --list-formats describes them."
     words: ClassVar = {"format": "--to"}  # that of --from has been checked
 

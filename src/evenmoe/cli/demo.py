@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -33,8 +33,6 @@ class DemoCommand(Command):
     and RmsNorm on every rank. Exits with 1 if any value is farther from the dense model than rounding explains.
     Under torchrun the ranks are its processes, otherwise threads.
     """
-
-    short_help: ClassVar = "Run the whole chain here and compare it with a dense model."
 
     trace: Annotated[
         Path | None,

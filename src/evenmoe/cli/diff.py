@@ -26,7 +26,6 @@ class DiffCommand(PlacementFileOptions):
     Exit codes: 0 done, whether they differ or not; 2 a file or an option is wrong.
     """
 
-    short_help: ClassVar = "Count what it takes to move from one placement to another."
     # What of a placement has these names is no option.
     words: ClassVar = {"placement": "AFTER", **{name: name for name in ("layers", "num_layers", "num_experts")}}
 

@@ -33,12 +33,10 @@ class Command:
     """What every command has.
 
     Attributes:
-        short_help: its line in `evenmoe --help`; by default the first line of its help.
         epilog: what is shown below its options.
         words: names that errors of the Python interface use, and what they are called here; options are found without.
     """
 
-    short_help: ClassVar[str | None] = None
     epilog: ClassVar[str | None] = None
     words: ClassVar[Mapping[str, str]] = {}
 
@@ -216,7 +214,7 @@ def make_command(name: str, kind: type[Command]):
         ]
     )
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(name, help=inspect.getdoc(kind), short_help=kind.short_help, epilog=kind.epilog)(call)
+    app.command(name, help=inspect.getdoc(kind), epilog=kind.epilog)(call)
     return typer.main.get_command(app)
 
 
@@ -240,11 +238,16 @@ def in_flags(error: EvenmoeError, words: Mapping[str, str]) -> EvenmoeError:
     `--slots` is 18: it must be a multiple of --ranks; pass it.
     """
 
+    def known(found: re.Match[str]) -> str:
+        return words.get(found[1], found[0])
+
     def translated(text: str) -> str:
-        # A name whose flag stands behind it already, in brackets; a name in backticks; a name of several words.
-        text = re.sub(r"\b\w+ \((--[a-z-]+)\)", r"\1", text)
-        text = re.sub(r"`(\w+)`", lambda found: f"`{words.get(found[1], found[1])}`", text)
-        return re.sub(r"\b\w+_\w+\b", lambda found: words.get(found[0], found[0]), text)
+        text = re.sub(r"\b\w+ \((--[a-z-]+)\)", r"\1", text)  # a name whose flag stands behind it already
+        text = re.sub(r"\b(\w+)=(?!\w)", known, text)  # pass previous=
+        return re.sub(r"\b(\w+_\w+)\b", known, in_backticks(text))
+
+    def in_backticks(text: str) -> str:
+        return re.sub(r"(?<=`)(\w+)(?=`)", known, text)
 
     argument = words.get(error.argument, error.argument)
-    return type(error)(argument, error.value, translated(error.rule), translated(error.fix))
+    return type(error)(argument, in_backticks(error.value), translated(error.rule), translated(error.fix))

@@ -16,7 +16,9 @@ from evenmoe.cli.options import FileOptions, Rule, WorldOptions, completed, make
 from evenmoe.cli.streams import print_json, print_notes, table_console
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.formats.catalogue import FORMATS
+from evenmoe.planner.planners import PLANNERS, plan_with
 from evenmoe.quantities import par
+from evenmoe.rules.catalogue import RULES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,6 +50,15 @@ class PlanCommand(FileOptions, WorldOptions):
         int | None,
         typer.Option(help="Expert-parallel ranks. Default of --ranks and --slots: those of --previous.", min=1),
     ] = None
+    planner: Annotated[
+        str,
+        typer.Option(
+            "--planner",
+            "-p",
+            help=f"{', '.join(PLANNERS)}; or py:module:function, or py:file.py:function, called as evenmoe.plan is.",
+            autocompletion=completed(PLANNERS),
+        ),
+    ] = "evenmoe"
     rule: Rule = "even"
     mean: Annotated[
         bool, typer.Option("--mean/--windows", help="Balance the sum of the recording, or its single windows.")
@@ -68,7 +79,7 @@ class PlanCommand(FileOptions, WorldOptions):
         import evenmoe as em
         from evenmoe.formats.writing import write
         from evenmoe.metrics import as_load, within_range
-        from evenmoe.rules.catalogue import RULES
+        from evenmoe.planner.options import PlanOptions
 
         self._check_target()
         contents = self._read_load()
@@ -80,8 +91,7 @@ class PlanCommand(FileOptions, WorldOptions):
         windows = _merged(load, self.most_windows)
         goal = windows.sum(axis=0, keepdims=True) if self.mean else windows
         with table_console(sys.stderr).status(f"planning {windows.shape[1]} layers for {len(goal)} windows …"):
-            placement = em.plan(
-                goal[0] if len(goal) == 1 else goal,
+            options = PlanOptions(
                 previous=previous,
                 max_copies=self.max_copies,
                 target_par=self.target_par,
@@ -89,6 +99,7 @@ class PlanCommand(FileOptions, WorldOptions):
                 seed=self.seed,
                 **world,
             )
+            placement = plan_with(self.planner, goal[0] if len(goal) == 1 else goal, options)
         numbers = contents.layer_ids or tuple(range(windows.shape[1]))
         notes = [*contents.notes, *notes_on_previous]
         if contents.trace is not None and contents.trace.routing is not None:
@@ -264,13 +275,14 @@ class _Outcome:
         options, contents, placement, copies = self.options, self.contents, self.placement, self.copies
         assert contents.load is not None
         empty = f" ({contents.empty_windows} empty ones left out)" if contents.empty_windows else ""
+        by = "" if options.planner == "evenmoe" else f"by {options.planner} "
         count = self.assignments
         shown = "more than 1.8e308" if not isfinite(count) else f"{count:,.0f}" if count < 1e15 else f"{count:.3g}"
         console.print(
             f"{options.source} ({contents.format}): {contents.load.shape[0]} windows{empty}, "
             f"{placement.num_layers} layers, {placement.num_experts} experts, {shown} assignments per layer\n"
             f"{placement.num_ranks} ranks, {placement.num_slots} slots, rule {options.rule}; "
-            f"planned on {self.num_planned} {'window' if self.num_planned == 1 else 'windows'}",
+            f"planned {by}on {self.num_planned} {'window' if self.num_planned == 1 else 'windows'}",
             highlight=False,
             markup=False,
             soft_wrap=True,
@@ -354,7 +366,6 @@ def _compare(windows: FloatArray, placement: Placement, previous: Placement | No
     """The default placement, where the experts divide by the ranks; the previous one; the plan."""
     from evenmoe.metrics import mean_over_windows, peak_over_mean
     from evenmoe.placement import identity_placement
-    from evenmoe.rules.catalogue import RULES
 
     layers, experts = windows.shape[1:]
     compared: list[tuple[str, Placement]] = []

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -33,8 +33,6 @@ class ReportCommand(Command):
     The page needs nothing beside itself: no script, no network, and the same input gives the same bytes. Exit codes: 0
     written; 2 INPUT is no simulation, or a file cannot be read or written.
     """
-
-    short_help: ClassVar = "Show what a simulation found, as one HTML page."
 
     simulation: Annotated[Path, typer.Argument(metavar="INPUT", help="The file that `evenmoe simulate --out` wrote.")]
     out: Annotated[Path, out_option("The HTML page; a file there is replaced.")] = Path("report.html")

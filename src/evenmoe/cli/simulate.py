@@ -16,6 +16,8 @@ from evenmoe.cli.options import FileOptions, WorldOptions, completed, make_comma
 from evenmoe.cli.report import summary_table
 from evenmoe.cli.streams import print_json
 from evenmoe.errors import ConstraintError, MissingArgumentError
+from evenmoe.planner.planners import PLANNERS
+from evenmoe.rules.catalogue import RULES
 from evenmoe.traces.models import MODELS, ModelShape
 
 if TYPE_CHECKING:
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from evenmoe.formats.contents import Contents
     from evenmoe.simulator.costs import CostModel
     from evenmoe.simulator.result import Summary
-    from evenmoe.simulator.world import World
     from evenmoe.traces.trace import Trace
 
 #: Options that are the figures of `CostModel` of the same names, which has the defaults.
@@ -34,12 +35,14 @@ _FIGURES = (
 )
 _GAINS = ("mean_par", "worst_par", "step_time_us", "gain_percent", "deduplicated_rows_between_nodes")
 _PRICES = ("copies", "refreshes", "refresh_copy_time_us", "break_even_steps", "extra_memory_bytes_per_rank")
-_POLICIES = ("identity", "static", "greedy", "evenmoe", "oracle")
+_POLICIES = ("identity", "static", *PLANNERS, "oracle")
 _POLICY_HELP = (
-    "NAME[:key=value,...], once per policy. identity (always compared with): rule. static: rule, slots, groups, "
-    "window, pieces, planner, plan-for. greedy (published): rule, slots, groups, refresh, window. evenmoe: rule, "
-    "slots, groups, refresh, window, pieces, plan-for, max-copies, target-par, start=first|previous|scratch. oracle: "
-    "rule, slots, groups, planner, plan-for. Rules: rank, token, occurrence, batch, even. Without any: all kinds."
+    "NAME[:key=value,...], once per policy. identity (the default placement, always compared with): rule. static: "
+    "rule, slots, groups, window, pieces, planner, plan-for. greedy (published): rule, slots, groups, refresh, window. "
+    "evenmoe: rule, slots, groups, refresh, window, pieces, plan-for, max-copies, target-par, "
+    "start=first|previous|scratch. oracle: rule, slots, groups, planner, plan-for. Other planners, as "
+    f"py:module:function, are policies too. Planners: {', '.join(PLANNERS)}. Rules: {', '.join(RULES)}. Without any: "
+    "all kinds."
 )
 
 
@@ -52,7 +55,6 @@ class SimulateCommand(FileOptions, WorldOptions):
     codes: 0 done; 2 an option, the trace or a file is wrong.
     """
 
-    short_help: ClassVar = "Replay a trace under several policies, without a GPU."
     words: ClassVar = {"num_steps": "--steps", "expert_flops_per_token": "--expert-flops"}
 
     trace: Annotated[
@@ -118,14 +120,15 @@ class SimulateCommand(FileOptions, WorldOptions):
     def run(self) -> int:
         """Replay, write the files that were asked for, and print the tables or the object."""
         from evenmoe.cli.trace_source import digests, find_shape
+        from evenmoe.simulator.batches import Cluster
         from evenmoe.simulator.policies import DEFAULT
         from evenmoe.simulator.replay import simulate
         from evenmoe.simulator.store import save_simulation
-        from evenmoe.simulator.world import World
 
-        world = World(self.ranks, self.num_nodes(self.ranks), self.tokens_per_rank)
+        num_nodes = self.num_nodes(self.ranks)
+        Cluster(self.ranks, num_nodes, self.tokens_per_rank)  # says what cannot be before anything is read
         self._check_outputs()
-        trace, contents = self._open_trace(world)
+        trace, contents = self._open_trace()
         model = find_shape(trace, self.model)
         top_k = self.top_k
         if top_k is None and trace.routing is None and "top_k" not in trace.metadata and model is not None:
@@ -135,7 +138,9 @@ class SimulateCommand(FileOptions, WorldOptions):
             simulation = simulate(
                 trace,
                 self.policy or DEFAULT,
-                world=world,
+                num_ranks=self.ranks,
+                num_nodes=num_nodes,
+                tokens_per_rank=self.tokens_per_rank,
                 costs=costs,
                 num_slots=self.slots,
                 num_groups=self.groups,
@@ -183,7 +188,7 @@ class SimulateCommand(FileOptions, WorldOptions):
                 raise ConstraintError(name, path, f"must not be {seen[path.resolve()]}", "name another file")
             seen[path.resolve()] = f"the file of {name}"
 
-    def _open_trace(self, world: World) -> tuple[Trace, Contents | None]:
+    def _open_trace(self) -> tuple[Trace, Contents | None]:
         from evenmoe.cli.trace_source import SYNTHETIC, read_trace, synthetic_trace
 
         if not self.trace.startswith(SYNTHETIC):
@@ -192,7 +197,9 @@ class SimulateCommand(FileOptions, WorldOptions):
             raise ConstraintError(
                 flag, value, "must come with a file", "leave it out: a synthetic trace is read from none"
             )
-        return synthetic_trace(self.trace.removeprefix(SYNTHETIC), world, self.chunk, self.steps, self.seed), None
+        tokens = self.ranks * self.tokens_per_rank
+        streams = max(1, tokens // (self.chunk or self.tokens_per_rank))
+        return synthetic_trace(self.trace.removeprefix(SYNTHETIC), tokens, streams, self.steps, self.seed), None
 
     def _cost_model(self, model: ModelShape | None) -> CostModel:
         from evenmoe.simulator.costs import CostModel

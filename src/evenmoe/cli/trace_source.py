@@ -15,7 +15,6 @@ from evenmoe.errors import ConstraintError
 from evenmoe.formats.contents import Contents
 from evenmoe.formats.reading import read
 from evenmoe.metrics import FloatArray, as_load
-from evenmoe.simulator.world import World
 from evenmoe.traces.models import MODELS, ModelShape, find_model
 from evenmoe.traces.trace import Trace, load_trace
 
@@ -24,15 +23,15 @@ _SYNTHETIC_WINDOWS, _REQUEST_WINDOWS = 100, 4
 _MOST_TOKENS, _LARGEST_BITS = 2.0**53, 40
 
 
-def synthetic_trace(model: str, world: World, chunk: int | None, steps: int | None, seed: int) -> Trace:
-    """Draw a trace of the model, with as many requests in a window as a step of the world has."""
+def synthetic_trace(model: str, tokens: int, streams: int, steps: int | None, seed: int) -> Trace:
+    """Draw a trace of the model, with as many tokens and requests in a window as a step has tokens and streams."""
     from evenmoe.traces.synthesis import synthesize
 
     return synthesize(
         model,
         num_windows=min(steps or _SYNTHETIC_WINDOWS, _SYNTHETIC_WINDOWS),
-        tokens_per_window=world.num_ranks * world.tokens_per_rank,
-        requests=max(1, world.num_ranks * world.tokens_per_rank // (chunk or world.tokens_per_rank)),
+        tokens_per_window=tokens,
+        requests=streams,
         request_windows=_REQUEST_WINDOWS,
         seed=seed,
     )
