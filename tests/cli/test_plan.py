@@ -199,7 +199,7 @@ def test_nodes_have_eight_ranks_where_that_divides(evenmoe: Run, trace):
     """As in `simulate`."""
     for ranks, more, nodes in ((16, (), 2), (4, (), 1), (4, ("--nodes", 2), 2)):
         done = evenmoe("plan", trace, "--ranks", ranks, "--slots", 2 * 16, *more, "--json")
-        assert json.loads(done.out)["nodes"] == nodes
+        assert json.loads(done.out)["num_nodes"] == nodes
 
 
 def test_experts_that_do_not_divide_have_no_identity(evenmoe: Run, tmp_path):
