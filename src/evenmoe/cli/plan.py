@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from evenmoe.cli.options import FileOptions, Rule, WorldOptions, completed, make_command, out_option
+from evenmoe.cli.options import FileOptions, Rule, WorldOptions, completed, find_format, make_command, out_option
 from evenmoe.cli.streams import print_json, print_notes, table_console
 from evenmoe.errors import ConstraintError, MissingArgumentError
-from evenmoe.formats.catalogue import FORMATS
+from evenmoe.formats.catalogue import ENTRIES
 from evenmoe.planner.planners import PLANNERS, plan_with
 from evenmoe.quantities import par
 from evenmoe.rules.catalogue import RULES
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from evenmoe.metrics import FloatArray
     from evenmoe.placement import Placement
 
-_PLACEMENT_FORMATS = tuple(name for name, entry in FORMATS.items() if entry.kind == "placement" and entry.writes)
+_PLACEMENT_FORMATS = tuple(name for name, entry in ENTRIES.items() if entry.kind == "placement")
 _WORST_SHOWN = 8  # layers in text; --json has them all
 
 
@@ -126,15 +126,14 @@ class PlanCommand(FileOptions, WorldOptions):
         with suppress(OSError):  # one of them is no file, or not yet
             if self.out is not None and Path(self.out).samefile(self.source) and Path(self.out).is_file():
                 raise ConstraintError("--out", self.out, "must not be the input", "name another file")
-        if self.to not in _PLACEMENT_FORMATS:
+        if self.to not in _PLACEMENT_FORMATS and find_format("--to", self.to).kind != "placement":
             fitting = ", ".join(_PLACEMENT_FORMATS)
             raise ConstraintError("--to", repr(self.to), "must be a format of placements", f"use one of {fitting}")
 
     def _read_load(self) -> Contents:
         from evenmoe.formats.reading import read
 
-        options = self.read_options()
-        contents = read(self.source, format=self.from_, layers=self.layers, **vars(options))
+        contents = read(self.source, self.read_options())
         if contents.load is None:
             raise ConstraintError(
                 self.source,
@@ -148,13 +147,13 @@ class PlanCommand(FileOptions, WorldOptions):
         """The placement in use, row by row the load's layers; and what of it is no part of the plan."""
         if self.previous is None:
             return None, []
-        from evenmoe.formats.contents import Options
+        from evenmoe.formats.contents import ReadOptions
         from evenmoe.formats.layer_numbers import MTP_LAYERS, ranges
         from evenmoe.formats.reading import read_placement
         from evenmoe.placement import layers_of
 
         assert contents.load is not None
-        known = Options(num_ranks=self.ranks, num_experts=contents.load.shape[-1])
+        known = ReadOptions(num_ranks=self.ranks, num_experts=contents.load.shape[-1])
         found = read_placement(self.previous, known, argument="--previous")
         assert found.placement is not None
         notes = ["the MTP layer of --previous is no part of the plan"] if MTP_LAYERS in found.metadata else []
