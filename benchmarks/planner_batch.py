@@ -15,7 +15,7 @@ import numpy as np
 
 import evenmoe as em
 from evenmoe.metrics import peak_over_mean
-from evenmoe.rules import shares
+from evenmoe.rules.catalogue import RULES
 
 SHAPES = ((256, 264, 8), (256, 288, 32), (128, 144, 16), (256, 320, 32), (384, 416, 32))
 DRIFTS, SEEDS, LAYERS = (0.0, 0.15, 0.3, 0.6), (1, 2, 3), 8
@@ -30,7 +30,7 @@ def zipf(num_experts: int, seed: int) -> np.ndarray:
 
 def held_out(load: np.ndarray, placement: em.Placement, drift: float) -> float:
     drifted = load * np.random.default_rng(99).lognormal(0, drift, (48 if drift else 1, *load.shape))
-    return float(peak_over_mean(shares.rank_loads(drifted, placement, "batch")).mean())
+    return float(peak_over_mean(RULES.get("batch").rank_loads(drifted, placement)).mean())
 
 
 def hot_on_all(load: np.ndarray, num_slots: int, num_ranks: int) -> em.Placement | None:
@@ -82,8 +82,8 @@ def rank_table() -> None:
         ms = (time.process_time() - start) / LAYERS * 1e3
         cells = []
         for placement in (aware, em.plan(load, num_ranks=num_ranks, num_slots=num_slots)):
-            idle = int((shares.slot_shares(placement, "rank") == 0).sum())
-            cells.append(f"{peak_over_mean(shares.rank_loads(load, placement, 'rank')).mean():.4f} ({idle})")
+            idle = int((RULES.get("rank").shares(placement) == 0).sum())
+            cells.append(f"{peak_over_mean(RULES.get('rank').rank_loads(load, placement)).mean():.4f} ({idle})")
         print(f"{(num_experts, num_slots, num_ranks)!s:>22} {ms:6.2f} ms/layer  aware {cells[0]}  unaware {cells[1]}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import evenmoe as em
-from evenmoe.ascend.signatures import SIGNATURES
+from evenmoe.contract.operators import SIGNATURES
 from evenmoe.transport.world import Rank
 
 HIDDEN = 1024  # the chip's least
@@ -156,8 +156,8 @@ def valid_calls(rank: Rank) -> dict[str, dict[str, Any]]:
     }
     calls = {}
     for operator, signature in SIGNATURES.items():
-        changes = {"expert_scales": None} if signature.family == "update_expert" else {}
-        if signature.family.startswith("combine"):
+        changes = {"expert_scales": None} if signature.operator == "update_expert" else {}
+        if signature.operator.startswith("combine"):
             changes = back | {"x_out": chain.x_out(with_norm="AddRmsNorm" in operator)}
         calls[operator] = pick(operator, values | changes)
     return calls

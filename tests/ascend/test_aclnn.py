@@ -11,7 +11,7 @@ import torch
 
 import evenmoe as em
 from evenmoe.ascend import aclnn
-from evenmoe.ascend.signatures import SIGNATURES
+from evenmoe.contract.operators import SIGNATURES
 from tests.ascend.calls import HIDDEN, UNTOUCHED, Chain, pick, valid_calls
 from tests.patience import HANG_S
 

@@ -11,9 +11,9 @@ import torch
 import evenmoe as em
 from evenmoe.ascend import status
 from evenmoe.ascend.executor import WORKSPACE_BYTES, Executor, stage_one
-from evenmoe.ascend.signatures import SIGNATURES
 from evenmoe.ascend.status import AclError
 from evenmoe.ascend.stream import Stream
+from evenmoe.contract.operators import SIGNATURES
 from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError, UnsupportedTypeError
 from tests.ascend.calls import CHAINS, HIDDEN, UNTOUCHED, Chain, expected, pick
 from tests.patience import HANG_S, until

@@ -16,7 +16,7 @@ import torch
 
 import evenmoe as em
 from evenmoe.ascend import aclnn
-from evenmoe.ascend.signatures import SIGNATURES
+from evenmoe.contract.operators import SIGNATURES
 from tests.ascend.calls import valid_calls
 
 CALLS_PER_OPERATOR = 11_000  # of ten operators

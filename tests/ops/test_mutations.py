@@ -137,7 +137,7 @@ def transports() -> None:
         assert world.run(lambda rank: contract.exchange_many(rank, 20)) == [0] * 4
 
 
-OPS, TRANSPORT = "evenmoe.ops.", "evenmoe.transport."
+OPS, RULES, TRANSPORT = "evenmoe.ops.", "evenmoe.rules.", "evenmoe.transport."
 
 
 @dataclass(frozen=True)
@@ -155,20 +155,18 @@ def bug(check: Callable[[], None], module: str, *changes: str) -> Bug:
 
 BUGS = {
     # §1: ids and pruning
-    "replica of the next rank": bug(
-        mapping, OPS + "update_expert", "local_rank_id // ranks_per_replica", "(local_rank_id + 1) // ranks_per_replica"
-    ),
-    "floor for ceiling": bug(mapping, OPS + "update_expert", "-(-world_size // counts)", "world_size // counts"),
-    "replica 2 for token 0": bug(mapping, OPS + "update_expert", "row[None, :] %", "(row[None, :] + 1) %"),
-    "count for first slot": bug(mapping, OPS + "update_expert", "1 + replica.long()", "replica.long()"),
+    "replica of the next rank": bug(mapping, RULES + "rank", "rank // -(-world", "(rank + 1) // -(-world"),
+    "floor for ceiling": bug(mapping, RULES + "rank", "-(-world_size // eplb_table", "(world_size // eplb_table"),
+    "replica 2 for token 0": bug(mapping, RULES + "token", "[None, :] %", "[None, :].add(1) %"),
+    "count for first slot": bug(mapping, RULES + "table", "1 + replica.long()", "replica.long()"),
     "lookup never grows": bug(
-        mapping, OPS + "update_expert", "self._lookup.numel() < rows * self.num_experts", "self._lookup.numel() == 0"
+        mapping, RULES + "token", "self._slots.numel() < rows * num_experts", "self._slots.numel() == 0"
     ),
-    "old lookup after growth": bug(mapping, OPS + "update_expert", "self._lookups.clear()", "pass"),
+    "old lookup after growth": bug(mapping, RULES + "token", "self._by_dtype.clear()", "pass"),
     "old offsets for fewer tokens": bug(
-        mapping, OPS + "update_expert", "self._row_offsets.shape[0] != num", "self._row_offsets.shape[0] < num"
+        mapping, RULES + "token", "self._row_offsets.shape[0] != num", "self._row_offsets.shape[0] < num"
     ),
-    "period one too long": bug(mapping, OPS + "update_expert", "% self._period", "% (self._period + 1)"),
+    "period one too long": bug(mapping, RULES + "token", "% self._period", "% (self._period + 1)"),
     "table shared with its owner": bug(
         mapping, OPS + "update_expert", 'given["eplb_table"].clone()', 'given["eplb_table"]'
     ),

@@ -11,7 +11,8 @@ from evenmoe.errors import ConstraintError
 from evenmoe.metrics import rank_loads as even_rank_loads
 from evenmoe.reference import rules as reference_rules
 from evenmoe.reference.update_expert import update_expert
-from evenmoe.rules import rank, shares
+from evenmoe.rules import rank
+from evenmoe.rules.catalogue import RULES
 
 
 def placement_with(count, num_ranks, seed=0):
@@ -36,7 +37,7 @@ def test_rank_shares_are_what_the_ranks_choose(num_ranks):
             ids, _ = update_expert(torch.tensor([[0]]), table, local_rank_id=source, world_size=num_ranks)
             taken[int(ids)] += 1
         mine = placement.slot_to_expert[0] == 0
-        assert shares.slot_shares(placement, "rank")[0, mine].tolist() == (taken[mine] / num_ranks).tolist()
+        assert RULES.get("rank").shares(placement)[0, mine].tolist() == (taken[mine] / num_ranks).tolist()
         assert rank.reachable(count, num_ranks) == (taken > 0).sum()
 
 
@@ -55,7 +56,7 @@ def test_reachable_counts_of_the_specification():
 @pytest.mark.parametrize("rule", ["even", "rank", "token", "occurrence"])
 def test_shares_add_up(rule):
     placement = placement_with(5, 8)
-    per_slot = shares.slot_shares(placement, rule)[0]
+    per_slot = RULES.get(rule).shares(placement)[0]
     sums = np.bincount(placement.slot_to_expert[0], weights=per_slot)
     np.testing.assert_allclose(sums, 1.0, rtol=1e-15 * 8)  # eight additions
 
@@ -76,15 +77,17 @@ def test_loads_are_those_of_many_tokens(rule, mode):
     load[0, 0] = num_ranks * tokens
     # On each rank a replica is off its share by less than one token; by rank the shares are exact.
     off = 0 if rule == "rank" else num_ranks
-    assert np.abs(shares.slot_loads(load, placement, rule)[0] - taken).max() <= off
+    assert np.abs(RULES.get(rule).slot_loads(load, placement)[0] - taken).max() <= off
 
 
 def test_even_loads_are_the_metric_and_batch_is_the_best_split():
     rng = np.random.default_rng(0)
     load = rng.integers(0, 100, (3, 2, 10)).astype(float)
     placement = em.plan(load.mean(0), num_ranks=4, num_slots=16)
-    np.testing.assert_allclose(shares.rank_loads(load, placement, "even"), even_rank_loads(load, placement), rtol=1e-14)
-    best = shares.rank_loads(load, placement, "batch")
+    np.testing.assert_allclose(
+        RULES.get("even").rank_loads(load, placement), even_rank_loads(load, placement), rtol=1e-14
+    )
+    best = RULES.get("batch").rank_loads(load, placement)
     assert best.shape == (3, 2, 4)
     assert (best.max(-1) <= even_rank_loads(load, placement).max(-1) + 1e-9).all()
     for window in range(3):
@@ -95,13 +98,10 @@ def test_even_loads_are_the_metric_and_batch_is_the_best_split():
 
 def test_mistakes_are_named():
     placement = placement_with(2, 4)
-    with pytest.raises(
-        ConstraintError, match='`rule` is \'batch\': it must be "even", "rank", "token" or "occurrence"'
-    ):
-        shares.slot_shares(placement, "batch")
+    assert RULES.get("batch").shares(placement) is None
     with pytest.raises(
         ConstraintError, match="`rule` is 'random': it must be one of even, rank, token, occurrence, batch"
     ):
-        shares.slot_loads(np.ones((1, placement.num_experts)), placement, "random")
+        RULES.get("random")
     with pytest.raises(ConstraintError, match=r"`load` is an array of shape \(1, 2\): it must end in the placement's"):
-        shares.slot_loads(np.ones((1, 2)), placement, "even")
+        RULES.get("even").slot_loads(np.ones((1, 2)), placement)

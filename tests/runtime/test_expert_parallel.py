@@ -10,8 +10,17 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 import evenmoe as em
-from evenmoe.runtime.replica_choice import RULES
-from tests.runtime.layers import FLOATS, Layer, Spec, expected_slots, expected_sums, in_process, one_rank, specs
+from tests.runtime.layers import (
+    FLOATS,
+    RULES,
+    Layer,
+    Spec,
+    expected_slots,
+    expected_sums,
+    in_process,
+    one_rank,
+    specs,
+)
 from tests.worlds import assert_same_bits
 
 

@@ -17,8 +17,8 @@ import torch
 import evenmoe as em
 from evenmoe.errors import ConstraintError, EvenmoeError, LostRankError, RankDisagreementError, UnsupportedTypeError
 from evenmoe.placement import Placement
-from evenmoe.runtime.replica_choice import RULES
 from evenmoe.transport.world import Rank
+from tests.runtime.layers import RULES
 
 WRONG_RANK = 2
 PLACEMENT = Placement([[0, 1, 0, 2, 3, 1, 4, 0]], 4)
@@ -383,12 +383,18 @@ CONSTRUCTION = {
         "`num_slots` is 5: it must be a multiple of the 2 ranks; use 4, the nearest that is.",
     ),
     "an unknown rule": (
+        lambda ep: em.ExpertParallel(ep, table([1, 0]), num_slots=2, rule="best"),
+        "`rule` is 'best': it must be one of even, rank, token, occurrence, batch, or py:module:attribute; choose one "
+        "of them.",
+    ),
+    "a rule for plans only": (
         lambda ep: em.ExpertParallel(ep, table([1, 0]), num_slots=2, rule="even"),
-        "`rule` is 'even': it must be one of rank, token, occurrence, batch; choose one of them.",
+        "`rule` is 'even': it must be one by which a rank can choose, and this one only states what a plan assumes; "
+        "use the occurrence rule, whose shares are even.",
     ),
     "a rule by its number": (
         lambda ep: em.ExpertParallel(ep, table([1, 0]), num_slots=2, rule=0),
-        "`rule` is 0: it must be one of rank, token, occurrence, batch; choose one of them.",
+        "`rule` is 0, a int: it must be an object of a subclass of evenmoe.rules.rule.Rule; pass one, or its name.",
     ),
     "a table of 64 bits": (
         lambda ep: em.ExpertParallel(ep, table([1, 0]).long(), num_slots=2),

@@ -14,18 +14,15 @@ from typing import Any
 import torch
 
 from evenmoe.ascend import status
-from evenmoe.ascend.collectives import Membership, late_ranks, taking_part
-from evenmoe.ascend.dispatch_numbers import number_of
-from evenmoe.ascend.groups import find_group, peers_here
-from evenmoe.ascend.signatures import SIGNATURES
+from evenmoe.ascend.groups import Membership, find_group, late_ranks, peers_here, taking_part
 from evenmoe.ascend.status import AclError, of_the_chip
 from evenmoe.ascend.stream import Stream
-from evenmoe.ascend.views import check_unchanged
-from evenmoe.ascend.write_outputs import WRITERS
+from evenmoe.ascend.tensors import WRITERS, check_unchanged, number_of
 from evenmoe.contract.combine import check_combine, check_combine_add_rms_norm
 from evenmoe.contract.dispatch import check_dispatch
 from evenmoe.contract.layout import Layout, scale_down
 from evenmoe.contract.limits import ATLAS_A3
+from evenmoe.contract.operators import OPERATORS, SIGNATURES, Kind
 from evenmoe.contract.update_expert import check_update_expert
 from evenmoe.errors import ConstraintError, EvenmoeError, UnsupportedTypeError
 from evenmoe.ops import combine, combine_add_rms_norm, dispatch, update_expert
@@ -42,16 +39,6 @@ _CHECKS: dict[str, Callable[..., Layout | None]] = {
     "combine": check_combine,
     "combine_add_rms_norm": check_combine_add_rms_norm,
 }
-_LATER_TENSORS = {  # of V3 and V4; the registered operators have no defaults
-    "dispatch": ("elastic_info", "performance_info"),
-    "combine": (
-        *("elastic_info", "ori_x", "const_expert_alpha_1", "const_expert_alpha_2", "const_expert_v"),
-        "performance_info",
-    ),
-    "update_expert": ("expert_scales", "pruning_threshold", "active_mask"),
-}
-_LATER_TENSORS["combine_add_rms_norm"] = _LATER_TENSORS["combine"]
-_LATER_ATTRIBUTES = dict.fromkeys(("zero_expert_num", "copy_expert_num", "const_expert_num"), 0)
 _INT64 = range(-(2**63), 2**63)
 
 Tensors = Mapping[str, torch.Tensor | None]
@@ -73,11 +60,11 @@ def stage_one(operator: str, tensors: Tensors, attributes: Mapping[str, object],
     signature = SIGNATURES[operator]
     arguments = {**tensors, **outputs, **attributes}
     assert arguments.keys() == signature.arguments.keys(), (operator, arguments.keys() ^ signature.arguments.keys())
-    arguments = {name: _of_type(kind, name, arguments[name]) for name, kind in signature.arguments.items()}
+    arguments = {name: _of_type(argument.kind, name, arguments[name]) for name, argument in signature.arguments.items()}
     attributes = {name: arguments[name] for name in attributes}
     generation = {"generation": "eplb_update_expert"} if operator == "MoeEPLBUpdateExpert" else {}
     try:
-        layout = _CHECKS[signature.family](**specs_of(arguments), **generation, limits=ATLAS_A3)
+        layout = _CHECKS[signature.operator](**specs_of(arguments), **generation, limits=ATLAS_A3)
     except EvenmoeError as error:
         raise of_the_chip(error) from error
     groups = [] if layout is None else _groups_of(arguments)
@@ -158,7 +145,7 @@ class Executor:
                 raise in_words(error) from error
 
         with self._state:
-            self._refuse_if_spent()
+            self._raise_if_spent()
             stream.enqueue(work, self.describe)
             self._launched = True
 
@@ -169,7 +156,7 @@ class Executor:
             AclError: the executor was used or destroyed before (561000).
         """
         with self._state:
-            self._refuse_if_spent()
+            self._raise_if_spent()
             self.repeatable = True
 
     def destroy(self) -> None:
@@ -179,7 +166,7 @@ class Executor:
             AclError: it was destroyed before, or used without being repeatable, which gives it back (561000).
         """
         with self._state:
-            self._refuse_if_spent()
+            self._raise_if_spent()
             self._destroyed = True
 
     def run(self, memory: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
@@ -203,7 +190,7 @@ class Executor:
             check_unchanged(self._specs, {**self.tensors, **self.outputs})
             # The chip too makes every input contiguous first.
             given = {name: _copy_of(tensor) for name, tensor in self.tensors.items()}
-        family = SIGNATURES[self.operator].family
+        family = SIGNATURES[self.operator].operator
         layout, elastic_info = self._layout, given.get("elastic_info")
         if layout is not None and elastic_info is not None:
             layout = scale_down(layout, elastic_info.tolist())
@@ -222,7 +209,7 @@ class Executor:
         waits = f" waits for {behind}, which has not begun its call," if behind else ""
         return f"aclnn{self.operator}{where}{waits}".removesuffix(",")
 
-    def _refuse_if_spent(self) -> None:
+    def _raise_if_spent(self) -> None:
         if self._destroyed:
             raise AclError(
                 status.INNER,
@@ -245,21 +232,16 @@ class Executor:
         return memberships
 
     def _arguments(self, family: str, given: dict[str, Any]) -> dict[str, Any]:
-        attributes = dict(self._attributes)
+        known = {**given, **self._attributes, "check_values": True, "limits": ATLAS_A3.name}
         if family != "update_expert":
-            attributes = {**_LATER_ATTRIBUTES, **attributes, "comm_alg": attributes["comm_alg"] or ""}
+            known["comm_alg"] = known["comm_alg"] or ""
         if family.startswith("combine"):
-            attributes["dispatch_number"] = number_of(self.tensors["assist_info_for_combine"])
-        return {
-            **dict.fromkeys(_LATER_TENSORS[family]),
-            **given,
-            **attributes,
-            "check_values": True,
-            "limits": ATLAS_A3.name,
-        }
+            known["dispatch_number"] = number_of(self.tensors["assist_info_for_combine"])
+        inputs = (argument for argument in OPERATORS[family].arguments if argument.kind != "output")
+        return {argument.name: known.get(argument.name, argument.default) for argument in inputs}
 
 
-def _of_type(kind: str, name: str, value: Any) -> Any:
+def _of_type(kind: Kind, name: str, value: Any) -> Any:
     """What a C compiler would see to: the type of one argument. Numbers of other libraries become Python's."""
     if kind in ("tensor", "output"):
         if value is not None and not isinstance(value, torch.Tensor):

@@ -24,6 +24,19 @@ RT_INVALID_HANDLE = 107017  # ACL_ERROR_RT_INVALID_HANDLE
 RT_STREAM_ABORT = 107023  # ACL_ERROR_RT_STREAM_ABORT
 RT_STREAM_SYNC_TIMEOUT = 507046  # ACL_ERROR_RT_STREAM_SYNC_TIMEOUT
 
+ACL_INVALID_PARAM = 100000  # ACL_ERROR_INVALID_PARAM
+ACL_UNINITIALIZE = 100001  # ACL_ERROR_UNINITIALIZE
+ACL_REPEAT_INITIALIZE = 100002  # ACL_ERROR_REPEAT_INITIALIZE
+ACL_INTERNAL_ERROR = 500000  # ACL_ERROR_INTERNAL_ERROR
+RT_INVALID_DEVICEID = 107001  # ACL_ERROR_RT_INVALID_DEVICEID
+RT_CONTEXT_NULL = 107002  # ACL_ERROR_RT_CONTEXT_NULL
+RT_STREAM_CONTEXT = 107003  # ACL_ERROR_RT_STREAM_CONTEXT
+RT_MEMORY_ALLOCATION = 207001  # ACL_ERROR_RT_MEMORY_ALLOCATION
+HCCL_PARA = 1  # HCCL_E_PARA
+HCCL_PTR = 2  # HCCL_E_PTR
+HCCL_INTERNAL = 4  # HCCL_E_INTERNAL
+HCCL_RUNTIME = 15  # HCCL_E_RUNTIME
+
 _recent = threading.local()
 
 
@@ -36,6 +49,26 @@ class AclError(RuntimeError):
 
     def __str__(self) -> str:
         return self.message
+
+
+def acl_error(code: int, argument: str, value: object, rule: str, fix: str) -> AclError:
+    """An error to raise: argument, value, rule, fix.
+
+    >>> print(acl_error(ACL_INVALID_PARAM, "size", 0, "must be 1 or more", "allocate what you need"))
+    `size` is 0: it must be 1 or more; allocate what you need.
+    """
+    return AclError(code, f"`{argument}` is {value}: it {rule}; {fix}.")
+
+
+def null_pointer(code: int, argument: str) -> AclError:
+    """The error of a null pointer."""
+    return acl_error(code, argument, "a null pointer", "must be given", "pass the address of one")
+
+
+def check_not_null(code: int, argument: str, address: object) -> None:
+    """Raise an AclError for a null pointer, a number or a list."""
+    if address is None or address == 0:
+        raise null_pointer(code, argument)
 
 
 def of_the_chip(error: EvenmoeError) -> EvenmoeError:

@@ -53,7 +53,7 @@ class Stream:
             AclError: the stream is destroyed (status 107017).
         """
         with self._changed:
-            self._refuse_if_destroyed(status.RT_INVALID_HANDLE)
+            self._raise_if_destroyed(status.RT_INVALID_HANDLE)
             self._queue.append((work, describe))
             self._enqueued += 1
             self._changed.notify_all()
@@ -70,7 +70,7 @@ class Stream:
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
-            self._refuse_if_destroyed(status.RT_INVALID_HANDLE)
+            self._raise_if_destroyed(status.RT_INVALID_HANDLE)
             target = self._enqueued
             while self._done < target:
                 remaining = None if deadline is None else deadline - time.monotonic()
@@ -82,7 +82,7 @@ class Stream:
                         f"{target} calls outstanding: {doing}.",
                     )
                 self._changed.wait(remaining)
-                self._refuse_if_destroyed(status.RT_STREAM_ABORT)
+                self._raise_if_destroyed(status.RT_STREAM_ABORT)
             failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -102,10 +102,10 @@ class Stream:
             AclError: the stream was destroyed meanwhile, so the memory may be gone (status 107023).
         """
         with self._touching:
-            self._refuse_if_destroyed(status.RT_STREAM_ABORT)
+            self._raise_if_destroyed(status.RT_STREAM_ABORT)
             yield
 
-    def _refuse_if_destroyed(self, code: int) -> None:
+    def _raise_if_destroyed(self, code: int) -> None:
         if self._destroyed:
             raise AclError(code, f"{self.name} has been destroyed; create another one with aclrtCreateStream.")
 

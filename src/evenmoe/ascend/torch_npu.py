@@ -14,9 +14,9 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 
-from evenmoe.ascend.dispatch_numbers import number_of, remember
 from evenmoe.ascend.groups import find_group
 from evenmoe.ascend.status import of_the_chip
+from evenmoe.ascend.tensors import number_of, remember
 from evenmoe.contract.combine import check_combine, check_combine_add_rms_norm
 from evenmoe.contract.dispatch import DispatchCall, check_dispatch, check_token_nums_type
 from evenmoe.contract.distribute import check_ep_rank, check_shared_pair, check_shared_rank_num
@@ -50,7 +50,7 @@ class NpuCallError(EvenmoeError, RuntimeError):
     """A call that Atlas A3 refuses; `status` (int) is the code of its first stage: 161001, 161002 or 561002."""
 
 
-def _refusing_as_npu(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+def _raising_as_npu(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """Turns the package's errors into those of torch_npu, with the same text and status."""
 
     @wraps(function)
@@ -68,7 +68,7 @@ def _refusing_as_npu(function: Callable[_Arguments, _Result]) -> Callable[_Argum
     return call
 
 
-@_refusing_as_npu
+@_raising_as_npu
 def npu_moe_eplb_update_expert(
     expert_ids: Tensor, eplb_table: Tensor, local_rank_id: int, world_size: int, *, balance_mode: int = 0
 ) -> Tensor:
@@ -101,7 +101,7 @@ def npu_moe_eplb_update_expert(
     return _update_expert(given, generation="eplb_update_expert")[0]
 
 
-@_refusing_as_npu
+@_raising_as_npu
 def npu_moe_update_expert(
     expert_ids: Tensor,
     eplb_table: Tensor,
@@ -147,7 +147,7 @@ def _update_expert(given: Mapping[str, Any], generation: _Generation) -> tuple[T
     return torch.ops.evenmoe.update_expert(**arguments)
 
 
-@_refusing_as_npu
+@_raising_as_npu
 def npu_moe_distribute_dispatch_v2(
     x: Tensor,
     expert_ids: Tensor,
@@ -222,7 +222,7 @@ def npu_moe_distribute_dispatch_v2(
     return expand_x, dynamic_scales, assist_info, token_nums, ep_recv_counts, tp_recv_counts, expand_scales
 
 
-@_refusing_as_npu
+@_raising_as_npu
 def npu_moe_distribute_combine_v2(
     expand_x: Tensor,
     expert_ids: Tensor,
@@ -278,7 +278,7 @@ def npu_moe_distribute_combine_v2(
     return _call("combine", given)
 
 
-@_refusing_as_npu
+@_raising_as_npu
 def npu_moe_distribute_combine_add_rms_norm(
     expand_x: Tensor,
     expert_ids: Tensor,

@@ -25,10 +25,9 @@ from evenmoe.formats.reading import read, read_placement
 from evenmoe.formats.writing import write
 from evenmoe.metrics import FloatArray, as_load, mean_over_windows, peak_over_mean, within_range
 from evenmoe.placement import identity_placement, layers_of
-from evenmoe.rules.shares import rank_loads
+from evenmoe.rules.catalogue import RULES
 
 _WORST_SHOWN = 8  # layers in text; --json has them all
-_EVEN_RULES = ("even", "token", "occurrence")  # under which replicas share evenly, as `lower_bound` takes them to
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def run_plan(order: Order, *, as_json: bool) -> None:
         )
     rows = _rows(order, windows, placement, previous)
     bound = None
-    if order.rule in _EVEN_RULES:
+    if RULES.get(order.rule).shares_evenly:  # as `lower_bound` takes them to
         bound = em.lower_bound(
             load.sum(axis=0), num_ranks=ranks, num_slots=slots, num_nodes=order.nodes, num_groups=order.groups
         )
@@ -227,13 +226,13 @@ def _rows(order: Order, windows: FloatArray, placement: em.Placement, previous: 
     if previous is not None:
         compared.append(("previous", previous))
     compared.append(("planned", placement))
-    total = windows.sum(axis=0)
+    total, rule = windows.sum(axis=0), RULES.get(order.rule)
     return [
         _Row(
             name,
             each.num_slots,
-            peak_over_mean(rank_loads(total, each, order.rule)),
-            mean_over_windows(peak_over_mean(rank_loads(windows, each, order.rule)), windows),
+            peak_over_mean(rule.rank_loads(total, each)),
+            mean_over_windows(peak_over_mean(rule.rank_loads(windows, each)), windows),
         )
         for name, each in compared
     ]

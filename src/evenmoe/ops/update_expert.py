@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from evenmoe.contract.update_expert import check_update_expert
 from evenmoe.errors import ConstraintError
 from evenmoe.ops.registration import CHECKS, of_right_types, register
 from evenmoe.ops.specs import specs_of
+from evenmoe.rules.catalogue import RULES
+from evenmoe.rules.rule import Rule
+from evenmoe.rules.table import check_ids, check_table
 
-RANK, TOKEN, OCCURRENCE = 0, 1, 2
-BALANCE_MODES: dict[int | str, int] = {0: RANK, "rank": RANK, 1: TOKEN, "token": TOKEN, "occurrence": OCCURRENCE}
+_ASCEND_MODES = (0, 1)  # that the chip has too: the others have numbers only here
 
 
 def update_expert(
@@ -113,67 +115,22 @@ def prepare(
 
 
 class PreparedUpdate:
-    """An EPLB table turned into the lookup of one rank; made by `prepare`."""
+    """An EPLB table turned into the choice of one rank; made by `prepare`."""
 
     def __init__(
         self, eplb_table: torch.Tensor, local_rank_id: int, world_size: int, balance_mode: int, check_values: bool
     ) -> None:
         if check_values:
             check_table(eplb_table)
-        self.mode, self.rank, self.check_values = balance_mode, local_rank_id, check_values
-        self.table = eplb_table.contiguous()
-        self.num_experts = eplb_table.shape[0]
-        self._lookups: dict[torch.dtype, torch.Tensor] = {}  # by the dtype of the ids, which the output shares
-        self._row_offsets = torch.zeros(0)
-        if self.mode == RANK:
-            counts = self.table[:, 0]
-            ranks_per_replica = -(-world_size // counts)
-            replica = local_rank_id // ranks_per_replica
-            self._lookup = self._replicas_at(replica[:, None]).flatten()
-        elif self.mode == TOKEN:
-            self._period = math.lcm(*set(self.table[:, 0].tolist()))
-            self._lookup = self.table.new_empty(0)
+        rule = _local_rules()[balance_mode]
+        self._choose = rule.prepare(eplb_table.contiguous(), -1, local_rank_id, world_size)
+        self._num_experts, self._check_values = eplb_table.shape[0], check_values
 
     def __call__(self, expert_ids: torch.Tensor) -> torch.Tensor:
         """Physical ids for logical ones; integers (Bs, K) in, the same dtype and shape out."""
-        on_cpu = expert_ids.device.type == "cpu"
-        # On a CPU the rank rule's lookup and the occurrence rule find a wrong id themselves.
-        if self.check_values and (self.mode == TOKEN or not on_cpu):
-            _check_ids(expert_ids, self.num_experts)
-        if self.mode == OCCURRENCE:
-            from evenmoe.rules import occurrence
-
-            return occurrence.choose(expert_ids, self.table, self.rank)
-        index = expert_ids
-        if self.mode == TOKEN:
-            self._grow(expert_ids)
-            index = expert_ids + self._row_offsets
-        lookup = self._lookups.get(expert_ids.dtype)
-        if lookup is None:
-            lookup = self._lookups[expert_ids.dtype] = self._lookup.to(expert_ids.dtype)
-        try:
-            # On the flat ids index_select takes three quarters of the time of torch.take.
-            return lookup.index_select(0, index.reshape(-1)).view(expert_ids.shape)
-        except IndexError:
-            _check_ids(expert_ids, self.num_experts)
-            raise
-
-    def _grow(self, expert_ids: torch.Tensor) -> None:
-        """Token mode: one lookup row per token row, up to the least common multiple of the counts."""
-        num_tokens = expert_ids.shape[0]
-        rows = min(self._period, num_tokens)
-        if self._lookup.numel() < rows * self.num_experts:
-            row = torch.arange(rows, device=self.table.device)
-            replica = row[None, :] % self.table[:, :1]
-            self._lookup = self._replicas_at(replica).T.flatten()
-            self._lookups.clear()
-        if self._row_offsets.shape[0] != num_tokens or self._row_offsets.dtype != expert_ids.dtype:
-            row = torch.arange(num_tokens, device=self.table.device) % self._period
-            self._row_offsets = (row * self.num_experts).to(expert_ids.dtype)[:, None]
-
-    def _replicas_at(self, replica: torch.Tensor) -> torch.Tensor:
-        """Entries `1 + replica` of each table row; (E, n) for replica (E, n)."""
-        return self.table.gather(1, 1 + replica.long())
+        if self._check_values and not (self._choose.finds_wrong_ids and expert_ids.device.type == "cpu"):
+            check_ids(expert_ids, self._num_experts)
+        return self._choose(expert_ids)
 
 
 def _run(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
@@ -192,8 +149,8 @@ def _run(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
 def _check(given: dict[str, Any]) -> None:
     """What the contract says of shapes, dtypes and attributes."""
     arguments = {name: value for name, value in given.items() if name not in ("check_values", "limits")}
-    if given["balance_mode"] == OCCURRENCE:
-        arguments["balance_mode"] = RANK  # it takes what the rank rule takes, and reaches every replica
+    if given["balance_mode"] not in _ASCEND_MODES:
+        arguments["balance_mode"] = 0  # they take what the rank rule takes
     check_update_expert(**specs_of(arguments), limits=resolve_limits(given["limits"]))
 
 
@@ -212,54 +169,28 @@ def _keep(scales: torch.Tensor, threshold: torch.Tensor, active_mask: torch.Tens
     return keep if active_mask is None else keep & active_mask[:, None]
 
 
+@cache
+def _local_rules() -> dict[int, Rule]:
+    """By their number, the rules that need nothing of other ranks."""
+    rules = [RULES.get(name) for name in RULES]
+    return {rule.balance_mode: rule for rule in rules if rule.balance_mode is not None}
+
+
 def _resolve_mode(balance_mode: int | str) -> int:
-    if balance_mode not in tuple(BALANCE_MODES):  # a tuple, since what is asked for may be no key at all
+    rules = _local_rules()
+    modes: dict[int | str, int] = {rule.name: mode for mode, rule in rules.items()}
+    modes |= {mode: mode for mode in _ASCEND_MODES}
+    if balance_mode not in tuple(modes):  # a tuple, since what is asked for may be no key at all
+        names = [
+            f'{mode} or "{rule.name}"' if mode in _ASCEND_MODES else f'"{rule.name}"' for mode, rule in rules.items()
+        ]
         raise ConstraintError(
             "balance_mode",
             repr(balance_mode),
-            'must be 0 or "rank", 1 or "token", or "occurrence"',
+            f"must be {', '.join(names[:-1])}, or {names[-1]}",
             'use evenmoe.ExpertParallel for "batch", which needs the counts of all ranks',
         )
-    return BALANCE_MODES[balance_mode]
-
-
-def check_table(table: torch.Tensor) -> None:
-    """Counts within the columns, and no negative slot among the counted ones."""
-    columns = table.shape[1]
-    counts = table[:, 0]
-    wrong = (counts < 1) | (counts >= columns)
-    if wrong.any():
-        expert = int(wrong.nonzero()[0])
-        raise ConstraintError(
-            "eplb_table",
-            f"{int(counts[expert])} in row {expert}, column 0",
-            f"must count 1 to {columns - 1} replicas of each expert, since it has {columns} columns",
-            "give every logical expert a slot, or the table more columns",
-        )
-    column = torch.arange(1, columns, device=table.device)
-    wrong = (table[:, 1:] < 0) & (column[None, :] <= counts[:, None])
-    if wrong.any():
-        expert, replica = wrong.nonzero()[0].tolist()
-        raise ConstraintError(
-            "eplb_table",
-            f"{int(table[expert, 1 + replica])} in row {expert}, column {1 + replica}",
-            "must hold slot ids, 0 or more, in the counted columns",
-            "build it with Placement.eplb_table",
-        )
-
-
-def _check_ids(expert_ids: torch.Tensor, num_experts: int) -> None:
-    if expert_ids.numel() == 0:
-        return
-    low, high = (bound.item() for bound in torch.aminmax(expert_ids))
-    if low < 0 or high >= num_experts:
-        token, k = ((expert_ids < 0) | (expert_ids >= num_experts)).nonzero()[0].tolist()
-        raise ConstraintError(
-            "expert_ids",
-            f"{int(expert_ids[token, k])} for token {token}, k {k}",
-            f"must be a row of eplb_table, 0 to {num_experts - 1}",
-            "route to the model's logical experts, or pass the whole table",
-        )
+    return modes[balance_mode]
 
 
 register(

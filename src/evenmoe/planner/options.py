@@ -10,7 +10,8 @@ import numpy as np
 
 from evenmoe.errors import ConstraintError
 from evenmoe.placement import Placement
-from evenmoe.rules.shares import check_rule
+from evenmoe.rules.catalogue import RULES
+from evenmoe.rules.rule import Rule
 
 
 class Shape(NamedTuple):
@@ -39,7 +40,7 @@ class PlanOptions:
     previous: Placement | None = None
     max_copies: int | None = None
     target_par: float | None = None
-    rule: str = "even"
+    rule: str | Rule = "even"
     seed: int = 0
 
     def checked(self, num_layers: int, num_experts: int) -> tuple[PlanOptions, Shape]:
@@ -51,7 +52,7 @@ class PlanOptions:
         """
         shape = check_shape(num_experts, self.num_ranks, self.num_slots, self.num_nodes, self.num_groups)
         seed = whole_number("seed", self.seed, 0)
-        check_rule(self.rule)
+        RULES.get(self.rule)
         if self.previous is not None:
             check_placement(self.previous, num_layers, shape)
         max_copies = None if self.max_copies is None else whole_number("max_copies", self.max_copies, 0)
@@ -70,7 +71,7 @@ class PlanOptions:
             return
         if not self.target_par >= 1:
             raise ConstraintError("target_par", self.target_par, "must be at least 1.0", "1.0 is perfect balance")
-        if self.rule in ("rank", "batch"):
+        if RULES.get(self.rule).plan_for in ("rank", "batch"):
             raise ConstraintError(
                 "target_par",
                 f"{self.target_par} with rule={self.rule!r}",

@@ -8,6 +8,8 @@ import numpy.typing as npt
 from evenmoe.metrics import FloatArray, as_load, within_range
 from evenmoe.placement import Placement, layers_of
 from evenmoe.planner.options import PlanOptions, Shape
+from evenmoe.rules.catalogue import RULES
+from evenmoe.rules.rule import Rule
 
 
 def plan(
@@ -20,7 +22,7 @@ def plan(
     previous: Placement | None = None,
     max_copies: int | None = None,
     target_par: float | None = None,
-    rule: str = "even",
+    rule: str | Rule = "even",
     seed: int = 0,
 ) -> Placement:
     """Choose replica counts and ranks for every expert, so that the busiest rank has as little to do as possible.
@@ -43,9 +45,10 @@ def plan(
             a worse plan: a lower peak of the load, for "batch" of the drifted loads that it is planned for.
         target_par: stop copying in a layer once its peak-to-average load is at most this. Needs `previous`.
         rule: what decides how tokens divide over an expert's replicas: "even" (equal shares), "rank", "token",
-            "occurrence" or "batch". "token" and "occurrence" are planned as "even": by occurrence the shares are even
-            with few tokens already, by token in the limit of many (T tokens on each rank load the first T mod count
-            replicas of an expert by one more per rank, so one token a rank all goes to replica 0, whatever the plan).
+            "occurrence", "batch", or one of your own. "token" and "occurrence" are planned as "even": by occurrence
+            the shares are even with few tokens already, by token in the limit of many (T tokens on each rank load the
+            first T mod count replicas of an expert by one more per rank, so one token a rank all goes to replica 0,
+            whatever the plan).
         seed: of the search's random choices, 0 or more.
 
     Returns:
@@ -64,9 +67,10 @@ def plan(
     options = PlanOptions(num_ranks, num_slots, num_nodes, num_groups, previous, max_copies, target_par, rule, seed)
     tokens = _without_empty(within_range(as_load(load)))
     options, shape = options.checked(*tokens.shape[-2:])
+    assumed = RULES.get(rule).plan_for
     if tokens.ndim == 3 and previous is not None:
-        return _plan_each_history(tokens, shape, rule, previous, options.max_copies, target_par, options.seed)
-    return _plan(tokens, shape, rule, previous, options.max_copies, target_par, options.seed)
+        return _plan_each_history(tokens, shape, assumed, previous, options.max_copies, target_par, options.seed)
+    return _plan(tokens, shape, assumed, previous, options.max_copies, target_par, options.seed)
 
 
 def _without_empty(tokens: FloatArray) -> FloatArray:

@@ -13,7 +13,7 @@ from evenmoe.planner.batch import improve_batch, judge_batch, plan_batch
 from evenmoe.planner.hierarchical import pack_groups, put_nodes, take_nodes
 from evenmoe.planner.options import Shape
 from evenmoe.planner.rank_rule import improve_rank_rule, plan_rank_rule
-from evenmoe.rules.shares import rank_loads
+from evenmoe.rules.catalogue import RULES
 
 
 def plan_for_rule(
@@ -109,7 +109,7 @@ def _or_anew(
 
 def _judge_rank_rule(load: FloatArray, placement: Placement, _: int) -> FloatArray:
     """(L,): the mean peak-to-average load of the windows."""
-    peaks = peak_over_mean(rank_loads(load, placement, "rank"))
+    peaks = peak_over_mean(RULES.get("rank").rank_loads(load, placement))
     return peaks.mean(axis=0) if load.ndim == 3 else peaks
 
 

@@ -1,4 +1,4 @@
-"""The compiled part of the rules that count: one pass over a rank's picks, in the order of the rows."""
+"""The compiled part of the rules that count: one pass over a rank's assignments, in the order of the rows."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from evenmoe.compiled import compiled
 
 @compiled
 def choose_by_occurrence(experts, table, rank, counted, chosen):
-    """Fill `chosen` (N,) for the picks `experts` (N,); `counted` is bool (N,), or empty when every pick counts.
+    """Fill `chosen` (N,) for the assignments `experts` (N,); `counted` is bool (N,), or empty when all count.
 
-    Returns −1, or the index of the first pick that is no row of the table or whose row counts no replica.
+    Returns −1, or the index of the first assignment that is no row of the table or whose row counts no replica.
     """
     num_experts, columns = table.shape
-    following = np.empty(num_experts, np.int32)  # the replica of the expert's next pick, from 0
+    following = np.empty(num_experts, np.int32)  # the replica of the expert's next assignment, from 0
     for expert in range(num_experts):
         count = table[expert, 0]
         following[expert] = (rank + expert) % count if 0 < count < columns else -1
-    for pick in range(experts.size):
-        expert = experts[pick]
+    for index in range(experts.size):
+        expert = experts[index]
         if expert < 0 or expert >= num_experts or following[expert] < 0:
-            return pick
+            return index
         replica = following[expert]
-        chosen[pick] = table[expert, 1 + replica]
-        if counted.size == 0 or counted[pick]:
+        chosen[index] = table[expert, 1 + replica]
+        if counted.size == 0 or counted[index]:
             replica += 1
             following[expert] = 0 if replica == table[expert, 0] else replica
     return -1
@@ -32,13 +32,13 @@ def choose_by_occurrence(experts, table, rank, counted, chosen):
 
 @compiled
 def choose_by_quota(experts, table, quotas, first, counted, chosen):
-    """Fill `chosen` (N,): the picks of expert e are numbered first[e], first[e] + 1, … and cut at the replicas' quotas.
+    """Fill `chosen` (N,): those of expert e are numbered first[e], first[e] + 1, … and cut at the replicas' quotas.
 
-    Returns −1, or the index of the first pick that is no row of the table or whose row names no slot of `quotas`.
+    Returns −1, or the index of the first assignment that is no row of the table or whose row names no slot of `quotas`.
     """
     num_experts, columns = table.shape
     replica = np.empty(num_experts, np.int32)  # the one in use, from 0
-    left = np.empty(num_experts, np.int64)  # picks it still takes
+    left = np.empty(num_experts, np.int64)  # assignments it still takes
     for expert in range(num_experts):
         count = table[expert, 0]
         replica[expert] = 0 if 0 < count < columns else -1
@@ -48,12 +48,12 @@ def choose_by_quota(experts, table, quotas, first, counted, chosen):
         if replica[expert] == 0:
             left[expert] = quotas[table[expert, 1]] - first[expert]
             _advance(expert, table, quotas, replica, left)
-    for pick in range(experts.size):
-        expert = experts[pick]
+    for index in range(experts.size):
+        expert = experts[index]
         if expert < 0 or expert >= num_experts or replica[expert] < 0:
-            return pick
-        chosen[pick] = table[expert, 1 + replica[expert]]
-        if counted.size == 0 or counted[pick]:
+            return index
+        chosen[index] = table[expert, 1 + replica[expert]]
+        if counted.size == 0 or counted[index]:
             left[expert] -= 1
             _advance(expert, table, quotas, replica, left)
     return -1
@@ -61,7 +61,7 @@ def choose_by_quota(experts, table, quotas, first, counted, chosen):
 
 @compiled
 def _advance(expert, table, quotas, replica, left):
-    """Go on to the replica that takes the next pick; the last one takes whatever the quotas do not cover."""
+    """Go on to the replica that takes the next assignment; the last one takes whatever the quotas do not cover."""
     while left[expert] <= 0 and replica[expert] + 1 < table[expert, 0]:
         replica[expert] += 1
         left[expert] += quotas[table[expert, 1 + replica[expert]]]

@@ -1,18 +1,54 @@
-"""The `occurrence` rule: a rank deals its picks of an expert to the replicas in turn."""
+"""The `occurrence` rule: a rank's assignments of an expert go to its replicas in turn."""
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
-from evenmoe.rules.picks import as_arrays, check_mask, number_picks, refuse_pick
+import numpy as np
+import numpy.typing as npt
+
+from evenmoe.rules.rule import Chooser, EvenRule
+from evenmoe.rules.table import as_arrays, check_mask, number_assignments, raise_at
+
+if TYPE_CHECKING:
+    import torch
+
+
+class OccurrenceRule(EvenRule):
+    """Shares are even already with few tokens."""
+
+    name = "occurrence"
+    description = "The j-th assignment of expert e on rank r takes replica (j + r + e) mod replicas."
+    balance_mode = 2
+    kernel = 2
+
+    def prepare(self, eplb_table: torch.Tensor, num_slots: int, rank: int, world_size: int) -> Chooser:
+        """See `Rule.prepare`."""
+        return OccurrenceChooser(self, eplb_table, rank, world_size)
+
+
+class OccurrenceChooser(Chooser):
+    finds_wrong_ids = True
+
+    def __call__(
+        self,
+        expert_ids: torch.Tensor,
+        counted: torch.Tensor | None = None,
+        counts_by_rank: npt.NDArray[np.int64] | None = None,
+    ) -> torch.Tensor:
+        """See `Chooser`; raises ConstraintError for an id without a row on the CPU."""
+        return choose(expert_ids, self._table, self._rank, counted)
+
+
+RULE = OccurrenceRule()
 
 
 def choose(
     expert_ids: torch.Tensor, eplb_table: torch.Tensor, rank: int, counted: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The j-th pick of expert e on this rank goes to replica (j + rank + e) mod count, j from 0 in row-major order.
+    """The j-th assignment of expert e on this rank goes to replica (j + rank + e) mod count, j from 0, row-major.
 
-    Rank and expert shift the start, so that the ranks' first picks do not all meet on replica 0. Unlike the token
+    Rank and expert shift the start, so that the ranks' first assignments do not all meet on replica 0. Unlike the token
     rule it stays even when few of the tokens pick the expert: with 8 ranks, 128 tokens each, 6 replicas and a
     quarter of the tokens, the busiest replica has 1.03 times the mean, against 1.17 by token and 1.67 by rank.
 
@@ -20,7 +56,7 @@ def choose(
         expert_ids: int32 or int64 (Bs, K), logical experts 0…E−1, on any device.
         eplb_table: int32 (E, F), row e = [count, slot ids…, don't care].
         rank: of the calling rank, 0 or more.
-        counted: bool (Bs, K) or None. Picks that are False (padding, pruned) are not counted; they still get a slot.
+        counted: bool (Bs, K) or None. What is False (padding, pruned) is not counted, and still gets a slot.
 
     Returns:
         Slot ids, (Bs, K) of the dtype of `expert_ids`.
@@ -30,6 +66,7 @@ def choose(
 
     Expert 1 has the slots 1 and 7. Rank 0 starts with replica (0 + 0 + 1) mod 2, slot 7; rank 1 with slot 1:
 
+    >>> import torch
     >>> table = torch.tensor([[1, 0, 0], [2, 1, 7]], dtype=torch.int32)
     >>> ids = torch.tensor([[0, 1], [1, 0], [1, 0]])
     >>> choose(ids, table, rank=0).tolist(), choose(ids, table, rank=1).tolist()
@@ -40,11 +77,11 @@ def choose(
         return _choose_anywhere(expert_ids, eplb_table, rank, counted)
     from evenmoe.rules import choose_kernels  # not at the top: importing numba takes 0.3 s
 
-    chosen = torch.empty(expert_ids.shape, dtype=expert_ids.dtype)
+    chosen = expert_ids.new_empty(expert_ids.shape)
     experts, table, mask = as_arrays(expert_ids, eplb_table, counted)
     wrong = choose_kernels.choose_by_occurrence(experts, table, rank, mask, chosen.view(-1).numpy())
     if wrong >= 0:
-        refuse_pick(expert_ids, eplb_table, wrong)
+        raise_at(expert_ids, eplb_table, wrong)
     return chosen
 
 
@@ -53,5 +90,5 @@ def _choose_anywhere(
 ) -> torch.Tensor:
     """The same without a loop, for accelerators."""
     experts = expert_ids.long()
-    replica = (number_picks(experts, counted) + rank + experts) % eplb_table[experts, 0]
+    replica = (number_assignments(experts, counted) + rank + experts) % eplb_table[experts, 0]
     return eplb_table[experts, 1 + replica].to(expert_ids.dtype)

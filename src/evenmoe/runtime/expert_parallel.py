@@ -5,6 +5,7 @@ Shapes: T tokens of this rank, H hidden, K experts per token, E logical experts,
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -17,13 +18,14 @@ from evenmoe.ops.exchange import exchange, prepare_sending
 from evenmoe.ops.routing import Routing, route
 from evenmoe.ops.specs import refuse_other_places
 from evenmoe.ops.weighted_sum import add_rows
-from evenmoe.runtime.replica_choice import RULES, ReplicaChoice, refuse_other_types
+from evenmoe.rules.catalogue import RULES
+from evenmoe.rules.rule import Rule
+from evenmoe.rules.table import check_table_of_slots, counted_entries
 from evenmoe.transport.agreement import DISPATCH, LAYER, digest, dtype_code
 from evenmoe.transport.call import GroupCall, Incoming, Outgoing, together
 from evenmoe.transport.process_world import Group, transport_of
 
 _DISPATCH, _COMBINE = "ExpertParallel.dispatch", "ExpertParallel.combine"
-_CHOICES = {"`rule`": RULES}
 _BATCH = "batch rule of ExpertParallel.dispatch"
 
 
@@ -69,8 +71,9 @@ class ExpertParallel:
         eplb_table: int32 (E, F), row e = [count, slot ids…, don't care]; slot ids are unique over the table. The
             same on every rank (`Placement.eplb_table`).
         num_slots: S, a multiple of W.
-        rule: which replica a token uses: "rank", "token", "occurrence", or "batch" (the split of the whole batch
-            that minimises the busiest rank's load; the counts it needs travel instead of the usual ones).
+        rule: which replica a token uses, a `evenmoe.rules.rule.Rule` or its name: "rank", "token", "occurrence",
+            "batch" (the split of the whole batch that minimizes the busiest rank's load; the counts it needs travel
+            instead of the usual ones), or one of your own (`evenmoe.rules.catalogue`).
         check_values: look at ids at every step. False saves the pass; a wrong value is then undefined.
         layer: a number of the layer, 0 or more, the same on all ranks, for messages and to tell layers apart. None for
             the next number of the group, which agrees if all ranks make their layers in the same order.
@@ -98,12 +101,13 @@ class ExpertParallel:
         eplb_table: torch.Tensor,
         *,
         num_slots: int,
-        rule: str = "rank",
+        rule: str | Rule = "rank",
         check_values: bool = True,
         layer: int | None = None,
     ) -> None:
         self._group = ep = transport_of(group)
-        self.num_slots, self.rule, self._check_values = num_slots, rule, check_values
+        self._rule, self._check_values = RULES.get(rule), check_values
+        self.num_slots, self.rule = num_slots, self._rule.name
         if num_slots < 1 or num_slots % ep.world_size:
             nearest = max(1, round(num_slots / ep.world_size)) * ep.world_size
             raise ConstraintError(
@@ -114,17 +118,22 @@ class ExpertParallel:
             )
         if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < 2**62):
             raise ConstraintError("layer", repr(layer), "must be a whole number from 0", "pass the layer's index")
-        self._choice = ReplicaChoice(eplb_table, rule, num_slots, ep.rank, ep.world_size)
+        check_table_of_slots(eplb_table, num_slots)
+        self._table = eplb_table.clone()  # it is read at every step, when its owner may have changed it
+        self._choose = self._rule.prepare(self._table, num_slots, ep.rank, ep.world_size)
         self.num_experts = eplb_table.shape[0]
-        self._table_digest = digest(self._choice.counted_entries())
+        experts, slots = counted_entries(self._table)
+        self._table_digest = digest(experts * num_slots + slots)
+        names = {digest(name.encode()): name for name in (*RULES, self.rule)}
+        self._choices = {"`rule`": defaultdict(lambda: "another rule", names)}
         self._given_layer, self.layer = layer, ep.next_layer() if layer is None else layer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallel:
         return ExpertParallel(
             self._group,
-            self._choice.table,
+            self._table,
             num_slots=self.num_slots,
-            rule=self.rule,
+            rule=self._rule,
             check_values=self._check_values,
             layer=self._given_layer,
         )
@@ -163,19 +172,21 @@ class ExpertParallel:
             weights = topk_weights.to(torch.float32, copy=True)  # the caller may write to them before combine
             layout, counted = self._layout(x, topk_ids), topk_ids >= 0
             number, sizes = self._group.number(), self._sizes(x, topk_ids)
-            if self.rule == "batch":
+            if self._rule.needs_counts:
                 by_rank = self._count_experts(call, topk_ids, counted, sizes)
                 routing = route(self._slots(topk_ids, counted, by_rank), layout, None)
-                first = layout.rank * layout.experts_per_rank
-                to_slots = self._choice.slot_counts(by_rank)[:, first : first + layout.experts_per_rank]
-                counts = torch.from_numpy(to_slots.copy()).to(x.device)
                 sending = prepare_sending(routing, x.shape[0], x.shape[1:], x)
-                none = counts.new_zeros((layout.ep, 0))
-                call.agree({LAYER: self.layer}, none, sending.outgoing, operator=_BATCH)
+                to_slots = self._choose.slot_counts(by_rank)
+                sent = routing.counts if to_slots is None else routing.counts[:, :0]
+                counts = call.agree({LAYER: self.layer}, sent, sending.outgoing, operator=_BATCH)
+                if to_slots is not None:
+                    first = layout.rank * layout.experts_per_rank
+                    own = to_slots[:, first : first + layout.experts_per_rank]
+                    counts = torch.from_numpy(own.copy()).to(x.device)
             else:
                 routing = route(self._slots(topk_ids, counted), layout, None)
                 sending = prepare_sending(routing, x.shape[0], x.shape[1:], x)
-                counts = call.agree(sizes, routing.counts, sending.outgoing, choices=_CHOICES)
+                counts = call.agree(sizes, routing.counts, sending.outgoing, choices=self._choices)
             received = exchange(call, sending, counts, x, sending.token)
             return DispatchedRows(
                 received.rows,
@@ -245,12 +256,12 @@ class ExpertParallel:
         experts = torch.where(counted, topk_ids, self.num_experts).flatten().long()
         by_expert = torch.bincount(experts, minlength=self.num_experts + 1)[: self.num_experts]
         everywhere = by_expert.expand(self._group.world_size, -1)
-        return call.agree(sizes, everywhere, choices=_CHOICES).cpu().numpy()
+        return call.agree(sizes, everywhere, choices=self._choices).cpu().numpy()
 
     def _slots(self, topk_ids: torch.Tensor, counted: torch.Tensor, by_rank: np.ndarray | None = None) -> torch.Tensor:
         """Slot ids; S, which `route` leaves at home, where nothing is to be computed."""
         experts = torch.where(counted, topk_ids, 0)
-        return torch.where(counted, self._choice(experts, counted, by_rank), self.num_slots)
+        return torch.where(counted, self._choose(experts, counted, by_rank), self.num_slots)
 
     def _layout(self, x: torch.Tensor, topk_ids: torch.Tensor) -> Layout:
         return make_layout(
@@ -270,7 +281,7 @@ class ExpertParallel:
             "top-k of `topk_ids`": topk_ids.shape[1],
             "logical experts": self.num_experts,
             "`num_slots`": self.num_slots,
-            "`rule`": RULES.index(self.rule),
+            "`rule`": digest(self.rule.encode()),
             "digest of the EPLB table": self._table_digest,
         }
 
@@ -343,6 +354,13 @@ def _weighted_sum(incoming: Incoming, routing: Routing, topk_weights: torch.Tens
     total = torch.zeros((num_tokens, rows.shape[1]), dtype=torch.float32, device=rows.device)
     add_rows(total, rows, place, topk_weights)
     return total.to(rows.dtype)
+
+
+def refuse_other_types(**tensors: object) -> None:
+    """Raises UnsupportedTypeError for the first that is no tensor, None included."""
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise UnsupportedTypeError(name, f"a {type(value).__name__}", "must be a torch.Tensor", "use torch.tensor")
 
 
 def _refuse_whole_numbers(name: str, tensor: torch.Tensor) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from evenmoe.errors import ConstraintError
-from evenmoe.rules.shares import RULES
+from evenmoe.rules.catalogue import RULES
 from evenmoe.simulator.world import World
 
 DEFAULT = (

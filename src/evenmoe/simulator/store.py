@@ -20,7 +20,7 @@ import numpy.typing as npt
 from evenmoe.errors import ConstraintError, FileFormatError
 from evenmoe.io.output import whole_file
 from evenmoe.placement import Placement
-from evenmoe.rules.shares import RULES
+from evenmoe.rules.catalogue import RULES
 from evenmoe.simulator.result import Details, PolicyResult, Simulation, Traffic
 
 VERSION = 1

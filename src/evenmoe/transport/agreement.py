@@ -10,7 +10,7 @@ It costs no collective of its own.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -132,7 +132,7 @@ def text_of(words: Words) -> str:
     return words.tobytes().rstrip(b"\0").decode(errors="replace")
 
 
-def check_headers(headers: Words, choices: Mapping[str, Sequence[str]]) -> None:
+def check_headers(headers: Words, choices: Mapping[str, Mapping[int, str]]) -> None:
     """Compare the headers of all ranks, int64 (W, HEADER), whose numbers are equal.
 
     Raises:
@@ -207,7 +207,7 @@ def _elsewhere(what: str, where: Mapping[int, str]) -> RankDisagreementError:
     )
 
 
-def _readable(name: str, value: int, choices: Mapping[str, Sequence[str]]) -> str:
+def _readable(name: str, value: int, choices: Mapping[str, Mapping[int, str]]) -> str:
     if name in choices:
         return choices[name][value]
     if name.startswith("dtype"):

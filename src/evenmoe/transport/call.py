@@ -105,7 +105,7 @@ class _Plan:
 
 
 #: What a rank said in its header: the packet, the counts that did not fit, and words for the values of sizes.
-_Announced: TypeAlias = tuple[Outgoing | None, torch.Tensor | None, Mapping[str, Sequence[str]]]
+_Announced: TypeAlias = tuple[Outgoing | None, torch.Tensor | None, Mapping[str, Mapping[int, str]]]
 
 
 class GroupCall:
@@ -141,7 +141,7 @@ class GroupCall:
         outgoing: Outgoing | None = None,
         *,
         operator: str | None = None,
-        choices: Mapping[str, Sequence[str]] | None = None,
+        choices: Mapping[str, Mapping[int, str]] | None = None,
     ) -> torch.Tensor:
         """Exchange `counts` between ranks that agree on `sizes`; raise the same error on every rank if they do not.
 
@@ -150,7 +150,7 @@ class GroupCall:
             counts: int64 (W, n); row d goes to rank d.
             outgoing: the packet that follows. None if the ranks have to agree once more before.
             operator: another name than the call's.
-            choices: {name: words} for names whose values are positions in a list of words, for the error.
+            choices: {name: {value: words}} for names whose values stand for words, for the error.
 
         Returns:
             int64 (W, n), row s from rank s.
@@ -246,7 +246,7 @@ class GroupCall:
         received: agreement.Words,
         outgoing: Outgoing | None,
         rest: torch.Tensor | None,
-        choices: Mapping[str, Sequence[str]],
+        choices: Mapping[str, Mapping[int, str]],
     ) -> None:
         """Compare the headers, and know what the others wait for next."""
         headers = received[:, : agreement.HEADER]

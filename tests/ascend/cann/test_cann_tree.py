@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from evenmoe.ascend.cann import build
 from evenmoe.ascend.cann.sources import c_names, digest, header_texts
-from evenmoe.ascend.signatures import SIGNATURES
 from evenmoe.cli import app
+from evenmoe.contract.operators import SIGNATURES
 from evenmoe.errors import ConstraintError
 
 from .conftest import LIBRARIES, PROGRAMS, run_in_tree

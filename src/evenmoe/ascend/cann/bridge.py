@@ -6,21 +6,19 @@ Pointers arrive as numbers. Those to results are only compared with null here; t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
 
 from evenmoe.ascend import status
-from evenmoe.ascend.cann import refusals, sources
+from evenmoe.ascend.cann import sources
 from evenmoe.ascend.cann.calls import Calls
-from evenmoe.ascend.cann.communicators import Communicators, check_given
 from evenmoe.ascend.cann.memory import Memory, check_copy
-from evenmoe.ascend.cann.refusals import refusal
-from evenmoe.ascend.cann.runtime import NUM_DEVICES, Runtime, check_out
+from evenmoe.ascend.cann.runtime import NUM_DEVICES, Communicator, Communicators, Runtime
 from evenmoe.ascend.cann.tensors import DTYPES, describe_tensor
 from evenmoe.ascend.executor import stage_one as stage_one_of_operator
-from evenmoe.ascend.status import AclError
+from evenmoe.ascend.status import AclError, acl_error, check_not_null, null_pointer
 
 Answer = tuple[int, str | None, Sequence[int | str]]
 
@@ -31,12 +29,24 @@ _calls = Calls(_runtime, _device_memory, _communicators)
 _initialized = False
 
 
-def _answers(function: Callable[..., Any], internal: int, uninitialized: int | None) -> Callable[..., Answer]:
+def _answers(
+    function: Callable[..., Any], out: str = "", *, internal: int, null: int, uninitialized: int | None = None
+) -> Callable[..., Answer]:
+    """The function as C calls it.
+
+    Args:
+        out: the C name of a pointer to the result, which is the last argument and must not be null.
+        internal, null, uninitialized: statuses for a mistake of ours, a null `out`, and a call before aclInit.
+    """
+
     @wraps(function)
     def answer(*arguments: Any) -> Answer:
         try:
             if uninitialized is not None and not _initialized:
-                raise refusal(uninitialized, "aclInit", "not called", "must come first", "call aclInit")
+                raise acl_error(uninitialized, "aclInit", "not called", "must come first", "call aclInit")
+            if out:
+                check_not_null(null, out, arguments[-1])
+                arguments = arguments[:-1]
             results = function(*arguments)
         except AclError as error:
             return error.status, str(error), ()
@@ -49,17 +59,10 @@ def _answers(function: Callable[..., Any], internal: int, uninitialized: int | N
     return answer
 
 
-def _acl(function: Callable[..., Any]) -> Callable[..., Answer]:
-    return _answers(function, refusals.ACL_INTERNAL_ERROR, refusals.ACL_UNINITIALIZE)
-
-
-def _aclnn(function: Callable[..., Any]) -> Callable[..., Answer]:
-    return _answers(function, status.INNER, None)
-
-
-def _hccl(function: Callable[..., Any]) -> Callable[..., Answer]:
-    return _answers(function, refusals.HCCL_INTERNAL, refusals.HCCL_RUNTIME)
-
+_before_init = partial(_answers, internal=status.ACL_INTERNAL_ERROR, null=status.ACL_INVALID_PARAM)
+_acl = partial(_before_init, uninitialized=status.ACL_UNINITIALIZE)
+_aclnn = partial(_answers, internal=status.INNER, null=status.PARAM_NULLPTR)
+_hccl = partial(_answers, internal=status.HCCL_INTERNAL, null=status.HCCL_PTR, uninitialized=status.HCCL_RUNTIME)
 
 digest = sources.digest
 
@@ -95,13 +98,13 @@ def _warm_up() -> None:
 def _init() -> None:
     global _initialized  # noqa: PLW0603  the C program's state is the process's
     if _initialized:
-        code = refusals.ACL_REPEAT_INITIALIZE
-        raise refusal(code, "aclInit", "called again", "must be called once", "call aclFinalize before")
+        code = status.ACL_REPEAT_INITIALIZE
+        raise acl_error(code, "aclInit", "called again", "must be called once", "call aclFinalize before")
     _warm_up()
     _initialized = True
 
 
-init = _answers(_init, refusals.ACL_INTERNAL_ERROR, None)
+init = _before_init(_init)
 
 
 @_acl
@@ -117,21 +120,11 @@ def data_type_size(data_type: int) -> int:
     return dtype.itemsize if dtype else 0
 
 
-@_acl
-def device_count(out: int) -> int:
-    check_out("count", out)
-    return NUM_DEVICES
+# Devices, contexts and streams. What changes the thread's context is given the one before, and returns the one after.
 
-
-@_acl
-def set_device(device: int, context: int) -> int:
-    return _runtime.set_device(device)
-
-
-@_acl
-def get_device(context: int, out: int) -> int:
-    check_out("deviceId", out)
-    return _runtime.device_of(context)
+device_count = _acl(lambda: NUM_DEVICES, "count")
+set_device = _acl(lambda device, context: _runtime.set_device(device))
+get_device = _acl(_runtime.device_of, "deviceId")
 
 
 @_acl
@@ -141,10 +134,7 @@ def reset_device(device: int, context: int) -> int:
     return context if context in _runtime.contexts.handles() else 0
 
 
-@_acl
-def create_context(device: int, out: int) -> int:
-    check_out("context", out)
-    return _runtime.create_context(device)
+create_context = _acl(_runtime.create_context, "context")
 
 
 @_acl
@@ -159,67 +149,55 @@ def set_current_context(handle: int, context: int) -> int:
     return handle
 
 
-@_acl
-def get_current_context(context: int, out: int) -> int:
-    check_out("context", out)
+@partial(_acl, out="context")
+def get_current_context(context: int) -> int:
     _runtime.device_of(context)
     return context
 
 
-@_acl
-def create_stream(context: int, out: int) -> int:
-    check_out("stream", out)
-    return _runtime.create_stream(context)
-
-
-@_acl
-def destroy_stream(handle: int, force: int) -> None:
-    _runtime.destroy_stream(handle, bool(force))
+create_stream = _acl(_runtime.create_stream, "stream")
+destroy_stream = _acl(lambda handle, force: _runtime.destroy_stream(handle, bool(force)))
 
 
 @_acl
 def synchronize_stream(handle: int, timeout_ms: int, context: int) -> None:
     if timeout_ms < -1:
         rule = "must be milliseconds, or -1 to wait for ever"
-        raise refusal(refusals.ACL_INVALID_PARAM, "timeout", timeout_ms, rule, "pass -1, 0 or more")
+        raise acl_error(status.ACL_INVALID_PARAM, "timeout", timeout_ms, rule, "pass -1, 0 or more")
     stream = _runtime.find_stream("stream", handle, context).stream
     stream.synchronize(None if timeout_ms == -1 else timeout_ms / 1000)
 
 
-@_acl
-def synchronize_device(context: int) -> None:
-    _runtime.synchronize_device(context)
+synchronize_device = _acl(_runtime.synchronize_device)
+
+# Memory --------------------------------------------------------------------------------------------------------------
 
 
-@_acl
-def malloc(context: int, size: int, out: int) -> int:
-    check_out("devPtr", out)
+@partial(_acl, out="devPtr")
+def malloc(context: int, size: int) -> int:
     return _device_memory.allocate(_runtime.device_of(context), size)
 
 
 @_acl
 def free(address: int) -> None:
-    check_out("devPtr", address)
+    check_not_null(status.ACL_INVALID_PARAM, "devPtr", address)
     _device_memory.free(address)
 
 
-@_acl
-def malloc_host(size: int, out: int) -> int:
-    check_out("hostPtr", out)
-    return _host_memory.allocate(0, size)
+malloc_host = _acl(lambda size: _host_memory.allocate(0, size), "hostPtr")
 
 
 @_acl
 def free_host(address: int) -> None:
-    check_out("hostPtr", address)
+    check_not_null(status.ACL_INVALID_PARAM, "hostPtr", address)
     _host_memory.free(address)
 
 
 @_acl
 def memset(address: int, room: int, value: int, size: int) -> None:
-    check_out("devPtr", address)
+    check_not_null(status.ACL_INVALID_PARAM, "devPtr", address)
     if size > room:
-        raise refusal(refusals.ACL_INVALID_PARAM, "count", size, f"must be at most maxCount, {room}", "set less")
+        raise acl_error(status.ACL_INVALID_PARAM, "count", size, f"must be at most maxCount, {room}", "set less")
     _device_memory.fill(address, value, size)
 
 
@@ -240,42 +218,31 @@ def memcpy_async(destination: int, room: int, source: int, size: int, kind: int,
     stream.enqueue(work, lambda: "aclrtMemcpyAsync")
 
 
+# Groups --------------------------------------------------------------------------------------------------------------
+
+
 @_hccl
 def hccl_init_all(num_devices: int, devices: list[int] | None, out: int) -> list[int]:
-    check_given("devices", devices)
-    check_given("comms", out)
-    if devices is None or len(devices) != num_devices:  # more than the library reads
+    if devices is None or out == 0:
+        raise null_pointer(status.HCCL_PTR, "devices" if devices is None else "comms")
+    if len(devices) != num_devices:  # more than the library reads
         rule = f"must be at most {NUM_DEVICES}"
-        raise refusal(refusals.HCCL_PARA, "ndev", num_devices, rule, "count the devices of the group")
+        raise acl_error(status.HCCL_PARA, "ndev", num_devices, rule, "count the devices of the group")
     return _communicators.create(devices)
 
 
-@_hccl
-def hccl_destroy(handle: int) -> None:
-    _communicators.destroy(handle)
+def _end_of_group(handle: int) -> Communicator:
+    return _communicators.handles.get("comm", handle)
 
 
-@_hccl
-def hccl_name(handle: int, out: int) -> str:
-    check_given("commName", out)
-    return _communicators.handles.get("comm", handle).transport.name
+hccl_destroy = _hccl(_communicators.destroy)
+hccl_name = _hccl(lambda handle: _end_of_group(handle).transport.name, "commName")
+hccl_rank_size = _hccl(lambda handle: _end_of_group(handle).transport.world_size, "rankSize")
+hccl_rank_id = _hccl(lambda handle: _end_of_group(handle).transport.rank, "rank")
 
+# Tensors and the two stages ------------------------------------------------------------------------------------------
 
-@_hccl
-def hccl_rank_size(handle: int, out: int) -> int:
-    check_given("rankSize", out)
-    return _communicators.handles.get("comm", handle).transport.world_size
-
-
-@_hccl
-def hccl_rank_id(handle: int, out: int) -> int:
-    check_given("rank", out)
-    return _communicators.handles.get("comm", handle).transport.rank
-
-
-@_aclnn
-def create_tensor(*described: Any) -> int:
-    return _calls.tensors.add(describe_tensor(*described))
+create_tensor = _aclnn(lambda *described: _calls.tensors.add(describe_tensor(*described)))
 
 
 @_aclnn
@@ -283,28 +250,14 @@ def destroy_tensor(handle: int) -> None:
     _calls.tensors.pop("tensor", handle)
 
 
-@_aclnn
-def set_repeatable(handle: int) -> None:
-    _calls.set_repeatable(handle)
-
-
-@_aclnn
-def destroy_executor(handle: int) -> None:
-    _calls.destroy_executor(handle)
-
-
-@_aclnn
-def set_tensor_address(handle: int, side: str, index: int, tensor: int, address: int) -> None:
-    _calls.set_tensor_address(handle, side, index, tensor, address)
+set_repeatable = _aclnn(_calls.set_repeatable)
+destroy_executor = _aclnn(_calls.destroy_executor)
+set_tensor_address = _aclnn(_calls.set_tensor_address)
+stage_two = _aclnn(_calls.second_stage)
 
 
 @_aclnn
 def stage_one(operator: str, size_out: int, executor_out: int, *arguments: Any) -> tuple[int, int]:
-    check_out("workspaceSize", size_out, status.PARAM_NULLPTR)
-    check_out("executor", executor_out, status.PARAM_NULLPTR)
+    check_not_null(status.PARAM_NULLPTR, "workspaceSize", size_out)
+    check_not_null(status.PARAM_NULLPTR, "executor", executor_out)
     return _calls.first_stage(operator, arguments)
-
-
-@_aclnn
-def stage_two(operator: str, workspace: int, size: int, handle: int, stream: int, context: int) -> None:
-    _calls.second_stage(operator, workspace, size, handle, stream, context)

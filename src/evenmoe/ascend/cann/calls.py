@@ -10,16 +10,13 @@ from typing import Any
 import torch
 
 from evenmoe.ascend import status
-from evenmoe.ascend.cann.communicators import Communicators
-from evenmoe.ascend.cann.handles import Handles
 from evenmoe.ascend.cann.memory import Memory
-from evenmoe.ascend.cann.refusals import null, refusal
-from evenmoe.ascend.cann.runtime import Runtime
+from evenmoe.ascend.cann.runtime import Communicators, Handles, Runtime
 from evenmoe.ascend.cann.sources import c_names
 from evenmoe.ascend.cann.tensors import TensorDescription, shape_only, view
 from evenmoe.ascend.executor import Executor, stage_one
-from evenmoe.ascend.signatures import SIGNATURES
-from evenmoe.ascend.status import AclError
+from evenmoe.ascend.status import AclError, acl_error, null_pointer
+from evenmoe.contract.operators import SIGNATURES
 from evenmoe.errors import EvenmoeError
 
 _OPEN_GROUP = "; make the group with HcclCommInitAll, and pass the name that HcclGetCommName returns."
@@ -92,7 +89,7 @@ class Calls:
             AclError: an executor, stream or workspace that is none or does not fit; the executor is not used up.
         """
         if handle == 0:
-            raise null(status.PARAM_NULLPTR, "executor")
+            raise null_pointer(status.PARAM_NULLPTR, "executor")
         call = self.executors.get("executor", handle)
         try:
             chosen = self._runtime.find_stream("stream", stream, context)
@@ -103,7 +100,7 @@ class Calls:
             if device not in (None, chosen.device):
                 rule = f"must belong to device {device}, which is rank {rank} of {argument} {name!r}"
                 fix = "launch each rank on its own device"
-                raise refusal(status.PARAM_INVALID, "stream", f"of device {chosen.device}", rule, fix)
+                raise acl_error(status.PARAM_INVALID, "stream", f"of device {chosen.device}", rule, fix)
         if workspace:
             self._memory.check_room("workspace", workspace, workspace_size, status.PARAM_INVALID)
         names = c_names(operator)
@@ -115,12 +112,12 @@ class Calls:
 
     def set_repeatable(self, handle: int) -> None:
         if handle == 0:
-            raise null(status.INNER_NULLPTR, "executor")
+            raise null_pointer(status.INNER_NULLPTR, "executor")
         self.executors.get("executor", handle).executor.make_repeatable()
 
     def destroy_executor(self, handle: int) -> None:
         if handle == 0:
-            raise null(status.INNER_NULLPTR, "executor")
+            raise null_pointer(status.INNER_NULLPTR, "executor")
         self.executors.pop("executor", handle).executor.destroy()
 
     def set_tensor_address(self, handle: int, side: str, index: int, tensor: int, address: int) -> None:
@@ -132,15 +129,15 @@ class Calls:
         """
         for argument, value in (("executor", handle), ("tensor", tensor)):
             if value == 0:
-                raise null(status.INNER_NULLPTR, argument)
+                raise null_pointer(status.INNER_NULLPTR, argument)
         executor = self.executors.get("executor", handle).executor
         if not executor.repeatable:
             rule, fix = "must be repeatable", "call aclSetAclOpExecutorRepeatable before"
-            raise refusal(status.INNER, "executor", "for one call", rule, fix)
+            raise acl_error(status.INNER, "executor", "for one call", rule, fix)
         tensors = executor.tensors if side == "input" else executor.outputs
         if index >= len(tensors):
             rule = f"must be below {len(tensors)}, the {side}s of aclnn{executor.operator}"
-            raise refusal(status.PARAM_INVALID, "index", index, rule, "count them in the order of the first stage")
+            raise acl_error(status.PARAM_INVALID, "index", index, rule, "count them in the order of the first stage")
         name, before = list(tensors.items())[index]
         description = self.tensors.get("tensor", tensor).moved(address)
         try:
@@ -151,7 +148,7 @@ class Calls:
             what = "null" if before is None else f"{before.dtype} {tuple(before.shape)}"
             value = f"{after.dtype} {tuple(after.shape)}"
             rule = f"must be as `{c_names(executor.operator)[name]}` was, {what}"
-            raise refusal(status.TILING_ERROR, "tensor", value, rule, "call the first stage again for another")
+            raise acl_error(status.TILING_ERROR, "tensor", value, rule, "call the first stage again for another")
         self.tensors.replace(tensor, description)
         tensors[name] = after
 

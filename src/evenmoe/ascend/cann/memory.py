@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 
 from evenmoe.ascend import status
-from evenmoe.ascend.cann.refusals import ACL_INVALID_PARAM, RT_MEMORY_ALLOCATION, null, refusal
-from evenmoe.ascend.status import AclError
+from evenmoe.ascend.status import ACL_INVALID_PARAM, RT_MEMORY_ALLOCATION, AclError, acl_error, null_pointer
 
 BYTES_PER_DEVICE = 64 * 2**30  # an Atlas A3 die; more would only be overcommitted by the host
 
@@ -42,7 +41,7 @@ class Memory:
             AclError: no byte at all (100000), or more than the device has left (207001).
         """
         if size == 0:
-            raise refusal(ACL_INVALID_PARAM, "size", 0, "must be 1 or more", "allocate nothing for an empty tensor")
+            raise acl_error(ACL_INVALID_PARAM, "size", 0, "must be 1 or more", "allocate nothing for an empty tensor")
         with self._lock:
             left = BYTES_PER_DEVICE - self._used.get(device, 0)
             if size > left:
@@ -67,7 +66,7 @@ class Memory:
             block = self._blocks.pop(address, None)
             if block is None:
                 rule = "must be an address that aclrtMalloc returned and nobody has freed"
-                raise refusal(status.RT_PARAM_INVALID, "devPtr", f"{address:#x}", rule, "free each allocation once")
+                raise acl_error(status.RT_PARAM_INVALID, "devPtr", f"{address:#x}", rule, "free each allocation once")
             self._addresses.remove(address)
             self._used[block.device] -= block.data.numel()
 
@@ -96,12 +95,12 @@ class Memory:
         found = self.find(address)
         if found is None:
             rule = "must lie in memory of aclrtMalloc that is not freed"
-            raise refusal(code, argument, f"{address:#x}", rule, "allocate it on the device")
+            raise acl_error(code, argument, f"{address:#x}", rule, "allocate it on the device")
         block, offset = found
         room = block.data.numel() - offset
         if size > room:
             rule = f"must have room for {size} bytes, and its allocation ends after {room}"
-            raise refusal(code, argument, f"{address:#x}", rule, "allocate more, or pass fewer")
+            raise acl_error(code, argument, f"{address:#x}", rule, "allocate more, or pass fewer")
         return block
 
     def fill(self, address: int, value: int, size: int) -> None:
@@ -131,12 +130,14 @@ def check_copy(memory: Memory, destination: int, room: int, source: int, size: i
             one live allocation, a host's side that is device memory (107000).
     """
     if kind not in _KINDS:
-        raise refusal(ACL_INVALID_PARAM, "kind", kind, "must be an aclrtMemcpyKind, 0 to 3", "say where both sides are")
+        raise acl_error(
+            ACL_INVALID_PARAM, "kind", kind, "must be an aclrtMemcpyKind, 0 to 3", "say where both sides are"
+        )
     for argument, address in (("dst", destination), ("src", source)):
         if address == 0:
-            raise null(ACL_INVALID_PARAM, argument)
+            raise null_pointer(ACL_INVALID_PARAM, argument)
     if size > room:
-        raise refusal(ACL_INVALID_PARAM, "count", size, f"must be at most destMax, {room}", "copy less")
+        raise acl_error(ACL_INVALID_PARAM, "count", size, f"must be at most destMax, {room}", "copy less")
     sides = [
         _check_side(memory, argument, address, size, on_device)
         for argument, address, on_device in (
@@ -152,9 +153,9 @@ def _check_side(memory: Memory, argument: str, address: int, size: int, on_devic
         return memory.check_room(argument, address, size)
     if memory.find(address) is not None:
         rule = "must be host memory, as kind says"
-        raise refusal(status.RT_PARAM_INVALID, argument, f"{address:#x}, device memory", rule, "pass the other kind")
+        raise acl_error(status.RT_PARAM_INVALID, argument, f"{address:#x}, device memory", rule, "pass the other kind")
     return None
 
 
 def _too_much(size: int, rule: str) -> AclError:
-    return refusal(RT_MEMORY_ALLOCATION, "size", size, rule, "free something, or allocate less")
+    return acl_error(RT_MEMORY_ALLOCATION, "size", size, rule, "free something, or allocate less")

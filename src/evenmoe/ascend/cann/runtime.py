@@ -1,15 +1,109 @@
-"""Devices, contexts and streams of the process, as the acl runtime keeps them."""
+"""What a C program holds by handle: contexts, streams and communicators of the process's devices.
+
+Handles are numbers that stand for objects, never addresses, so that a stale or foreign one is found out.
+"""
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from evenmoe.ascend import status
-from evenmoe.ascend.cann import refusals
-from evenmoe.ascend.cann.handles import Handles
-from evenmoe.ascend.cann.refusals import null, refusal
+from evenmoe.ascend.status import acl_error, null_pointer
 from evenmoe.ascend.stream import Stream
+from evenmoe.transport import registry
+from evenmoe.transport.local import Board, LocalTransport
+
+Thing = TypeVar("Thing")
+
+# No address of a 64-bit process has these upper bits, so a handle that is taken for a pointer faults at once.
+_BASE = 0x5E00_0000_0000_0000
+_STEP = 16
+
+
+class Handles(Generic[Thing]):
+    """The live objects of one kind.
+
+    A handle is never given out twice. `_BASE` + kind · 2^48 + number · 16 tells which kind it once was.
+
+    >>> streams: Handles[str] = Handles(1, "a stream", "aclrtCreateStream", 107003, 107003)
+    >>> handle = streams.add("a")
+    >>> streams.get("stream", handle)
+    'a'
+
+    Args:
+        kind: a number of its own for each kind.
+        noun: what one of them is called, with its article.
+        maker: the function that makes them.
+        code, null_code: statuses for a handle that is none, and for a null one.
+        ended: what has happened to one that is no more.
+    """
+
+    def __init__(self, kind: int, noun: str, maker: str, code: int, null_code: int, ended: str = "destroyed") -> None:
+        self._noun, self._maker, self._code, self._null_code, self._ended = noun, maker, code, null_code, ended
+        self._first = _BASE + (kind << 48)
+        self._issued = 0
+        self._live: dict[int, Thing] = {}
+        self._lock = threading.Lock()
+
+    def add(self, thing: Thing) -> int:
+        """A new handle for `thing`."""
+        with self._lock:
+            self._issued += 1
+            handle = self._first + self._issued * _STEP
+            self._live[handle] = thing
+            return handle
+
+    def get(self, argument: str, handle: int) -> Thing:
+        """What `handle` stands for.
+
+        Raises:
+            AclError: a null handle, one that was destroyed, or none of these.
+        """
+        thing = self._live.get(handle)
+        if thing is None:
+            raise self._refuse(argument, handle)
+        return thing
+
+    def replace(self, handle: int, thing: Thing) -> None:
+        """Let a live handle stand for another object."""
+        with self._lock:
+            if handle in self._live:
+                self._live[handle] = thing
+
+    def pop(self, argument: str, handle: int) -> Thing:
+        """As `get`, and the handle ends."""
+        with self._lock:
+            thing = self._live.pop(handle, None)
+        if thing is None:
+            raise self._refuse(argument, handle)
+        return thing
+
+    def handles(self) -> list[int]:
+        """The live handles."""
+        return list(self._live)
+
+    def values(self) -> Iterator[Thing]:
+        """All of them, as they are now."""
+        return iter(list(self._live.values()))
+
+    def clear(self) -> None:
+        """End all of them."""
+        with self._lock:
+            self._live.clear()
+
+    def _refuse(self, argument: str, handle: int) -> Exception:
+        if handle == 0:
+            return null_pointer(self._null_code, argument)
+        number, odd = divmod(handle - self._first, _STEP)
+        known = odd == 0 and 0 < number <= self._issued
+        bare = self._noun.split(" ", 1)[1]
+        value = f"{handle:#x}, " + (f"{self._noun} that was {self._ended}" if known else f"no {bare}")
+        return acl_error(self._code, argument, value, f"must be a live {bare}", f"pass one of {self._maker}")
+
 
 NUM_DEVICES = 16  # the dies of one Atlas A3 server
 _DRAIN_S = 60.0  # aclrtDestroyStream waits for the stream's work; a rank that never comes must not hold it for ever
@@ -49,7 +143,7 @@ class Runtime:
             1, "a context", "aclrtCreateContext", status.RT_PARAM_INVALID, status.RT_PARAM_INVALID
         )
         self.streams: Handles[DeviceStream] = Handles(
-            2, "a stream", "aclrtCreateStream", refusals.RT_STREAM_CONTEXT, refusals.RT_STREAM_CONTEXT
+            2, "a stream", "aclrtCreateStream", status.RT_STREAM_CONTEXT, status.RT_STREAM_CONTEXT
         )
         self._devices: dict[int, Device] = {}
         self._lock = threading.RLock()
@@ -150,17 +244,73 @@ class Runtime:
             value = "destroyed" if context else "not set"
             rule = "must be set in the calling thread"
             fix = "call aclrtSetDevice or aclrtSetCurrentContext in this thread"
-            raise refusal(refusals.RT_CONTEXT_NULL, "context", value, rule, fix)
+            raise acl_error(status.RT_CONTEXT_NULL, "context", value, rule, fix)
         return self.contexts.get("context", context)
-
-
-def check_out(argument: str, address: int, code: int = refusals.ACL_INVALID_PARAM) -> None:
-    """Refuses a null pointer for a result."""
-    if address == 0:
-        raise null(code, argument)
 
 
 def _check_device(device: int) -> None:
     if not 0 <= device < NUM_DEVICES:
         rule = f"must be 0 to {NUM_DEVICES - 1}"
-        raise refusal(refusals.RT_INVALID_DEVICEID, "deviceId", device, rule, "use a device there is")
+        raise acl_error(status.RT_INVALID_DEVICEID, "deviceId", device, rule, "use a device there is")
+
+
+# A rank that never comes is reported by aclrtSynchronizeStreamWithTimeout; this bounds a wait without one.
+_EXCHANGE_S = 600.0
+
+
+@dataclass(eq=False)
+class Communicator:
+    """One device's end of a group."""
+
+    device: int
+    transport: LocalTransport
+
+
+class Communicators:
+    """All groups of the process."""
+
+    def __init__(self) -> None:
+        self.handles: Handles[Communicator] = Handles(
+            3, "a communicator", "HcclCommInitAll", status.HCCL_PARA, status.HCCL_PTR
+        )
+        self._numbers = itertools.count()
+
+    def create(self, devices: list[int]) -> list[int]:
+        """One group; rank r is devices[r].
+
+        Raises:
+            AclError: no device, one twice, or one there is not (HCCL_E_PARA).
+        """
+        bad = [device for device in devices if not 0 <= device < NUM_DEVICES]
+        if not devices or bad or len(set(devices)) < len(devices):
+            rule = f"must be distinct devices, each 0 to {NUM_DEVICES - 1}, and at least one"
+            raise acl_error(status.HCCL_PARA, "devices", devices, rule, "list each device of the group once")
+        board = Board(f"evenmoe_hccl_{next(self._numbers)}", len(devices), _EXCHANGE_S)
+        handles = []
+        for rank, device in enumerate(devices):
+            transport = LocalTransport(board, rank)
+            registry.register(transport)
+            handles.append(self.handles.add(Communicator(device, transport)))
+        return handles
+
+    def destroy(self, handle: int) -> None:
+        """Close one device's end; a rank that still waits for it is told."""
+        _close(self.handles.pop("comm", handle))
+
+    def device_of(self, name: str, rank: int) -> int | None:
+        """The device that holds a rank of a named group, None when no group of ours has that name."""
+        for communicator in self.handles.values():
+            if communicator.transport.name == name and communicator.transport.rank == rank:
+                return communicator.device
+        return None
+
+    def finish(self) -> None:
+        """Close all of them."""
+        for communicator in self.handles.values():
+            _close(communicator)
+        self.handles.clear()
+
+
+def _close(communicator: Communicator) -> None:
+    registry.unregister(communicator.transport)
+    communicator.transport.close()

@@ -1,4 +1,4 @@
-"""The texts of the tree: headers as they lie here, and those of the operators, written from `SIGNATURES`."""
+"""The texts of the tree: headers as they lie here, and those of the operators, written from the table of operators."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import hashlib
 import re
 from pathlib import Path
 
-from evenmoe.ascend.signatures import SIGNATURES, Kind, Signature
+from evenmoe.contract.operators import SIGNATURES, Kind, Signature
 
 _HERE = Path(__file__).parent
-_REQUIRED = {
-    *("x", "expert_ids", "eplb_table", "expand_x", "assist_info_for_combine", "ep_send_counts"),
-    *("residual_x", "gamma"),
-}
 _TYPES: dict[Kind, str] = {
     "tensor": "const aclTensor *",
     "output": "aclTensor *",
@@ -28,16 +24,7 @@ def c_names(operator: str) -> dict[str, str]:
     >>> c_names("MoeUpdateExpert")["active_mask"], c_names("MoeDistributeDispatchV2")["expand_x"]
     ('activeMaskOptional', 'expandXOut')
     """
-    signature = SIGNATURES[operator]
-    return {name: _c_name(name, kind, signature.family) for name, kind in signature.arguments.items()}
-
-
-def _c_name(name: str, kind: Kind, family: str) -> str:
-    camel = re.sub(r"_(\w)", lambda match: match[1].upper(), name)
-    if kind == "output" and family == "dispatch":
-        return camel + "Out"
-    weights = name == "expert_scales" and family.startswith("combine")  # optional everywhere else
-    return camel + "Optional" if kind == "tensor" and not weights and name not in _REQUIRED else camel
+    return {name: argument.c_name for name, argument in SIGNATURES[operator].arguments.items()}
 
 
 def file_stem(operator: str) -> str:
@@ -81,9 +68,8 @@ def digest() -> str:
     return hashlib.sha256(texts.encode()).hexdigest()[:16]
 
 
-def _parameters(operator: str, signature: Signature) -> str:
-    names = c_names(operator)
-    declared = [f"{_TYPES[kind]}{names[name]}" for name, kind in signature.arguments.items()]
+def _parameters(signature: Signature) -> str:
+    declared = [f"{_TYPES[argument.kind]}{argument.c_name}" for argument in signature.arguments.values()]
     return ",\n    ".join([*declared, "uint64_t *workspaceSize", "aclOpExecutor **executor"])
 
 
@@ -100,7 +86,7 @@ extern "C" {{
 #endif
 
 aclnnStatus aclnn{operator}GetWorkspaceSize(
-    {_parameters(operator, signature)});
+    {_parameters(signature)});
 
 aclnnStatus aclnn{operator}(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream);
 
@@ -115,7 +101,7 @@ aclnnStatus aclnn{operator}(void *workspace, uint64_t workspaceSize, aclOpExecut
 def _operator_source(operator: str, signature: Signature) -> str:
     passed = ", ".join(c_names(operator).values())
     return f"""aclnnStatus aclnn{operator}GetWorkspaceSize(
-    {_parameters(operator, signature)})
+    {_parameters(signature)})
 {{
     return evenmoe::stage_one("{operator}", {{{passed}}}, workspaceSize, executor);
 }}

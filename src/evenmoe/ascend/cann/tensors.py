@@ -10,8 +10,8 @@ import torch
 
 from evenmoe.ascend import status
 from evenmoe.ascend.cann.memory import Memory
-from evenmoe.ascend.cann.refusals import null, refusal
-from evenmoe.ascend.views import check_no_overlap
+from evenmoe.ascend.status import acl_error, null_pointer
+from evenmoe.ascend.tensors import check_no_overlap
 from evenmoe.errors import ConstraintError, MissingArgumentError, UnsupportedTypeError
 
 DTYPES = {  # aclDataType; those without an entry have no torch dtype
@@ -74,7 +74,7 @@ def describe_tensor(
         if count > _MOST_DIMS:
             raise _invalid(f"{argument}Num", count, f"must be at most {_MOST_DIMS}", "use fewer dimensions")
         if values is None and count:
-            raise null(status.PARAM_NULLPTR, argument)
+            raise null_pointer(status.PARAM_NULLPTR, argument)
         _check_not_negative(argument, values or ())
     shape = tuple(dims or ())
     if strides is None:
@@ -169,4 +169,4 @@ def view(memory: Memory, argument: str, tensor: TensorDescription, written: bool
 
 
 def _invalid(argument: str, value: object, rule: str, fix: str) -> Exception:
-    return refusal(status.PARAM_INVALID, argument, value, rule, fix)
+    return acl_error(status.PARAM_INVALID, argument, value, rule, fix)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from evenmoe.ascend.collectives import Membership, taking_part
+from evenmoe.ascend.groups import Membership, taking_part
 from tests.patience import HANG_S
 
 
