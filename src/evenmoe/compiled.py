@@ -45,7 +45,8 @@ class _Cache(FunctionCache):
     def __init__(self, function: Any) -> None:
         super().__init__(function)
         kernels = (value for value in function.__globals__.values() if isinstance(value, Dispatcher))
-        imported = {file for kernel in kernels if isinstance(kernel._cache, _Cache) for file in kernel._cache.files}
+        caches = [getattr(kernel, "_cache", None) for kernel in kernels]
+        imported = {file for cache in caches if isinstance(cache, _Cache) for file in cache.files}
         self.files = imported | {self._cache_file._source_stamp}
         self._cache_file._source_stamp = tuple(sorted(self.files, key=repr))
 

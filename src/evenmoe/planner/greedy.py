@@ -11,9 +11,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from evenmoe.compiled import compiled
 from evenmoe.metrics import as_load, within_range
 from evenmoe.placement import Placement
+from evenmoe.planner.kernels.common import replicate
+from evenmoe.planner.kernels.packing import pack_evenly
 from evenmoe.planner.options import check_shape
 
 
@@ -43,17 +44,14 @@ def plan_greedy(
     """
     tokens = within_range(as_load(load))
     tokens = tokens.sum(axis=0) if tokens.ndim == 3 else tokens
-    num_layers, num_experts = tokens.shape
-    shape = check_shape(num_experts, num_ranks, num_slots, num_nodes, num_groups)
-    if not shape.is_hierarchical:
-        num_nodes = num_groups = 1
-    size = num_experts // num_groups
-    slots = np.empty((num_layers, num_slots), np.int32)
-    for layer in range(num_layers):
-        groups = pack(tokens[layer].reshape(num_groups, size).sum(axis=1), num_nodes)
+    shape = check_shape(tokens.shape[1], num_ranks, num_slots, num_nodes, num_groups)
+    size = shape.num_experts // shape.num_groups
+    slots = np.empty((len(tokens), shape.num_nodes, shape.node_slots), np.int32)
+    for layer, row in enumerate(tokens):
+        groups = pack_evenly(row.reshape(-1, size).sum(axis=1), shape.num_nodes)
         for node, members in enumerate(np.sort(groups, axis=1)):
             experts = (members[:, None] * size + np.arange(size)).ravel()
-            owner, share = replicate(tokens[layer, experts], num_slots // num_nodes)
-            packed = pack(share, num_ranks // num_nodes)
-            slots[layer].reshape(num_nodes, -1)[node] = experts[owner[packed]].ravel()
-    return Placement(slots, num_ranks, num_experts=num_experts)
+            owner, counts = replicate(row[experts], shape.node_slots, shape.node_slots)
+            packed = pack_evenly(row[experts][owner] / counts[owner], shape.node_ranks)
+            slots[layer, node] = experts[owner[packed]].ravel()
+    return Placement(slots.reshape(len(tokens), -1), shape.num_ranks, num_experts=shape.num_experts)

@@ -48,7 +48,7 @@ class SoftPeak(NamedTuple):
     stale: npt.NDArray[np.bool_]  # (G,) ranks with swaps to look for
 
 
-def soft_peak(windows: FloatArray, noise: FloatArray, num_ranks: int, num_slots: int) -> SoftPeak:
+def soft_peak_state(windows: FloatArray, noise: FloatArray, num_ranks: int, num_slots: int) -> SoftPeak:
     """A layer for `search`; not compiled, which saves a second of compiling."""
     num_windows, num_experts = windows.shape
     by_expert, by_rank, by_slot = (num_windows, num_experts), (num_windows, num_ranks), (num_windows, num_slots)
