@@ -19,7 +19,7 @@ from evenmoe.simulator.policies import DEFAULT
 from evenmoe.simulator.replay import simulate
 from evenmoe.simulator.world import World
 from evenmoe.traces.models import find_model
-from evenmoe.traces.synthesis import synthesise
+from evenmoe.traces.synthesis import synthesize
 
 RANKS_PER_NODE = 8
 
@@ -39,7 +39,7 @@ def main() -> None:
     world = World(options.ranks, max(1, options.ranks // RANKS_PER_NODE), options.tokens)
     costs = CostModel.for_expert(shape.hidden, shape.expert_bytes, shape.expert_flops_per_token)
     started = time.process_time()
-    trace = synthesise(
+    trace = synthesize(
         shape,
         num_windows=options.windows,
         tokens_per_window=options.ranks * options.tokens,

@@ -13,7 +13,7 @@ import evenmoe as em
 from evenmoe.io.output import whole_file
 from evenmoe.metrics import rank_loads
 from evenmoe.placement import identity_placement
-from evenmoe.traces.small import small_trace
+from evenmoe.traces.synthesis import small_trace
 
 RANKS, LAYER = 8, 0
 WIDTH, HEIGHT, LEFT, BAR, GAP = 860, 300, 30, 34, 9

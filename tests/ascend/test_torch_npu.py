@@ -58,6 +58,26 @@ def test_the_face_has_no_function_that_the_listing_lacks():
     assert {name for name in vars(torch_npu) if name.startswith("npu_")} == set(LISTING)
 
 
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ((1, 2, 3), {}),  # `world_size` is missing
+        ((1, 2, 3, 4, 0), {}),  # `balance_mode` is keyword-only
+        ((1, 2, 3, 4), {"expert_ids": 1}),
+        ((1, 2, 3, 4), {"unknown": 1}),
+        ((1, 2, 3), {"unknown": 1}),
+    ],
+)
+def test_arguments_that_do_not_fit_are_a_type_error(args, kwargs):
+    def listed(expert_ids, eplb_table, local_rank_id, world_size, *, balance_mode=0):
+        raise AssertionError("never called")
+
+    with pytest.raises(TypeError):
+        listed(*args, **kwargs)
+    with pytest.raises(TypeError):
+        torch_npu.npu_moe_eplb_update_expert(*args, **kwargs)
+
+
 # Values and shapes ---------------------------------------------------------------------------------------------------
 
 

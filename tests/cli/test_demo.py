@@ -9,7 +9,7 @@ import pytest
 
 import evenmoe as em
 from evenmoe.errors import ConstraintError
-from evenmoe.traces.small import small_trace
+from evenmoe.traces.synthesis import small_trace
 from evenmoe.traces.trace import Trace
 from tests.beside import measured_names
 from tests.cli.running import DEMO, SMALL

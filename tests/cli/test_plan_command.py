@@ -14,7 +14,7 @@ import pytest
 from evenmoe import count_copies, plan
 from evenmoe.formats import FORMATS, read, write
 from evenmoe.placement import Placement, identity_placement
-from evenmoe.traces import load_trace, save_trace, synthesise
+from evenmoe.traces import load_trace, save_trace, synthesize
 from tests.cli.running import Run
 
 RANKS, SLOTS, LAYER_IDS = 4, 20, (1, 2, 3)
@@ -209,7 +209,7 @@ def test_synthesise(evenmoe: Run, tmp_path):
     assert (done.code, done.err) == (0, "")
     said = json.loads(done.out)
     trace = load_trace(out)
-    again = synthesise(
+    again = synthesize(
         "gpt-oss-20b", num_windows=5, tokens_per_window=100, requests=2, num_layers=3, routing=True, source_ranks=4,
         skew=1.0, seed=7,
     )  # fmt: skip
@@ -297,7 +297,7 @@ def test_layer_numbers(evenmoe: Run, tmp_path, load):
 
 def test_whole_traces_are_read_as_loads(evenmoe: Run, tmp_path):
     """Routing, requests and ranks in the file do no harm."""
-    trace = synthesise("olmoe", num_windows=2, tokens_per_window=64, num_layers=2, routing=True, source_ranks=2)
+    trace = synthesize("olmoe", num_windows=2, tokens_per_window=64, num_layers=2, routing=True, source_ranks=2)
     save_trace(tmp_path / "whole.npz", trace)
     said = json.loads(evenmoe("plan", tmp_path / "whole.npz", "--ranks", 8, "--slots", 64, "--json").out)
     assert said["layers"] == 2

@@ -49,8 +49,8 @@ def test_json_is_one_object_with_units(tmp_path, replay, evenmoe):
         # Sums of 40 doubles in another order: 40 roundings of 2⁻⁵³ each are far below 1e-12.
         assert shown["mean_par"] == pytest.approx(sum(policy.par.ravel()) / policy.par.size, rel=1e-12)
         assert shown["gain_percent"] == pytest.approx(gain, rel=1e-12, abs=1e-12)
-        assert shown["gain_percent_with_copying"] == pytest.approx(net, rel=1e-12, abs=1e-12)
-        assert shown["copies_experts"] == policy.copies.sum()
+        assert shown["net_gain_percent"] == pytest.approx(net, rel=1e-12, abs=1e-12)
+        assert shown["copies"] == policy.copies.sum()
         assert shown["break_even_steps"] == (even if math.isfinite(even) else None)
         assert shown["memory_bytes_per_rank"] == policy.memory_per_rank
 

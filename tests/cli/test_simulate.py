@@ -13,7 +13,7 @@ from rich.console import Console
 
 from evenmoe.cli.simulation import progress_bar
 from evenmoe.simulator.store import load_simulation
-from evenmoe.traces.small import small_trace
+from evenmoe.traces.synthesis import small_trace
 
 SIZES = ("--expert-bytes", 4e6, "--expert-flops", 1e7, "--hidden", 64)
 SMALL = ("--ranks", 4, "--tokens-per-rank", 16, "--steps", 6, "--workers", 1, *SIZES)
@@ -36,7 +36,7 @@ def test_the_tables_name_every_policy(evenmoe, trace):
     done = evenmoe("simulate", trace, *SMALL)
     assert done.code == 0, done.err
     assert "trace: 6 steps of 64 tokens on 4 ranks, 1 nodes" in done.out
-    for word in ("identity", "static", "greedy", "evenmoe:rule=batch", "oracle", "mean", "PAR", "break-even"):
+    for word in ("identity", "static", "greedy", "evenmoe:rule=batch", "oracle", "Mean PAR", "Worst", "Break-"):
         assert word in done.out
     assert max(len(line) for line in done.out.splitlines()) <= 80
     assert "Every pick is the recorded one" in done.err
@@ -48,10 +48,10 @@ def test_json_is_one_object_whose_keys_have_units(evenmoe, trace):
     assert [policy["name"] for policy in found["policies"]] == ["identity", "greedy", "evenmoe:refresh=2"]
     assert found["tokens_per_step"] == 64
     policy = found["policies"][2]
-    assert policy["slots"] == 36
-    assert policy["redundancy_bytes_per_rank"] == 4 * 4_000_000  # one slot a rank in each of 4 layers
+    assert policy["num_slots"] == 36
+    assert policy["extra_memory_bytes_per_rank"] == 4 * 4_000_000  # one slot a rank in each of 4 layers
     assert policy["break_even_steps"] is None or policy["break_even_steps"] >= 0
-    assert {"par_mean", "step_us_mean", "copies_experts", "within_node_rows_once_per_step"} <= policy.keys()
+    assert {"mean_par", "step_time_us", "copies", "deduplicated_rows_within_node"} <= policy.keys()
     names = [row["name"] for row in found["settings"]]
     assert names[:3] == ["command", "model", f"SHA-256 of {trace}"]
     assert done.err == ""
@@ -126,15 +126,15 @@ def test_a_synthetic_trace_brings_its_model(evenmoe):
     )  # fmt: skip
     assert done.code == 0, done.err
     found = json.loads(done.out)
-    assert (found["layers"], found["experts"], found["top_k"]) == (32, 8, 2)
+    assert (found["num_layers"], found["num_experts"], found["top_k"]) == (32, 8, 2)
     assert {"name": "model", "value": "mixtral-8x7b", "unit": ""} in found["settings"]
     assert not any("SHA-256" in row["name"] for row in found["settings"])
 
 
 def test_nodes_have_eight_ranks_where_that_divides(evenmoe, trace):
     few = ("--tokens-per-rank", 2, "--steps", 1, "--json", "-p", "identity", *SIZES)
-    assert json.loads(evenmoe("simulate", trace, "--ranks", 16, *few).out)["nodes"] == 2
-    assert json.loads(evenmoe("simulate", trace, "--ranks", 12, *few).out)["nodes"] == 1
+    assert json.loads(evenmoe("simulate", trace, "--ranks", 16, *few).out)["num_nodes"] == 2
+    assert json.loads(evenmoe("simulate", trace, "--ranks", 12, *few).out)["num_nodes"] == 1
 
 
 @pytest.mark.parametrize(

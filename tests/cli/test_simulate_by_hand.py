@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from evenmoe.simulator.store import load_simulation
-from evenmoe.traces.small import small_trace
+from evenmoe.traces.synthesis import small_trace
 from tests.beside import measured_names
 from tests.simulator.dull import ByHand, Setup, replay
 from tests.traces.made_up import MADE_UP, trace_file
@@ -61,12 +61,12 @@ def assert_found(setup: Setup, by_hand: dict[str, ByHand], saved: Path, printed:
             assert policy.break_even_steps == pytest.approx(expected.break_even, rel=300 * 2**-52 * enlarged)
         else:
             assert policy.break_even_steps == expected.break_even
-        assert shown["par_mean"] == pytest.approx(np.mean(expected.par), rel=1e-12)
-        assert shown["par_max"] == np.max(expected.par)
-        assert shown["copies_experts"] == np.sum(expected.copies)
-        assert shown["between_nodes_rows_once_per_step"] == pytest.approx(np.mean(expected.rows, axis=0)[3], rel=1e-12)
-        assert shown["within_node_rows_per_step"] == pytest.approx(np.mean(expected.rows, axis=0)[0], rel=1e-12)
-        assert shown["step_us_mean"] == pytest.approx(np.mean(expected.step_us), rel=1e-12)
+        assert shown["mean_par"] == pytest.approx(np.mean(expected.par), rel=1e-12)
+        assert shown["worst_par"] == np.max(expected.par)
+        assert shown["copies"] == np.sum(expected.copies)
+        assert shown["deduplicated_rows_between_nodes"] == pytest.approx(np.mean(expected.rows, axis=0)[3], rel=1e-12)
+        assert shown["rows_within_node"] == pytest.approx(np.mean(expected.rows, axis=0)[0], rel=1e-12)
+        assert shown["step_time_us"] == pytest.approx(np.mean(expected.step_us), rel=1e-12)
     assert np.sum(simulation.load) == np.sum(next(iter(by_hand.values())).loads)
 
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save
 
 from evenmoe import formats
-from evenmoe.formats.containers.torch_file import torch_bytes
+from evenmoe.io.torch_file import torch_bytes
 from evenmoe.placement import Placement
 from evenmoe.traces import Trace, save_trace
 from tests.cli.running import Run
@@ -120,16 +120,16 @@ def test_simulate_replays_no_empty_window(evenmoe: Run, tmp_path):
     for name in ("ring.npz", "ring.pt"):
         found = simulated(evenmoe, tmp_path / name)
         assert found["policies"] == right["policies"], name
-        assert found["empty_windows"] == 5
+        assert found["num_empty_windows"] == 5
         assert any("5 of 9 windows" in note for note in found["notes"])
-    assert right["empty_windows"] == 0
+    assert right["num_empty_windows"] == 0
     assert "; 5 empty windows left out\n" in evenmoe("simulate", tmp_path / "ring.npz", *SIMULATED).out
 
 
 def test_report_says_how_many(evenmoe: Run, tmp_path):
     simulated(evenmoe, ring(tmp_path / "ring.pt"), "--out", tmp_path / "s.npz")
     done = evenmoe("report", tmp_path / "s.npz", "-o", tmp_path / "r.html", "--json")
-    assert json.loads(done.out)["empty_windows"] == 3
+    assert json.loads(done.out)["num_empty_windows"] == 3
     assert (
         "3 empty windows of the trace left out\n"
         in evenmoe("report", tmp_path / "s.npz", "-o", tmp_path / "r.html").out
@@ -156,7 +156,7 @@ def test_a_layer_without_any_token_is_no_layer_of_a_simulation(evenmoe: Run, tmp
     save_trace(tmp_path / "dense.npz", Trace("", np.concatenate([load, np.zeros_like(load)], axis=1)))
     found = simulated(evenmoe, tmp_path / "dense.npz")
     assert found["policies"] == simulated(evenmoe, tmp_path / "one.npz")["policies"]
-    assert (found["layers"], "1 of 2 layers were left out, without a token: 1." in found["notes"]) == (1, True)
+    assert (found["num_layers"], "1 of 2 layers were left out, without a token: 1." in found["notes"]) == (1, True)
 
 
 # Counts of slots.
@@ -222,7 +222,7 @@ def test_a_trace_is_replayed_from_a_pipe_as_from_its_file(evenmoe: Run, tmp_path
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((tmp_path / "l.npz").read_bytes())))
     of_pipe = json.loads(evenmoe("simulate", "-", *options).out)
     for found in (of_file, of_pipe):
-        assert (found["empty_windows"], found["top_k"]) == (1, 2)
+        assert (found["num_empty_windows"], found["top_k"]) == (1, 2)
     assert of_pipe["policies"] == of_file["policies"]
     assert of_pipe["notes"] == of_file["notes"]
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from evenmoe import formats
 from evenmoe.formats.catalogue import FORMATS, Format
-from evenmoe.formats.containers.torch_file import torch_bytes
+from evenmoe.io.torch_file import torch_bytes
 from evenmoe.placement import Placement
 
 LAYERS, EXPERTS, RANKS, WINDOWS = 3, 6, 4, 2

@@ -11,7 +11,7 @@ import pytest
 
 from evenmoe import formats
 from evenmoe.formats.catalogue import FORMATS
-from evenmoe.formats.containers.numbers import parse_numbers
+from evenmoe.io.csv_text import parse_numbers
 
 
 def test_no_module_hides_a_function_of_the_same_name():

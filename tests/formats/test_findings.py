@@ -9,7 +9,7 @@ import pytest
 
 from evenmoe import formats
 from evenmoe.errors import ConstraintError, FileFormatError
-from evenmoe.formats.containers.torch_file import torch_bytes
+from evenmoe.io.torch_file import torch_bytes
 
 
 def places(text: str, **told) -> list[tuple]:

@@ -12,7 +12,7 @@ from safetensors.numpy import save
 from evenmoe import formats
 from evenmoe.errors import FileFormatError
 from evenmoe.formats.catalogue import FORMATS
-from evenmoe.formats.containers.torch_file import torch_bytes
+from evenmoe.io.torch_file import torch_bytes
 from evenmoe.placement import Placement
 
 #: Expert 0 has two replicas in the first layer, expert 1 in the second.

@@ -165,7 +165,7 @@ def test_replicas_of_the_worst_layer(root, simulation):
 
 
 def test_traffic(root, simulation):
-    rows = table(root, "Rows on the wire, mean per step")
+    rows = table(root, "Token rows communicated")
     for policy, row in zip(simulation.policies, rows, strict=True):
         wire = policy.traffic
         kinds = (wire.within_node, wire.between_nodes, wire.within_node_once, wire.between_nodes_once)

@@ -34,25 +34,25 @@ def test_a_recorded_trace(tmp_path, monkeypatch, capsys, name):
     root = parse(page.read_text(encoding="utf-8"))
     rows = table(root, "All policies on the same steps")
     costs = table(root, "Costs by the model in the settings")
-    wire = table(root, "Rows on the wire, mean per step")
+    wire = table(root, "Token rows communicated")
     assert root.one("h1").text == said["trace"]
     for policy, row, cost, rows_sent in zip(said["policies"], rows, costs, wire, strict=True):
         even = policy["break_even_steps"]
         assert row[0].shown == policy["name"]
-        assert row[1].value == policy["par_mean"]
-        assert row[2].value == policy["par_max"]
-        assert row[3].value == policy["step_us_mean"]
-        assert row[5].value == policy["step_us_gain_percent"]
-        assert row[7].value == policy["copies_experts"]
+        assert row[1].value == policy["mean_par"]
+        assert row[2].value == policy["worst_par"]
+        assert row[3].value == policy["step_time_us"]
+        assert row[5].value == policy["gain_percent"]
+        assert row[7].value == policy["copies"]
         assert row[8].value == (float("inf") if even is None else even)
         assert cost[4].value == policy["refreshes"]
         assert cost[7].value == policy["memory_bytes_per_rank"]
-        assert cost[8].value == policy["redundancy_bytes_per_rank"]
+        assert cost[8].value == policy["extra_memory_bytes_per_rank"]
         assert [cell.value for cell in rows_sent[1:5]] == [
-            policy["within_node_rows_per_step"],
-            policy["between_nodes_rows_per_step"],
-            policy["within_node_rows_once_per_step"],
-            policy["between_nodes_rows_once_per_step"],
+            policy["rows_within_node"],
+            policy["rows_between_nodes"],
+            policy["deduplicated_rows_within_node"],
+            policy["deduplicated_rows_between_nodes"],
         ]
     files = {row[0].shown: row[1].shown for row in table(root, "Files read")}
     assert files == {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in (trace, replay)}

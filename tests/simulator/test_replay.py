@@ -12,7 +12,7 @@ from evenmoe.simulator.costs import CostModel
 from evenmoe.simulator.replay import simulate
 from evenmoe.simulator.store import save_simulation
 from evenmoe.simulator.world import World
-from evenmoe.traces.small import small_trace
+from evenmoe.traces.synthesis import small_trace
 from evenmoe.traces.trace import Trace
 from tests.simulator.dull import Setup, deal
 

@@ -9,21 +9,21 @@ import numpy as np
 
 from evenmoe.traces.models import MODELS, ModelShape
 from evenmoe.traces.profiles import Measurement
-from evenmoe.traces.statistics import comovement, drift, gini, locality, skew
-from evenmoe.traces.synthesis import synthesise
+from evenmoe.traces.statistics import common_factor_share, drift, gini, locality, skew
+from evenmoe.traces.synthesis import synthesize
 from evenmoe.traces.trace import Trace, load_trace
 
 
 def figure(name: str, traces: Sequence[Trace]) -> float:
     """`name` is a statistic's, with `_factors` or `_lag` behind it; several traces are joined."""
-    statistic, _, number = name.partition("_")
+    statistic, _, number = name.rpartition("_") if name[-1].isdigit() else (name, "", "")
     if statistic == "locality":
         routing = np.concatenate([t.routing for t in traces if t.routing is not None])
         lengths = np.concatenate([np.diff(t.seq_start) for t in traces if t.seq_start is not None])
         return float(np.median(locality(routing, np.cumsum([0, *lengths]), lag=int(number))))
     load = np.concatenate([t.load for t in traces])
-    if statistic == "comovement":
-        return comovement(load, int(number))
+    if statistic == "common_factor_share":
+        return common_factor_share(load, int(number))
     return float(np.median({"skew": skew, "gini": gini, "drift": drift}[statistic](load)))
 
 
@@ -36,7 +36,7 @@ def shape_of(model: str, measurement: Measurement) -> ModelShape:
 
 def made_up(model: str, measurement: Measurement, seed: int) -> Trace:
     routing = any(name.startswith("locality") for name in measurement.figures) or measurement.windows == 1
-    return synthesise(
+    return synthesize(
         shape_of(model, measurement),
         num_windows=measurement.windows,
         tokens_per_window=measurement.tokens,

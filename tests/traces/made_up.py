@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from evenmoe.traces import synthesise
+from evenmoe.traces import synthesize
 from tests.beside import TRACES
 
-#: name -> the arguments of `synthesise`; as many windows as requests, one of which each window holds.
+#: name -> the arguments of `synthesize`; as many windows as requests, one of which each window holds.
 MADE_UP = {
     "made_up_gpt_oss_20b": {"model": "gpt-oss-20b", "num_windows": 9, "tokens_per_window": 40, "requests": 1},
     "made_up_deepseek_v2_lite": {"model": "deepseek-v2-lite", "num_windows": 7, "tokens_per_window": 60, "requests": 1},
@@ -20,7 +20,7 @@ def trace_file(name: str, folder: Path) -> Path:
     """The measured trace of that name, or the made-up one, written into `folder` with what recorders add besides."""
     if name not in MADE_UP:
         return TRACES / f"{name}.npz"
-    trace = synthesise(**MADE_UP[name], routing=True, seed=3)
+    trace = synthesize(**MADE_UP[name], routing=True, seed=3)
     assert trace.routing is not None
     np.savez_compressed(
         folder / f"{name}.npz",

@@ -9,7 +9,7 @@ import pytest
 
 import evenmoe as em
 from evenmoe.placement import identity_placement
-from evenmoe.traces import Trace, load_trace, save_trace, synthesise
+from evenmoe.traces import Trace, load_trace, save_trace, synthesize
 from evenmoe.traces.profiles import MEASUREMENTS
 from tests.beside import TRACES, measured_names
 from tests.traces.figures import figure, made_up, mean_figures, measured_traces
@@ -80,7 +80,7 @@ HELD_OUT = {"made up": [2.02, 1.77], "gpt_oss_20b_mmlu_pro_and_other": [1.85, 1.
 def test_what_the_fit_never_saw(name):
     """Held-out peak-to-average load of gpt-oss-20b: of the identity, and planned on the sum."""
     if name == "made up":
-        load = synthesise("gpt-oss-20b", num_windows=89, tokens_per_window=330, requests=1).load
+        load = synthesize("gpt-oss-20b", num_windows=89, tokens_per_window=330, requests=1).load
     else:
         load = load_trace(TRACES / f"{name}.npz").load
     planned = em.plan(load[::2].sum(axis=0), num_ranks=8, num_slots=40)

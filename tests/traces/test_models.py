@@ -7,7 +7,7 @@ import pytest
 from evenmoe.errors import ConstraintError
 from evenmoe.traces import MODELS, find_model
 from evenmoe.traces.models import ALIASES
-from evenmoe.traces.profiles import MEASUREMENTS, NEAREST, character_of
+from evenmoe.traces.profiles import MEASUREMENTS, NEAREST, parameters_of
 
 # Parameters of all routed experts in billions, from the models' own announcements: nearly all of the total that each
 # states, the rest being attention, dense layers, shared experts and embeddings.
@@ -75,6 +75,6 @@ def test_unknown_names(name, nearest):
 
 def test_every_model_behaves_like_a_measured_one():
     for shape in MODELS.values():
-        assert character_of(shape).skew > 0
+        assert parameters_of(shape).skew > 0
     assert set(NEAREST.values()) <= set(MEASUREMENTS)
     assert not set(NEAREST) & set(MEASUREMENTS)

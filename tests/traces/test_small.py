@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evenmoe.traces.small import small_trace
+from evenmoe.traces.synthesis import small_trace
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7])

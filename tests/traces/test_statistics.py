@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evenmoe.errors import ConstraintError
-from evenmoe.traces.statistics import comovement, drift, gini, locality, skew
+from evenmoe.traces.statistics import common_factor_share, drift, gini, locality, skew
 
 
 @st.composite
@@ -83,19 +83,19 @@ def test_comovement_by_hand(load, factors):
         rows.append(row)
     lengths = np.linalg.svd(np.array(rows), compute_uv=False) ** 2
     if lengths.sum() > 1e-12:
-        assert comovement(load, factors) == pytest.approx(lengths[:factors].sum() / lengths.sum(), abs=1e-7)
-    assert comovement(load, 100) == pytest.approx(1.0)
+        assert common_factor_share(load, factors) == pytest.approx(lengths[:factors].sum() / lengths.sum(), abs=1e-7)
+    assert common_factor_share(load, 100) == pytest.approx(1.0)
 
 
 def test_comovement_of_more_windows_than_experts_is_the_same():
     """Either matrix of products: windows are repeated until they outnumber the experts."""
     load = np.random.default_rng(1).integers(1, 50, (5, 2, 6))
-    assert comovement(np.tile(load, (4, 1, 1)), 2) == pytest.approx(comovement(load, 2))
-    assert comovement(np.full((3, 1, 4), 7)) == 1.0
-    assert comovement(np.zeros((3, 1, 4))) == 1.0
+    assert common_factor_share(np.tile(load, (4, 1, 1)), 2) == pytest.approx(common_factor_share(load, 2))
+    assert common_factor_share(np.full((3, 1, 4), 7)) == 1.0
+    assert common_factor_share(np.zeros((3, 1, 4))) == 1.0
     for factors in (0, -1):
         with pytest.raises(ConstraintError, match="`num_factors` is"):
-            comovement(load, factors)
+            common_factor_share(load, factors)
 
 
 @settings(max_examples=60, deadline=None)
@@ -122,11 +122,11 @@ def test_locality_by_hand(top_k, lengths, lag, seed):
 
 
 def test_locality_refuses():
-    with pytest.raises(ConstraintError, match="`lag` is 0: it must be at least 1; 1 compares neighbours"):
+    with pytest.raises(ConstraintError, match="`lag` is 0: it must be at least 1; 1 compares neighbors"):
         locality([[[0]], [[0]]], lag=0)
 
 
-@pytest.mark.parametrize("statistic", [skew, gini, drift, comovement])
+@pytest.mark.parametrize("statistic", [skew, gini, drift, common_factor_share])
 def test_loads_are_checked(statistic):
     for wrong in ([1, 2], [[[-1, 2]]], [[np.nan, 1]], np.zeros((0, 1, 2))):
         with pytest.raises(ConstraintError, match="`load` is"):

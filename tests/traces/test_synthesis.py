@@ -1,4 +1,4 @@
-"""`synthesise`: counts, tokens, requests, ranks and groups are what its docstring says; sizes awkward on purpose."""
+"""`synthesize`: counts, tokens, requests, ranks and groups are what its docstring says; sizes awkward on purpose."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evenmoe.errors import ConstraintError
-from evenmoe.traces import ModelShape, Trace, load_trace, save_trace, synthesise
-from evenmoe.traces.draw import draw_counts, draw_tokens
-from evenmoe.traces.popularity import (
-    Character,
-    clumping,
+from evenmoe.traces import ModelShape, Trace, load_trace, save_trace, synthesize
+from evenmoe.traces.sampling import (
+    TraceParameters,
+    draw_counts,
+    draw_tokens,
     factor_parts,
     layer_popularity,
+    overdispersion,
     pick_probability,
     request_factors,
 )
-from evenmoe.traces.statistics import comovement, drift, gini, locality, skew
+from evenmoe.traces.statistics import common_factor_share, drift, gini, locality, skew
 from tests.effort import effort
 
 
@@ -59,7 +60,7 @@ def test_counts_and_tokens(windows, tokens, requests, request_windows, ranks, ex
         "source_ranks": ranks,
         "seed": seed,
     }
-    drawn = synthesise(shape, routing=True, **sizes)
+    drawn = synthesize(shape, routing=True, **sizes)
     assert drawn.routing is not None
     assert drawn.routing.shape == (windows * tokens, 2, top_k)
     assert all(len(set(row)) == top_k for row in drawn.routing.reshape(-1, top_k).tolist())
@@ -71,13 +72,13 @@ def test_counts_and_tokens(windows, tokens, requests, request_windows, ranks, ex
         windows * tokens,
     ]
     owned = np.diff(np.arange(ranks + 1) * tokens // ranks)
-    for trace in (drawn, synthesise(shape, **sizes)):
+    for trace in (drawn, synthesize(shape, **sizes)):
         assert trace.load_by_rank is not None
         assert (trace.load == trace.load_by_rank.sum(axis=1)).all()
         assert (trace.load_by_rank.sum(axis=3) == top_k * owned[:, None]).all()
         assert (trace.load_by_rank <= owned[:, None, None]).all()
         assert trace.load.min() >= 0
-    alone = synthesise(shape, **{**sizes, "source_ranks": None})
+    alone = synthesize(shape, **{**sizes, "source_ranks": None})
     assert alone.load_by_rank is None
     assert (alone.load.sum(axis=2) == tokens * top_k).all()
     assert (alone.load <= tokens).all()
@@ -86,7 +87,7 @@ def test_counts_and_tokens(windows, tokens, requests, request_windows, ranks, ex
 def test_the_same_arguments_give_the_same_trace(tmp_path):
     for number, routing in enumerate((False, True, False, True)):
         save_trace(
-            tmp_path / f"{number}.npz", synthesise("mixtral", num_windows=3, tokens_per_window=65, routing=routing)
+            tmp_path / f"{number}.npz", synthesize("mixtral", num_windows=3, tokens_per_window=65, routing=routing)
         )
     files = [(tmp_path / f"{number}.npz").read_bytes() for number in range(4)]
     assert files[0] == files[2]
@@ -95,7 +96,7 @@ def test_the_same_arguments_give_the_same_trace(tmp_path):
     assert trace.metadata["model"] == "mixtral-8x7b"
     assert trace.metadata["tokens_per_window"] == 65
     assert trace.metadata["seed"] == 0
-    one, two = (synthesise("mixtral", num_windows=3, tokens_per_window=65, seed=seed).load for seed in (0, 1))
+    one, two = (synthesize("mixtral", num_windows=3, tokens_per_window=65, seed=seed).load for seed in (0, 1))
     assert (one != two).any()
 
 
@@ -104,7 +105,7 @@ def test_counts_are_distributed_as_tokens_are(model):
     """The same popularity either way. A probability from 4,096 tokens has a standard deviation of at most 0.0078, so
     of two drawn apart at most 5.5 × 0.011 = 0.06 over some 3,000 experts, and `pick_probability` is off by 0.05."""
     sizes = {"num_windows": 4, "tokens_per_window": 4096, "requests": 1, "num_layers": 3, "locality": 0.0, "seed": 3}
-    tokens, counts = (synthesise(model, skew=1.0, routing=routing, **sizes).load / 4096 for routing in (True, False))
+    tokens, counts = (synthesize(model, skew=1.0, routing=routing, **sizes).load / 4096 for routing in (True, False))
     assert np.abs(tokens - counts).max() < 0.11
     assert np.abs(tokens.mean(axis=0) - counts.mean(axis=0)).mean() < 0.012
 
@@ -123,10 +124,10 @@ def test_picks_stop_at_the_right_time():
 
 
 def test_extreme_popularity_is_no_trouble():
-    load = synthesise("gpt-oss-20b", num_windows=2, tokens_per_window=50, requests=1, skew=8.0, num_layers=2).load
+    load = synthesize("gpt-oss-20b", num_windows=2, tokens_per_window=50, requests=1, skew=8.0, num_layers=2).load
     assert (load.sum(axis=2) == 200).all()
     assert load.max() == 50
-    even = synthesise("gpt-oss-20b", num_windows=2, tokens_per_window=50_000, skew=0, drift=0, locality=0).load
+    even = synthesize("gpt-oss-20b", num_windows=2, tokens_per_window=50_000, skew=0, drift=0, locality=0).load
     # 96 × 16 binomial counts of mean 6,250 and standard deviation 74: none is six of them away.
     assert np.abs(even - 6250).max() < 6 * 74 + 1
 
@@ -158,7 +159,7 @@ def test_drawn_counts_have_the_mean_and_the_spread(clumps):
     assert np.abs(counts.var(axis=0) / variance[0] - 1).max() < 0.12
 
 
-def test_clumping_is_that_of_drawn_tokens():
+def test_overdispersion_is_that_of_drawn_tokens():
     """Counts over 64 tokens of one request, 4,000 times: their variance over a binomial's, against the closed form.
 
     A variance of 4,000 samples is known to 2.2 %. The closed form leaves out that every token picks 32: where 22 of 64
@@ -173,13 +174,13 @@ def test_clumping_is_that_of_drawn_tokens():
     assert np.abs(picked.mean(axis=0) - 0.5).max() < 0.02
     found = picked.reshape(4000, 64, 64).sum(axis=1).var(axis=0) / 16
     for kind in (0.0, 0.5, 0.9):
-        expected = clumping(np.array([kind]), 64)[0]
+        expected = overdispersion(np.array([kind]), 64)[0]
         assert found[sticky == kind].mean() == pytest.approx(expected, rel=0.15)
 
 
 def test_tokens_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch):
     """A run goes on from block to block: neighbours resemble each other across the border too."""
-    monkeypatch.setattr("evenmoe.traces.draw._NUMBERS_AT_ONCE", 8)
+    monkeypatch.setattr("evenmoe.traces.sampling._NUMBERS_AT_ONCE", 8)
     chosen = draw_tokens(
         np.zeros((1, 8)),
         np.full(8, 0.98),
@@ -206,19 +207,19 @@ def test_a_request_begins_afresh():
 
 def test_groups_limit_tokens():
     """DeepSeek-V3: the experts of a token are in 4 of 8 groups, and the first choice is the token's own first."""
-    trace = synthesise("deepseek-v3", num_windows=1, tokens_per_window=300, num_layers=2, routing=True, skew=0.1)
+    trace = synthesize("deepseek-v3", num_windows=1, tokens_per_window=300, num_layers=2, routing=True, skew=0.1)
     assert trace.routing is not None
     groups = np.sort(trace.routing // 32, axis=2)
     used = 1 + (groups[:, :, 1:] != groups[:, :, :-1]).sum(axis=2)
     assert used.max() == 4
-    free = synthesise("kimi-k2", num_windows=1, tokens_per_window=300, num_layers=2, routing=True, skew=0.1)
+    free = synthesize("kimi-k2", num_windows=1, tokens_per_window=300, num_layers=2, routing=True, skew=0.1)
     assert free.routing is not None
     groups = np.sort(free.routing // 48, axis=2)
     assert (1 + (groups[:, :, 1:] != groups[:, :, :-1]).sum(axis=2)).max() > 4
 
 
 def test_first_choices_are_the_more_popular():
-    trace = synthesise("gpt-oss-20b", num_windows=1, tokens_per_window=2000, num_layers=2, routing=True)
+    trace = synthesize("gpt-oss-20b", num_windows=1, tokens_per_window=2000, num_layers=2, routing=True)
     assert trace.routing is not None
     share = trace.load[0] / trace.load[0].sum(axis=1, keepdims=True)
     popular = [np.take_along_axis(share.T, trace.routing[:, :, k].astype(np.intp), axis=0).mean() for k in (0, 3)]
@@ -229,9 +230,9 @@ def test_requests_share_windows_and_live_on():
     """More requests at a time drift less together, about as 1 over the root of their number; requests that live longer
     make neighbouring windows alike."""
     sizes = {"num_windows": 96, "tokens_per_window": 8192, "num_layers": 4, "seed": 1, "locality": 0.0}
-    alone, sixteen = (float(np.median(drift(synthesise("gpt-oss-20b", requests=n, **sizes).load))) for n in (1, 16))
+    alone, sixteen = (float(np.median(drift(synthesize("gpt-oss-20b", requests=n, **sizes).load))) for n in (1, 16))
     assert alone / sixteen == pytest.approx(4, rel=0.25)
-    load = synthesise("gpt-oss-20b", requests=4, request_windows=8, **sizes).load.astype(float)
+    load = synthesize("gpt-oss-20b", requests=4, request_windows=8, **sizes).load.astype(float)
     load -= load.mean(axis=0)
     for apart, expected in ((1, 7 / 8), (4, 4 / 8), (8, 0.0), (12, 0.0)):
         together = (load[apart:] * load[:-apart]).sum() / (load**2).sum() * 96 / (96 - apart)
@@ -244,11 +245,11 @@ def test_requests_share_windows_and_live_on():
 def test_many_requests_drift_as_little_as_many():
     """Drawn one by one (64) and as bundles of 16 (1,024); and one of a single token cannot clump."""
     sizes = {"num_windows": 200, "tokens_per_window": 1_000_000, "num_layers": 4, "seed": 1, "locality": 0.0}
-    each, bundled = (float(np.median(drift(synthesise("gpt-oss-20b", requests=n, **sizes).load))) for n in (64, 1024))
+    each, bundled = (float(np.median(drift(synthesize("gpt-oss-20b", requests=n, **sizes).load))) for n in (64, 1024))
     assert each / bundled == pytest.approx(4, rel=0.15)
     sizes.update(tokens_per_window=8192, locality=0.5, drift=0.0)
     for requests, least, most in ((8192, 0.95, 1.03), (1, 1.4, 9)):
-        load = synthesise("gpt-oss-20b", requests=requests, **sizes).load
+        load = synthesize("gpt-oss-20b", requests=requests, **sizes).load
         share = load.mean(axis=0) / 8192
         wider = load.std(axis=0) / np.sqrt(8192 * share * (1 - share))
         assert least < wider.mean() < most, requests  # the fixed sum takes 1/32 off a variance
@@ -256,8 +257,8 @@ def test_many_requests_drift_as_little_as_many():
 
 def test_parameters_do_what_they_say():
     def of(name: str, value: float) -> Trace:
-        parameters = {"skew": 0.5, "drift": 0.5, "locality": 0.2, "comovement": 0.3, name: value}
-        return synthesise(
+        parameters = {"skew": 0.5, "drift": 0.5, "locality": 0.2, "common_factor_share": 0.3, name: value}
+        return synthesize(
             "olmoe", num_windows=24, tokens_per_window=200, requests=1, num_layers=4, routing=True, seed=2, **parameters
         )
 
@@ -266,7 +267,7 @@ def test_parameters_do_what_they_say():
         ("skew", lambda t: np.median(skew(t.load))),
         ("drift", lambda t: np.median(drift(t.load))),
         ("locality", lambda t: np.median(locality(t.routing, t.seq_start))),
-        ("comovement", lambda t: comovement(t.load, 1)),
+        ("common_factor_share", lambda t: common_factor_share(t.load, 1)),
     ):
         values = [statistic(of(name, value)) for value in (0.05, 0.4, 0.9)]
         assert values[0] < values[1] < values[2], name
@@ -276,7 +277,7 @@ def test_parameters_do_what_they_say():
 
 
 def test_factors_are_common_to_all_layers():
-    character = Character(0.0, 1.0, 0.0, 1.0)
+    character = TraceParameters(0.0, 1.0, 0.0, 1.0)
     factors = request_factors(50, character, np.random.default_rng(0))
     for layer in (1, 2):
         popularity, sticky = layer_popularity(16, factors, character, np.random.default_rng(layer))
@@ -298,7 +299,7 @@ def test_factor_parts(part):
 def test_ceiling_cuts_the_hottest():
     draws = []
     for ceiling in (4.0, 0.5):
-        character = Character(1.0, 0.0, 0.0, 0.0, ceiling)
+        character = TraceParameters(1.0, 0.0, 0.0, 0.0, ceiling)
         draws.append(layer_popularity(4000, np.zeros((1, 64)), character, np.random.default_rng(0))[0][0])
     free, cut = (np.sort(d) for d in draws)
     assert (cut == 0).mean() == pytest.approx(0.31, abs=0.03)  # a normal number passes 0.5 in 31 % of draws
@@ -311,7 +312,7 @@ def test_real_scale_in_time_and_memory():
     tracemalloc.start()
     spent = effort(
         lambda: made.append(
-            synthesise("deepseek-v3", num_windows=1000, tokens_per_window=40_960, requests=16, request_windows=8)
+            synthesize("deepseek-v3", num_windows=1000, tokens_per_window=40_960, requests=16, request_windows=8)
         ),
         times=1,
     )
@@ -339,7 +340,7 @@ REFUSALS = [
     ({"skew": -0.1}, "`skew` is -0.1: it must be 0 to 8; leave it out for the value of the measured traces."),
     ({"drift": float("nan")}, "`drift` is nan: it must be 0 to 8; "),
     ({"locality": 1.0}, "`locality` is 1.0: it must be 0 to 0.99; "),
-    ({"comovement": 1.1}, "`comovement` is 1.1: it must be 0 to 1; "),
+    ({"common_factor_share": 1.1}, "`common_factor_share` is 1.1: it must be 0 to 1; "),
     ({"model": "deepseek"}, "`model` is 'deepseek': it must be one of deepseek-v2-lite, "),
     (
         {"model": ModelShape("olmoe-1b-7b", 1, 8, 9, 1, 1)},
@@ -361,5 +362,5 @@ REFUSALS = [
 @pytest.mark.parametrize(("arguments", "text"), REFUSALS)
 def test_refusals(arguments, text):
     with pytest.raises(ConstraintError) as caught:
-        synthesise(**arguments)
+        synthesize(**arguments)
     assert str(caught.value).startswith(text)

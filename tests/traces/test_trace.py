@@ -187,7 +187,7 @@ def test_refusals(tmp_path, mistake):
 
 def test_more_numbers_than_fit(tmp_path, monkeypatch):
     """int8 takes a byte in the file and eight as int64, so a small archive of zeros could fill the memory."""
-    monkeypatch.setattr("evenmoe.traces.npz._LARGEST_BYTES", 8 * 24)
+    monkeypatch.setattr("evenmoe.io.npz._LARGEST_BYTES", 8 * 24)
     path = at(tmp_path / "bomb.npz", npz(load=LOAD.astype(np.int8)))
     assert load_trace(path).load.tolist() == LOAD.tolist()
     at(path, npz(load=np.zeros((1, 1, 25), np.int8)))

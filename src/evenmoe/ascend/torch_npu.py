@@ -8,9 +8,10 @@ the chip's first stage refuses. `group_ep` and `group_tp` are names: `rank.ep.na
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -21,6 +22,7 @@ from evenmoe.contract.combine import check_combine, check_combine_add_rms_norm
 from evenmoe.contract.dispatch import DispatchCall, check_dispatch, check_token_nums_type
 from evenmoe.contract.distribute import check_ep_rank, check_shared_pair, check_shared_rank_num
 from evenmoe.contract.limits import ATLAS_A3
+from evenmoe.contract.operators import OPERATORS, Argument
 from evenmoe.contract.tensor_spec import check_dims
 from evenmoe.contract.update_expert import check_update_expert
 from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError
@@ -38,10 +40,11 @@ _CHECKS: dict[str, Callable[..., object]] = {
     "combine": check_combine,
     "combine_add_rms_norm": check_combine_add_rms_norm,
 }
+_LATER_CHIPS = ("y_dtype", "x_dtype", "scales_dtype")  # what only later chips take
+_RESERVED = ("activation_scale", "weight_scale", "group_list", "out_dtype", "group_list_type")
 _RANKS_PER_NODE = 8  # of Atlas A2, in the room that the wrapper makes for its counts (§5)
 
 _Result = TypeVar("_Result")
-_Arguments = ParamSpec("_Arguments")
 _Generation = Literal["update_expert", "eplb_update_expert"]
 Tensor = torch.Tensor
 
@@ -50,28 +53,64 @@ class NpuCallError(EvenmoeError, RuntimeError):
     """A call that Atlas A3 refuses; `status` (int) is the code of its first stage: 161001, 161002 or 561002."""
 
 
-def _raising_as_npu(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Turns the package's errors into those of torch_npu, with the same text and status."""
+def _function(
+    operator: str,
+    version: int,
+    *,
+    without: tuple[str, ...] = (),
+    required: tuple[str, ...] = (),
+    renamed: Mapping[str, str] | None = None,
+    more: tuple[str, ...] = (),
+) -> Callable[[Callable[[dict[str, Any]], _Result]], Callable[..., _Result]]:
+    """Makes a function of torch_npu from one of its arguments by the table's names, and its errors those of torch_npu.
 
-    @wraps(function)
-    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        try:
-            return function(*args, **kwargs)
-        except EvenmoeError as error:
-            argument, fix = error.argument, of_the_chip(error).fix
-            if argument == "assist_info_for_combine" and "expand_idx" in function.__annotations__:
-                argument, fix = "expand_idx", fix.replace("output of this name", argument)
-            refused = NpuCallError(argument, error.value, error.rule, fix)
-            refused.status = error.status
-            raise refused from error
+    Args:
+        operator, version: of the table; what must be given comes by position, everything else by keyword.
+        without: arguments that torch_npu does not take; they have their defaults.
+        required: arguments that must be given here, although the newest version has a default.
+        renamed: {name of the table: name in torch_npu}.
+        more: arguments that only torch_npu has, None by default.
+    """
+    names = renamed or {}
+    table = [argument for argument in OPERATORS[operator].published(version) if argument.kind != "output"]
+    taken = [argument for argument in table if argument.name not in without]
+    first = [argument for argument in taken if argument.required or argument.name in required]
+    others = [argument for argument in taken if argument not in first] + [Argument(name, "int") for name in more]
+    positions = [names.get(argument.name, argument.name) for argument in first]
+    defaults = {argument.name: argument.default for argument in others}
+    by_position, by_keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    signature = inspect.Signature(
+        [inspect.Parameter(name, by_position) for name in positions]
+        + [inspect.Parameter(argument.name, by_keyword, default=argument.default) for argument in others]
+    )
+    ours = {theirs: name for name, theirs in names.items()}
+    left_out = {argument.name: argument.default for argument in table if argument.name in without}
 
-    return call
+    def decorate(function: Callable[[dict[str, Any]], _Result]) -> Callable[..., _Result]:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> _Result:
+            given = {**defaults, **dict(zip(positions, args, strict=False)), **kwargs}
+            twice = not kwargs.keys().isdisjoint(positions[: len(args)])
+            if twice or len(args) > len(positions) or given.keys() != signature.parameters.keys():
+                signature.bind(*args, **kwargs)  # raises the TypeError; it would take a tenth of a whole call
+            try:
+                return function({ours.get(name, name): value for name, value in given.items()} | left_out)
+            except EvenmoeError as error:
+                argument, fix = error.argument, of_the_chip(error).fix
+                if argument in names:
+                    fix = fix.replace("output of this name", argument)
+                raised = NpuCallError(names.get(argument, argument), error.value, error.rule, fix)
+                raised.status = error.status
+                raise raised from error
+
+        setattr(call, "__signature__", signature)  # noqa: B010  what help() shows
+        return call
+
+    return decorate
 
 
-@_raising_as_npu
-def npu_moe_eplb_update_expert(
-    expert_ids: Tensor, eplb_table: Tensor, local_rank_id: int, world_size: int, *, balance_mode: int = 0
-) -> Tensor:
+@_function("update_expert", version=1, required=("local_rank_id", "world_size"))
+def npu_moe_eplb_update_expert(given: dict[str, Any]) -> Tensor:
     """Map logical to physical expert ids by rank; the older operator, of torch_npu 7.1.0 only.
 
     Args:
@@ -91,28 +130,11 @@ def npu_moe_eplb_update_expert(
     >>> npu_moe_eplb_update_expert(torch.tensor([[0, 1]], dtype=torch.int32), table, 4, 8).tolist()
     [[0, 7]]
     """
-    given = {
-        "expert_ids": expert_ids,
-        "eplb_table": eplb_table,
-        "local_rank_id": local_rank_id,
-        "world_size": world_size,
-        "balance_mode": balance_mode,
-    }
     return _update_expert(given, generation="eplb_update_expert")[0]
 
 
-@_raising_as_npu
-def npu_moe_update_expert(
-    expert_ids: Tensor,
-    eplb_table: Tensor,
-    *,
-    expert_scales: Tensor | None = None,
-    pruning_threshold: Tensor | None = None,
-    active_mask: Tensor | None = None,
-    local_rank_id: int = -1,
-    world_size: int = -1,
-    balance_mode: int = 0,
-) -> tuple[Tensor, Tensor]:
+@_function("update_expert", version=2)
+def npu_moe_update_expert(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Map logical to physical expert ids, by rank or by token, and mark the entries to prune (§1).
 
     Args:
@@ -136,7 +158,6 @@ def npu_moe_update_expert(
     >>> ids.tolist(), mask.tolist()
     ([[0, 7]], [[True, True]])
     """
-    given = locals()
     return _update_expert(given, generation="update_expert")
 
 
@@ -147,36 +168,9 @@ def _update_expert(given: Mapping[str, Any], generation: _Generation) -> tuple[T
     return torch.ops.evenmoe.update_expert(**arguments)
 
 
-@_raising_as_npu
+@_function("dispatch", version=4, more=_LATER_CHIPS)
 def npu_moe_distribute_dispatch_v2(
-    x: Tensor,
-    expert_ids: Tensor,
-    group_ep: str,
-    ep_world_size: int,
-    ep_rank_id: int,
-    moe_expert_num: int,
-    *,
-    scales: Tensor | None = None,
-    x_active_mask: Tensor | None = None,
-    expert_scales: Tensor | None = None,
-    elastic_info: Tensor | None = None,
-    performance_info: Tensor | None = None,
-    group_tp: str = "",
-    tp_world_size: int = 0,
-    tp_rank_id: int = 0,
-    expert_shard_type: int = 0,
-    shared_expert_num: int = 1,
-    shared_expert_rank_num: int = 0,
-    quant_mode: int = 0,
-    global_bs: int = 0,
-    expert_token_nums_type: int = 1,
-    comm_alg: str = "",
-    zero_expert_num: int = 0,
-    copy_expert_num: int = 0,
-    const_expert_num: int = 0,
-    y_dtype: int | None = None,
-    x_dtype: int | None = None,
-    scales_dtype: int | None = None,
+    given: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Send each token to the ranks of its experts; a collective of the groups (§2).
 
@@ -211,53 +205,19 @@ def npu_moe_distribute_dispatch_v2(
     ...     world.run(step)
     [1.0, 0.0]
     """
-    given = locals()
-    later_chips = {name: given.pop(name) for name in ("y_dtype", "x_dtype", "scales_dtype")}
+    later_chips = {name: given.pop(name) for name in _LATER_CHIPS}
     *outputs, number = _call("dispatch", given, lambda: _check_as_wrapper(given, later_chips))
     expand_x, dynamic_scales, assist_info, token_nums, ep_recv_counts, tp_recv_counts, expand_scales = outputs
     remember(assist_info, number)
-    if expert_scales is not None:
-        more = 2 * given["global_bs"] * expert_ids.shape[1] * (ep_world_size // _RANKS_PER_NODE)
+    if given["expert_scales"] is not None:
+        more = 2 * given["global_bs"] * given["expert_ids"].shape[1] * (given["ep_world_size"] // _RANKS_PER_NODE)
         ep_recv_counts = torch.cat([ep_recv_counts, ep_recv_counts.new_zeros(more)])
     return expand_x, dynamic_scales, assist_info, token_nums, ep_recv_counts, tp_recv_counts, expand_scales
 
 
-@_raising_as_npu
-def npu_moe_distribute_combine_v2(
-    expand_x: Tensor,
-    expert_ids: Tensor,
-    assist_info_for_combine: Tensor,
-    ep_send_counts: Tensor,
-    expert_scales: Tensor,
-    group_ep: str,
-    ep_world_size: int,
-    ep_rank_id: int,
-    moe_expert_num: int,
-    *,
-    tp_send_counts: Tensor | None = None,
-    x_active_mask: Tensor | None = None,
-    expand_scales: Tensor | None = None,
-    shared_expert_x: Tensor | None = None,
-    elastic_info: Tensor | None = None,
-    ori_x: Tensor | None = None,
-    const_expert_alpha_1: Tensor | None = None,
-    const_expert_alpha_2: Tensor | None = None,
-    const_expert_v: Tensor | None = None,
-    performance_info: Tensor | None = None,
-    group_tp: str = "",
-    tp_world_size: int = 0,
-    tp_rank_id: int = 0,
-    expert_shard_type: int = 0,
-    shared_expert_num: int = 1,
-    shared_expert_rank_num: int = 0,
-    global_bs: int = 0,
-    comm_quant_mode: int = 0,
-    comm_alg: str = "",
-    zero_expert_num: int = 0,
-    copy_expert_num: int = 0,
-    const_expert_num: int = 0,
-) -> Tensor:
-    """Bring the experts' rows home and add them up, weighted; a collective of the groups (§3).
+@_function("combine", version=4, without=_RESERVED)
+def npu_moe_distribute_combine_v2(given: dict[str, Any]) -> Tensor:
+    """Return the experts' rows to their tokens and add them up, weighted; a collective of the groups (§3).
 
     Args:
         expand_x: float16 or bfloat16 (at least A·tp, H), the experts' outputs in the row order of dispatch's expand_x.
@@ -273,53 +233,11 @@ def npu_moe_distribute_combine_v2(
     Raises:
         NpuCallError: as in `npu_moe_distribute_dispatch_v2`.
     """
-    given = locals() | dict.fromkeys(("activation_scale", "weight_scale", "group_list"))
-    given |= {"out_dtype": 0, "group_list_type": 0}
     return _call("combine", given)
 
 
-@_raising_as_npu
-def npu_moe_distribute_combine_add_rms_norm(
-    expand_x: Tensor,
-    expert_ids: Tensor,
-    expand_idx: Tensor,
-    ep_send_counts: Tensor,
-    expert_scales: Tensor,
-    residual_x: Tensor,
-    gamma: Tensor,
-    group_ep: str,
-    ep_world_size: int,
-    ep_rank_id: int,
-    moe_expert_num: int,
-    *,
-    tp_send_counts: Tensor | None = None,
-    x_active_mask: Tensor | None = None,
-    activation_scale: Tensor | None = None,
-    weight_scale: Tensor | None = None,
-    group_list: Tensor | None = None,
-    expand_scales: Tensor | None = None,
-    shared_expert_x: Tensor | None = None,
-    elastic_info: Tensor | None = None,
-    ori_x: Tensor | None = None,
-    const_expert_alpha_1: Tensor | None = None,
-    const_expert_alpha_2: Tensor | None = None,
-    const_expert_v: Tensor | None = None,
-    group_tp: str = "",
-    tp_world_size: int = 0,
-    tp_rank_id: int = 0,
-    expert_shard_type: int = 0,
-    shared_expert_num: int = 1,
-    shared_expert_rank_num: int = 0,
-    global_bs: int = 0,
-    out_dtype: int = 0,
-    comm_quant_mode: int = 0,
-    group_list_type: int = 0,
-    comm_alg: str = "",
-    norm_eps: float = 1e-06,
-    zero_expert_num: int = 0,
-    copy_expert_num: int = 0,
-    const_expert_num: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
+@_function("combine_add_rms_norm", version=2, renamed={"assist_info_for_combine": "expand_idx"})
+def npu_moe_distribute_combine_add_rms_norm(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Combine without rounding, add the residual and apply RmsNorm; a collective of the groups (§4).
 
     Args:
@@ -335,9 +253,7 @@ def npu_moe_distribute_combine_add_rms_norm(
     Raises:
         NpuCallError: as in `npu_moe_distribute_dispatch_v2`.
     """
-    given = locals() | {"assist_info_for_combine": expand_idx, "performance_info": None}
-    del given["expand_idx"]
-    return _call("combine_add_rms_norm", given)
+    return _call("combine_add_rms_norm", given | {"performance_info": None})
 
 
 def _check_as_wrapper(given: Mapping[str, Any], later_chips: Mapping[str, object]) -> None:

@@ -20,7 +20,7 @@ from evenmoe.cli.ranks import finish, is_first_process, num_processes
 from evenmoe.cli.streams import print_json
 from evenmoe.errors import ConstraintError
 from evenmoe.placement import identity_placement
-from evenmoe.traces.small import small_trace
+from evenmoe.traces.synthesis import small_trace
 from evenmoe.traces.trace import Trace, load_trace
 
 #: The published demo's world: 8 × 2 ranks, 8 tokens each, hidden 7168, 3 experts per token, one expert per rank.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import shlex
 from pathlib import Path
-from typing import Any
+from textwrap import fill
 
 from rich import box
 from rich.console import Console
@@ -15,10 +14,15 @@ from rich.text import Text
 
 from evenmoe.cli.streams import print_json
 from evenmoe.errors import ConstraintError
-from evenmoe.report import quantities, write_report
+from evenmoe.quantities import QUANTITIES, count
+from evenmoe.report import write_report
 from evenmoe.report.markup import shortened
-from evenmoe.report.summary import Summary, best_policy, summarise
+from evenmoe.simulator.result import Summary
 from evenmoe.simulator.store import load_simulation
+
+#: Figures that fit 80 columns; everything else is on the page.
+_SHOWN = ("mean_par", "worst_par", "net_gain_percent", "copies", "break_even_steps")
+_WIDTH = 8  # characters of a column's head
 
 
 def run_report(source: Path, output: Path, png: Path | None, command: list[str], *, as_json: bool) -> None:
@@ -26,65 +30,34 @@ def run_report(source: Path, output: Path, png: Path | None, command: list[str],
     simulation = load_simulation(source)
     if output.exists() and output.samefile(source):
         raise ConstraintError("--output", output, "must not be the input", "name another file")
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    written = write_report(simulation, output, shlex.join(command), {str(source): digest}, png)
-    summaries = summarise(simulation)
+    inputs = {str(source): hashlib.sha256(source.read_bytes()).hexdigest()}
+    written = write_report(simulation, output, shlex.join(command), inputs, png)
     if as_json:
-        found = _object(summaries, best_policy(simulation), written, {str(source): digest})
-        print_json({**found, "empty_windows": simulation.empty_windows})
+        files = {
+            "page": str(written[0]),
+            "page_bytes": written[0].stat().st_size,
+            "pictures": [str(path) for path in written[1:]],
+            "input_sha256": inputs,
+        }
+        print_json({**files, **simulation.summary.as_json()})
         return
-    Console().print(_table(summaries))
+    Console().print(summary_table(simulation.summary, _SHOWN))
     if simulation.empty_windows:
-        print(f"{quantities.count(simulation.empty_windows)} empty windows of the trace left out")
+        print(f"{count(simulation.empty_windows)} empty windows of the trace left out")
     for path in written:
-        print(f"{path}  {quantities.count(path.stat().st_size)} bytes")
+        print(f"{path}  {count(path.stat().st_size)} bytes")
 
 
-def _object(summaries: tuple[Summary, ...], best: int, written: list[Path], inputs: dict[str, str]) -> dict[str, Any]:
-    return {
-        "page": str(written[0]),
-        "pictures": [str(path) for path in written[1:]],
-        "page_bytes": written[0].stat().st_size,
-        "input_sha256": inputs,
-        "best_policy": summaries[best].name,
-        "policies": [
-            {
-                "name": summary.name,
-                "mean_par": summary.mean_par,
-                "worst_par": summary.worst_par,
-                "mean_step_us": summary.step_time,
-                "mean_copying_us_per_step": summary.copy_time,
-                "gain_percent": _number(summary.gain),
-                "gain_percent_with_copying": _number(summary.net_gain),
-                "copies_experts": summary.copies,
-                "refreshes": summary.refreshes,
-                "break_even_steps": _number(summary.break_even),
-                "memory_bytes_per_rank": summary.memory,
-                "extra_memory_bytes_per_rank": summary.extra_memory,
-            }
-            for summary in summaries
-        ],
-    }
-
-
-def _number(value: float) -> float | None:
-    """JSON has neither infinity (never) nor a number that does not exist."""
-    return value if math.isfinite(value) else None
-
-
-def _table(summaries: tuple[Summary, ...]) -> Table:
-    """What fits 80 columns; everything else is on the page."""
+def summary_table(summary: Summary, names: tuple[str, ...]) -> Table:
+    """Some figures of all policies, each as it is written on the page."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    table.add_column("policy", overflow="fold", min_width=20)
-    for head in ("mean\nPAR", "worst\nPAR", "gain with\ncopying", "copies\nexperts", "break-even\nsteps"):
+    table.add_column("Policy", overflow="fold", min_width=20)
+    columns = [[Text(shortened(policy.name, 60)) for policy in summary.policies]]
+    for name in names:
+        shown = summary.shown(name)
+        head = "\n".join(fill(text, _WIDTH, break_long_words=False) for text in (QUANTITIES[name].label, shown.unit))
         table.add_column(head, justify="right", no_wrap=True)
-    for summary in summaries:
-        table.add_row(
-            Text(shortened(summary.name, 60)),
-            quantities.par(summary.mean_par),
-            quantities.par(summary.worst_par),
-            quantities.percent(summary.net_gain),
-            quantities.count(summary.copies),
-            quantities.steps(summary.break_even),
-        )
+        columns.append([Text(text) for text in shown.texts])
+    for cells in zip(*columns, strict=True):
+        table.add_row(*cells)
     return table

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import shlex
 import zipfile
 from collections.abc import Callable, Iterator
@@ -14,12 +13,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
+from evenmoe.cli.report import summary_table
 from evenmoe.cli.streams import print_json
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.formats.contents import Contents
@@ -27,7 +24,7 @@ from evenmoe.metrics import FloatArray, as_load
 from evenmoe.simulator.costs import CostModel
 from evenmoe.simulator.policies import DEFAULT
 from evenmoe.simulator.replay import simulate
-from evenmoe.simulator.result import PolicyResult, Simulation
+from evenmoe.simulator.result import Simulation
 from evenmoe.simulator.store import save_simulation
 from evenmoe.simulator.world import World
 from evenmoe.traces.models import MODELS, ModelShape, find_model
@@ -37,6 +34,8 @@ SYNTHETIC = "synthetic:"
 _SYNTHETIC_WINDOWS, _REQUEST_WINDOWS = 100, 4
 _RANKS_PER_NODE = 8
 _MOST_TOKENS, _LARGEST_BITS = 2.0**53, 40
+_GAINS = ("mean_par", "worst_par", "step_time_us", "gain_percent", "deduplicated_rows_between_nodes")
+_PRICES = ("copies", "refreshes", "refresh_copy_time_us", "break_even_steps", "extra_memory_bytes_per_rank")
 _NEEDED = {"expert_flops_per_token": "--expert-flops", "expert_bytes": "--expert-bytes"}
 
 
@@ -115,7 +114,7 @@ def run_simulation(choices: Choices, *, as_json: bool) -> None:
 
         write_report(simulation, choices.report, shlex.join(choices.command), digests)
     if as_json:
-        print_json(describe(simulation))
+        print_json(simulation.summary.as_json())
     else:
         _print(simulation)
 
@@ -139,10 +138,10 @@ def _open_trace(choices: Choices, world: World) -> tuple[Trace, Contents | None]
         return _read_trace(choices.trace, choices.map)
     if choices.map is not None:
         raise ConstraintError("--map", choices.map, "must come with a file, whose slots it holds", "leave it out")
-    from evenmoe.traces.synthesis import synthesise
+    from evenmoe.traces.synthesis import synthesize
 
     lanes = world.num_ranks * world.tokens_per_rank // (choices.chunk or world.tokens_per_rank)
-    trace = synthesise(
+    trace = synthesize(
         choices.trace.removeprefix(SYNTHETIC),
         num_windows=min(choices.steps or _SYNTHETIC_WINDOWS, _SYNTHETIC_WINDOWS),
         tokens_per_window=world.num_ranks * world.tokens_per_rank,
@@ -280,93 +279,17 @@ def progress_bar(what: str, console: Console | None = None) -> Iterator[Callable
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def describe(simulation: Simulation) -> dict[str, Any]:
-    """The object of `--json`: settings and, per policy, means over steps; units are in the names of the keys."""
-    return {
-        "trace": simulation.trace,
-        "steps": len(simulation.tokens),
-        "ranks": simulation.num_ranks,
-        "nodes": simulation.num_nodes,
-        "layers": simulation.load.shape[0],
-        "experts": simulation.num_experts,
-        "top_k": simulation.top_k,
-        "tokens_per_step": int(simulation.tokens[0]),
-        "empty_windows": simulation.empty_windows,
-        "settings": [{"name": name, "value": value, "unit": unit} for name, value, unit in simulation.settings],
-        "notes": list(simulation.notes),
-        "policies": [_policy(policy, simulation.policies[0]) for policy in simulation.policies],
-    }
-
-
-def _policy(policy: PolicyResult, baseline: PolicyResult) -> dict[str, Any]:
-    traffic = policy.traffic
-    refreshes = len(policy.refreshes)
-    return {
-        "name": policy.name,
-        "description": policy.description,
-        "rule": policy.rule,
-        "slots": policy.final.num_slots,
-        "par_mean": float(policy.par.mean()),
-        "par_max": float(policy.par.max()),
-        "par_mean_per_layer": policy.par.mean(axis=0).tolist(),
-        "step_us_mean": float(policy.step_time.mean()),
-        "step_us_gain_percent": _gain(policy, baseline),
-        "refreshes": refreshes,
-        "copies_experts": int(policy.copies.sum()),
-        "copy_us_per_refresh": float(policy.copy_time.sum() / refreshes) if refreshes else 0.0,
-        "break_even_steps": policy.break_even_steps if math.isfinite(policy.break_even_steps) else None,
-        "within_node_rows_per_step": float(traffic.within_node.mean()),
-        "between_nodes_rows_per_step": float(traffic.between_nodes.mean()),
-        "within_node_rows_once_per_step": float(traffic.within_node_once.mean()),
-        "between_nodes_rows_once_per_step": float(traffic.between_nodes_once.mean()),
-        "memory_bytes_per_rank": policy.memory_per_rank,
-        "redundancy_bytes_per_rank": policy.memory_per_rank - baseline.memory_per_rank,
-    }
-
-
-def _gain(policy: PolicyResult, baseline: PolicyResult) -> float:
-    return float(100 * (1 - policy.step_time.mean() / baseline.step_time.mean()))
-
-
 def _print(simulation: Simulation) -> None:
     """Two tables, because one would not fit 80 columns: what a policy gains, and what it costs."""
+    summary = simulation.summary
     print(
-        f"{simulation.trace}: {len(simulation.tokens)} steps of {int(simulation.tokens[0]):,} tokens "
-        f"on {simulation.num_ranks} ranks, {simulation.num_nodes} nodes"
-        + (f"; {simulation.empty_windows:,} empty windows left out" if simulation.empty_windows else "")
+        f"{summary.trace}: {summary.num_steps} steps of {summary.tokens_per_step:,} tokens "
+        f"on {summary.num_ranks} ranks, {summary.num_nodes} nodes"
+        + (f"; {summary.num_empty_windows:,} empty windows left out" if summary.num_empty_windows else "")
     )
-    found = [_policy(policy, simulation.policies[0]) for policy in simulation.policies]
-    gains = _table("mean\nPAR", "worst\nPAR", "step\nms", "saved\n%", "rows between\nnodes, step")
-    prices = _table("copies\nexperts", "plans", "copying\nms each", "break-even\nsteps", "extra\nGB/rank")
-    for row in found:
-        gains.add_row(
-            Text(row["name"]),
-            f"{row['par_mean']:.3f}",
-            f"{row['par_max']:.3f}",
-            f"{row['step_us_mean'] / 1e3:.3f}",
-            f"{round(row['step_us_gain_percent'], 1) + 0.0:.1f}",  # no -0.0
-            f"{row['between_nodes_rows_once_per_step']:,.0f}",
-        )
-        even = row["break_even_steps"]
-        prices.add_row(
-            Text(row["name"]),
-            f"{row['copies_experts']:,}",
-            f"{row['refreshes']:,}",
-            f"{row['copy_us_per_refresh'] / 1e3:.3f}",
-            "never" if even is None else f"{even:,.1f}",
-            f"{row['redundancy_bytes_per_rank'] / 1e9:.2f}",
-        )
     console = Console()
-    console.print(gains)
-    console.print(prices)
+    console.print(summary_table(summary, _GAINS))
+    console.print(summary_table(summary, _PRICES))
     notes = Console(stderr=True)
-    for note in simulation.notes:
+    for note in summary.notes:
         notes.print(note, style="dim", markup=False, highlight=False)
-
-
-def _table(*heads: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    table.add_column("policy", overflow="fold", min_width=20)
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
-    return table

@@ -11,15 +11,15 @@ from rich.console import Console
 
 from evenmoe.cli.streams import print_json
 from evenmoe.io.output import write_standard_output
-from evenmoe.traces.statistics import comovement, drift, gini, locality, skew
-from evenmoe.traces.synthesis import synthesise
+from evenmoe.traces.statistics import common_factor_share, drift, gini, locality, skew
+from evenmoe.traces.synthesis import synthesize
 from evenmoe.traces.trace import Trace, save_trace, trace_bytes
 
 
 def run_synthesise(out: str, *, as_json: bool, **arguments: Any) -> None:
     """Make up a trace, write it, show its statistics."""
     with Console(stderr=True).status("making up the trace …"):
-        trace = synthesise(**arguments)
+        trace = synthesize(**arguments)
         if out == "-":
             data = trace_bytes(trace, "standard output")
             write_standard_output(data)
@@ -61,7 +61,7 @@ def _statistics(trace: Trace) -> dict[str, float]:
     }
     if trace.num_windows > 1:
         found["drift_between_windows"] = float(np.median(drift(trace.load)))
-        found["comovement_of_one_factor"] = comovement(trace.load, 1)
+        found["comovement_of_one_factor"] = common_factor_share(trace.load, 1)
     if trace.routing is not None:
         found["locality_of_neighbours"] = float(np.median(locality(trace.routing, trace.seq_start)))
     return {name: round(value, 6) for name, value in found.items()}

@@ -61,6 +61,10 @@ class Operator:
         """The arguments of these kinds, in order."""
         return tuple(argument for argument in self.arguments if argument.kind in kinds)
 
+    def published(self, version: int) -> tuple[Argument, ...]:
+        """The arguments that the operator has in this version, in order."""
+        return tuple(a for a in self.arguments if a.since is not None and a.since <= version)
+
 
 @dataclass(frozen=True, slots=True)
 class Signature:
@@ -244,13 +248,8 @@ OPERATORS: dict[str, Operator] = {
 """Every operator by its registered name."""
 
 
-def _signature(operator: Operator, version: int) -> Signature:
-    published = (a for a in operator.arguments if a.since is not None and a.since <= version)
-    return Signature(operator.name, {argument.name: argument for argument in published})
-
-
 SIGNATURES: dict[str, Signature] = {
-    name: _signature(operator, version)
+    name: Signature(operator.name, {argument.name: argument for argument in operator.published(version)})
     for operator in OPERATORS.values()
     for name, version in operator.versions.items()
 }

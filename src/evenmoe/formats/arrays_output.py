@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 
-from evenmoe.formats.containers.torch_file import torch_bytes
+from evenmoe.io.torch_file import torch_bytes
 
 
 def array_bytes(array: np.ndarray, container: str) -> bytes:

@@ -18,9 +18,9 @@ from evenmoe.errors import ConstraintError
 from evenmoe.formats.contents import IntArray, Options, RawMap, WriteOptions
 from evenmoe.formats.document import Document
 from evenmoe.formats.findings import Finding
-from evenmoe.formats.json_output import json_bytes
 from evenmoe.formats.layer_numbers import MTP_LAYERS
 from evenmoe.formats.values import slots_of
+from evenmoe.io.json_text import json_bytes
 from evenmoe.placement import Placement
 
 _SHARED = "shared_expert_devices"

@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 
 from evenmoe.errors import FileFormatError
-
-#: Beyond 10 × its size, what reading a file may take: room for small files' fixed costs. Every reader's budget.
-ALLOWANCE_BYTES = 8 << 20
+from evenmoe.io import ALLOWANCE_BYTES as ALLOWANCE_BYTES
 
 _MOST_TOKENS = 2.0**53
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from evenmoe.formats.contents import Options, RawMap, WriteOptions
 from evenmoe.formats.document import Document
-from evenmoe.formats.json_output import json_bytes
 from evenmoe.formats.layer_numbers import HIDDEN_LAYERS, MTP_LAYERS
+from evenmoe.io.json_text import json_bytes
 from evenmoe.placement import Placement, ascending_replica_index
 
 

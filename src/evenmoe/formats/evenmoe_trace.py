@@ -13,8 +13,7 @@ import numpy as np
 from evenmoe.formats.contents import Load, Options, RawLoad, WriteOptions
 from evenmoe.formats.document import Document
 from evenmoe.formats.values import whole_counts
-from evenmoe.traces.npz import parse_metadata
-from evenmoe.traces.trace import ARRAYS, MOST_TOKENS, Trace, checked_trace, trace_bytes
+from evenmoe.traces.trace import ARRAYS, MOST_TOKENS, Trace, checked_trace, parse_metadata, trace_bytes
 
 _OF_A_LOAD = ("load", "layer_ids")
 

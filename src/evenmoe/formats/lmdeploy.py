@@ -7,8 +7,8 @@ import numpy as np
 from evenmoe.formats import vllm_list
 from evenmoe.formats.contents import Load, Options, RawLoad, WriteOptions
 from evenmoe.formats.document import Document
-from evenmoe.formats.json_output import json_bytes
 from evenmoe.formats.values import one_window
+from evenmoe.io.json_text import json_bytes
 
 
 def matches(document: Document) -> bool:

@@ -12,7 +12,6 @@ import numpy as np
 
 from evenmoe.errors import ConstraintError, FileFormatError
 from evenmoe.formats.catalogue import FORMATS, Format
-from evenmoe.formats.containers.npz_file import NpyError
 from evenmoe.formats.contents import Contents, Options, Raw, RawLoad, RawMap
 from evenmoe.formats.document import Document
 from evenmoe.formats.findings import Finding, inspect_load, inspect_map
@@ -27,6 +26,7 @@ from evenmoe.formats.layer_numbers import (
 from evenmoe.formats.physical import by_placement
 from evenmoe.formats.source import open_document
 from evenmoe.formats.values import without_empty_windows
+from evenmoe.io import DamagedFileError
 from evenmoe.placement import Placement, layers_of
 
 _FLAGS = {
@@ -201,7 +201,7 @@ def open_format(source: str | Path, format: str | None, options: Options) -> tup
     document = open_document(source)
     try:
         return document, _named(document, format) if format else _detect(document)
-    except NpyError as error:
+    except DamagedFileError as error:
         raise _damaged(document, error) from None
 
 
@@ -209,7 +209,7 @@ def read_raw(document: Document, entry: Format, options: Options, layers: str | 
     """What a file of this format holds before it is judged."""
     try:
         raw = _module(entry).read(document, options)
-    except NpyError as error:  # an .npz unpacks when it is asked for an array
+    except DamagedFileError as error:  # an .npz unpacks when it is asked for an array
         raise _damaged(document, error) from None
     # The file's own numbers choose its layers, also where it merely counts them and is given the model's.
     shift = options.first_layer or 0 if raw.layer_ids is None else 0
@@ -219,7 +219,7 @@ def read_raw(document: Document, entry: Format, options: Options, layers: str | 
     return select_layers(document, raw, layers, shift) if layers else raw
 
 
-def _damaged(document: Document, error: NpyError) -> FileFormatError:
+def _damaged(document: Document, error: DamagedFileError) -> FileFormatError:
     return document.refuse(error, "must be an intact .npz file", "write or download it again")
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from evenmoe.formats.containers.torch_file import torch_bytes
 from evenmoe.formats.contents import IntArray, Load, Options, RawLoad, WriteOptions
 from evenmoe.formats.document import ALLOWANCE_BYTES, Document
 from evenmoe.formats.findings import Finding
@@ -24,6 +23,7 @@ from evenmoe.formats.physical import to_logical
 from evenmoe.formats.rank_files import alone, documents_of, files_in, missing_ranks, summed
 from evenmoe.formats.source import parse_document, read_bytes
 from evenmoe.formats.values import smallest_counts, whole_counts
+from evenmoe.io.torch_file import torch_bytes
 
 _MAP, _PASS, _TOKENS = "last_physical_to_logical_map", "global_physical_count", "topk_ids_of_layer"
 _RECORDED_K = 8  # fixed in the recorder

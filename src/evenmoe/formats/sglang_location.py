@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from evenmoe.formats.containers.torch_file import torch_bytes
 from evenmoe.formats.contents import Options, RawMap, WriteOptions
 from evenmoe.formats.document import Document
 from evenmoe.formats.hidden_layers import slots_with_dense
-from evenmoe.formats.json_output import json_bytes
 from evenmoe.formats.layer_numbers import DENSE_ROWS, HIDDEN_LAYERS, is_trivial
 from evenmoe.formats.rows import slot_rows
 from evenmoe.formats.values import slots_of
+from evenmoe.io.json_text import json_bytes
+from evenmoe.io.torch_file import torch_bytes
 from evenmoe.placement import Placement
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from evenmoe.formats.containers.torch_file import torch_bytes
 from evenmoe.formats.contents import Load, Options, RawLoad, WriteOptions
 from evenmoe.formats.document import Document
 from evenmoe.formats.hidden_layers import load_with_dense, without_dense
-from evenmoe.formats.json_output import json_bytes
+from evenmoe.io.json_text import json_bytes
+from evenmoe.io.torch_file import torch_bytes
 
 _COUNT = "logical_count"
 

@@ -5,11 +5,11 @@ The counts are already summed over ranks; every hidden layer has a row, a dense 
 
 from __future__ import annotations
 
-from evenmoe.formats.containers.torch_file import torch_bytes
 from evenmoe.formats.contents import Load, Options, RawLoad, WriteOptions
 from evenmoe.formats.document import Document
 from evenmoe.formats.hidden_layers import load_with_dense, without_dense
 from evenmoe.formats.values import smallest_counts, whole_counts
+from evenmoe.io.torch_file import torch_bytes
 
 _UTILISATION = "average_utilization_rate_over_window"
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from evenmoe.errors import FileFormatError
-from evenmoe.formats.containers.csv_text import parse_csv
-from evenmoe.formats.containers.json_text import JsonError, parse_json, parse_json_lines
 from evenmoe.formats.document import Document
+from evenmoe.io import DamagedFileError
+from evenmoe.io.csv_text import parse_csv
+from evenmoe.io.json_text import parse_json, parse_json_lines
 
 _LARGEST_BYTES = {"pt": 1 << 33, "npz": 1 << 32, "npy": 1 << 32, "safetensors": 1 << 32}
 _LARGEST_TEXT_BYTES = 1 << 28  # 256 MiB: a hundred times the largest of these text files that we know of
@@ -109,11 +110,11 @@ def _parse(data: bytes) -> tuple[str, Any]:
         return _parse_zip(data)
     container = sniff(data[:16])
     if container == "npy":
-        from evenmoe.formats.containers.npz_file import parse_npy
+        from evenmoe.io.npz import parse_npy
 
         return container, parse_npy(data)
     if container == "safetensors":
-        from evenmoe.formats.containers.safetensors_file import parse_safetensors
+        from evenmoe.io.safetensors_file import parse_safetensors
 
         return container, parse_safetensors(data)
     if data.startswith(_LEGACY_TORCH):
@@ -124,14 +125,14 @@ def _parse(data: bytes) -> tuple[str, Any]:
 
 
 def _parse_zip(data: bytes) -> tuple[str, Any]:
-    from evenmoe.formats.containers.zip_archive import open_zip
+    from evenmoe.io.npz import open_zip
 
     names = open_zip(data).namelist()
     if any(name.endswith("data.pkl") for name in names):
-        from evenmoe.formats.containers.torch_file import parse_torch
+        from evenmoe.io.torch_file import parse_torch
 
         return "pt", parse_torch(data)
-    from evenmoe.formats.containers.npz_file import Arrays
+    from evenmoe.io.npz import Arrays
 
     if names and all(name.endswith(".npy") for name in names):
         return "npz", Arrays(data)
@@ -151,7 +152,7 @@ def _parse_text(data: bytes) -> tuple[str, Any]:
     numeric = not line.strip().translate(None, b"0123456789.+-eE, ")
     if numeric or (b":" not in line and line[:1] not in (b"#", b"%", b"-")):  # what YAML may begin with
         return "csv", parse_csv(data)
-    from evenmoe.formats.containers.yaml_text import parse_yaml
+    from evenmoe.io.yaml_text import parse_yaml
 
     return "yaml", parse_yaml(data)
 
@@ -159,7 +160,7 @@ def _parse_text(data: bytes) -> tuple[str, Any]:
 def _parse_json(data: bytes) -> tuple[str, Any]:
     try:
         return "json", parse_json(data)
-    except JsonError as error:
+    except DamagedFileError as error:
         if "more text after the value" not in str(error):
             raise
     return "jsonl", parse_json_lines(data)

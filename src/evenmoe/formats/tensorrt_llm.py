@@ -11,10 +11,10 @@ from __future__ import annotations
 from evenmoe.formats.contents import Options, RawMap, WriteOptions
 from evenmoe.formats.document import Document
 from evenmoe.formats.findings import Finding, number_gaps
-from evenmoe.formats.json_output import json_bytes
 from evenmoe.formats.layer_numbers import mtp_numbers
 from evenmoe.formats.rows import numbered_rows
 from evenmoe.formats.values import slots_of
+from evenmoe.io.json_text import json_bytes
 from evenmoe.placement import Placement
 
 _LAYERS, _UPDATES = "initial_global_assignments", "layer_updates_per_iter"

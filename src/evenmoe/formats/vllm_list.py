@@ -8,9 +8,9 @@ import numpy as np
 
 from evenmoe.formats.contents import Options, RawMap, WriteOptions
 from evenmoe.formats.document import Document
-from evenmoe.formats.json_output import json_bytes
 from evenmoe.formats.rows import slot_rows
 from evenmoe.formats.values import slots_of
+from evenmoe.io.json_text import json_bytes
 from evenmoe.placement import Placement
 
 

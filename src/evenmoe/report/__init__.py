@@ -1,5 +1,5 @@
 """What a replay found as one HTML page and PNGs."""
 
-from evenmoe.report.write import write_report
+from evenmoe.report.page import write_report
 
 __all__ = ["write_report"]

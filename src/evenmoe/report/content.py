@@ -1,15 +1,17 @@
-"""What a report is made of: the replay, its summaries, and what it was made by."""
+"""What a report is made of: the replay, its figures, and what it was made by."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from evenmoe.report.summary import Summary, best_policy, summarise
-from evenmoe.simulator.result import PolicyResult, Simulation
+from evenmoe.quantities import QUANTITIES
+from evenmoe.report.markup import Column, Markup, data, name, table
+from evenmoe.simulator.result import PolicyResult, PolicySummary, Simulation, Summary
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,18 @@ class Content:
     command: str
     inputs: dict[str, str]
 
-    @cached_property
-    def summaries(self) -> tuple[Summary, ...]:
-        return summarise(self.simulation)
+    @property
+    def summary(self) -> Summary:
+        return self.simulation.summary
+
+    @property
+    def summaries(self) -> tuple[PolicySummary, ...]:
+        return self.summary.policies
 
     @cached_property
     def best(self) -> int:
-        return best_policy(self.simulation)
+        """Index of the best policy."""
+        return [policy.name for policy in self.summaries].index(self.summary.best_policy)
 
     @property
     def before(self) -> PolicyResult:
@@ -48,18 +55,10 @@ class Content:
     def compares(self) -> bool:
         return self.best != 0
 
-    @property
-    def num_steps(self) -> int:
-        return len(self.simulation.tokens)
-
-    @property
-    def num_layers(self) -> int:
-        return self.before.par.shape[1]
-
     @cached_property
     def layer_par(self) -> npt.NDArray[np.float64]:
         """(policies, L), mean over steps."""
-        return np.stack([policy.par.mean(axis=0) for policy in self.simulation.policies])
+        return np.array([policy.mean_par_per_layer for policy in self.summaries])
 
     @cached_property
     def worst_layer(self) -> int:
@@ -70,3 +69,18 @@ class Content:
     def names(self) -> list[tuple[int, str]]:
         """(index, name) of every policy."""
         return [(i, policy.name) for i, policy in enumerate(self.simulation.policies)]
+
+    def with_unit(self, quantity: str) -> list[str]:
+        """One figure of every policy as it is written, with the unit without what it is per."""
+        shown = self.summary.shown(quantity)
+        return [f"{text} {shown.unit.partition(' per ')[0]}" for text in shown.texts]
+
+    def table(self, caption: str, quantities: Sequence[str], policies: Sequence[str] = ()) -> Markup:
+        """Figures of all policies, one row for each; `policies` are the rows' heads, their names by default."""
+        columns, cells = [Column("Policy")], [policies or [name(policy.name) for policy in self.summaries]]
+        for key in quantities:
+            shown = self.summary.shown(key)
+            columns.append(Column(QUANTITIES[key].label, shown.unit, key))
+            values = [getattr(policy, key) for policy in self.summaries]
+            cells.append([data(value, text) for value, text in zip(values, shown.texts, strict=True)])
+        return table(caption, columns, zip(*cells, strict=True))

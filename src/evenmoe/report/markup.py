@@ -1,9 +1,11 @@
-"""HTML and SVG elements from Python, every text escaped."""
+"""HTML and SVG elements from Python, every text escaped; sections, figures and tables made of them."""
 
 from __future__ import annotations
 
 import html
 import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 _VOID = {"meta", "br"}
 # Controls, lone surrogates and non-characters have no place in HTML and would make it unreadable or unwritable.
@@ -88,3 +90,82 @@ def shortened(text: str, length: int) -> str:
         return text
     tail = 2 * length // 5
     return f"{text[: length - 1 - tail]}…{text[len(text) - tail :]}"
+
+
+LONG = 24  # characters, from which a row's heading is broken into lines
+_TAGS = re.compile("<[^>]*>")
+
+
+@dataclass(frozen=True)
+class Column:
+    """Head of a table's column.
+
+    Attributes:
+        label: what it holds.
+        unit: under the label, "" for none.
+        word: key of its definition in the glossary, "" for none.
+        text: whether its cells are text, which is written from the left.
+    """
+
+    label: str
+    unit: str = ""
+    word: str = ""
+    text: bool = False
+
+
+def section(key: str, title: str, *body: str) -> Markup:
+    """A numbered place of the page that can be linked to."""
+    return element("section", element("h2", title), *body, id=key)
+
+
+def figure(title: str, drawing: str, caption: str, *, legend: str = "", table: str = "", wide: bool = False) -> Markup:
+    """A drawing with its heading, what its marks mean, its caption and, on request, its numbers."""
+    return element(
+        "figure",
+        element("h3", title),
+        legend,
+        element("div", drawing, class_="canvas"),
+        element("figcaption", caption),
+        details("The numbers", table) if table else "",
+        class_="wide" if wide else None,
+    )
+
+
+def details(summary: str, body: str) -> Markup:
+    """A part that opens on request."""
+    return element("details", element("summary", summary), body)
+
+
+def table(caption: str, columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> Markup:
+    """A table in a box that scrolls by itself; the first cell of a row is its heading."""
+    head = element("tr", *(_head(column) for column in columns))
+    body = []
+    for row in rows:
+        long = len(_TAGS.sub("", row[0])) > LONG
+        cells = [element("th", row[0], scope="row", class_="long" if long else None)]
+        cells += [
+            element("td", cell, class_="text" if column.text else None)
+            for cell, column in zip(row[1:], columns[1:], strict=True)
+        ]
+        body.append(element("tr", *cells))
+    return element(
+        "div",
+        element("table", element("caption", element("span", caption)), element("thead", head), element("tbody", *body)),
+        class_="scroll",
+        role="region",
+        aria_label=caption,
+        tabindex="0",
+    )
+
+
+def _head(column: Column) -> Markup:
+    label: str = column.label
+    if column.word:
+        label = element("a", label, href=f"#w-{column.word}")
+    unit = element("span", column.unit, class_="unit") if column.unit else ""
+    return element("th", label, unit, scope="col", class_="text" if column.text else None)
+
+
+def paragraph(*parts: str, class_: str | None = None) -> Markup:
+    """A paragraph."""
+    return element("p", join(*parts), class_=class_)

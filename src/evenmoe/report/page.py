@@ -1,20 +1,22 @@
-"""The page: head, sections, style."""
+"""The page, and `write_report`, which puts it and its pictures on disk."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib.resources import files
+from pathlib import Path
 
+from evenmoe.io.output import made_folder, whole_files
+from evenmoe.quantities import count, counted
+from evenmoe.report.balance import balance
 from evenmoe.report.content import Content
+from evenmoe.report.costs import cost, traffic
+from evenmoe.report.drawing import color_rules
+from evenmoe.report.headline import glossary, headline, origin
+from evenmoe.report.maps import load, replicas
 from evenmoe.report.markup import Markup, element, join, name
-from evenmoe.report.palette import colour_rules
-from evenmoe.report.quantities import count, counted
-from evenmoe.report.sections.balance import balance
-from evenmoe.report.sections.cost import cost
-from evenmoe.report.sections.headline import headline
-from evenmoe.report.sections.load import load
-from evenmoe.report.sections.origin import glossary, origin
-from evenmoe.report.sections.replicas import replicas
-from evenmoe.report.sections.traffic import traffic
+from evenmoe.simulator.result import Simulation
 
 #: Nothing may be fetched or run; styles stand in the page.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -33,7 +35,7 @@ LINKS = (
 
 def page(content: Content) -> str:
     """The whole document."""
-    style = files("evenmoe.report").joinpath("page.css").read_text(encoding="utf-8") + colour_rules()
+    style = files("evenmoe.report").joinpath("page.css").read_text(encoding="utf-8") + color_rules()
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -52,7 +54,7 @@ def _header(content: Content) -> Markup:
     tokens = simulation.tokens
     low, high = count(int(tokens.min())), count(int(tokens.max()))
     facts = (
-        counted(content.num_layers, "MoE layer"),
+        counted(content.summary.num_layers, "MoE layer"),
         f"{counted(simulation.num_experts, 'expert')}, top-{simulation.top_k}",
         f"{counted(simulation.num_ranks, 'rank')}, {counted(simulation.num_nodes, 'node')}",
         f"{counted(len(tokens), 'step')} of {low if low == high else f'{low} to {high}'} tokens",
@@ -68,4 +70,43 @@ def _header(content: Content) -> Markup:
 
 def _sections(content: Content) -> Markup:
     parts = (headline, balance, load, replicas, traffic, cost, origin)
-    return join(*(part(content) for part in parts), glossary())
+    return join(*(part(content) for part in parts), glossary(content))
+
+
+def write_report(
+    simulation: Simulation,
+    path: str | Path,
+    command: str,
+    inputs: Mapping[str, str] | None = None,
+    png_dir: str | Path | None = None,
+) -> list[Path]:
+    """Write one self-contained HTML page about a replay and, on request, its pictures as PNGs.
+
+    The same arguments give the same bytes. The page asks for nothing outside itself and runs no script. All files take
+    their names once all are complete.
+
+    Args:
+        simulation: what was found; its first policy is the baseline.
+        path: of the page; a file there is replaced.
+        command: the command line that made it, shown as it is.
+        inputs: SHA-256 in hexadecimal of every file that was read, by path.
+        png_dir: folder for the PNGs, made if it is not there; None for none.
+
+    Returns:
+        The files written, the page first.
+
+    Raises:
+        OSError: a file cannot be written; `filename` names it, and what was there has not changed.
+    """
+    content = Content(simulation, command, dict(inputs or {}))
+    written = {Path(path): page(content).encode("utf-8", "backslashreplace")}
+    with ExitStack() as folder:
+        if png_dir is not None:
+            from evenmoe.report.pictures import draw_pictures  # imports matplotlib, 0.4 s that the page does not need
+
+            written |= {Path(png_dir, name): picture for name, picture in draw_pictures(content).items()}
+            folder.enter_context(made_folder(Path(png_dir)))
+        with whole_files() as files:
+            for target, data in written.items():
+                files.write(target, data)
+    return list(written)

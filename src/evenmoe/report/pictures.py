@@ -16,13 +16,11 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from evenmoe.report import palette
+from evenmoe.quantities import significant
+from evenmoe.report import drawing
 from evenmoe.report.content import Content
+from evenmoe.report.maps import LOAD_EDGES, REPLICA_COLORS, REPLICA_EDGES, REPLICA_LABELS, relative_load
 from evenmoe.report.markup import shortened
-from evenmoe.report.quantities import ROWS, TIMES, common_unit, significant
-from evenmoe.report.sections.load import EDGES, relative_load
-from evenmoe.report.sections.replicas import COLOURS, LABELS
-from evenmoe.report.sections.replicas import EDGES as REPLICAS
 
 INK, MUTED, RULE = "#1b2129", "#515b67", "#d5dae1"
 DPI = 160
@@ -71,17 +69,17 @@ def _labels(content: Content) -> list[str]:
 
 def _par(figure: Figure, content: Content) -> None:
     axes = figure.subplots()
-    steps = np.arange(content.num_steps)
+    steps = np.arange(content.summary.num_steps)
     highest = 1.0
     for i, (policy, label) in enumerate(zip(content.simulation.policies, _labels(content), strict=True)):
         median = np.median(policy.par, axis=1)
         highest = max(highest, float(median.max()))
-        look = palette.style(i)
+        look = drawing.style(i)
         axes.plot(
             steps,
             median,
             label=label,
-            color=palette.SERIES_LIGHT[look.colour],
+            color=drawing.SERIES_LIGHT[look.color],
             linestyle=(0, tuple(part / 2 for part in look.dash)) if look.dash else "solid",
             linewidth=1.8,
             clip_on=False,  # half of a line at 1.0 would be cut away
@@ -101,32 +99,32 @@ def _par(figure: Figure, content: Content) -> None:
 def _load(figure: Figure, content: Content) -> None:
     shown = [("Before", content.before), ("After", content.after)][: 2 if content.compares else 1]
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
-    colours = ListedColormap(palette.RAMP_LIGHT)
-    norm = BoundaryNorm(np.arange(len(palette.RAMP_LIGHT) + 1) - 0.5, len(palette.RAMP_LIGHT))
+    colors = ListedColormap(drawing.RAMP_LIGHT)
+    norm = BoundaryNorm(np.arange(len(drawing.RAMP_LIGHT) + 1) - 0.5, len(drawing.RAMP_LIGHT))
     for axes, (when, policy) in zip(panels, shown, strict=True):
         load = relative_load(policy)
-        levels = np.where(np.isnan(load), np.nan, np.searchsorted(EDGES, load, side="right"))
-        axes.imshow(levels, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+        levels = np.where(np.isnan(load), np.nan, np.searchsorted(LOAD_EDGES, load, side="right"))
+        axes.imshow(levels, cmap=colors, norm=norm, aspect="auto", interpolation="nearest")
         _map_axes(axes, f"{when}: {shortened(policy.name, 28)}", "rank")
     bar = figure.colorbar(
-        ScalarMappable(norm, colours),
+        ScalarMappable(norm, colors),
         ax=list(panels),
-        ticks=np.arange(len(EDGES)) + 0.5,
+        ticks=np.arange(len(LOAD_EDGES)) + 0.5,
         label="load ÷ mean rank of the layer",
     )
-    bar.ax.set_yticklabels([f"{edge:g}" for edge in EDGES])
+    bar.ax.set_yticklabels([f"{edge:g}" for edge in LOAD_EDGES])
 
 
 def _replicas(figure: Figure, content: Content) -> None:
     axes = figure.subplots()
     counts = content.after.final.num_replicas
-    colours = ListedColormap([palette.RAMP_LIGHT[colour] for colour in COLOURS])
-    levels = np.searchsorted(REPLICAS, counts, side="right")
-    norm = BoundaryNorm(np.arange(len(COLOURS) + 1) - 0.5, len(COLOURS))
-    image = axes.imshow(levels, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+    colors = ListedColormap([drawing.RAMP_LIGHT[color] for color in REPLICA_COLORS])
+    levels = np.searchsorted(REPLICA_EDGES, counts, side="right")
+    norm = BoundaryNorm(np.arange(len(REPLICA_COLORS) + 1) - 0.5, len(REPLICA_COLORS))
+    image = axes.imshow(levels, cmap=colors, norm=norm, aspect="auto", interpolation="nearest")
     _map_axes(axes, f"Replicas of every expert after the last step: {shortened(content.after.name, 28)}", "expert")
-    bar = figure.colorbar(image, ax=axes, ticks=np.arange(len(COLOURS)), label="replicas")
-    bar.ax.set_yticklabels(LABELS)
+    bar = figure.colorbar(image, ax=axes, ticks=np.arange(len(REPLICA_COLORS)), label="replicas")
+    bar.ax.set_yticklabels(REPLICA_LABELS)
 
 
 def _map_axes(axes: Axes, title: str, across: str) -> None:
@@ -141,23 +139,25 @@ def _map_axes(axes: Axes, title: str, across: str) -> None:
 
 
 def _traffic(figure: Figure, content: Content) -> None:
-    rows = [summary.rows for summary in content.summaries]
-    within = [value for row in rows for value in (row.within_node, row.within_node_once)]
-    between = [value for row in rows for value in (row.between_nodes, row.between_nodes_once)]
-    unit = common_unit([a + b for a, b in zip(within, between, strict=True)], ROWS)
+    shown = content.summary.shown("rows_within_node")
+    within, between = [], []
+    for summary in content.summaries:
+        within += [summary.rows_within_node, summary.deduplicated_rows_within_node]
+        between += [summary.rows_between_nodes, summary.deduplicated_rows_between_nodes]
     labels = [f"{label}, {kind}" for label in _labels(content) for kind in ("per expert", "per rank")]
-    axes = _bars(figure, labels, within, between, unit.size, ("within a node", "between nodes"))
+    axes = _bars(figure, labels, within, between, shown.size, ("within a node", "between nodes"))
     axes.set_title("Rows that leave their rank, mean per step")
-    axes.set_xlabel(f"{unit.name} per step")
+    axes.set_xlabel(shown.unit)
 
 
 def _time(figure: Figure, content: Content) -> None:
-    step = [summary.step_time for summary in content.summaries]
-    copying = [summary.copy_time for summary in content.summaries]
-    unit = common_unit([summary.time for summary in content.summaries], TIMES)
-    axes = _bars(figure, _labels(content), step, copying, unit.size, ("expert layers and wire", "copying experts"))
+    shown = content.summary.shown("net_time_us")
+    step = [summary.step_time_us for summary in content.summaries]
+    copying = [summary.copy_time_us for summary in content.summaries]
+    parts = ("expert layers and exchange", "copying experts")
+    axes = _bars(figure, _labels(content), step, copying, shown.size, parts)
     axes.set_title("Mean time per step, by the cost model")
-    axes.set_xlabel(unit.name)
+    axes.set_xlabel(shown.unit)
 
 
 def _bars(
@@ -168,10 +168,10 @@ def _bars(
     axes = figure.subplots()
     place = np.arange(len(labels))
     left = np.array(first) / size
-    axes.barh(place, left, height=0.62, color=palette.SERIES_LIGHT[1], label=parts[0])
+    axes.barh(place, left, height=0.62, color=drawing.SERIES_LIGHT[1], label=parts[0])
     axes.barh(
         place, np.array(second) / size, left=left, height=0.62, facecolor="white",
-        edgecolor=palette.SERIES_LIGHT[1], linewidth=1.2, label=parts[1],
+        edgecolor=drawing.SERIES_LIGHT[1], linewidth=1.2, label=parts[1],
     )  # fmt: skip
     for at, (a, b) in enumerate(zip(first, second, strict=True)):
         axes.text((a + b) / size, at, f" {significant((a + b) / size)}", va="center", color=INK)

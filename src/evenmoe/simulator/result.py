@@ -1,4 +1,4 @@
-"""What a replay found: plain arrays with units, which reports and JSON are made of.
+"""What a replay found: plain arrays with units, and the figures of them that JSON, tables and the page show.
 
 Axes: N steps, L layers, G ranks, S slots, E logical experts. A row is one token's hidden vector on its way to one
 expert or, deduplicated, to one rank.
@@ -6,12 +6,15 @@ expert or, deduplicated, to one rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from evenmoe.placement import Placement
+from evenmoe.quantities import QUANTITIES, Shown
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -40,8 +43,8 @@ class Details:
 
     Attributes:
         rank_loads: int64 (N, L, G), rows that each rank computed.
-        rows: float64 (N, L, 4), rows on the wire in the order of `Traffic`'s fields; whole numbers where the trace
-            says which expert every token chose, else the last two are expected values.
+        rows: float64 (N, L, 4), token rows communicated, in the order of `Traffic`'s fields; whole numbers where the
+            trace says which expert every token chose, else the last two are expected values.
     """
 
     rank_loads: IntArray
@@ -60,12 +63,12 @@ class PolicyResult:
         rank_tokens: int64 (L, G), rows computed by each rank, all steps together.
         copies: int64 (N, L), experts copied before each step.
         refreshes: int64 (R,), the steps before which the placement was replaced (not the first placement).
-        traffic: rows on the wire.
-        step_time: float64 (N,), microseconds of one step: all layers, the busiest rank of each, and the wire.
+        traffic: token rows communicated.
+        step_time: float64 (N,), microseconds of one step: all layers, the busiest rank of each, and the exchange.
         copy_time: float64 (N,), microseconds spent copying before each step.
         initial, final: the placements of the first and the last step.
         memory_per_rank: int, bytes of expert weights on a rank, all layers.
-        break_even_steps: float, steps after which a mean refresh has paid for its copies, compared with the identity
+        break_even_steps: float, steps after which a mean refresh has paid for its copies, compared with the default
             placement; inf when it never does, 0.0 when nothing is copied.
         details: or None where they were not asked for.
     """
@@ -98,7 +101,7 @@ class Simulation:
         num_ranks, num_nodes, num_experts, top_k: int.
         tokens: int64 (N,), tokens of each step over all ranks.
         load: int64 (L, E), rows per logical expert, all steps together.
-        policies: the first one is the static baseline, "identity".
+        policies: the first one is the baseline, the default placement.
         notes: sentences on what is exact and what is drawn or expected, to be shown with the numbers.
         empty_windows: int, windows of the trace that were left out because nothing was recorded in them.
     """
@@ -114,3 +117,172 @@ class Simulation:
     policies: tuple[PolicyResult, ...]
     notes: tuple[str, ...] = ()
     empty_windows: int = 0
+
+    @cached_property
+    def summary(self) -> Summary:
+        """The figures that are shown, computed once."""
+        policies = tuple(_summarize(policy, self.policies[0]) for policy in self.policies)
+        return Summary(
+            trace=self.trace,
+            num_steps=len(self.tokens),
+            num_ranks=self.num_ranks,
+            num_nodes=self.num_nodes,
+            num_layers=self.load.shape[0],
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            tokens_per_step=int(self.tokens[0]),
+            num_empty_windows=self.empty_windows,
+            best_policy=policies[_best(policies)].name,
+            settings=tuple({"name": name, "value": value, "unit": unit} for name, value, unit in self.settings),
+            notes=self.notes,
+            policies=policies,
+        )
+
+
+@dataclass(frozen=True)
+class PolicySummary:
+    """One policy in a few figures.
+
+    Attributes:
+        name, description, rule: as in `PolicyResult`.
+        num_slots: of the last placement.
+
+    Every other attribute is defined in `evenmoe.quantities.QUANTITIES`; nan stands for a quotient of nothing, inf for
+    never.
+    """
+
+    name: str
+    description: str
+    rule: str
+    num_slots: int
+    mean_par: float
+    worst_par: float
+    mean_par_per_layer: list[float]
+    step_time_us: float
+    copy_time_us: float
+    net_time_us: float
+    total_copy_time_us: float
+    refresh_copy_time_us: float
+    gain_percent: float
+    net_gain_percent: float
+    copies: int
+    refreshes: int
+    copies_per_refresh: float
+    break_even_steps: float
+    rows_within_node: float
+    rows_between_nodes: float
+    deduplicated_rows_within_node: float
+    deduplicated_rows_between_nodes: float
+    deduplication_percent: float
+    memory_bytes_per_rank: int
+    extra_memory_bytes_per_rank: int
+    extra_memory_percent: float
+
+    @property
+    def rows(self) -> float:
+        """Rows that leave their rank, one for each token and expert."""
+        return self.rows_within_node + self.rows_between_nodes
+
+    @property
+    def deduplicated_rows(self) -> float:
+        """Rows that leave their rank, one for each token and destination rank."""
+        return self.deduplicated_rows_within_node + self.deduplicated_rows_between_nodes
+
+    @property
+    def sees_future(self) -> bool:
+        """Whether the policy plans from the loads that it is then measured on."""
+        return self.name.split(":")[0] == "oracle"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a simulation found, in the figures that are shown; its attributes are the keys of `simulate --json`.
+
+    Attributes:
+        trace, num_ranks, num_nodes, num_experts, top_k, notes: as in `Simulation`.
+        num_steps, num_layers: N and L.
+        tokens_per_step: of the first step, over all ranks.
+        num_empty_windows: windows of the trace that were left out because nothing was recorded in them.
+        best_policy: the name of the policy with the least time per step, copying included, that could be run; the
+            first, if it is alone.
+        settings: name, value and unit of everything that was chosen.
+        policies: in the simulation's order; the first is the baseline.
+    """
+
+    trace: str
+    num_steps: int
+    num_ranks: int
+    num_nodes: int
+    num_layers: int
+    num_experts: int
+    top_k: int
+    tokens_per_step: int
+    num_empty_windows: int
+    best_policy: str
+    settings: tuple[dict[str, str], ...]
+    notes: tuple[str, ...]
+    policies: tuple[PolicySummary, ...]
+
+    def shown(self, name: str) -> Shown:
+        """One figure of every policy as it is written wherever it stands."""
+        quantity = QUANTITIES[name]
+        family = [other.name for other in QUANTITIES.values() if other.family and other.family == quantity.family]
+        return quantity.shown(self._values(name), [value for other in family for value in self._values(other)])
+
+    def as_json(self) -> dict[str, object]:
+        """The object of `simulate --json`."""
+        return asdict(self)
+
+    def _values(self, name: str) -> list[float]:
+        return [getattr(policy, name) for policy in self.policies]
+
+
+def _summarize(policy: PolicyResult, baseline: PolicyResult) -> PolicySummary:
+    traffic, copies, refreshes = policy.traffic, int(policy.copies.sum()), len(policy.refreshes)
+    step, copying = float(policy.step_time.mean()), float(policy.copy_time.mean())
+    base_step, base_copying = float(baseline.step_time.mean()), float(baseline.copy_time.mean())
+    rows = [float(kind.mean()) for kind in (traffic.within_node, traffic.between_nodes)]
+    once = [float(kind.mean()) for kind in (traffic.within_node_once, traffic.between_nodes_once)]
+    memory, base_memory = int(policy.memory_per_rank), int(baseline.memory_per_rank)
+    return PolicySummary(
+        name=policy.name,
+        description=policy.description,
+        rule=policy.rule,
+        num_slots=policy.final.num_slots,
+        mean_par=float(policy.par.mean()),
+        worst_par=float(policy.par.max()),
+        mean_par_per_layer=policy.par.mean(axis=0).tolist(),
+        step_time_us=step,
+        copy_time_us=copying,
+        net_time_us=step + copying,
+        total_copy_time_us=float(policy.copy_time.sum()),
+        refresh_copy_time_us=float(policy.copy_time.sum() / refreshes) if refreshes else 0.0,
+        gain_percent=_saved(step, base_step),
+        net_gain_percent=_saved(step + copying, base_step + base_copying),
+        copies=copies,
+        refreshes=refreshes,
+        copies_per_refresh=copies / refreshes if refreshes else 0.0,
+        break_even_steps=float(policy.break_even_steps),
+        rows_within_node=rows[0],
+        rows_between_nodes=rows[1],
+        deduplicated_rows_within_node=once[0],
+        deduplicated_rows_between_nodes=once[1],
+        deduplication_percent=_saved(sum(once), sum(rows), 0.0),
+        memory_bytes_per_rank=memory,
+        extra_memory_bytes_per_rank=memory - base_memory,
+        extra_memory_percent=100.0 * (memory - base_memory) / base_memory if base_memory else math.nan,
+    )
+
+
+def _saved(value: float, baseline: float, of_nothing: float = math.nan) -> float:
+    """Per cent of the baseline that the value is below it."""
+    return 100.0 * (1.0 - value / baseline) if baseline > 0 else of_nothing
+
+
+def _best(policies: tuple[PolicySummary, ...]) -> int:
+    """The fastest policy; neither the baseline nor one that sees the future unless nothing else is there.
+
+    Of equal ones the first wins, the baseline last of all.
+    """
+    runnable = [i for i, policy in enumerate(policies) if i and not policy.sees_future]
+    return min(runnable or range(len(policies) - 1, -1, -1), key=lambda i: policies[i].net_time_us)

@@ -1,4 +1,4 @@
-"""Routing traces: what they hold, the file they live in, made-up ones, and the statistics that compare them.
+"""Routing traces: what they hold, the file they live in, synthetic ones, and the statistics that compare them.
 
 A name is imported when first used.
 """
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from evenmoe.traces.models import MODELS as MODELS
     from evenmoe.traces.models import ModelShape as ModelShape
     from evenmoe.traces.models import find_model as find_model
-    from evenmoe.traces.synthesis import synthesise as synthesise
+    from evenmoe.traces.synthesis import synthesize as synthesize
     from evenmoe.traces.trace import Trace as Trace
     from evenmoe.traces.trace import load_trace as load_trace
     from evenmoe.traces.trace import save_trace as save_trace
@@ -25,7 +25,7 @@ _HOME = {
     "find_model": "evenmoe.traces.models",
     "load_trace": "evenmoe.traces.trace",
     "save_trace": "evenmoe.traces.trace",
-    "synthesise": "evenmoe.traces.synthesis",
+    "synthesize": "evenmoe.traces.synthesis",
 }
 
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

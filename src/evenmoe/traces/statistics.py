@@ -1,4 +1,4 @@
-"""What a trace is like: skew, drift between windows, co-movement of experts, locality between tokens.
+"""What a trace is like: skew, drift between windows, factors that experts have in common, locality between tokens.
 
 Shapes: T windows, L layers, E experts, K experts per token. A share is an expert's part of its layer's load.
 Numbers of two traces compare where their windows hold about as many tokens: what is left of sampling noise is alike.
@@ -22,7 +22,7 @@ def skew(load: npt.ArrayLike) -> FloatArray:
     Returns:
         float64 (L,), 1.0 to E; 1.0 for a layer without load.
 
-    The hot expert has 6 of 8 tokens, the mean of four is 2:
+    The busiest expert has 6 of 8 tokens, the mean of four is 2:
 
     >>> skew([[[4, 1, 0, 0]], [[2, 0, 1, 0]]]).tolist()
     [3.0]
@@ -58,9 +58,9 @@ def drift(load: npt.ArrayLike) -> FloatArray:
     """How far an expert's share in one window is from its share in all: relative standard deviation over windows.
 
     The square is the mean over windows of Σ (p - q)² / q over experts, p the share in the window and q in all windows:
-    the relative variance of an expert's share, weighted by its share. What drawing n picks at random adds to it,
-    Σ (1 - q) / n, is taken off, and a negative rest counts as 0. Picks that resemble their neighbours add more than
-    that, so short windows of tokens with much `locality` drift more than long ones.
+    the relative variance of an expert's share, weighted by its share. What drawing n assignments at random adds to it,
+    Σ (1 - q) / n, is taken off, and a negative rest counts as 0. Assignments that resemble their neighbors add more
+    than that, so short windows of tokens with much `locality` drift more than long ones.
 
     Args:
         load: tokens per expert, (T, L, E); windows without load in a layer do not count there.
@@ -73,15 +73,15 @@ def drift(load: npt.ArrayLike) -> FloatArray:
     >>> drift([[[7500, 2500]], [[2500, 7500]]]).round(4).tolist()
     [0.4999]
     """
-    share, mean, picks = _shares(load)
-    used = picks > 0
+    share, mean, assigned = _shares(load)
+    used = assigned > 0
     apart = np.divide((share - mean) ** 2, mean, out=np.zeros_like(share), where=mean > 0).sum(axis=-1)
-    noise = np.divide(((1 - mean) * (mean > 0)).sum(axis=-1), picks, out=np.zeros_like(picks), where=used)
+    noise = np.divide(((1 - mean) * (mean > 0)).sum(axis=-1), assigned, out=np.zeros_like(assigned), where=used)
     windows = np.maximum(used.sum(axis=0), 1)
     return np.sqrt(np.maximum(((apart - noise) * used).sum(axis=0) / windows, 0.0))
 
 
-def comovement(load: npt.ArrayLike, num_factors: int = 4) -> float:
+def common_factor_share(load: npt.ArrayLike, num_factors: int = 4) -> float:
     """How much of the drift `num_factors` common factors explain: experts of all layers that gain and lose together.
 
     The deviations (p - q) / √q of all layers and experts, window by window, are a matrix of T rows; the result is the
@@ -96,19 +96,21 @@ def comovement(load: npt.ArrayLike, num_factors: int = 4) -> float:
 
     Two experts that change places in both layers are one factor:
 
-    >>> comovement([[[3, 1], [1, 3]], [[1, 3], [3, 1]]], num_factors=1)
+    >>> common_factor_share([[[3, 1], [1, 3]], [[1, 3], [3, 1]]], num_factors=1)
     1.0
 
     Four windows, two layers that do so independently, are two:
 
     >>> both = [[[3, 1], [3, 1]], [[1, 3], [3, 1]], [[3, 1], [1, 3]], [[1, 3], [1, 3]]]
-    >>> round(comovement(both, num_factors=1), 6)
+    >>> round(common_factor_share(both, num_factors=1), 6)
     0.5
     """
     if num_factors < 1:
         raise ConstraintError("num_factors", num_factors, "must be at least 1", "4 is the default")
-    share, mean, picks = _shares(load)
-    scaled = np.divide(share - mean, np.sqrt(mean), out=np.zeros_like(share), where=(mean > 0) & (picks > 0)[..., None])
+    share, mean, assigned = _shares(load)
+    scaled = np.divide(
+        share - mean, np.sqrt(mean), out=np.zeros_like(share), where=(mean > 0) & (assigned > 0)[..., None]
+    )
     matrix = scaled.reshape(len(scaled), -1)
     # The smaller of the two matrices of products: MMLU's 14,042 windows of 256 numbers would be 1.6 GB the other way.
     products = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
@@ -129,13 +131,13 @@ def locality(routing: npt.ArrayLike, seq_start: npt.ArrayLike | None = None, *, 
         float64 (L,): experts shared by pairs `lag` apart, over those expected if each request's tokens were shuffled.
         1.0 is independence, and the value where nothing is expected.
 
-    Tokens to experts 0, 0, 1, 1: of three neighbours two pairs agree; of the six pairs of tokens also two do:
+    Tokens to experts 0, 0, 1, 1: of three neighbors two pairs agree; of the six pairs of tokens also two do:
 
     >>> locality([[[0]], [[0]], [[1]], [[1]]]).tolist()
     [2.0]
     """
     if lag < 1:
-        raise ConstraintError("lag", lag, "must be at least 1", "1 compares neighbours")
+        raise ConstraintError("lag", lag, "must be at least 1", "1 compares neighbors")
     chosen = np.asarray(routing)
     starts = np.array([0, len(chosen)]) if seq_start is None else np.asarray(seq_start)
     experts = int(chosen.max(initial=0)) + 1
@@ -160,10 +162,10 @@ def _windows(load: npt.ArrayLike) -> FloatArray:
 
 
 def _shares(load: npt.ArrayLike) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Shares (T, L, E) of each window, (L, E) of all windows together, and picks (T, L)."""
+    """Shares (T, L, E) of each window, (L, E) of all windows together, and token–expert assignments (T, L)."""
     tokens = _windows(load)
-    picks = tokens.sum(axis=-1)
+    assigned = tokens.sum(axis=-1)
     total = tokens.sum(axis=0)
-    share = np.divide(tokens, picks[..., None], out=np.zeros_like(tokens), where=picks[..., None] > 0)
+    share = np.divide(tokens, assigned[..., None], out=np.zeros_like(tokens), where=assigned[..., None] > 0)
     together = total.sum(axis=-1, keepdims=True)
-    return share, np.divide(total, together, out=np.zeros_like(total), where=together > 0), picks
+    return share, np.divide(total, together, out=np.zeros_like(total), where=together > 0), assigned

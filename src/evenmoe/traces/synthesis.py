@@ -1,4 +1,4 @@
-"""`synthesise`: made-up traces that behave like the measured ones."""
+"""`synthesize`: synthetic traces that behave like the measured ones."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.errors import ConstraintError
-from evenmoe.traces.draw import draw_counts, draw_tokens
 from evenmoe.traces.models import ModelShape, find_model
-from evenmoe.traces.popularity import (
-    Character,
+from evenmoe.traces.profiles import TraceParameters, parameters_of
+from evenmoe.traces.sampling import (
     FloatArray,
-    clumping,
+    draw_counts,
+    draw_tokens,
     layer_popularity,
+    overdispersion,
     pick_probability,
     request_factors,
 )
-from evenmoe.traces.profiles import character_of
 from evenmoe.traces.trace import Trace
 
 IntArray = npt.NDArray[np.int64]
 _LARGEST_BYTES = 1 << 32  # of one array of the trace: what a trace file may hold
 #: Of the parameters: the largest value, and how it is said. Beyond 8, weights leave the range of float64.
-_HIGHEST = {"skew": (8.0, "8"), "drift": (8.0, "8"), "locality": (0.99, "0.99"), "comovement": (1.0, "1")}
+_HIGHEST = {"skew": (8.0, "8"), "drift": (8.0, "8"), "locality": (0.99, "0.99"), "common_factor_share": (1.0, "1")}
 
 #: Live requests that are drawn one by one where only counts are made. With more, each stands for several: it is moved
 #: towards the mean of all, so that the windows' mean and variance are those of all the requests.
@@ -50,7 +50,7 @@ class _Traffic:
     requests_per_place: float = 1.0
 
 
-def synthesise(
+def synthesize(
     model: str | ModelShape = "deepseek-v3",
     *,
     num_windows: int = 64,
@@ -61,23 +61,23 @@ def synthesise(
     skew: float | None = None,
     drift: float | None = None,
     locality: float | None = None,
-    comovement: float | None = None,
+    common_factor_share: float | None = None,
     routing: bool = False,
     source_ranks: int | None = None,
     seed: int = 0,
 ) -> Trace:
-    """Make up a trace that is as skewed, drifts, clumps and co-moves as measured ones do.
+    """Synthesize a trace with the skew, drift, locality and common factors of measured ones.
 
     Every window holds tokens of `requests` live requests, in equal parts; a request lives for `request_windows`
     windows and makes way for a new one, which has a popularity of its own (see `popularity`). Without `routing` counts
-    are drawn from the same popularities, and clump as the tokens would: 1,000 windows of 40,960 tokens on
+    are drawn from the same popularities, as overdispersed as the tokens': 1,000 windows of 40,960 tokens on
     DeepSeek-V3's 58 × 256 experts take 5 s of CPU and 0.3 GB. With it, a token takes 1 ms on that model, and 0.1 ms on
     gpt-oss-20b.
 
     Args:
         model: name or alias in `MODELS`, or a shape. One that was not measured takes the parameters of its nearest
             (`profiles.NEAREST`).
-        num_windows: T; tokens_per_window: tokens of each, every one of which picks K experts in every layer.
+        num_windows: T; tokens_per_window: tokens of each, each of which is assigned K experts in every layer.
         requests: live at a time, at most one per token. More of them drift less together; without `routing`, beyond 64
             the windows' means and variances are drawn as of so many, not every request.
         request_windows: windows that a request lives.
@@ -85,7 +85,7 @@ def synthesise(
         skew: standard deviation of the experts' log-popularity, 0 to 8.
         drift: standard deviation of an expert's log-popularity between requests, 0 to 8.
         locality: mean probability that an expert's luck stays for a request's next token, 0 to 0.99.
-        comovement: part of the drift's variance in the strongest factor common to all layers, 0 to 1.
+        common_factor_share: part of the drift's variance in the strongest factor common to all layers, 0 to 1.
             None takes what was fitted to measured traces.
         routing: also every token's experts, distinct, the first choice first; `seq_start` then marks each request's
             tokens within each window. Groups limit them as they limit the model's.
@@ -99,7 +99,7 @@ def synthesise(
         ConstraintError: an unknown model, a number out of range, or arrays larger than a trace file may hold.
 
     How well it fits. Each parameter was matched to one statistic of `statistics` at the measured number and mean length
-    of requests; medians over layers, measured / made up (all figures and files are in `profiles.MEASUREMENTS`):
+    of requests; medians over layers, measured / synthetic (all figures and files are in `profiles.MEASUREMENTS`):
 
         parameter   statistic        gpt-oss-20b    DeepSeek-V2-Lite  V4-Flash      Mixtral-8x7B   OLMoE
         skew        gini             0.383 / 0.382  0.257 / 0.256     0.691 / 0.690  0.073 / 0.073  0.254 / 0.254
@@ -108,20 +108,20 @@ def synthesise(
         locality    locality, lag 1  1.39 / 1.39    1.95 / 1.94       2.12 / 2.17    none recorded  none recorded
                     lag 4 (not fit)  1.14 / 1.10    1.25 / 1.22       1.43 / 1.37
                     lag 8 (not fit)  1.13 / 1.04    1.20 / 1.08       1.33 / 1.16
-        comovement  1 factor         0.258 / 0.258  three tasks only  six requests   0.324 / 0.327  six domains
-                    4 (not fit)      0.494 / 0.513                                   0.587 / 0.579
-                    16 (not fit)     0.790 / 0.756                                   0.822 / 0.768
+        common_     1 factor         0.258 / 0.258  three tasks only  six requests   0.324 / 0.327  six domains
+        factor_     4 (not fit)      0.494 / 0.513                                   0.587 / 0.579
+        share       16 (not fit)     0.790 / 0.756                                   0.822 / 0.768
 
-    (*) gpt-oss-20b's hottest experts are cut off at a fitted ceiling. DeepSeek-V3's skew and drift come from one prompt
+    (*) gpt-oss-20b's busiest experts are cut off at a fitted ceiling. DeepSeek-V3's skew and drift come from one prompt
     of 109 tokens (gini 0.673 / 0.703, skew 15.3 / 14.3), and 1,027 steps of 116 tokens have skew 12.3 / 10.2.
     What the fit never saw: a placement for 8 ranks and 40 slots planned on the sum of every other gpt-oss-20b request
     has a peak-to-average load of 1.69 / 1.77 on the requests between, planned on windows 1.40 / 1.50, the identity
     1.85 / 2.02. What is missing: words that prompts share, so real requests of one task are more alike than these;
     slow changes within a request; experts that are chosen together by single tokens.
 
-    Two windows on DeepSeek-V2-Lite's first three MoE layers: each of 100 tokens picks 6 of 64 experts.
+    Two windows on DeepSeek-V2-Lite's first three MoE layers: each of 100 tokens takes 6 of 64 experts.
 
-    >>> trace = synthesise("deepseek-v2-lite", num_windows=2, tokens_per_window=100, num_layers=3, routing=True)
+    >>> trace = synthesize("deepseek-v2-lite", num_windows=2, tokens_per_window=100, num_layers=3, routing=True)
     >>> trace.load.shape, trace.load.sum(axis=2).tolist(), trace.routing.shape
     ((2, 3, 64), [[600, 600, 600], [600, 600, 600]], (200, 3, 6))
     >>> trace.layer_ids.tolist(), trace.seq_start[:3].tolist()
@@ -138,7 +138,7 @@ def synthesise(
     if num_layers is not None:
         _check_range("num_layers", num_layers, 1, shape.num_layers, f"the MoE layers of {shape.name}")
         shape = replace(shape, num_layers=num_layers)
-    character = _character(shape, skew=skew, drift=drift, locality=locality, comovement=comovement)
+    parameters = _parameters(shape, skew=skew, drift=drift, locality=locality, common_factor_share=common_factor_share)
     _check_range("num_windows", num_windows, 1, 1 << 30, "a count")
     _check_range("tokens_per_window", tokens_per_window, 1, 1 << 40, "a count")
     _check_range("requests", requests, 1, tokens_per_window, "at most one for each token of a window")
@@ -152,11 +152,11 @@ def synthesise(
     _check_size(shape, num_windows, source_ranks or 1, num_windows * tokens_per_window if routing else 0)
     starts = chosen = None
     if routing:
-        chosen = _draw_routing(shape, traffic, character, seed)
+        chosen = _draw_routing(shape, traffic, parameters, seed)
         by_rank = _count(chosen, traffic, source_ranks or 1, shape.num_experts)
         starts = _run_starts(traffic)
     else:
-        by_rank = _draw_loads(shape, traffic, character, seed)
+        by_rank = _draw_loads(shape, traffic, parameters, seed)
     return Trace(
         f"synthetic {shape.name}",
         by_rank[:, 0] if source_ranks is None else by_rank.sum(axis=1),
@@ -166,18 +166,18 @@ def synthesise(
         np.array(shape.layer_ids, np.int64),
         {
             "model": shape.name,
-            "source": "evenmoe.traces.synthesise",
+            "source": "evenmoe.traces.synthesize",
             "top_k": shape.top_k,
             "tokens_per_window": tokens_per_window,
             "requests": requests,
             "request_windows": request_windows,
-            **asdict(character),
+            **asdict(parameters),
             "seed": seed,
         },
     )
 
 
-def _character(shape: ModelShape, **given: float | None) -> Character:
+def _parameters(shape: ModelShape, **given: float | None) -> TraceParameters:
     chosen = {name: float(value) for name, value in given.items() if value is not None}
     for name, value in chosen.items():
         highest, rule = _HIGHEST[name]
@@ -185,7 +185,7 @@ def _character(shape: ModelShape, **given: float | None) -> Character:
             raise ConstraintError(
                 name, value, f"must be 0 to {rule}", "leave it out for the value of the measured traces"
             )
-    return replace(character_of(shape), **chosen)
+    return replace(parameters_of(shape), **chosen)
 
 
 def _check_range(name: str, value: object, low: int, high: int, what: str) -> None:
@@ -218,26 +218,26 @@ def _traffic(num_windows: int, tokens: int, requests: int, request_windows: int,
     return _Traffic(begun + first, int((begun[-1] + 1).sum()), edges, np.maximum(high - low, 0).astype(np.float64))
 
 
-def _draw_loads(shape: ModelShape, traffic: _Traffic, character: Character, seed: int) -> IntArray:
+def _draw_loads(shape: ModelShape, traffic: _Traffic, parameters: TraceParameters, seed: int) -> IntArray:
     """(T, R, L, E), without tokens."""
     windows, ranks = len(traffic.live), len(traffic.parts)
     tokens = traffic.parts.sum(axis=1).astype(np.int64)
     load = np.empty((windows, ranks, shape.num_layers, shape.num_experts), np.int64)
-    factors = request_factors(traffic.num_requests, character, np.random.default_rng((seed, 0)))
+    factors = request_factors(traffic.num_requests, parameters, np.random.default_rng((seed, 0)))
     # A block of windows holds the popularity of all its live requests.
     step = max(1, (1 << 21) // (shape.num_experts * max(traffic.parts.shape)))
     for layer in range(shape.num_layers):
         rng = np.random.default_rng((seed, 1, layer))
-        popularity, sticky = layer_popularity(shape.num_experts, factors, character, rng)
+        popularity, sticky = layer_popularity(shape.num_experts, factors, parameters, rng)
         picked = pick_probability(popularity, shape.top_k)
         if traffic.requests_per_place > 1:
             center = picked.mean(axis=0)
             picked = center + (picked - center) / np.sqrt(traffic.requests_per_place)
-        clumps = clumping(sticky, traffic.edges[-1] / (traffic.live.shape[1] * traffic.requests_per_place))
+        wider = overdispersion(sticky, traffic.edges[-1] / (traffic.live.shape[1] * traffic.requests_per_place))
         for first in range(0, windows, step):
             block = picked[traffic.live[first : first + step]]
             mean = traffic.parts @ block
-            variance = traffic.parts @ (block * (1 - block)) * clumps
+            variance = traffic.parts @ (block * (1 - block)) * wider
             counts = draw_counts(
                 mean.reshape(-1, shape.num_experts),
                 variance.reshape(-1, shape.num_experts),
@@ -249,14 +249,16 @@ def _draw_loads(shape: ModelShape, traffic: _Traffic, character: Character, seed
     return load
 
 
-def _draw_routing(shape: ModelShape, traffic: _Traffic, character: Character, seed: int) -> npt.NDArray[np.uint16]:
+def _draw_routing(
+    shape: ModelShape, traffic: _Traffic, parameters: TraceParameters, seed: int
+) -> npt.NDArray[np.uint16]:
     """(tokens, L, K), window by window, in each window place by place."""
     starts = _run_starts(traffic)
     chosen = np.empty((int(starts[-1]), shape.num_layers, shape.top_k), np.uint16)
-    factors = request_factors(traffic.num_requests, character, np.random.default_rng((seed, 0)))
+    factors = request_factors(traffic.num_requests, parameters, np.random.default_rng((seed, 0)))
     for layer in range(shape.num_layers):
         rng = np.random.default_rng((seed, 1, layer))
-        popularity, sticky = layer_popularity(shape.num_experts, factors, character, rng)
+        popularity, sticky = layer_popularity(shape.num_experts, factors, parameters, rng)
         chosen[:, layer] = draw_tokens(
             popularity, sticky, traffic.live.ravel(), starts, shape.top_k, (shape.num_groups, shape.top_groups), rng
         )
@@ -270,7 +272,7 @@ def _run_starts(traffic: _Traffic) -> IntArray:
 
 
 def _count(chosen: npt.NDArray[np.uint16], traffic: _Traffic, ranks: int, experts: int) -> IntArray:
-    """(T, R, L, E): the picks of each window's tokens by the rank that owns them."""
+    """(T, R, L, E): the assignments of each window's tokens by the rank that owns them."""
     windows, tokens = len(traffic.live), int(traffic.edges[-1])
     owner = np.repeat(np.arange(ranks), traffic.parts.sum(axis=1).astype(np.int64))
     row = (np.arange(windows)[:, None] * ranks + owner).reshape(windows * tokens, 1) * experts
@@ -280,3 +282,28 @@ def _count(chosen: npt.NDArray[np.uint16], traffic: _Traffic, ranks: int, expert
         flat = (row + chosen[:, layer]).ravel()
         load[:, layer] = np.bincount(flat, minlength=windows * ranks * experts).reshape(-1, experts)
     return load.reshape(windows, ranks, layers, experts)
+
+
+def small_trace(seed: int = 0) -> Trace:
+    """4 layers, 32 experts, top-4, 2,048 tokens in 8 windows; popularity falls as 1/rank and drifts between windows.
+
+    Not fitted to any model. Real routing is as skewed: the busiest expert of DeepSeek-V2-Lite has 3.3 to 5.6 times the
+    mean, this one's about 4.
+
+    >>> small_trace().load.shape, int(small_trace().load.sum())
+    ((8, 4, 32), 32768)
+    """
+    windows, tokens, layers, experts, top_k = 8, 256, 4, 32, 4
+    rng = np.random.default_rng(seed)
+    rank = np.stack([rng.permutation(experts) for _ in range(layers)])
+    popularity = 1.0 / (1.0 + rank)
+    routing = []
+    for _ in range(windows):
+        drifted = np.log(popularity * rng.lognormal(0.0, 0.3, popularity.shape))
+        # Top-k of the log-weights plus Gumbel noise draws k distinct experts in proportion to their weights.
+        noise = rng.gumbel(size=(tokens, layers, experts))
+        routing.append(np.argsort(-(drifted + noise), axis=-1, kind="stable")[..., :top_k])
+    load = np.zeros((windows, layers, experts), np.int64)
+    for window, ids in enumerate(routing):
+        np.add.at(load[window], (np.arange(layers)[None, :, None], ids), 1)
+    return Trace("a small synthetic trace", load, np.concatenate(routing).astype(np.int64))

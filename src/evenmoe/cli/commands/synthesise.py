@@ -74,7 +74,7 @@ def synthesise(
         skew=skew,
         drift=drift,
         locality=locality,
-        comovement=comovement,
+        common_factor_share=comovement,
         routing=routing,
         source_ranks=source_ranks,
         seed=seed,

@@ -6,14 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evenmoe.report import quantities
-from evenmoe.report.axes import drawing, index_axis, par_axis
-from evenmoe.report.blocks import Column, figure, lines_legend, section, table
+from evenmoe import quantities
+from evenmoe.report.charts import Line, line_chart, lines_legend, ticks_below
 from evenmoe.report.content import Content
-from evenmoe.report.downsample import Buckets
-from evenmoe.report.line_chart import Line, line_chart, ticks_below
-from evenmoe.report.markup import Markup, data, element, join, name
-from evenmoe.report.palette import style
+from evenmoe.report.drawing import Buckets, drawing, index_axis, par_axis, style
+from evenmoe.report.markup import Column, Markup, data, element, figure, join, name, section, table
 from evenmoe.simulator.result import PolicyResult
 
 POINTS = 200  # of a line: on a page 1,200 px wide one every 6 px
@@ -48,7 +45,7 @@ def balance(content: Content) -> Markup:
 
 def buckets(content: Content) -> Buckets:
     """The runs of steps that are drawn as one point."""
-    return Buckets.of(content.num_steps, POINTS)
+    return Buckets.of(content.summary.num_steps, POINTS)
 
 
 def averaged(runs: Buckets) -> str:
@@ -71,11 +68,11 @@ def _line(content: Content, index: int, policy: PolicyResult, *, band: bool) -> 
 
 def _together(content: Content, policies: Sequence[tuple[int, PolicyResult]], key: str, title: str) -> Markup:
     lines = [_line(content, index, policy, band=False) for index, policy in policies]
-    x, y = index_axis(content.num_steps, "step"), par_axis(max(float(line.y.max()) for line in lines))
+    x, y = index_axis(content.summary.num_steps, "step"), par_axis(max(float(line.y.max()) for line in lines))
     means = ", ".join(
         f"{policy.name} {quantities.par(float(np.median(policy.par, axis=1).mean()))}" for _, policy in policies
     )
-    steps = quantities.counted(content.num_steps, "step")
+    steps = quantities.counted(content.summary.num_steps, "step")
     description = f"Lines over {steps}. Mean over time of the median layer: {means}."
     caption = f"Peak-to-average load of the median layer at every step; lower is better.{averaged(buckets(content))}"
     legend = lines_legend([(index, policy.name) for index, policy in policies])
@@ -99,7 +96,7 @@ def _numbers(policies: Sequence[tuple[int, PolicyResult]]) -> Markup:
 
 def _alone(content: Content, index: int, policy: PolicyResult, top: float) -> Markup:
     line = _line(content, index, policy, band=True)
-    x, y = index_axis(content.num_steps, "step", at_most=4), par_axis(top)
+    x, y = index_axis(content.summary.num_steps, "step", at_most=4), par_axis(top)
     body, refreshes = line_chart([line], x, y, ONE_HEIGHT), ""
     if 0 < len(policy.refreshes) <= STROKES:
         body = join(body, ticks_below(policy.refreshes, x, ONE_HEIGHT))
@@ -108,6 +105,6 @@ def _alone(content: Content, index: int, policy: PolicyResult, top: float) -> Ma
     description = f"The median layer's PAR over time within the range of all layers, which lies from {low} to {high}."
     caption = f"Line: median layer. Band: from the best to the worst layer, {low} to {high}{refreshes}."
     if top > float(policy.par.max()) or index:
-        caption += " Same scale as its neighbours."
+        caption += " Same scale as its neighbors."
     svg = drawing(body, f"par-{index}", f"PAR of {policy.name}: median and range", description, ONE_HEIGHT)
     return figure(policy.name, svg, caption)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
 import numpy as np
 
-from evenmoe.formats.containers.numbers import parse_numbers
-from evenmoe.formats.document import ALLOWANCE_BYTES
+from evenmoe.io import ALLOWANCE_BYTES, DamagedFileError, Value
+from evenmoe.io.csv_text import parse_numbers
 
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _NUMBER = re.compile(rb"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
@@ -28,12 +27,8 @@ _ROWS = 256  # stacked at a time, so that no list of small arrays grows long
 _ROW_BYTES = 150  # a small array's header and its pointer
 
 
-class JsonError(ValueError):
-    """What is wrong, with line and column."""
-
-
-def parse_json(data: bytes) -> Any:
-    """One JSON value: lists of numbers as arrays, see `Document.value`. Raises `JsonError`.
+def parse_json(data: bytes) -> Value:
+    """One JSON value: lists of numbers as arrays, see `Document.value`. Raises `DamagedFileError`.
 
     >>> parse_json(b'{"a": [[1, 2], [3, 4]], "b": [1.5], "c": "x"}')
     {'a': array([[1, 2],
@@ -43,7 +38,7 @@ def parse_json(data: bytes) -> Any:
     return values[0]
 
 
-def parse_json_lines(data: bytes) -> list[Any]:
+def parse_json_lines(data: bytes) -> list[Value]:
     """JSON values, one after another."""
     return _Parser(data).values(most=None)
 
@@ -55,7 +50,7 @@ class _Parser:
         self.keys: dict[bytes, str] = {}
         self.parts = 0
 
-    def values(self, most: int | None) -> list[Any]:
+    def values(self, most: int | None) -> list[Value]:
         found = []
         self.space()
         while not found or self.at < len(self.data):
@@ -66,7 +61,7 @@ class _Parser:
             self.space()
         return found
 
-    def value(self, depth: int) -> Any:
+    def value(self, depth: int) -> Value:
         if depth > _DEEPEST:
             raise self.wrong(f"nested more than {_DEEPEST} levels deep")
         self.parts += 1
@@ -96,10 +91,10 @@ class _Parser:
         self.spend(40)
         return value
 
-    def object(self, depth: int) -> dict[str, Any]:
+    def object(self, depth: int) -> dict[str, Value]:
         self.spend(100)
         self.at += 1
-        found: dict[str, Any] = {}
+        found: dict[str, Value] = {}
         self.space()
         if self.take(b"}"):
             return found
@@ -122,7 +117,7 @@ class _Parser:
                 raise self.wrong("`,` or `}` is missing")
             self.space()
 
-    def array(self, depth: int) -> Any:
+    def array(self, depth: int) -> Value:
         self.spend(_ROW_BYTES)
         self.at += 1
         self.space()
@@ -199,10 +194,10 @@ class _Parser:
         if self.left < 0:
             raise self.wrong("more small values than a file of its size may hold in memory")
 
-    def wrong(self, what: str) -> JsonError:
+    def wrong(self, what: str) -> DamagedFileError:
         line = self.data.count(b"\n", 0, self.at) + 1
         column = self.at - self.data.rfind(b"\n", 0, self.at)
-        return JsonError(f"{what}, line {line} column {column}")
+        return DamagedFileError(f"{what}, line {line} column {column}")
 
 
 class Rows:
@@ -212,11 +207,11 @@ class Rows:
     """
 
     def __init__(self) -> None:
-        self.items: list[Any] = []
+        self.items: list[Value] = []
         self.blocks: list[np.ndarray] = []
         self.released = 0
 
-    def append(self, item: Any) -> None:
+    def append(self, item: Value) -> None:
         self.items.append(item)
         self.released = 0
         if len(self.items) == _ROWS:
@@ -230,7 +225,7 @@ class Rows:
         """How many rows were stacked that must be taken apart again, because another one does not fit them."""
         return 0 if self._whole() is not None else sum(len(block) for block in self.blocks)
 
-    def value(self) -> Any:
+    def value(self) -> Value:
         """The items: one array if all are arrays of one shape, otherwise a list."""
         whole = self._whole()
         if whole is not None:
@@ -245,7 +240,33 @@ class Rows:
         return parts if all(part.shape[1:] == parts[0].shape[1:] for part in parts) else None
 
 
-def _stack(items: list[Any]) -> np.ndarray | None:
+def _stack(items: list[Value]) -> np.ndarray | None:
     if not all(isinstance(item, np.ndarray) and item.shape == items[0].shape for item in items):
         return None
     return np.stack(items)
+
+
+def json_bytes(value: Value) -> bytes:
+    """`value` as JSON, a row of numbers never broken, everything around it indented; whole floats keep their point.
+
+    >>> print(json_bytes({"a": np.array([[1, 2], [3, 4]])}).decode(), end="")
+    {
+     "a": [
+      [1, 2],
+      [3, 4]
+     ]
+    }
+    """
+    return (_text(value, 0) + "\n").encode()
+
+
+def _text(value: Value, depth: int) -> str:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    inner, outer = "\n" + " " * (depth + 1), "\n" + " " * depth
+    if isinstance(value, dict) and value:
+        items = (f"{json.dumps(str(key))}: {_text(item, depth + 1)}" for key, item in value.items())
+        return "{" + inner + ("," + inner).join(items) + outer + "}"
+    if isinstance(value, (list, tuple)) and any(isinstance(item, (dict, list, tuple, np.ndarray)) for item in value):
+        return "[" + inner + ("," + inner).join(_text(item, depth + 1) for item in value) + outer + "]"
+    return json.dumps(value)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evenmoe.report import write_report
-from evenmoe.report.downsample import Buckets
+from evenmoe.report.drawing import Buckets
 from tests.report.parsed import parse
 from tests.report.replays import make_replay
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from array import array
-from typing import Any
 
 import numpy as np
 import yaml
 
-from evenmoe.formats.containers.json_text import Rows
-from evenmoe.formats.document import ALLOWANCE_BYTES
+from evenmoe.io import ALLOWANCE_BYTES, DamagedFileError, Value
+from evenmoe.io.json_text import Rows
 
 _INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,18})")
 _REAL = re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?")
@@ -19,35 +18,31 @@ _DEEPEST = 8
 _LARGEST_BYTES = 4 << 20  # libyaml makes 300,000 events a second; 61 layers of 320 slots take 100 kB
 
 
-class YamlError(ValueError):
-    """What is wrong, with line and column."""
-
-
-def parse_yaml(data: bytes) -> Any:
-    """One YAML document of plain values: mappings, lists, numbers, words. Raises `YamlError`.
+def parse_yaml(data: bytes) -> Value:
+    """One YAML document of plain values: mappings, lists, numbers, words. Raises `DamagedFileError`.
 
     >>> parse_yaml(b"num_slots: 2\\nlayers:\\n  3: [0, 1]\\n")
     {'num_slots': 2, 'layers': {3: array([0, 1])}}
     """
     if len(data) > _LARGEST_BYTES:
-        raise YamlError(f"{len(data)} bytes of YAML, more than {_LARGEST_BYTES}; JSON has no such limit")
+        raise DamagedFileError(f"{len(data)} bytes of YAML, more than {_LARGEST_BYTES}; JSON has no such limit")
     loader = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
     try:
         return _Builder(len(data)).document(yaml.parse(data, Loader=loader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f", line {mark.line + 1} column {mark.column + 1}" if mark else ""
-        raise YamlError(f"{error.problem}{where}") from None
+        raise DamagedFileError(f"{error.problem}{where}") from None
     except yaml.YAMLError as error:  # ReaderError: bytes that are no text
-        raise YamlError(" ".join(str(error).split())[:120]) from None
+        raise DamagedFileError(" ".join(str(error).split())[:120]) from None
 
 
 class _Builder:
     def __init__(self, size: int) -> None:
         self.left = 8 * size + ALLOWANCE_BYTES
 
-    def document(self, events: Any) -> Any:
-        value: Any = None
+    def document(self, events: Value) -> Value:
+        value: Value = None
         documents = 0
         for event in events:
             if isinstance(event, yaml.DocumentStartEvent):
@@ -58,7 +53,7 @@ class _Builder:
                 value = self.node(event, events, 0)
         return value
 
-    def node(self, event: yaml.NodeEvent, events: Any, depth: int) -> Any:
+    def node(self, event: yaml.NodeEvent, events: Value, depth: int) -> Value:
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
             raise _wrong(event, "an anchor or alias, which none of these files needs")
         if depth > _DEEPEST:
@@ -70,8 +65,8 @@ class _Builder:
         self.spend(event, 150)
         return (self.mapping if isinstance(event, yaml.MappingStartEvent) else self.sequence)(events, depth)
 
-    def mapping(self, events: Any, depth: int) -> dict[Any, Any]:
-        found: dict[Any, Any] = {}
+    def mapping(self, events: Value, depth: int) -> dict[Value, Value]:
+        found: dict[Value, Value] = {}
         for event in events:
             if isinstance(event, yaml.MappingEndEvent):
                 break
@@ -82,7 +77,7 @@ class _Builder:
             found[key] = self.node(next(events), events, depth + 1)
         return found
 
-    def sequence(self, events: Any, depth: int) -> Any:
+    def sequence(self, events: Value, depth: int) -> Value:
         whole = array("q")  # 8 bytes a number, where a list takes 36
         rows: Rows | None = None
         for event in events:
@@ -107,7 +102,7 @@ class _Builder:
             return np.array(value, np.float64)
         return value
 
-    def scalar(self, event: yaml.ScalarEvent) -> Any:
+    def scalar(self, event: yaml.ScalarEvent) -> Value:
         text = event.value
         if event.tag is not None:
             raise _wrong(event, "a tag, which none of these files needs")
@@ -133,6 +128,6 @@ class _Builder:
             raise _wrong(event, "more small values than a file of its size may hold in memory")
 
 
-def _wrong(event: Any, what: str) -> YamlError:
+def _wrong(event: Value, what: str) -> DamagedFileError:
     mark = event.start_mark
-    return YamlError(f"{what}, line {mark.line + 1} column {mark.column + 1}")
+    return DamagedFileError(f"{what}, line {mark.line + 1} column {mark.column + 1}")

@@ -1,16 +1,68 @@
-"""Axes of drawings that are as wide as their box while their text keeps its size.
-
-Every x is a percentage of the drawing's width, every y a pixel; room for labels is a margin of the `<svg>`, into which
-it overflows. So one drawing is readable on a phone, on a wide screen and on paper, without a script.
-"""
+"""What drawings share: colors and line styles, axes, and runs of neighbors that are drawn as one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
 
 from evenmoe.report.markup import Markup, element, join
+
+#: Lines and bars, on light and on dark paper; the first is the baseline's.
+SERIES_LIGHT = ("#5b6470", "#0b62a8", "#b3430a", "#0a7257", "#8b3a91", "#7d5a00", "#b01e5a")
+SERIES_DARK = ("#aab3bf", "#6fb7ff", "#ff9d5c", "#4fd3ae", "#dd9be6", "#e6c24a", "#ff87b2")
+
+#: Cells from little over the middle (index 3), which is as good as the paper, to much, which stands out most.
+RAMP_LIGHT = ("#86aedb", "#b3cfec", "#dbe8f5", "#faf8f1", "#fbdca6", "#f3aa58", "#dc6b2b", "#ad3135", "#5f123e")
+RAMP_DARK = ("#3d74a6", "#2d5577", "#243e53", "#1d252d", "#5a4520", "#966520", "#d0842b", "#f3ad52", "#ffe6b8")
+
+
+@dataclass(frozen=True)
+class Marker:
+    """One shape, about 8 px wide around the origin, and matplotlib's name for it."""
+
+    path: str
+    matplotlib: str
+
+
+MARKERS = (
+    Marker("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z", "o"),
+    Marker("M-3.5-3.5h7v7h-7z", "s"),
+    Marker("M0-4.5L4.5 3.5h-9z", "^"),
+    Marker("M0-5L5 0 0 5-5 0z", "D"),
+    Marker("M-4-1.5h2.5V-4h3v2.5H4v3H1.5V4h-3V1.5H-4z", "P"),
+    Marker("M0 4.5L4.5-3.5h-9z", "v"),
+    Marker("M0-5L1.5-1.6 5-1.4 2.3.9 3.2 4.4 0 2.5-3.2 4.4-2.3.9-5-1.4-1.5-1.6z", "*"),
+)
+DASHES = ((), (7.0, 3.0), (2.0, 3.0), (9.0, 3.0, 2.0, 3.0), (12.0, 4.0))
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one policy is drawn everywhere; the 7 colors and markers repeat with the 5 dashes after 35 policies."""
+
+    color: int
+    dash: tuple[float, ...]
+    marker: Marker
+
+
+def style(policy: int) -> Style:
+    """The style of the policy with this index."""
+    return Style(policy % len(SERIES_LIGHT), DASHES[policy % len(DASHES)], MARKERS[policy % len(MARKERS)])
+
+
+def color_rules() -> str:
+    """CSS that gives `.s0`… and `.h0`… their colors in both modes."""
+
+    def rules(prefix: str, colors: tuple[str, ...]) -> str:
+        return "".join(f".{prefix}{i}{{--c:{color}}}" for i, color in enumerate(colors))
+
+    light = rules("s", SERIES_LIGHT) + rules("h", RAMP_LIGHT)
+    dark = rules("s", SERIES_DARK) + rules("h", RAMP_DARK)
+    return f"{light}\n@media screen and (prefers-color-scheme:dark){{{dark}}}"
 
 
 @dataclass(frozen=True)
@@ -135,3 +187,55 @@ def stretched(body: str, columns: float, rows: float, height: float) -> Markup:
         preserveAspectRatio="none",
         overflow="visible",
     )
+
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """`size` items cut into `count` runs of neighbors, all but the last of `width` items.
+
+    >>> Buckets.of(10, 4)
+    Buckets(size=10, width=3)
+    >>> Buckets.of(10, 4).count
+    4
+    """
+
+    size: int
+    width: int
+
+    @classmethod
+    def of(cls, size: int, at_most: int) -> Buckets:
+        """Runs as narrow as they can be for at most `at_most` of them."""
+        return cls(size, max(1, -(-size // at_most)))
+
+    @property
+    def count(self) -> int:
+        return -(-self.size // self.width)
+
+    @property
+    def starts(self) -> npt.NDArray[np.int64]:
+        return np.arange(0, self.size, self.width)
+
+    @property
+    def middles(self) -> FloatArray:
+        """The middle of every run, where item i lies from i to i + 1."""
+        return (self.starts + np.minimum(self.starts + self.width, self.size)) / 2
+
+    def mean(self, values: FloatArray) -> FloatArray:
+        """Mean of every run along the first axis."""
+        lengths = np.diff(np.append(self.starts, self.size))
+        return np.add.reduceat(values, self.starts) / lengths
+
+    def highest(self, values: FloatArray, axis: int = 0) -> FloatArray:
+        """Maximum of every run along `axis`."""
+        return np.maximum.reduceat(values, self.starts, axis=axis)
+
+    def lowest(self, values: FloatArray) -> FloatArray:
+        """Minimum of every run along the first axis."""
+        return np.minimum.reduceat(values, self.starts)
+
+    def spread(self, axis: Axis) -> Axis:
+        """An axis over the items that ends where the last run would end if it were full."""
+        return replace(axis, high=float(self.count * self.width))

@@ -1,4 +1,4 @@
-"""What a .pt file's pickle would build, walked before torch is let near it.
+"""PyTorch's .pt: the zip and what its pickle would build are checked, then torch reads it with weights_only=True.
 
 `torch.load(weights_only=True)` runs no foreign code, but it believes sizes: a storage said to be larger than its record
 is read past its end, a view said to be larger than its storage is allocated. Here every size is held against the zip.
@@ -6,13 +6,19 @@ is read past its end, a view said to be larger than its storage is allocated. He
 
 from __future__ import annotations
 
+import io
 import pickletools
+import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from evenmoe.formats.document import ALLOWANCE_BYTES
+import numpy as np
 
+from evenmoe.io import ALLOWANCE_BYTES, DamagedFileError, Value
+from evenmoe.io.npz import open_zip
+
+_DEEPEST = 16
 _ITEM_BYTES = {
     "torch DoubleStorage": 8,
     "torch LongStorage": 8,
@@ -34,8 +40,90 @@ _NUMBERS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
 _TEXTS = {"BINUNICODE", "SHORT_BINUNICODE"}
 
 
-class PickleError(ValueError):
-    """What the pickle asks for that no file of ours needs, and where."""
+def parse_torch(data: bytes) -> Value:
+    """Dictionaries, lists and scalars of the file; its tensors as numpy arrays. Raises `DamagedFileError`."""
+    _check(data)
+    import torch  # not at the top: the other files need no torch
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch deprecates its own storages while it reads them
+            value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever its C++ raises for records that the checks let through
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise DamagedFileError(f"a file that torch refuses ({reason})") from None
+    return _plain(value, torch.Tensor, {}, 0)
+
+
+def _check(data: bytes) -> None:
+    archive = open_zip(data)
+    entries = {entry.filename: entry for entry in archive.infolist()}
+    pickles = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
+    root = pickles[0].removesuffix("data.pkl") if len(pickles) == 1 else None
+    if root is None or not all(name.startswith(root) for name in entries):
+        raise DamagedFileError("a zip that is no file of torch.save: it has not one folder with one data.pkl")
+    packed = next((e.filename for e in archive.infolist() if e.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None:
+        raise DamagedFileError(f"a zip whose entry {packed[:60]!r} is compressed, which torch.save never does")
+    try:
+        pickle = archive.read(pickles[0])
+    except Exception as error:  # a bad local header or checksum
+        raise DamagedFileError(f"a damaged zip ({str(error)[:80] or type(error).__name__})") from None
+
+    def record_bytes(key: str) -> int | None:
+        entry = entries.get(f"{root}data/{key}")
+        return None if entry is None else entry.file_size
+
+    _check_pickle(pickle, record_bytes, len(data))
+
+
+def _plain(value: Value, tensor: type, seen: dict[int, Value], depth: int) -> Value:
+    """The value with arrays for tensors; `seen` keeps what is shared shared, so that no reference can multiply it."""
+    if depth > _DEEPEST:
+        raise DamagedFileError(f"values nested more than {_DEEPEST} levels deep")
+    if id(value) in seen:
+        if seen[id(value)] is None:
+            raise DamagedFileError("a list or dictionary that holds itself")
+        return seen[id(value)]
+    if isinstance(value, tensor):
+        seen[id(value)] = _array(value)
+    elif isinstance(value, dict):
+        seen[id(value)] = None
+        seen[id(value)] = {key: _plain(item, tensor, seen, depth + 1) for key, item in value.items()}
+    elif isinstance(value, (list, tuple)):
+        seen[id(value)] = None
+        seen[id(value)] = [_plain(item, tensor, seen, depth + 1) for item in value]
+    elif value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    else:
+        raise DamagedFileError(f"a value of type {type(value).__name__}, which none of these files needs")
+    return seen[id(value)]
+
+
+def _array(tensor: Value) -> np.ndarray:
+    tensor = tensor.detach()
+    if str(tensor.dtype) == "torch.bfloat16":  # numpy has none; float32 holds each of its values
+        tensor = tensor.float()
+    return tensor.numpy()
+
+
+def torch_bytes(value: Value) -> bytes:
+    """What `torch.save` writes for `value`, whose numpy arrays become tensors."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(_tensors(value, torch.from_numpy), buffer)
+    return buffer.getvalue()
+
+
+def _tensors(value: Value, convert: Value) -> Value:
+    if isinstance(value, np.ndarray):
+        return convert(np.array(value, order="C"))
+    if isinstance(value, dict):
+        return {key: _tensors(item, convert) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_tensors(item, convert) for item in value]
+    return value
 
 
 @dataclass(frozen=True)
@@ -52,32 +140,28 @@ class _Storage:
 _MARK, _OPAQUE = object(), object()
 
 
-def check_pickle(data: bytes, record_bytes: Callable[[str], int | None], file_bytes: int) -> None:
-    """Walk the pickle; `record_bytes(key)` is the size of a storage's record, None where there is none.
-
-    Raises:
-        PickleError: an operation, a name or a size that no saved dictionary of tensors has.
-    """
+def _check_pickle(data: bytes, record_bytes: Callable[[str], int | None], file_bytes: int) -> None:
+    """Walk the pickle; `record_bytes(key)` is the size of a storage's record, None where there is none."""
     if len(data) > _LARGEST_BYTES:
-        raise PickleError(f"a pickle of {len(data)} bytes, more than {_LARGEST_BYTES}")
+        raise DamagedFileError(f"a pickle with a pickle of {len(data)} bytes, more than {_LARGEST_BYTES}")
     walk = _Walk(record_bytes, 8 * file_bytes + ALLOWANCE_BYTES)
     try:
         for operation, argument, position in pickletools.genops(data):
             walk.position = position or 0
             walk.step(operation.name, argument)
-    except PickleError:
+    except DamagedFileError:
         raise
     except Exception as error:  # genops: ValueError, UnicodeDecodeError, …; an empty stack: IndexError
-        raise PickleError(f"a damaged pickle ({str(error)[:80] or type(error).__name__})") from None
+        raise DamagedFileError(f"a pickle with a damaged pickle ({str(error)[:80] or type(error).__name__})") from None
 
 
 class _Walk:
     def __init__(self, record_bytes: Callable[[str], int | None], budget: int) -> None:
         self.record_bytes, self.left, self.position = record_bytes, budget, 0
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
+        self.stack: list[Value] = []
+        self.memo: dict[int, Value] = {}
 
-    def step(self, name: str, argument: Any) -> None:
+    def step(self, name: str, argument: Value) -> None:
         self.spend(16)
         if name in ("PROTO", "STOP", "FRAME"):
             return
@@ -118,7 +202,7 @@ class _Walk:
             raise self.wrong(f"the name `{name[:80]}`, which is code")
         return _Global(name)
 
-    def storage(self, reference: Any) -> _Storage:
+    def storage(self, reference: Value) -> _Storage:
         if not (isinstance(reference, tuple) and len(reference) == 5 and reference[0] == "storage"):
             raise self.wrong("a reference that is no storage")
         _, kind, key, _, count = reference
@@ -130,7 +214,7 @@ class _Walk:
             raise self.wrong(f"a storage {str(key)[:20]!r} of {count * item_bytes} bytes whose record has {stored}")
         return _Storage(count, item_bytes)
 
-    def call(self, function: Any, arguments: Any) -> Any:
+    def call(self, function: Value, arguments: Value) -> Value:
         if function == _Global(_ORDERED) and arguments == ():
             self.spend(150)
             return _OPAQUE
@@ -156,14 +240,14 @@ class _Walk:
         self.spend(_TENSOR_BYTES)
         return _OPAQUE
 
-    def pop(self, count: int) -> list[Any]:
+    def pop(self, count: int) -> list[Value]:
         items = self.stack[-count:]
         if len(items) < count or any(item is _MARK for item in items):
             raise self.wrong("a stack that is too short")
         del self.stack[-count:]
         return items
 
-    def pop_marked(self) -> list[Any]:
+    def pop_marked(self) -> list[Value]:
         items = []
         while (item := self.stack.pop()) is not _MARK:
             items.append(item)
@@ -179,5 +263,5 @@ class _Walk:
         if self.left < 0:
             raise self.wrong("more than a file of its size may hold in memory")
 
-    def wrong(self, what: str) -> PickleError:
-        return PickleError(f"{what}, at byte {self.position} of its pickle")
+    def wrong(self, what: str) -> DamagedFileError:
+        return DamagedFileError(f"a pickle with {what}, at byte {self.position} of its pickle")

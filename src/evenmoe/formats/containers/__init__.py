@@ -1,1 +1,0 @@
-"""File types: bytes → plain data, within a memory budget; no format's meaning is known here."""
