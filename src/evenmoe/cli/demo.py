@@ -19,7 +19,7 @@ from evenmoe.cli.chain import Comparison, Layer, compare, expect, make_layer, ru
 from evenmoe.cli.ranks import finish, is_first_process, num_processes
 from evenmoe.cli.streams import print_json
 from evenmoe.errors import ConstraintError
-from evenmoe.placement import identity_placement
+from evenmoe.placement import default_placement
 from evenmoe.traces.synthesis import small_trace
 from evenmoe.traces.trace import Trace, load_trace
 
@@ -89,7 +89,7 @@ def _fitting_ranks(trace: Trace, ranks: int, *, exact: bool) -> int:
 
 def _placements(trace: Trace, ranks: int, seed: int) -> tuple[em.Placement, em.Placement]:
     """As the model is loaded without balancing, and planned for one more slot per rank."""
-    identity = identity_placement(trace.num_layers, trace.num_experts, ranks)
+    identity = default_placement(trace.num_layers, trace.num_experts, ranks)
     load = trace.load.sum(axis=0)
     return identity, em.plan(load, num_ranks=ranks, num_slots=trace.num_experts + ranks, seed=seed)
 
@@ -103,7 +103,7 @@ def _worlds(
     generator = torch.Generator().manual_seed(seed)
     top_k = min(PAGE_TOP_K, ep)
     picks = torch.rand((ep * tp, PAGE_TOKENS, ep), generator=generator).argsort(dim=-1)[..., :top_k]
-    page = identity_placement(1, ep, ep)
+    page = default_placement(1, ep, ep)
     title = f"published demo's world: {ep} EP x {tp} TP ranks, {PAGE_TOKENS} tokens each, H {PAGE_HIDDEN}, K {top_k}"
     yield title, make_layer(page, 0, picks, tp, PAGE_HIDDEN, PAGE_INNER, seed)
     ids = _tokens(trace, layer, identity.num_ranks, seed)

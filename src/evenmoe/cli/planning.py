@@ -24,7 +24,7 @@ from evenmoe.formats.layer_numbers import MTP_LAYERS, ranges
 from evenmoe.formats.reading import read, read_placement
 from evenmoe.formats.writing import write
 from evenmoe.metrics import FloatArray, as_load, mean_over_windows, peak_over_mean, within_range
-from evenmoe.placement import identity_placement, layers_of
+from evenmoe.placement import default_placement, layers_of
 from evenmoe.rules.catalogue import RULES
 
 _WORST_SHOWN = 8  # layers in text; --json has them all
@@ -222,7 +222,7 @@ def _rows(order: Order, windows: FloatArray, placement: em.Placement, previous: 
     layers, experts = windows.shape[1:]
     compared: list[tuple[str, em.Placement]] = []
     if experts % placement.num_ranks == 0:
-        compared.append(("as loaded", identity_placement(layers, experts, placement.num_ranks)))
+        compared.append(("as loaded", default_placement(layers, experts, placement.num_ranks)))
     if previous is not None:
         compared.append(("previous", previous))
     compared.append(("planned", placement))

@@ -82,8 +82,9 @@ def _from_scratch(tokens: FloatArray, held: np.ndarray, index: np.ndarray, world
 
 
 def _normalized(windows: FloatArray, num_ranks: int) -> FloatArray:
-    """Windows (T, E) with a mean rank load of 1; a layer without any load gets equal loads."""
-    return normalized(windows if windows.any() else np.ones((1, windows.shape[1])), num_ranks)
+    """The windows (T, E) that have load, in mean rank loads; a layer without any gets equal loads."""
+    windows = windows[windows.any(axis=1)]
+    return normalized(windows if len(windows) else np.ones((1, windows.shape[1])), num_ranks)
 
 
 def _flat(slots: np.ndarray, index: np.ndarray) -> Slots:

@@ -9,7 +9,7 @@ from evenmoe.placement import held_by_rank
 from evenmoe.planner import batch, rank_rule
 from evenmoe.planner.hierarchical import pack_groups, put_nodes, take_nodes
 from evenmoe.planner.options import Shape
-from evenmoe.planner.slots import Slots, by_load, keep_slots, lay_over, named, positions, take
+from evenmoe.planner.slots import Slots, by_load, lay_over, named, positions, swap_back, take
 
 # By what the rule is planned for. "rank" reaches only some replica counts, with uneven shares; "batch" is judged after
 # the best split of a batch.
@@ -45,7 +45,7 @@ def improve_for_rule(
     # A new plan moves nine experts of ten, so below a quarter of the slots it is not worth the time.
     if not shape.is_hierarchical and (max_copies is None or 4 * max_copies >= shape.num_slots):
         found = _or_anew(load, shape, assumed, start, found, max_copies, seed)
-    return keep_slots(Slots(named(found.experts, order), found.replica_index), used.experts, shape.num_ranks)
+    return swap_back(Slots(named(found.experts, order), found.replica_index), used.experts, shape.num_ranks)
 
 
 def _or_anew(

@@ -57,12 +57,11 @@ def positions(slots: Integers, order: Indices) -> Indices:
 
 
 def normalized(windows: FloatArray, num_ranks: int) -> FloatArray:
-    """Windows (T, E) of one layer in mean rank loads; those without load are left out.
+    """Windows (T, E) of one layer, none without load, in mean rank loads.
 
-    >>> normalized(np.array([[6.0, 2.0], [0.0, 0.0]]), 2).tolist()
+    >>> normalized(np.array([[6.0, 2.0]]), 2).tolist()
     [[1.5, 0.5]]
     """
-    windows = windows[windows.any(axis=1)]
     return np.ascontiguousarray(windows * (num_ranks / windows.sum(axis=1, keepdims=True)))
 
 
@@ -107,8 +106,8 @@ def _best_pairs(common: Indices) -> list[tuple[int, int]]:
     return [(row, next(left) if column < 0 else column) for row, column in enumerate(column_of)]
 
 
-def keep_slots(new: Slots, used: Integers, num_ranks: int) -> Slots:
-    """The same slots with every expert that stays on its rank in the slot where it was in `used` (L, S)."""
+def swap_back(new: Slots, used: Integers, num_ranks: int) -> Slots:
+    """The same slots with every expert that stays on its rank swapped into the slot where it was in `used` (L, S)."""
     slots, index = new.experts.copy(), new.replica_index.copy()
     width = slots.shape[1] // num_ranks
     for layer, before in enumerate(used):

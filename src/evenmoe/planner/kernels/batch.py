@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from evenmoe.compiled import compiled
+from evenmoe.planner.kernels.common import held_experts
 
 # A peak counts as the best once no rank that the busiest can send to is emptier by more than this.
 _TOLERANCE = 2e-4
@@ -309,12 +310,9 @@ def candidates(held, tokens, closed, load, kept, hot, node_ranks, copies, price,
     Returns:
         The number of moves found.
     """
-    num_ranks, width = held.shape
+    width = held.shape[1]
     holders, outside, fixed, cut = _cut(held, tokens, closed, load)
-    has = np.zeros((num_ranks, holders.size), np.bool_)
-    for rank in range(num_ranks):
-        for slot in range(width):
-            has[rank, held[rank, slot]] = True
+    has = held_experts(held, holders.size)
     bounds = np.full(moves.shape[0], limit)
     here = np.empty(tokens.shape[1])
     node = hot // node_ranks * node_ranks

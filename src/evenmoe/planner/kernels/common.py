@@ -53,6 +53,16 @@ def lightest(load, used, width, barred):
 
 
 @compiled
+def held_experts(held, num_experts):
+    """Whether each rank holds each expert in some slot, (G, n) -> bool (G, E)."""
+    has = np.zeros((held.shape[0], num_experts), np.bool_)
+    for rank in range(held.shape[0]):
+        for slot in range(held.shape[1]):
+            has[rank, held[rank, slot]] = True
+    return has
+
+
+@compiled
 def keep_slots(slots, num_ranks, ordered):
     """Reorder each rank's experts of `slots` (L, S) so that those that stay keep their slot.
 

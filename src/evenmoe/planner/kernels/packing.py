@@ -224,11 +224,11 @@ def pack_evenly(weights, num_bins):
 def draft(load, spread, order, counts, priority, slack, regularization, held):
     """Fill `held` (G, n) with a placement whose replicas link as many ranks as they can; returns whether it came out.
 
-    Replicated experts come first, hottest first. Each takes one rank that is linked already and then fresh ones, so
+    Replicated experts come first, heaviest first. Each takes one rank that is linked already and then fresh ones, so
     that G − 1 extra replicas link all G ranks into one tree; the ranks in two experts pass load from one to the other.
     Single experts follow, heaviest first, each to the rank that is least loaded counting `slack` mean rank loads for
-    every link, since a rank can pass on only what its single experts leave free, and and
-    regularized by so many standard deviations of its single experts as if they varied independently.
+    every link, since a rank can pass on only what its single experts leave free, and `regularization` standard
+    deviations of its single experts as if they varied independently.
 
     Args:
         load: float64 (E,), mean rank load 1.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from evenmoe.compiled import compiled
-from evenmoe.planner.kernels.common import lightest
+from evenmoe.planner.kernels.common import held_experts, lightest
 
 # The weight of the squared rank loads beside the peaks: enough to leave a tie of several busiest ranks.
 _SQUARES = 0.01
@@ -357,12 +357,8 @@ def improve(held, index, counts, tokens, kept, copies, price, world, node_ranks)
         world: ranks that the tokens come from. node_ranks: experts stay in their node, so many ranks in a row.
     """
     num_windows = tokens.shape[0]
-    num_ranks, width = held.shape
-    loads = np.empty((num_windows, num_ranks))
-    has = np.zeros((num_ranks, counts.size), np.bool_)
-    for rank in range(num_ranks):
-        for slot in range(width):
-            has[rank, held[rank, slot]] = True
+    loads = np.empty((num_windows, held.shape[0]))
+    has = held_experts(held, counts.size)
     goal_of(held, index, counts, tokens, loads, world)
     best, best_held, best_index, best_counts = _mean_peak(loads), held.copy(), index.copy(), counts.copy()
     opened = spent = 0
