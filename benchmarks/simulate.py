@@ -17,7 +17,6 @@ import time
 from evenmoe.simulator.costs import CostModel
 from evenmoe.simulator.policies import DEFAULT
 from evenmoe.simulator.replay import simulate
-from evenmoe.simulator.world import World
 from evenmoe.traces.models import find_model
 from evenmoe.traces.synthesis import synthesize
 
@@ -36,7 +35,7 @@ def main() -> None:
     parser.add_argument("--together", action="store_true")
     options = parser.parse_args()
     shape = find_model("deepseek-v3")
-    world = World(options.ranks, max(1, options.ranks // RANKS_PER_NODE), options.tokens)
+    num_nodes = max(1, options.ranks // RANKS_PER_NODE)
     costs = CostModel.for_expert(shape.hidden, shape.expert_bytes, shape.expert_flops_per_token)
     started = time.process_time()
     trace = synthesize(
@@ -53,7 +52,9 @@ def main() -> None:
         found = simulate(
             trace,
             policies,
-            world=world,
+            num_ranks=options.ranks,
+            num_nodes=num_nodes,
+            tokens_per_rank=options.tokens,
             costs=costs,
             num_slots=options.slots,
             num_steps=steps,

@@ -38,16 +38,17 @@ def as_load(load: npt.ArrayLike, name: str = "load") -> FloatArray:
             "must be (layers, experts) or (windows, layers, experts), no axis empty",
             "pass tokens per expert, one row per layer",
         )
+    check_counts(values, name, "check how the load was recorded")
+    return values
+
+
+def check_counts(values: np.ndarray, name: str, fix: str) -> None:
+    """Raise a ConstraintError that names the first number that is no token count: not finite, or negative."""
     wrong = ~np.isfinite(values) | (values < 0)
     if wrong.any():
         index = tuple(int(i) for i in np.argwhere(wrong)[0])
-        raise ConstraintError(
-            name,
-            f"{values[index]} at {index}",
-            "must hold token counts, finite and not negative",
-            "check how the load was recorded",
-        )
-    return values
+        rule = "must hold token counts, finite and not negative"
+        raise ConstraintError(name, f"{values[index]} at {index}", rule, fix)
 
 
 def as_array(values: object) -> np.ndarray:
@@ -108,7 +109,7 @@ def mean_over_windows(values: FloatArray, load: FloatArray) -> FloatArray:
     return (values * seen).sum(axis=0) / seen.sum(axis=0)
 
 
-def rank_loads(load: npt.ArrayLike, placement: Placement) -> FloatArray:
+def even_rank_loads(load: npt.ArrayLike, placement: Placement) -> FloatArray:
     """Tokens each rank computes when every replica takes an even share of its expert.
 
     Args:
@@ -121,11 +122,11 @@ def rank_loads(load: npt.ArrayLike, placement: Placement) -> FloatArray:
     Raises:
         ConstraintError: a load of another model, or of more tokens on a rank than float64 can hold.
 
-    >>> rank_loads([[6, 1, 1]], Placement([[0, 1, 0, 2]], num_ranks=2)).tolist()
+    >>> even_rank_loads([[6, 1, 1]], Placement([[0, 1, 0, 2]], num_ranks=2)).tolist()
     [[4.0, 4.0]]
     """
     with np.errstate(over="ignore"):
-        loads = _shared_evenly(_fitting(load, placement), placement)
+        loads = _shared_evenly(as_load_of(load, placement), placement)
     if not np.isfinite(loads).all():
         raise ConstraintError(
             "load",
@@ -157,12 +158,13 @@ def peak_to_average(load: npt.ArrayLike, placement: Placement) -> FloatArray:
     >>> peak_to_average([[6, 1, 1, 0]], Placement([[0, 1, 2, 3]], num_ranks=2)).tolist()
     [1.75]
     """
-    tokens = _fitting(load, placement)
+    tokens = as_load_of(load, placement)
     tokens = within_range(tokens.reshape(-1, tokens.shape[-1])).reshape(tokens.shape)
     return peak_over_mean(_shared_evenly(tokens, placement))
 
 
-def _fitting(load: npt.ArrayLike, placement: Placement) -> FloatArray:
+def as_load_of(load: npt.ArrayLike, placement: Placement) -> FloatArray:
+    """`as_load`, and of the placement's layers and experts; a ConstraintError otherwise."""
     tokens = as_load(load)
     if tokens.shape[-2:] != (placement.num_layers, placement.num_experts):
         raise ConstraintError(

@@ -1,4 +1,4 @@
-"""Calls of the whole chain on one rank, at the smallest sizes that the chip takes, for tests of the Ascend faces."""
+"""Calls of the whole chain on one rank, at the smallest sizes that the chip takes, for tests of Ascend's APIs."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ CHAINS = {
     "plain": Chain(),
     "tp": Chain(tp=2, experts_per_rank=1, ep=3, tokens=2),
     "shared": Chain(ep=4, shared_experts=1, shared_ranks=2, nums_type=0),
-    "quantised": Chain(quant_mode=2, dtype=torch.bfloat16, top_k=3, comm_quant_mode=2),
+    "quantized": Chain(quant_mode=2, dtype=torch.bfloat16, top_k=3, comm_quant_mode=2),
     "masked tokens": Chain(mask="tokens", ep=3, top_k=1),
     "masked entries": Chain(mask="entries", shared_experts=2, shared_ranks=2, ep=4),
     "virtual": Chain(virtual=(1, 2, 2), top_k=5, tokens=4),

@@ -130,7 +130,7 @@ def test_a_wrong_dtype_is_161002_and_a_wrong_shape_561002(operator, valid):
             assert first_stage(operator, valid[operator] | {name: wrong}) == (161002, 0, None), name
             assert aclnn.aclGetRecentErrMsg().startswith(f"`{name}` is complex64"), name
         if name in ("dynamic_scales", "expand_scales") or (name, operator[:15]) == ("expert_scales", "MoeDistributeDi"):
-            continue  # not looked at without quantisation, or never
+            continue  # not looked at without quantization, or never
         wrong = torch.zeros((1, 1, 1, 1, 1), dtype=tensor.dtype)
         assert first_stage(operator, valid[operator] | {name: wrong}) == (561002, 0, None), name
         assert f"`{name}` is" in aclnn.aclGetRecentErrMsg(), name
@@ -169,7 +169,7 @@ def test_messages_do_not_advise_other_limits(valid):
 
 
 @pytest.mark.parametrize("name", ["expert_ids", "balanced_expert_ids"])
-def test_a_tensor_resized_between_the_stages_is_refused(valid, name):
+def test_a_tensor_resized_between_the_stages_is_an_error(valid, name):
     call = valid["MoeEPLBUpdateExpert"] | {"balanced_expert_ids": torch.full((3, 2), UNTOUCHED, dtype=torch.int32)}
     call[name] = call[name].clone()
     _, stream = aclnn.aclrtCreateStream()
@@ -183,7 +183,7 @@ def test_a_tensor_resized_between_the_stages_is_refused(valid, name):
 
 
 def test_tensors_of_inference_mode_and_of_training_serve(valid):
-    """The stream's own thread is in neither mode, and both kinds refuse to be written in place there."""
+    """The stream's own thread is in neither mode, and both kinds cannot be written in place there."""
     with torch.inference_mode():
         out = torch.full((3, 2), UNTOUCHED, dtype=torch.int32)
     _, stream = aclnn.aclrtCreateStream()
@@ -226,12 +226,12 @@ def test_a_wrong_number_of_arguments_is_pythons_error():
         aclnn.aclnnMoeUpdateExpertGetWorkspaceSize(None)
 
 
-def test_the_second_stage_refuses_what_is_not_there(valid):
+def test_the_second_stage_checks_what_is_not_there(valid):
     _, size, executor = first_stage("MoeUpdateExpert", valid["MoeUpdateExpert"])
     _, stream = aclnn.aclrtCreateStream()
     workspace = torch.empty(size, dtype=torch.uint8)
     run = aclnn.aclnnMoeUpdateExpert
-    refused = [
+    wrong = [
         (run(workspace, size, None, stream), 161001, "`executor` is None"),
         (run(workspace, size, executor, None), 161001, "`stream` is None"),
         (run(None, size, executor, stream), 161001, "`workspace` is a null pointer"),
@@ -241,12 +241,12 @@ def test_the_second_stage_refuses_what_is_not_there(valid):
         (aclnn.aclnnMoeEPLBUpdateExpert(workspace, size, executor, stream), 561000, "made by aclnnMoeUpdateExpertGet"),
     ]
     # Only the last message is kept, so each is asked for by a call of its own.
-    assert [status for status, _, _ in refused] == [code for _, code, _ in refused]
-    assert refused[-1][2] in aclnn.aclGetRecentErrMsg()
+    assert [status for status, _, _ in wrong] == [code for _, code, _ in wrong]
+    assert wrong[-1][2] in aclnn.aclGetRecentErrMsg()
     run(None, size, executor, stream)
-    assert refused[2][2] in aclnn.aclGetRecentErrMsg()
+    assert wrong[2][2] in aclnn.aclGetRecentErrMsg()
     run(workspace[:-1], size, executor, stream)
-    assert refused[4][2] in aclnn.aclGetRecentErrMsg()
+    assert wrong[4][2] in aclnn.aclGetRecentErrMsg()
     assert run(workspace, size, executor, stream) == 0
     assert run(workspace, size, executor, stream) == 561000
     assert "has been used" in aclnn.aclGetRecentErrMsg()
@@ -344,7 +344,7 @@ def demo_rank(rank, stream, one):
     table = torch.tensor([[1, expert] for expert in range(EXPERTS)], dtype=torch.int32)
     ids, balanced = torch.tensor([[0, 1, 2]] * BS, dtype=torch.int32), zeros(BS, K)
     scales = torch.full((BS, K), 0.1)
-    expand_x, triples, counts = zeros(128, DEMO_HIDDEN, dtype=torch.bfloat16), zeros(64 * 128), zeros(16)
+    expand_x, assist_info, counts = zeros(128, DEMO_HIDDEN, dtype=torch.bfloat16), zeros(64 * 128), zeros(16)
     nums, tp_counts = zeros(1, dtype=torch.int64), zeros(2)
     y, rstd, x_out = ones(BS, 1, DEMO_HIDDEN), zeros(BS, 1, 1, dtype=torch.float32), ones(BS, 1, DEMO_HIDDEN)
 
@@ -355,15 +355,15 @@ def demo_rank(rank, stream, one):
 
     run("MoeEPLBUpdateExpert", ids, table, rank.ep.rank, 8, 0, balanced)
     dynamic, expand_scales = torch.zeros(128), torch.zeros(64)
-    outputs = (expand_x, dynamic, triples, nums, counts, tp_counts, expand_scales)
+    outputs = (expand_x, dynamic, assist_info, nums, counts, tp_counts, expand_scales)
     run(
         *("MoeDistributeDispatchV2", ones(BS, DEMO_HIDDEN), balanced, None, None, scales, *group, 0, 64, 0, None),
         *outputs,
     )
-    given = (expand_x, balanced, triples, counts, scales, ones(BS, 1, DEMO_HIDDEN), ones(DEMO_HIDDEN), tp_counts)
+    given = (expand_x, balanced, assist_info, counts, scales, ones(BS, 1, DEMO_HIDDEN), ones(DEMO_HIDDEN), tp_counts)
     optional = (None, None, None, None, None, ones(BS, 1, DEMO_HIDDEN))
     run("MoeDistributeCombineAddRmsNorm", *given, *optional, *group, 64, 0, 0, 1, None, 1e-6, y, rstd, x_out)
-    return balanced, expand_x, triples, nums, counts, tp_counts, y, rstd, x_out
+    return balanced, expand_x, assist_info, nums, counts, tp_counts, y, rstd, x_out
 
 
 # The page's literal 1 as bf16 bits is 2⁻¹³³, so sums stay subnormal (xOut 0x0003, y 0); 0x3F80 is a true 1.0, whose
@@ -380,13 +380,15 @@ def test_the_demo_gives_the_published_values(one, x_bits, y_bits, rstd):
         for stream in streams:
             assert aclnn.aclrtSynchronizeStreamWithTimeout(stream, 60000) == 0, aclnn.aclGetRecentErrMsg()
             aclnn.aclrtDestroyStream(stream)
-    for index, (balanced, expand_x, triples, nums, counts, tp_counts, y, rstd_out, x_out) in enumerate(results):
+    for index, (balanced, expand_x, assist_info, nums, counts, tp_counts, y, rstd_out, x_out) in enumerate(results):
         ep = index // 2
         rows = 64 if ep < 3 else 0
         assert (balanced == torch.tensor([0, 1, 2])).all()
         assert (expand_x[: 2 * rows].view(torch.int16) == one).all()
         assert not expand_x[2 * rows :].any()
-        assert triples[: 3 * rows].tolist() == [n for s in range(8) for t in range(8) for n in (s, t, ep)][: 3 * rows]
+        assert (
+            assist_info[: 3 * rows].tolist() == [n for s in range(8) for t in range(8) for n in (s, t, ep)][: 3 * rows]
+        )
         assert nums.tolist() == [2 * rows]
         assert counts.tolist() == [rows // 8 * (s + 1) for s in range(8)] * 2
         assert tp_counts.tolist() == [rows, rows]

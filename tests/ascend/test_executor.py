@@ -106,7 +106,9 @@ def check_chain(chain, launched):
         assert_written(out["expand_x"], d.expand_x[:rows], f"expand_x on rank {index}")
         scales = d.dynamic_scales[: rows if chain.quant_mode == 2 else 0]
         assert_written(out["dynamic_scales"], scales, f"dynamic_scales on rank {index}")
-        assert_written(out["assist_info_for_combine"], d.assist_info_for_combine[: 3 * own], f"triples on rank {index}")
+        assert_written(
+            out["assist_info_for_combine"], d.assist_info_for_combine[: 3 * own], f"assist_info on rank {index}"
+        )
         for name in ("expert_token_nums", "ep_recv_counts", "tp_recv_counts"):
             assert_written(out[name], getattr(d, name), f"{name} on rank {index}")
         assert (out["expand_scales"] == UNTOUCHED).all()
@@ -133,7 +135,7 @@ def test_oldest_versions_give_the_operators_values(name):
     check_chain(CHAINS[name], run_chain(CHAINS[name], OLDEST))
 
 
-@pytest.mark.parametrize("name", ["plain", "quantised", "masked entries"])
+@pytest.mark.parametrize("name", ["plain", "quantized", "masked entries"])
 def test_strided_views_with_an_offset_are_read_and_written(name):
     launched = run_chain(CHAINS[name], NEWEST, place=strided)
     assert not launched[0][2]["expand_x"].is_contiguous()
@@ -180,7 +182,7 @@ def launch_scaled_down(chain, rank, stream):
 
 
 def test_one_rank_of_four_is_gone():
-    """The survivors' outputs are the operator's, and only they take part."""
+    """The active ranks' outputs are the operator's, and only they take part."""
     chain = Chain(ep=4)
     with em.local_world(4, timeout_s=HANG_S) as world:
         streams = [Stream() for _ in LEFT]
@@ -213,7 +215,7 @@ def test_in_a_scaled_down_world_nobody_waits_for_the_lost_rank():
         streams = [Stream() for _ in LEFT]
         launch_scaled_down(chain, world.ranks[0], streams[0])
         launch_scaled_down(chain, world.ranks[2], streams[1])
-        message = refused(status.RT_STREAM_SYNC_TIMEOUT, streams[0].synchronize, 0.3)
+        message = error_of(status.RT_STREAM_SYNC_TIMEOUT, streams[0].synchronize, 0.3)
         assert "waits for rank 3 of group" in message  # by its old number, as the group knows it
         launch_scaled_down(chain, world.ranks[3], streams[2])
         for stream in streams:
@@ -239,7 +241,7 @@ def stream():
     stream.destroy()
 
 
-def refused(code, call, *arguments):
+def error_of(code, call, *arguments):
     with pytest.raises(AclError) as caught:
         call(*arguments)
     assert caught.value.status == code, caught.value
@@ -249,9 +251,9 @@ def refused(code, call, *arguments):
 def test_an_executor_serves_one_call(stream):
     executor = update_call()
     launch(executor, stream)
-    assert "has been used: an executor serves one call" in refused(status.INNER, launch, executor, stream)
-    assert "has been used" in refused(status.INNER, executor.make_repeatable)
-    assert "has been used" in refused(status.INNER, executor.destroy)
+    assert "has been used: an executor serves one call" in error_of(status.INNER, launch, executor, stream)
+    assert "has been used" in error_of(status.INNER, executor.make_repeatable)
+    assert "has been used" in error_of(status.INNER, executor.destroy)
     stream.synchronize(10)
 
 
@@ -285,38 +287,38 @@ def test_a_repeatable_executor_serves_many_and_reads_the_values_of_their_time(st
         stream.synchronize(10)
         assert (out == value).all()
     executor.destroy()
-    assert "has been destroyed" in refused(status.INNER, launch, executor, stream)
-    assert "has been destroyed" in refused(status.INNER, executor.destroy)
+    assert "has been destroyed" in error_of(status.INNER, launch, executor, stream)
+    assert "has been destroyed" in error_of(status.INNER, executor.destroy)
 
 
 def test_an_executor_that_is_not_wanted_is_destroyed(stream):
     executor = update_call()
     executor.destroy()
-    assert "has been destroyed" in refused(status.INNER, launch, executor, stream)
+    assert "has been destroyed" in error_of(status.INNER, launch, executor, stream)
 
 
 def test_the_workspace_must_be_there_and_large_enough(stream):
     executor = update_call()
     assert executor.workspace_size == WORKSPACE_BYTES == 16 * 2**20
     name = executor.operator
-    message = refused(status.PARAM_INVALID, executor.launch, name, True, WORKSPACE_BYTES - 1, stream)
+    message = error_of(status.PARAM_INVALID, executor.launch, name, True, WORKSPACE_BYTES - 1, stream)
     assert "`workspaceSize` is 16777215: aclnnMoeEPLBUpdateExpert needs 16777216 bytes" in message
-    assert "`workspace` is a null pointer" in refused(
+    assert "`workspace` is a null pointer" in error_of(
         status.PARAM_NULLPTR, executor.launch, name, False, WORKSPACE_BYTES, stream
     )
-    launch(executor, stream)  # a refused call does not use it up
+    launch(executor, stream)  # a wrong call does not use it up
     stream.synchronize(10)
 
 
 def test_an_executor_belongs_to_its_operator(stream):
-    message = refused(status.INNER, update_call().launch, "MoeUpdateExpert", True, WORKSPACE_BYTES, stream)
+    message = error_of(status.INNER, update_call().launch, "MoeUpdateExpert", True, WORKSPACE_BYTES, stream)
     assert "it must be given to aclnnMoeEPLBUpdateExpert, not to aclnnMoeUpdateExpert" in message
 
 
-def test_wrong_values_show_at_synchronisation_and_write_nothing(stream):
+def test_wrong_values_show_at_synchronization_and_write_nothing(stream):
     executor = update_call(expert_ids=torch.full((3, 2), 99, dtype=torch.int32))
     launch(executor, stream)
-    message = refused(status.RUNTIME_ERROR, stream.synchronize, 10)
+    message = error_of(status.RUNTIME_ERROR, stream.synchronize, 10)
     assert message.startswith("aclnnMoeEPLBUpdateExpert failed: `expert_ids` is 99 for token 0, k 0: it must be a row")
     assert (executor.outputs["balanced_expert_ids"] == UNTOUCHED).all()
 
@@ -324,7 +326,7 @@ def test_wrong_values_show_at_synchronisation_and_write_nothing(stream):
 def test_a_destroyed_stream_takes_no_call_and_leaves_the_executor_unused(stream):
     executor, gone = update_call(), Stream()
     gone.destroy()
-    refused(status.RT_INVALID_HANDLE, launch, executor, gone)
+    error_of(status.RT_INVALID_HANDLE, launch, executor, gone)
     launch(executor, stream)
     stream.synchronize(10)
 
@@ -349,7 +351,7 @@ def test_the_first_stage_names_what_is_wrong(changes, error, text):
     assert text in str(caught.value)
 
 
-def test_a_group_that_is_not_open_is_refused_last():
+def test_a_group_that_is_not_open_is_the_last_error():
     chain = Chain()
     with em.local_world(2) as world:
         rank = world.ranks[0]
@@ -379,7 +381,7 @@ def test_a_rank_that_never_calls_is_named_when_the_wait_times_out():
             begun = launch_dispatch(chain, world.ranks[index], streams[index])
             until(lambda begun=begun: "waits for rank 1" in begun.describe())
         for index in (0, 2):
-            message = refused(status.RT_STREAM_SYNC_TIMEOUT, streams[index].synchronize, 0.3)
+            message = error_of(status.RT_STREAM_SYNC_TIMEOUT, streams[index].synchronize, 0.3)
             assert f"aclnnMoeDistributeDispatchV4 as rank {index} of group {name!r} waits for rank 1 " in message
         launch_dispatch(chain, world.ranks[1], streams[1])  # late, but it comes
         for stream in streams:
@@ -397,7 +399,7 @@ def test_a_rank_that_keeps_its_tensor_parallel_peer_waiting_is_named():
         calls = {rank.index: launch_dispatch(chain, rank, streams[rank.index]) for rank in here}
         missing = f"rank 1 of group {world.ranks[away].ep.name!r}"
         until(lambda: missing in calls[1].describe())
-        assert missing in refused(status.RT_STREAM_SYNC_TIMEOUT, streams[1].synchronize, 0.1)
+        assert missing in error_of(status.RT_STREAM_SYNC_TIMEOUT, streams[1].synchronize, 0.1)
         launch_dispatch(chain, world.ranks[away], streams[away])
         for stream in streams:
             stream.synchronize(HANG_S)
@@ -410,7 +412,7 @@ def test_a_rank_that_never_calls_at_all_fails_the_others():
         streams = [Stream(f"stream {index}") for index in (0, 1)]
         executors = [launch_dispatch(chain, rank, stream) for rank, stream in zip(world.ranks, streams, strict=False)]
         for stream in streams:
-            message = refused(status.RUNTIME_ERROR, stream.synchronize, HANG_S)
+            message = error_of(status.RUNTIME_ERROR, stream.synchronize, HANG_S)
             assert "waited 0.3 s in group" in message or "gave up after 0.3 s" in message
             assert "2" in message.partition("group")[2]
             stream.destroy()

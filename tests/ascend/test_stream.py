@@ -20,7 +20,7 @@ def stream():
     stream.destroy()
 
 
-def refused(code, call, *arguments):
+def error_of(code, call, *arguments):
     with pytest.raises(AclError) as caught:
         call(*arguments)
     assert caught.value.status == code, caught.value
@@ -60,7 +60,7 @@ def test_time_out_names_the_work_and_the_work_goes_on(stream):
     stream.enqueue(gate.wait, lambda: "the first one")
     stream.enqueue(lambda: done.append(True))
     begin = time.monotonic()
-    message = refused(status.RT_STREAM_SYNC_TIMEOUT, stream.synchronize, 0.05)
+    message = error_of(status.RT_STREAM_SYNC_TIMEOUT, stream.synchronize, 0.05)
     assert time.monotonic() - begin >= 0.05
     assert message == "the stream was not done within 0.05 s, with 2 of its 2 calls outstanding: the first one."
     gate.set()
@@ -91,7 +91,7 @@ def test_the_first_failure_is_reported_once_and_work_behind_it_runs(stream):
     stream.enqueue(lambda: fail("broken"), lambda: "call 1")
     stream.enqueue(lambda: fail("broken too"), lambda: "call 2")
     stream.enqueue(lambda: done.append(True))
-    assert refused(status.RUNTIME_ERROR, stream.synchronize) == "call 1 failed: broken"
+    assert error_of(status.RUNTIME_ERROR, stream.synchronize) == "call 1 failed: broken"
     assert done == [True]
     stream.synchronize()
 
@@ -101,7 +101,7 @@ def test_even_an_exit_in_the_work_leaves_the_stream_serving(stream):
         raise SystemExit
 
     stream.enqueue(leave, lambda: "call 1")
-    assert refused(status.RUNTIME_ERROR, stream.synchronize) == "call 1 failed: SystemExit"
+    assert error_of(status.RUNTIME_ERROR, stream.synchronize) == "call 1 failed: SystemExit"
     done = []
     stream.enqueue(lambda: done.append(True))
     stream.synchronize()
@@ -116,19 +116,19 @@ def test_destroy_drops_what_has_not_begun_and_does_not_wait_for_what_runs():
     stream.destroy()
     assert not done
     for call in (stream.synchronize, lambda: stream.enqueue(lambda: None)):
-        assert "has been destroyed" in refused(status.RT_INVALID_HANDLE, call)
+        assert "has been destroyed" in error_of(status.RT_INVALID_HANDLE, call)
     gate.set()
     time.sleep(0.02)
     assert done in ([], ["what ran"])
     stream.destroy()  # twice does nothing
 
 
-def test_destroy_wakes_a_thread_that_synchronises():
+def test_destroy_wakes_a_thread_that_synchronizes():
     stream, gate, begun = Stream(), threading.Event(), threading.Event()
     stream.enqueue(lambda: (begun.set(), gate.wait()))
     begun.wait(HANG_S)
     messages = []
-    waiter = threading.Thread(target=lambda: messages.append(refused(status.RT_STREAM_ABORT, stream.synchronize)))
+    waiter = threading.Thread(target=lambda: messages.append(error_of(status.RT_STREAM_ABORT, stream.synchronize)))
     waiter.start()
     until_it_waits(waiter, "synchronize")
     stream.destroy()

@@ -1,4 +1,4 @@
-"""The torch_npu face: the signatures and outputs of specification §5, and the values of the package's own operators."""
+"""torch_npu: the signatures and outputs of specification §5, and the values of the package's own operators."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_signatures_are_those_of_the_listing(name):
     assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in wanted]
 
 
-def test_the_face_has_no_function_that_the_listing_lacks():
+def test_the_api_has_no_function_that_the_listing_lacks():
     assert {name for name in vars(torch_npu) if name.startswith("npu_")} == set(LISTING)
 
 
@@ -91,7 +91,7 @@ def call(name, values):
     return getattr(torch_npu, name)(**keywords(name, values))
 
 
-def run_face(chain, rank):
+def run_api(chain, rank):
     given, attributes = chain.inputs(rank), chain.attributes(rank)
     ids, _ = call("npu_moe_update_expert", given | attributes | {"expert_scales": None})
     assert torch.equal(ids, given["expert_ids"])
@@ -113,10 +113,10 @@ def run_face(chain, rank):
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_the_face_gives_the_operators_values(name):
+def test_the_api_gives_the_operators_values(name):
     chain = CHAINS[name]
     with em.local_world(chain.ep, max(chain.tp, 1), timeout_s=HANG_S) as world:
-        got = world.run(lambda rank: run_face(chain, rank))
+        got = world.run(lambda rank: run_api(chain, rank))
         want = world.run(lambda rank: expected(chain, rank, *got[rank.index][:2]))
     for index, (_, _, dispatched, combined, normed) in enumerate(got):
         fields = ("expand_x", "dynamic_scales", "assist_info_for_combine", "expert_token_nums", "ep_recv_counts")
@@ -150,7 +150,7 @@ def shapes_of(chain, ep_rank):
 def test_outputs_are_allocated_as_listed(name):
     chain = CHAINS[name]
     with em.local_world(chain.ep, max(chain.tp, 1), timeout_s=HANG_S) as world:
-        got = world.run(lambda rank: run_face(chain, rank))
+        got = world.run(lambda rank: run_api(chain, rank))
     for index, (_, _, dispatched, combined, normed) in enumerate(got):
         assert [tuple(tensor.shape) for tensor in dispatched] == shapes_of(chain, index // max(chain.tp, 1))
         sent = torch.int8 if chain.quant_mode == 2 else chain.dtype
@@ -186,7 +186,7 @@ def test_numbers_may_be_numpys_and_tensors_may_be_positional():
         assert [int(counts[-1]) for counts in world.run(step)] != [0, 0]
 
 
-# Refusals ------------------------------------------------------------------------------------------------------------
+# Errors --------------------------------------------------------------------------------------------------------------
 
 DISPATCH = "npu_moe_distribute_dispatch_v2"
 COMBINE = "npu_moe_distribute_combine_v2"
@@ -199,7 +199,7 @@ BACK = {
     "ep_send_counts": torch.zeros(4, dtype=torch.int32),
     "tp_send_counts": torch.zeros(0, dtype=torch.int32),
 }
-REFUSED = [
+INVALID = [
     # What the wrapper looks at
     (DISPATCH, {"x": torch.zeros(HIDDEN, dtype=torch.bfloat16)}, 561002, "`x` is bfloat16 (1024,): it must be 2-D"),
     (DISPATCH, {"expert_ids": torch.zeros(3, dtype=torch.int32)}, 561002, "`expert_ids` is int32 (3,): it must be 2-D"),
@@ -252,15 +252,17 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "changes", "status", "text"), REFUSED)
-def test_what_the_chip_refuses_is_refused(name, changes, status, text):
+@pytest.mark.parametrize(("name", "changes", "status", "text"), INVALID)
+def test_what_the_chip_does_not_take_is_an_error(name, changes, status, text):
     chain = Chain()
     with em.local_world(2) as world:
         rank = world.ranks[0]
         values = {**chain.inputs(rank), **chain.attributes(rank), **BACK, **changes}
         parameters = inspect.signature(getattr(torch_npu, name)).parameters
         arguments = {key: value for key, value in values.items() if key in parameters}
-        rank.ep.exchange_counts = lambda counts, members=None: counts  # a refusal tells the others, who are not here
+        rank.ep.exchange_counts = lambda counts, members=None: (
+            counts
+        )  # an error is told to the others, who are not here
         with pytest.raises(NpuCallError) as caught:
             getattr(torch_npu, name)(**arguments)
     assert text in str(caught.value)
@@ -271,7 +273,7 @@ def test_what_the_chip_refuses_is_refused(name, changes, status, text):
 
 
 @pytest.mark.parametrize("changes", [{"expert_token_nums_type": 2}, {"quant_mode": 1}, {"y_dtype": 1}, {"x": None}])
-def test_the_other_ranks_hear_of_a_refusal(changes):
+def test_the_other_ranks_are_told_of_an_error(changes):
     chain = Chain(ep=3)
 
     def step(rank):

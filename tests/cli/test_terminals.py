@@ -20,7 +20,6 @@ from evenmoe.simulator.policies import DEFAULT
 from evenmoe.simulator.replay import simulate
 from evenmoe.simulator.result import Simulation
 from evenmoe.simulator.store import load_simulation, save_simulation
-from evenmoe.simulator.world import World
 from evenmoe.traces.trace import Trace
 from tests.cli.processes import forked
 from tests.cli.running import DEMO, SMALL
@@ -43,10 +42,12 @@ def encoded(encoding: str) -> Callable[[], None]:
     return start
 
 
+SIZES = {"num_ranks": 2, "tokens_per_rank": 8, "num_steps": 3, "top_k": 2, "workers": 1}
+
+
 def replayed() -> Simulation:
     costs = CostModel.for_expert(4, 8, 8)
-    world = World(2, 1, 8)
-    return simulate(Trace("load", LOAD), DEFAULT, world=world, costs=costs, num_steps=3, top_k=2, workers=1)
+    return simulate(Trace("load", LOAD), DEFAULT, costs=costs, **SIZES)
 
 
 @pytest.fixture
@@ -198,7 +199,7 @@ def test_costs_beyond_all_measure(tmp_path, option, value):
 def test_the_largest_costs_still_add_up():
     """12 tokens in 3 steps at the limits of every figure: 10^30 / 10^-30 s a byte is less than 10^100 µs."""
     largest = CostModel(1e30, 1e30, 1e30, 1e30, 1e30, 1e-30, 1e-30, 1e-30, 1e-30, 1e30)
-    found = simulate(Trace("load", LOAD), DEFAULT, world=World(2, 1, 8), costs=largest, num_steps=3, top_k=2, workers=1)
+    found = simulate(Trace("load", LOAD), DEFAULT, costs=largest, **SIZES)
     assert all(policy.step_time.max() < 1e100 for policy in found.policies)
     with pytest.raises(ConstraintError, match="is 9e-31: it must be finite and more than 0, from 1e-30 to 1e"):
         CostModel(1.0, 1.0, 1.0, 1.0, 1.0, flops_per_s=9e-31)

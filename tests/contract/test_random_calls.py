@@ -56,7 +56,7 @@ def strategy_of(name, parameter):
         return st.sampled_from([ATLAS_A3, RELAXED, UNLIMITED])
     if name == "hccl_buffer_bytes":
         return st.one_of(st.none(), SIZES)
-    if annotation in ("Input[Tensor]", "Output[Tensor]"):
+    if annotation in ("Tensor", "Input[Tensor]", "Output[Tensor]"):
         return st.one_of(st.none(), SPECS, *([st.just(ALLOCATED)] if annotation.startswith("Output") else []))
     return NAMES if "str" in annotation else ATTRIBUTES
 

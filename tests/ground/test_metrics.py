@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evenmoe.errors import ConstraintError
-from evenmoe.metrics import as_load, count_copies, peak_over_mean, peak_to_average, rank_loads
+from evenmoe.metrics import as_load, count_copies, even_rank_loads, peak_over_mean, peak_to_average
 from evenmoe.placement import Placement
 from tests.ground.placements import placements, random_placement
 
@@ -43,7 +43,7 @@ def loads_and_placements(draw):
 @given(loads_and_placements())
 def test_rank_loads_and_peak_to_average(case):
     load, placement = case
-    loads, par = rank_loads(load, placement), peak_to_average(load, placement)
+    loads, par = even_rank_loads(load, placement), peak_to_average(load, placement)
     assert loads.shape == (*load.shape[:-1], placement.num_ranks)
     assert par.shape == load.shape[:-1]
     assert loads.dtype == par.dtype == np.float64
@@ -159,7 +159,7 @@ def test_a_load_is_named():
 @pytest.mark.parametrize("load", [[[1, 2]], [[1, 2, 3]], np.ones((4, 2, 2))])
 def test_a_load_of_another_model(load):
     with pytest.raises(ConstraintError) as caught:
-        rank_loads(load, Placement([[0, 1, 2]] * 2, 3))
+        even_rank_loads(load, Placement([[0, 1, 2]] * 2, 3))
     assert str(caught.value) == (
         f"`load` is an array of shape {np.shape(load)}: it must end in the placement's layers and experts, (2, 3); "
         "pass the load of the same model."

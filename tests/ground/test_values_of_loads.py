@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import evenmoe as em
 from evenmoe import formats
 from evenmoe.errors import ConstraintError, EvenmoeError
-from evenmoe.metrics import rank_loads
+from evenmoe.metrics import even_rank_loads
 from evenmoe.placement import Placement
 from evenmoe.rules.catalogue import RULES
 
@@ -140,7 +140,7 @@ def test_layers_and_windows_of_any_size_stand_beside_each_other():
 
 def test_more_tokens_on_a_rank_than_float64_holds_are_refused():
     with pytest.raises(ConstraintError, match="of more tokens on one rank than the largest float64"):
-        rank_loads([[1e308, 1e308, 0.0, 0.0]], PLACEMENT)
+        even_rank_loads([[1e308, 1e308, 0.0, 0.0]], PLACEMENT)
 
 
 # Windows in which a layer has no tokens say nothing about it.

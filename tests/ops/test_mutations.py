@@ -14,7 +14,7 @@ from evenmoe.ops.update_expert import prepare
 from evenmoe.reference.update_expert import update_expert as reference
 from tests.mutations import fails, mutated
 from tests.ops import test_disagreement as disagreement
-from tests.transport import test_contract as contract
+from tests.transport import test_transport as contract
 from tests.worlds import Case, Spec, assert_equal_worlds, assert_same_bits, run_rank, run_reference
 
 WORLDS = [
@@ -167,9 +167,7 @@ BUGS = {
         mapping, RULES + "token", "self._row_offsets.shape[0] != num", "self._row_offsets.shape[0] < num"
     ),
     "period one too long": bug(mapping, RULES + "token", "% self._period", "% (self._period + 1)"),
-    "table shared with its owner": bug(
-        mapping, OPS + "update_expert", 'given["eplb_table"].clone()', 'given["eplb_table"]'
-    ),
+    "table shared with its owner": bug(mapping, OPS + "update_expert", "call.eplb_table.clone()", "call.eplb_table"),
     "strict threshold": bug(mapping, OPS + "update_expert", "scales >= threshold", "scales > threshold"),
     "active mask ignored": bug(mapping, OPS + "update_expert", "keep & active_mask[:, None]", "keep"),
     "total in descending k": bug(
@@ -177,21 +175,23 @@ BUGS = {
     ),
     "total in bfloat16": bug(mapping, OPS + "update_expert", "scales = scales.float()", "pass"),
     # §2.5, §2.6, §2.9: who sends what where
-    "mask ignored": bug(worlds, OPS + "routing", "sent = sent & active_entries(expert_ids, x_active_mask)", "pass"),
+    "mask ignored": bug(
+        worlds, OPS + "exchange", "torch.where(active_entries(expert_ids, x_active_mask), key, physical)", "key"
+    ),
     "one token too many": bug(
-        worlds, OPS + "routing", "(tokens < x_active_mask.sum())", "(tokens <= x_active_mask.sum())"
+        worlds, OPS + "exchange", "(tokens < x_active_mask.sum())", "(tokens <= x_active_mask.sum())"
     ),
     "entries at home sent to expert 0": bug(
-        worlds, OPS + "routing", "torch.where(sent, expert_ids, physical)", "torch.where(sent, expert_ids, 0)"
+        worlds, OPS + "exchange", "expert_ids.clamp(max=physical)", "torch.where(expert_ids < physical, expert_ids, 0)"
     ),
     "wrong copy of a shared expert": bug(
-        worlds, OPS + "routing", "layout.rank % layout.ranks_per_shared", "layout.rank // layout.ranks_per_shared"
+        worlds, OPS + "exchange", "layout.rank % layout.ranks_per_shared", "layout.rank // layout.ranks_per_shared"
     ),
-    "k of a shared expert": bug(worlds, OPS + "routing", "[top_k + shared_per_entry, k]", "[shared_per_entry, k]"),
-    "smooth scale of a shared expert": bug(worlds, OPS + "routing", "expert + layout.shared_experts", "expert"),
-    "shared only if all entries are active": bug(worlds, OPS + "routing", "mask.any(dim=1)", "mask.all(dim=1)"),
+    "k of a shared expert": bug(worlds, OPS + "exchange", "[top_k + shared, k]", "[shared, k]"),
+    "smooth scale of a shared expert": bug(worlds, OPS + "exchange", "expert + layout.shared_experts", "expert"),
+    "shared only if all entries are active": bug(worlds, OPS + "exchange", "mask.any(dim=1)", "mask.all(dim=1)"),
     "rows stay ordered by source": bug(
-        worlds, OPS + "routing", "lengths = counts.T.flatten()", "lengths = counts.flatten()"
+        worlds, OPS + "exchange", "counts.T.flatten()\n    stops", "counts.flatten()\n    stops"
     ),
     # one row per rank on the wire
     "one smooth scale for all experts": bug(worlds, OPS + "exchange", "if rows_differ_by_expert:", "if False:"),
@@ -199,10 +199,10 @@ BUGS = {
         worlds, OPS + "exchange", "- (row_counts.cumsum(0) - row_counts)[dest", "- (row_counts.cumsum(0))[dest"
     ),
     "head taken for a row": bug(
-        worlds, TRANSPORT + "call", "self.first = starts, [start + head for", "self.first = starts, [start for"
+        worlds, TRANSPORT + "call", "self.first.append(self.total + head)", "self.first.append(self.total)"
     ),
     "numbers of the next rank": bug(worlds, TRANSPORT + "call", "            taken = 0\n", "            taken = 1\n"),
-    "numbers over the head": bug(worlds, TRANSPORT + "call", "place += _HEAD_BYTES", "place += 0"),
+    "numbers over the head": bug(worlds, TRANSPORT + "call", "at += _HEAD_BYTES", "at += 0"),
     # §2.7, §2.12: what dispatch returns
     "exclusive prefix sums": bug(worlds, OPS + "dispatch", "= ordered.cumsum(0)", "= ordered.cumsum(0) - ordered"),
     "counts by source": bug(worlds, OPS + "dispatch", "received.counts.T.flatten()", "received.counts.flatten()"),
@@ -210,39 +210,39 @@ BUGS = {
     "peer's rows first": bug(worlds, OPS + "dispatch", "[received.rows, peer.rows]", "[peer.rows, received.rows]"),
     "peer's rows not counted": bug(worlds, OPS + "dispatch", "per_expert + len(peer.rows)", "per_expert"),
     "own rows counted for TP rank 0": bug(
-        worlds, OPS + "dispatch", 'tp_recv_counts[given["tp_rank_id"]]', "tp_recv_counts[0]"
+        worlds, OPS + "dispatch", "tp_recv_counts[call.tp_rank_id]", "tp_recv_counts[0]"
     ),
     "counts for sums": bug(
-        worlds, OPS + "dispatch", '["expert_token_nums_type"] == 1', '["expert_token_nums_type"] == 0'
+        worlds, OPS + "dispatch", "call.expert_token_nums_type == 1", "call.expert_token_nums_type == 0"
     ),
     # §2.8, §3.5: int8
-    "scale not a reciprocal": bug(worlds, OPS + "quantise", "torch.ones_like(factor) / factor", "largest / 127.0"),
-    "smooth scale forgotten": bug(worlds, OPS + "quantise", "values * smooth", "values"),
-    "truncation": bug(worlds, OPS + "quantise", "scaled.round()", "scaled"),
-    "no step through float16": bug(worlds, OPS + "quantise", "quotient.half().round()", "quotient.round()"),
+    "scale not a reciprocal": bug(worlds, OPS + "numerics", "torch.ones_like(factor) / factor", "largest / 127.0"),
+    "smooth scale forgotten": bug(worlds, OPS + "numerics", "values * smooth", "values"),
+    "truncation": bug(worlds, OPS + "numerics", "scaled.round()", "scaled"),
+    "no step through float16": bug(worlds, OPS + "numerics", "quotient.half().round()", "quotient.round()"),
     "division by the rounded scale": bug(
-        worlds, OPS + "quantise", "blocks / scale[:, :, None]", "blocks / scale[:, :, None].to(rows.dtype).float()"
+        worlds, OPS + "numerics", "blocks / scale[:, :, None]", "blocks / scale[:, :, None].to(rows.dtype).float()"
     ),
     # §3.3: the way home
-    "own rows for the peer's": bug(worlds, OPS + "homecoming", "expand_x[own : own + theirs]", "expand_x[:theirs]"),
-    "no sum over the peers": bug(worlds, OPS + "homecoming", "(rows.float() + received.float())", "rows.float()"),
-    "places without shared experts": bug(
-        worlds, OPS + "homecoming", "triples[:, 1] * places +", "triples[:, 1] * layout.top_k +"
-    ),
+    "own rows for the peer's": bug(worlds, OPS + "combine", "expand_x[own : own + theirs]", "expand_x[:theirs]"),
+    "no sum over the peers": bug(worlds, OPS + "combine", "(rows.float() + received.float())", "rows.float()"),
+    "places without shared experts": bug(worlds, OPS + "combine", "(token * each + k)", "(token * layout.top_k + k)"),
     "rows of the first expert only": bug(
-        worlds, OPS + "homecoming", "layout.ep * layout.local_experts - 1", "layout.ep - 1"
+        worlds, OPS + "combine", "layout.ep * layout.local_experts - 1", "layout.ep - 1"
     ),
-    "one peer checks alone": bug(peers_that_miscount, OPS + "homecoming", "or theirs != held", "or False"),
-    "dispatches not told apart": bug(other_orders, OPS + "homecoming", "else int(number[group])", "else UNKNOWN"),
+    "one peer checks alone": bug(peers_that_miscount, OPS + "combine", "or theirs != held", "or False"),
+    "dispatches not told apart": bug(
+        other_orders, OPS + "combine", "else int(call.dispatch_number[group])", "else UNKNOWN"
+    ),
     # §3.4: the sum
     "descending k": bug(
         worlds,
         OPS + "weighted_sum",
-        "place.contiguous(), weights.contiguous()",
-        "place.flip(1).contiguous(), weights.flip(1).contiguous()",
+        "position.contiguous(), weights.contiguous()",
+        "position.flip(1).contiguous(), weights.flip(1).contiguous()",
     ),
     "descending k in float16": bug(
-        worlds, OPS + "weighted_sum", "in range(place.shape[1]):", "in reversed(range(place.shape[1])):"
+        worlds, OPS + "weighted_sum", "in range(position.shape[1]):", "in reversed(range(position.shape[1])):"
     ),
     "descending k with virtual experts": bug(
         worlds, OPS + "weighted_sum", "in range(top_k):", "in reversed(range(top_k)):"
@@ -250,13 +250,15 @@ BUGS = {
     "shared experts first": bug(
         worlds,
         OPS + "weighted_sum",
-        "    add_rows(total, rows, place, weights)\n",
-        "    add_rows(total, rows, place.roll(layout.shared_experts, 1), weights.roll(layout.shared_experts, 1))\n",
+        "    add_rows(total, rows, position, weights)\n",
+        "    add_rows(total, rows, position.roll(layout.shared_experts, 1), weights.roll(layout.shared_experts, 1))\n",
     ),
     "first tokens twice": bug(worlds, OPS + "weighted_sum", "slice(start, min(", "slice(0, min("),
-    "no shared_expert_x": bug(worlds, OPS + "weighted_sum", 'if given["shared_expert_x"] is not None:', "if False:"),
+    "no shared_expert_x": bug(worlds, OPS + "weighted_sum", "if call.shared_expert_x is not None:", "if False:"),
     "masked virtual experts count": bug(worlds, OPS + "weighted_sum", "torch.where(mask[:, k], ids, -1)", "ids"),
-    "a const expert copies": bug(worlds, OPS + "weighted_sum", "(ids < copies)", "(ids <= copies)"),
+    "a const expert copies": bug(
+        worlds, OPS + "weighted_sum", "(ids < call.copy_expert_num)", "(ids <= call.copy_expert_num)"
+    ),
     "const experts unweighted": bug(worlds, OPS + "weighted_sum", "weights[where] * mixed", "mixed"),
     "torch's order in const experts": bug(
         worlds, OPS + "weighted_sum", "first = tree_sum(", "first = (lambda t: t.sum(-1))("
@@ -280,7 +282,7 @@ BUGS = {
     "torch's order in the mean": bug(
         worlds, OPS + "combine_add_rms_norm", "tree_sum(x32 * x32", "torch.sum(dim=-1, input=x32 * x32"
     ),
-    "no epsilon": bug(worlds, OPS + "combine_add_rms_norm", 'mean_square + given["norm_eps"]', "mean_square"),
+    "no epsilon": bug(worlds, OPS + "combine_add_rms_norm", "mean_square + call.norm_eps", "mean_square"),
     "one rounding in the reciprocal root": bug(
         worlds, OPS + "numerics", "torch.ones_like(root) / root", "(1.0 / values.double().sqrt()).float()"
     ),
@@ -291,23 +293,23 @@ BUGS = {
     ),
     "refusal untold": bug(disagreements, TRANSPORT + "call", "if not self._heard or", "if True or"),
     # how bytes cross
-    "exchanges share a number": bug(transports, TRANSPORT + "local", "number = self.number(members)", "number = 0"),
+    "exchanges share a number": bug(transports, TRANSPORT + "local", "(key, self._numbers[key])", "(key, 0)"),
     "everybody reads the first rows": bug(
-        transports, TRANSPORT + "local", "start = sum(counts[: self._rank])", "start = 0"
+        transports, TRANSPORT + "local", "start = sum(counts[: self.rank])", "start = 0"
     ),
-    "columns for rows": bug(transports, TRANSPORT + "local", "theirs[self._rank]", "theirs[source]"),
-    "old run's departures": bug(disagreements, TRANSPORT + "world", "board.return_all()", "pass"),
+    "columns for rows": bug(transports, TRANSPORT + "local", "theirs[self.rank]", "theirs[source]"),
+    "old run's departures": bug(disagreements, TRANSPORT + "world", "rendezvous.reset()", "pass"),
     "blocks sent in new order": bug(
-        transports, TRANSPORT + "renumbered", "key=self._old_rank_of.__getitem__", "key=lambda new: new"
+        transports, TRANSPORT + "remapped", "key=self._old_rank_of.__getitem__", "key=lambda new: new"
     ),
     "blocks kept in old order": bug(
         transports,
-        TRANSPORT + "renumbered",
+        TRANSPORT + "remapped",
         "[self._members.index(old) for old in self._old_rank_of]",
         "list(range(len(in_old_order)))",
     ),
     "counts under old numbers": bug(
-        transports, TRANSPORT + "renumbered", "full[self._old_rank_of] = counts", "full[: len(counts)] = counts"
+        transports, TRANSPORT + "remapped", "full[self._old_rank_of] = counts", "full[: len(counts)] = counts"
     ),
 }
 
@@ -329,16 +331,16 @@ def test_the_bug_is_found(name):
     [
         ({"no such text": "x"}, "has 0 times, not once"),
         ({"layout": "x"}, "times, not once"),
-        ({'"""Which rows a rank sends where': '"""'}, "runs the same"),
-        ({"token: torch.Tensor\n    k:": "token: int\n    k:"}, "runs the same"),
+        ({'"""The exchange of token rows': '"""'}, "runs the same"),
+        ({"k: torch.Tensor\n    expert:": "k: int\n    expert:"}, "runs the same"),
     ],
 )
 def test_a_mutation_that_tests_nothing_is_refused(changes, reason):
-    with pytest.raises(AssertionError, match=reason), mutated(OPS + "routing", changes):
+    with pytest.raises(AssertionError, match=reason), mutated(OPS + "exchange", changes):
         pass
 
 
 def test_a_mutant_is_gone_afterwards():
-    with mutated(OPS + "routing", {"lengths = counts.T.flatten()": "lengths = counts.flatten()"}):
+    with mutated(OPS + "exchange", {"counts.T.flatten()\n    stops": "counts.flatten()\n    stops"}):
         assert fails(worlds)
     assert not fails(worlds)

@@ -12,8 +12,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import evenmoe as em
+from evenmoe.contract.calls import AddRmsNormCall, CombineCall, DispatchCall
 from evenmoe.ops.combine import combining
-from evenmoe.ops.groups import collective
+from evenmoe.ops.operator import check_types, collective
 from evenmoe.ops.update_expert import update_expert
 from evenmoe.transport.call import GroupCall
 from evenmoe.transport.local import LocalTransport
@@ -30,16 +31,18 @@ WORLDS = [
 ]
 
 
-def registered_call(function: Callable, translate: Callable, *args: Any, **keywords: Any) -> dict[str, Any]:
+def registered_call(
+    function: Callable, translate: Callable, call_type: type, *args: Any, **keywords: Any
+) -> dict[str, Any]:
     """What a public function passes to its registered operator."""
     bound = inspect.signature(function).bind(*args, **keywords)
     bound.apply_defaults()
-    with translate(function.__name__, dict(bound.arguments)) as arguments:
-        return arguments
+    with translate(call_type, dict(bound.arguments)) as call:
+        return check_types(function.__name__, call)
 
 
-def dispatching(name: str, given: dict[str, Any]) -> AbstractContextManager[dict[str, Any]]:
-    return collective(given, name, name, given["x"])
+def dispatching(call_type: type, given: dict[str, Any]) -> AbstractContextManager[Any]:
+    return collective("dispatch", call_type, given, given["x"])
 
 
 def calls_on_one_rank(rank: Rank, case: Case) -> dict[str, dict[str, Any]]:
@@ -58,9 +61,11 @@ def calls_on_one_rank(rank: Rank, case: Case) -> dict[str, dict[str, Any]]:
     rows = (case.expert_out(0, len(dispatched.expand_x)), case.ids[0], dispatched, case.weights[0])
     norm = (case.residual[0], case.gamma[0])
     return {
-        "dispatch": registered_call(em.dispatch, dispatching, case.x[0], case.ids[0], **sending),
-        "combine": registered_call(em.combine, combining, *rows, **returning),
-        "combine_add_rms_norm": registered_call(em.combine_add_rms_norm, combining, *rows, *norm, **returning),
+        "dispatch": registered_call(em.dispatch, dispatching, DispatchCall, case.x[0], case.ids[0], **sending),
+        "combine": registered_call(em.combine, combining, CombineCall, *rows, **returning),
+        "combine_add_rms_norm": registered_call(
+            em.combine_add_rms_norm, combining, AddRmsNormCall, *rows, *norm, **returning
+        ),
     }
 
 

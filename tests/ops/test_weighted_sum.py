@@ -11,12 +11,12 @@ from evenmoe.ops.weighted_sum import add_rows
 from tests.worlds import assert_same_bits
 
 
-def dull(total: torch.Tensor, rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def dull(total: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     result = total.numpy().copy()
-    for token in range(place.shape[0]):
-        for k in range(place.shape[1]):
-            if place[token, k] >= 0:
-                term = np.float32(weights[token, k].item()) * rows[place[token, k]].float().numpy()
+    for token in range(position.shape[0]):
+        for k in range(position.shape[1]):
+            if position[token, k] >= 0:
+                term = np.float32(weights[token, k].item()) * rows[position[token, k]].float().numpy()
                 result[token] = result[token] + term
     return torch.from_numpy(result)
 
@@ -28,24 +28,24 @@ def test_every_product_is_rounded_and_added_in_turn(dtype, hidden):
     for tokens, top_k, count in [(0, 2, 0), (3, 0, 2), (1, 1, 1), (5, 4, 9), (2, 3, 0)]:
         total = torch.randn((tokens, hidden), generator=generator)
         rows = torch.randn((count, hidden), generator=generator).to(dtype)
-        place = torch.randint(-1, max(count, 1), (tokens, top_k), generator=generator).clamp_(max=count - 1)
+        position = torch.randint(-1, max(count, 1), (tokens, top_k), generator=generator).clamp_(max=count - 1)
         weights = torch.rand((tokens, top_k), generator=generator)
-        expected = dull(total, rows, place, weights)
-        add_rows(total, rows, place, weights)
+        expected = dull(total, rows, position, weights)
+        add_rows(total, rows, position, weights)
         assert_same_bits(total, expected, f"{tokens} tokens")
 
 
-def test_rows_and_places_may_lie_apart():
+def test_rows_and_positions_may_lie_apart():
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn((40, 6), generator=generator).bfloat16().T
-    place, weights = torch.tensor([[0, 5], [-1, 3], [2, -1]]).T, torch.rand((3, 2), generator=generator).T
+    position, weights = torch.tensor([[0, 5], [-1, 3], [2, -1]]).T, torch.rand((3, 2), generator=generator).T
     total = torch.zeros((2, 40))
-    add_rows(total, rows, place, weights)
-    assert_same_bits(total, dull(torch.zeros((2, 40)), rows, place, weights), "sums")
+    add_rows(total, rows, position, weights)
+    assert_same_bits(total, dull(torch.zeros((2, 40)), rows, position, weights), "sums")
 
 
 def test_numbers_that_are_none():
-    """Infinities, NaN, and what a place without a row must not touch."""
+    """Infinities, NaN, and what a position without a row must not touch."""
     rows = torch.tensor([[float("inf"), 1.0], [-float("inf"), float("nan")]]).bfloat16()
     total = torch.zeros((3, 2))
     weights = torch.tensor([[1.0, 1.0], [0.5, float("nan")], [2.0, 0.0]])

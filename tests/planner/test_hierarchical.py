@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evenmoe as em
-from evenmoe.metrics import rank_loads
+from evenmoe.metrics import even_rank_loads
 from evenmoe.planner.hierarchical import all_packings, best_packings, count_packings, even_packing
 
 # As in the optimum tests: what the exhaustive search may leave, and rounding.
@@ -47,7 +47,7 @@ def best_by_hand(load: np.ndarray, num_ranks: int, num_slots: int, num_nodes: in
         for node in nodes:
             node_load = groups[node].reshape(1, -1)
             plan = em.plan(node_load, num_ranks=num_ranks // num_nodes, num_slots=num_slots // num_nodes)
-            peaks.append(rank_loads(node_load, plan).max())
+            peaks.append(even_rank_loads(node_load, plan).max())
         best = min(best, max(peaks))
     return best
 
@@ -60,7 +60,7 @@ def test_readme_vector_is_optimal() -> None:
     par = em.peak_to_average(README, placement)
     bound = em.lower_bound(README, num_ranks=8, num_slots=16, num_nodes=2, num_groups=4)
     np.testing.assert_allclose(par, bound, rtol=2 * SAME)
-    np.testing.assert_allclose(rank_loads(README, placement).max(axis=1), [151.0, 179.5])
+    np.testing.assert_allclose(even_rank_loads(README, placement).max(axis=1), [151.0, 179.5])
 
 
 @settings(max_examples=25, deadline=None)
@@ -79,7 +79,7 @@ def test_no_packing_is_better(counts: tuple[int, int, int, int], seed: int, kind
     options = {"num_ranks": num_ranks, "num_slots": num_ranks * width, "num_nodes": num_nodes, "num_groups": num_groups}
     placement = em.plan(load, **options)
     check_groups(placement, num_nodes, num_groups)
-    peak = rank_loads(load, placement).max()
+    peak = even_rank_loads(load, placement).max()
     assert peak == pytest.approx(best_by_hand(load[0], num_ranks, num_ranks * width, num_nodes, num_groups), rel=SAME)
     mean = load.sum() / num_ranks
     assert em.lower_bound(load, **options)[0] * mean <= peak * (1 + SAME)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ortools.sat.python import cp_model
 
 import evenmoe as em
-from evenmoe.metrics import rank_loads
+from evenmoe.metrics import even_rank_loads
 
 # Loads are whole numbers below 10,000 and shares are sums of a few of them over small counts: float64 adds those to
 # within 1e-13 of their size. The search leaves out placements better by less than 1e-9.
@@ -74,7 +74,7 @@ def cp_sat_peak(loads: list[int], num_ranks: int, width: int) -> float:
 
 def planned_peak(loads: list[float], num_ranks: int, width: int) -> float:
     placement = em.plan([loads], num_ranks=num_ranks, num_slots=num_ranks * width)
-    return float(rank_loads([loads], placement).max())
+    return float(even_rank_loads([loads], placement).max())
 
 
 def bounded_peak(loads: list[float], num_ranks: int, width: int) -> float:
@@ -121,7 +121,7 @@ def test_flashlb_vector() -> None:
     # count vectors, replicas [4, 3, 1, 3, 1, 1, 1, 2], 560 / 3 + 10 = 590 / 3.
     loads = [600.0, 560, 120, 120, 20, 10, 10, 10]
     placement = em.plan([loads], num_ranks=8, num_slots=16)
-    assert rank_loads([loads], placement).max() == pytest.approx(590 / 3, rel=SAME)
+    assert even_rank_loads([loads], placement).max() == pytest.approx(590 / 3, rel=SAME)
     assert bounded_peak(loads, 8, 2) == pytest.approx(590 / 3, rel=2 * SAME)
 
 

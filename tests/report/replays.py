@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from evenmoe.metrics import peak_over_mean, rank_loads
+from evenmoe.metrics import even_rank_loads, peak_over_mean
 from evenmoe.placement import Placement, default_placement
 from evenmoe.simulator.result import PolicyResult, Simulation, Traffic
 
@@ -67,7 +67,7 @@ def _replay(p, name, loads, ranks, nodes):
     if p:
         placements = [_spread(loads[max(0, at - 16) : at + (at == 0)].sum(axis=0), ranks, p) for at in (0, *refreshes)]
     held = np.searchsorted(refreshes, np.arange(steps), side="right")
-    by_rank = np.stack([rank_loads(loads[step], placements[held[step]]) for step in range(steps)])
+    by_rank = np.stack([even_rank_loads(loads[step], placements[held[step]]) for step in range(steps)])
     copies = np.zeros((steps, layers), np.int64)
     for i, at in enumerate(refreshes.tolist()):
         copies[at] = (placements[i].slot_to_expert != placements[i + 1].slot_to_expert).sum(axis=1)

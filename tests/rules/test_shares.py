@@ -8,7 +8,7 @@ import torch
 
 import evenmoe as em
 from evenmoe.errors import ConstraintError
-from evenmoe.metrics import rank_loads as even_rank_loads
+from evenmoe.metrics import even_rank_loads
 from evenmoe.reference import rules as reference_rules
 from evenmoe.reference.update_expert import update_expert
 from evenmoe.rules import rank

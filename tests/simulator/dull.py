@@ -1,6 +1,7 @@
 """A replay in plain loops, which shares no code with the simulator: the oracle of its numbers.
 
-It reads the trace's arrays itself, deals tokens, picks replicas, counts rows and copies, and prices them one by one.
+It reads the trace's arrays itself, assigns tokens, chooses replicas, counts rows and copies, and prices them one by
+one.
 From the package it takes the planner (`evenmoe.plan`) and the split of a batch (`evenmoe.split_batch`), which have
 oracles of their own; the published greedy is written again here.
 """
@@ -54,20 +55,20 @@ class ByHand:
     break_even: float = 0.0
 
 
-def deal(starts: list[int], setup: Setup) -> list[list[list[int]]]:
+def assign(starts: list[int], setup: Setup) -> list[list[list[int]]]:
     """Token numbers of every step and rank."""
-    lanes = setup.ranks * setup.tokens // setup.chunk
-    work: list[list[int]] = [[] for _ in range(lanes)]
+    streams = setup.ranks * setup.tokens // setup.chunk
+    work: list[list[int]] = [[] for _ in range(streams)]
     request = 0
     steps = []
     for _ in range(setup.steps):
         batch: list[list[int]] = [[] for _ in range(setup.ranks)]
-        for lane in range(lanes):
+        for stream in range(streams):
             for _ in range(setup.chunk):
-                while not work[lane]:
-                    work[lane] = list(range(starts[request], starts[request + 1]))
+                while not work[stream]:
+                    work[stream] = list(range(starts[request], starts[request + 1]))
                     request = (request + 1) % (len(starts) - 1)
-                batch[lane // (setup.tokens // setup.chunk)].append(work[lane].pop(0))
+                batch[stream // (setup.tokens // setup.chunk)].append(work[stream].pop(0))
         steps.append(batch)
     return steps
 
@@ -213,7 +214,7 @@ def plan_by_hand(kind: str, rule: str, load: np.ndarray, setup: Setup, current: 
 def replay(routing: np.ndarray, starts: list[int], experts: int, setup: Setup, policies) -> dict[str, ByHand]:
     """`policies`: (name, kind, rule, options of the plan)."""
     layers = routing.shape[1]
-    batches = deal(starts, setup)
+    batches = assign(starts, setup)
     found: dict[str, ByHand] = {}
     for name, kind, rule, options in policies:
         result = found[name] = ByHand()

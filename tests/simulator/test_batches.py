@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evenmoe.simulator.batches import DrawnBatches, RoutedBatches, pick_chances
-from evenmoe.simulator.draw_kernels import draw_counts, share_by_row
-from evenmoe.simulator.world import World
+from evenmoe.simulator.batch_kernels import draw_counts, share_by_row
+from evenmoe.simulator.batches import Cluster, DrawnBatches, RoutedBatches, pick_chances
 from evenmoe.traces.trace import Trace
 
 
@@ -25,7 +24,7 @@ def counted(batches, steps: int, layers: int, experts: int, ranks: int) -> np.nd
 def test_tokens_are_dealt_by_request():
     """Three requests of 3, 0 and 5 tokens on two ranks of two tokens; the token's number is its expert."""
     trace = Trace("t", np.ones((1, 1, 8), np.int64), np.arange(8)[:, None, None], np.array([0, 3, 3, 8]))
-    batches = RoutedBatches(trace, World(2, 1, 2), chunk=2)
+    batches = RoutedBatches(trace, Cluster(2, 1, 2), chunk=2)
     steps = []
     for _ in range(4):
         batches.advance()
@@ -36,7 +35,7 @@ def test_tokens_are_dealt_by_request():
 
 def test_decode_advances_every_request_by_one_token():
     trace = Trace("t", np.ones((1, 1, 8), np.int64), np.arange(8)[:, None, None], np.array([0, 2, 4, 6, 8]))
-    batches = RoutedBatches(trace, World(2, 1, 2), chunk=1)
+    batches = RoutedBatches(trace, Cluster(2, 1, 2), chunk=1)
     batches.advance()
     assert batches.experts(0)[:, :, 0].tolist() == [[0, 2], [4, 6]]
     batches.advance()
@@ -116,7 +115,7 @@ def only(windows: list[int], experts: int = 4) -> np.ndarray:
     ],
 )
 def test_windows_are_stretched_or_condensed(windows, steps, expected):
-    batches = DrawnBatches(Trace("t", only(windows)), World(2, 1, 64), steps, 1, 0)
+    batches = DrawnBatches(Trace("t", only(windows)), Cluster(2, 1, 64), steps, 1, 0)
     found = counted(batches, steps, 1, 4, 2)
     assert [set(np.flatnonzero(step[0].sum(axis=1)).tolist()) for step in found] == expected
 
@@ -133,7 +132,7 @@ def test_windows_are_stretched_or_condensed(windows, steps, expected):
 )
 def test_loads_by_rank_stay_with_their_ranks(recorded, ranks, expected):
     by_rank = only(recorded)[None, :, :, :]  # one window, (1, R, 1, E)
-    batches = DrawnBatches(Trace("t", by_rank.sum(axis=1), load_by_rank=by_rank), World(ranks, 1, 64), 1, 1, 0)
+    batches = DrawnBatches(Trace("t", by_rank.sum(axis=1), load_by_rank=by_rank), Cluster(ranks, 1, 64), 1, 1, 0)
     found = counted(batches, 1, 1, 4, ranks)[0, 0]
     assert [set(np.flatnonzero(found[:, rank]).tolist()) for rank in range(ranks)] == expected
 

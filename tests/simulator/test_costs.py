@@ -9,8 +9,7 @@ import pytest
 
 from evenmoe.errors import ConstraintError
 from evenmoe.placement import Placement
-from evenmoe.simulator.copying import route_copies
-from evenmoe.simulator.costs import CostModel
+from evenmoe.simulator.costs import CostModel, route_copies
 
 # One FLOP, byte or row a second each way, so that every figure below is a number of seconds.
 UNIT = CostModel(

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evenmoe as em
-from evenmoe.simulator import flow_kernels, share_kernels
-from evenmoe.simulator.track import RULE_NUMBERS
+from evenmoe.rules.catalogue import RULES
+from evenmoe.simulator import batch_kernels, layer_kernels
 from tests.simulator.dull import choose
 
 
 def test_the_rules_have_the_numbers_of_the_kernels():
-    assert {name: getattr(share_kernels, name.upper()) for name in RULE_NUMBERS} == RULE_NUMBERS
+    for name in RULES:
+        assert RULES.get(name).kernel == getattr(layer_kernels, name.upper())
 
 
 @st.composite
@@ -46,18 +47,18 @@ def table(placement):
 
 
 @settings(deadline=None)
-@given(worlds(), st.sampled_from(list(RULE_NUMBERS)))
+@given(worlds(), st.sampled_from(list(RULES)))
 def test_picks_and_counts_give_the_same_shares_as_plain_loops(world, rule):
     placement, picks = world
     first, slots = table(placement)
     counts = np.full((placement.num_experts, placement.num_ranks), -1, np.int32)
-    share_kernels.count_picks(picks, counts)
+    batch_kernels.count_assignments(picks, counts)
     quotas = em.split_batch(counts.sum(axis=1), placement.slot_to_expert[0], placement.num_ranks)
     chosen = np.full(picks.shape, -1, np.int32)
-    share_kernels.choose_slots(picks, first, slots, RULE_NUMBERS[rule], quotas, chosen)
+    layer_kernels.choose_slots(picks, first, slots, RULES.get(rule).kernel, quotas, chosen)
     assert chosen.tolist() == choose(placement, 0, picks.tolist(), rule)
     per_slot = np.full((placement.num_slots, placement.num_ranks), -1, np.int32)
-    share_kernels.count_chosen(chosen, per_slot)
+    layer_kernels.count_chosen(chosen, per_slot)
     expected = np.zeros_like(per_slot)
     for rank in range(placement.num_ranks):
         for slot in chosen[rank].ravel():
@@ -65,15 +66,15 @@ def test_picks_and_counts_give_the_same_shares_as_plain_loops(world, rule):
     np.testing.assert_array_equal(per_slot, expected)
     if rule != "token":
         per_slot[:] = -1
-        share_kernels.share_counts(counts, first, slots, RULE_NUMBERS[rule], quotas, per_slot)
+        layer_kernels.share_counts(counts, first, slots, RULES.get(rule).kernel, quotas, per_slot)
         np.testing.assert_array_equal(per_slot, expected)
 
 
 def test_quotas_that_do_not_cover_the_picks_leave_them_to_the_last_replica():
     counts = np.array([[4, 3]], np.int32)
     per_slot = np.zeros((2, 2), np.int32)
-    share_kernels.share_counts(
-        counts, np.array([0, 2]), np.array([1, 0]), share_kernels.BATCH, np.array([1, 2]), per_slot
+    layer_kernels.share_counts(
+        counts, np.array([0, 2]), np.array([1, 0]), layer_kernels.BATCH, np.array([1, 2]), per_slot
     )
     assert per_slot.tolist() == [[2, 3], [2, 0]]
 
@@ -83,11 +84,11 @@ def test_many_picks_are_dealt_exactly():
     for count in (2, 3, 7, 49, 320):
         picks = np.concatenate([np.arange(2000), (np.arange(1, 2000) * count - 1)]).astype(np.int32)
         per_slot = np.zeros((count, picks.size), np.int32)
-        share_kernels.share_counts(
+        layer_kernels.share_counts(
             picks[None],
             np.array([0, count]),
             np.arange(count),
-            share_kernels.OCCURRENCE,
+            layer_kernels.OCCURRENCE,
             np.zeros(count, np.int64),
             per_slot,
         )
@@ -106,7 +107,7 @@ def test_expected_rows_are_the_mean_over_all_ways_to_pick(tokens, counts):
     per_slot = np.minimum(np.array(counts, np.int32), tokens)
     elsewhere = np.zeros((2 * len(per_slot), 3), np.int32)  # the slots of ranks 1 and 2 take nothing
     sent, received = np.zeros((2, 2, 3))
-    flow_kernels.expect_rows_once(np.concatenate([per_slot, elsewhere]), tokens, 3, sent, received)
+    layer_kernels.expect_rows_once(np.concatenate([per_slot, elsewhere]), tokens, 3, sent, received)
     for source in (1, 2):
         ways = [list(itertools.combinations(range(tokens), picks)) for picks in per_slot[:, source].tolist()]
         sizes = [len(set().union(*map(set, way))) for way in itertools.product(*ways)]
@@ -125,15 +126,15 @@ def test_rows_are_counted_at_both_ends(world, data):
     near = data.draw(st.sampled_from([n for n in range(1, ranks + 1) if ranks % n == 0]))
     first, slots = table(placement)
     chosen = np.empty(picks.shape, np.int32)
-    share_kernels.choose_slots(picks, first, slots, share_kernels.OCCURRENCE, np.zeros(len(slots), np.int64), chosen)
+    layer_kernels.choose_slots(picks, first, slots, layer_kernels.OCCURRENCE, np.zeros(len(slots), np.int64), chosen)
     per_slot = np.empty((placement.num_slots, ranks), np.int32)
-    share_kernels.count_chosen(chosen, per_slot)
+    layer_kernels.count_chosen(chosen, per_slot)
     for once in (False, True):
         sent, received = np.zeros((2, 2, ranks))
         if once:
-            flow_kernels.count_rows_once(chosen, width, near, sent, received)
+            layer_kernels.count_rows_once(chosen, width, near, sent, received)
         else:
-            flow_kernels.count_rows(per_slot, near, sent, received)
+            layer_kernels.count_rows(per_slot, near, sent, received)
         expected_sent, expected_received = np.zeros((2, 2, ranks))
         for rank, token in itertools.product(range(ranks), range(picks.shape[1])):
             targets = (chosen[rank, token] // width).tolist()
@@ -145,6 +146,6 @@ def test_rows_are_counted_at_both_ends(world, data):
         np.testing.assert_array_equal(sent, expected_sent)
         np.testing.assert_array_equal(received, expected_received)
     tokens, busy = np.empty((2, ranks), np.int64)
-    flow_kernels.rank_work(per_slot, ranks, tokens, busy)
+    layer_kernels.rank_work(per_slot, ranks, tokens, busy)
     np.testing.assert_array_equal(tokens, per_slot.sum(axis=1).reshape(ranks, width).sum(axis=1))
     np.testing.assert_array_equal(busy, (per_slot.sum(axis=1) > 0).reshape(ranks, width).sum(axis=1))

@@ -6,26 +6,27 @@ import numpy as np
 import pytest
 
 from evenmoe.errors import ConstraintError
-from evenmoe.simulator.placing import first_placement, plan_policy
-from evenmoe.simulator.policies import DEFAULT, parse_policies
-from evenmoe.simulator.world import World
+from evenmoe.simulator.batches import Cluster
+from evenmoe.simulator.policies import DEFAULT, Oracle, Policy, Refreshed, Static
+from evenmoe.simulator.policy_text import parse_policies
 
-WORLD = World(8, 2, 16)
+CLUSTER = Cluster(8, 2, 16)
 
 
 def parse(*texts: str):
-    return parse_policies(texts, WORLD, num_experts=20, num_slots=32, refresh=10, window=7)
+    return parse_policies(texts, CLUSTER, num_experts=20, num_slots=32, refresh=10, window=7)
 
 
 def test_the_defaults_are_every_kind():
     policies = parse(*DEFAULT)
     assert [policy.name for policy in policies] == list(DEFAULT)
-    assert {policy.kind for policy in policies} == {"identity", "static", "greedy", "evenmoe", "oracle"}
+    assert {type(policy) for policy in policies} == {Policy, Static, Refreshed, Oracle}
+    assert {policy.planner for policy in policies if isinstance(policy, Refreshed)} == {"greedy", "evenmoe"}
 
 
 def test_what_is_not_said_comes_from_the_call():
     _, policy = parse("evenmoe")
-    assert (policy.rule, policy.plan_for, policy.num_slots, policy.refresh, policy.window) == (
+    assert (policy.rule.name, policy.plan_for, policy.num_slots, policy.refresh, policy.window) == (
         "rank",
         "rank",
         32,
@@ -40,7 +41,7 @@ def test_every_key_is_read():
     text = "evenmoe:rule=batch,slots=40,groups=4,refresh=3,window=9,pieces=2,plan-for=even,max-copies=0,target-par=1.05"
     _, policy = parse(text)
     assert policy.name == text
-    assert (policy.rule, policy.num_slots, policy.num_groups, policy.refresh) == ("batch", 40, 4, 3)
+    assert (policy.rule.name, policy.num_slots, policy.num_groups, policy.refresh) == ("batch", 40, 4, 3)
     assert (policy.window, policy.pieces, policy.plan_for) == (9, 2, "even")
     assert (policy.max_copies, policy.target_par) == (0, 1.05)
     assert (parse("evenmoe:start=scratch")[1].start, parse("evenmoe:start=scratch")[1].max_copies) == ("scratch", None)
@@ -61,7 +62,7 @@ def test_identity_comes_first_and_once():
     ("text", "words"),
     [
         ("", "begins with ''"),
-        ("best", "use one of identity, static, greedy, evenmoe, oracle"),
+        ("best", "use one of identity, static, evenmoe, greedy, oracle"),
         ("greedy:", "ends in a colon"),
         ("greedy:rule", "gives 'rule' no value"),
         ("greedy:rule=", "gives 'rule' no value"),
@@ -107,24 +108,24 @@ def test_descriptions_say_what_is_done():
 
 def test_every_policy_starts_alike():
     _, policy = parse("greedy")
-    assert first_placement(policy, WORLD, 2, 20).slot_to_expert.tolist() == [[s % 20 for s in range(32)]] * 2
+    assert policy.first_placement(CLUSTER, 2, 20).slot_to_expert.tolist() == [[s % 20 for s in range(32)]] * 2
 
 
 def test_a_window_is_cut_into_pieces():
     """Experts 0 and 1 are busy in the older steps, 2 and 3 in the newer: only a plan from pieces keeps them level."""
-    world = World(2)
+    cluster = Cluster(2)
     past = np.array([[[9.0, 9, 1, 1]]] * 3 + [[[1.0, 1, 9, 9]]] * 3)
     _, whole, pieces = parse_policies(
         ["evenmoe:rule=even,start=scratch", "evenmoe:rule=even,start=scratch,pieces=2"],
-        world, num_experts=4, num_slots=4, refresh=1, window=6,
+        cluster, num_experts=4, num_slots=4, refresh=1, window=6,
     )  # fmt: skip
-    slots = plan_policy(pieces, world, past, None, 0).slot_to_expert.reshape(2, 2) // 2
+    slots = pieces.plan(cluster, past, None, 0).slot_to_expert.reshape(2, 2) // 2
     assert [sorted(rank) for rank in slots.tolist()] == [[0, 1], [0, 1]]
-    level = plan_policy(whole, world, past, None, 0)
-    assert plan_policy(whole, world, past[::-1].copy(), None, 0) == level  # one sum has no order
+    level = whole.plan(cluster, past, None, 0)
+    assert whole.plan(cluster, past[::-1].copy(), None, 0) == level  # one sum has no order
 
 
 def test_greedy_adds_the_pieces_up():
     _, whole, pieces = parse("static:planner=greedy", "static:planner=greedy,pieces=3")
     past = np.random.default_rng(0).exponential(size=(7, 2, 20)) ** 3
-    assert plan_policy(pieces, WORLD, past, None, 0) == plan_policy(whole, WORLD, past, None, 0)
+    assert pieces.plan(CLUSTER, past, None, 0) == whole.plan(CLUSTER, past, None, 0)

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from evenmoe.errors import ConstraintError, MissingArgumentError
+from evenmoe.simulator.batches import Cluster
 from evenmoe.simulator.costs import CostModel
 from evenmoe.simulator.replay import simulate
 from evenmoe.simulator.store import save_simulation
-from evenmoe.simulator.world import World
 from evenmoe.traces.synthesis import small_trace
 from evenmoe.traces.trace import Trace
-from tests.simulator.dull import Setup, deal
+from tests.simulator.dull import Setup, assign
 
 COSTS = CostModel.for_expert(64, 4e6, 1e7)
-WORLD = World(6, 2, 8)
+WORLD = {"num_ranks": 6, "num_nodes": 2, "tokens_per_rank": 8}
 POLICIES = (
     "identity",
     "static:pieces=2",
@@ -40,7 +40,7 @@ def loads_only(windows: int = 12, by_rank: int = 0) -> Trace:
 
 
 def run(trace: Trace, policies=POLICIES, **options):
-    options = {"num_slots": 42, "num_steps": STEPS, "refresh": REFRESH, "workers": 1, "world": WORLD} | options
+    options = {"num_slots": 42, "num_steps": STEPS, "refresh": REFRESH, "workers": 1} | WORLD | options
     if trace.routing is None:
         options.setdefault("top_k", 4)
     return simulate(trace, policies, costs=COSTS, details=True, **options)
@@ -54,7 +54,7 @@ def other_future(trace: Trace, last: int) -> Trace:
         return replace(trace, load=load)
     starts = (np.arange(len(trace.routing) + 1) if trace.seq_start is None else trace.seq_start).tolist()
     setup = Setup(6, 2, 8, 8, STEPS, 0, 0, 0, 0, 0, 0)
-    dealt = deal(starts, setup)
+    dealt = assign(starts, setup)
     used = {token for step in dealt[: last + 1] for rank in step for token in rank}
     later = np.array([token not in used for token in range(len(trace.routing))])
     routing = trace.routing.copy()
@@ -152,10 +152,11 @@ def test_large_batches_are_counted_in_larger_integers():
     load = np.zeros((1, 1, 4), np.int64)
     load[0, 0, 1] = 1
     for tokens, counted in ((32767, np.int16), (40000, np.int32)):
-        world = World(2, 1, tokens)
-        assert world.count_type is counted
+        assert Cluster(2, 1, tokens).count_type is counted
         trace = Trace("one", load)
-        (policy,) = simulate(trace, ["identity"], world=world, costs=COSTS, num_steps=1, top_k=1, workers=1).policies
+        (policy,) = simulate(
+            trace, ["identity"], num_ranks=2, tokens_per_rank=tokens, costs=COSTS, num_steps=1, top_k=1, workers=1
+        ).policies
         assert policy.rank_tokens.tolist() == [[2 * tokens, 0]]
         assert policy.traffic.within_node_once.tolist() == [tokens]
 
@@ -169,11 +170,11 @@ def test_a_trace_of_nothing_is_perfectly_balanced():
 
 
 def test_defaults():
-    simulation = simulate(with_requests(), world=World(4, 1, 32), costs=COSTS)
+    simulation = simulate(with_requests(), num_ranks=4, tokens_per_rank=32, costs=COSTS)
     assert len(simulation.tokens) == 16  # 2,048 tokens, 128 a step
     settings = {name: value for name, value, _ in simulation.settings}
     assert (settings["refresh every"], settings["window"], settings["slots"]) == ("1", "1", "36")
-    assert len(simulate(loads_only(), ["identity"], world=World(2), costs=COSTS, top_k=2).tokens) == 100
+    assert len(simulate(loads_only(), ["identity"], num_ranks=2, costs=COSTS, top_k=2).tokens) == 100
 
 
 def test_redundancy_costs_memory():

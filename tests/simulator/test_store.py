@@ -122,7 +122,7 @@ def test_wrong_arrays_are_named(saved, change, words):
         (lambda head: head.update(settings=[["a", "b"]]), "(name, value, unit)"),
         (lambda head: head.update(notes="hello"), "list of texts"),
         (lambda head: head["policies"][1].update(name="identity"), "each policy once"),
-        (lambda head: head["policies"][1].update(rule="best"), "must be one of"),
+        (lambda head: head["policies"][1].update(rule=2), "must be text"),
         (lambda head: head["policies"][1].update(break_even_steps=-1), "steps or null"),
         (lambda head: head["policies"].append(head["policies"][0]), "without `3/"),
     ],

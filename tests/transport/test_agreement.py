@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import evenmoe as em
 from evenmoe.errors import ConstraintError, RankDisagreementError
 from evenmoe.transport import agreement
+from evenmoe.transport.agreement import Header
 from evenmoe.transport.call import GroupCall
 from evenmoe.transport.world import Rank
 
@@ -23,7 +24,7 @@ def exchange(rank: Rank, width: int) -> bool:
     values = torch.arange(width)
     mine = torch.stack([1_000_000 * rank.index + 10_000 * d + values for d in range(size)]) if width else None
     mine = torch.zeros((size, 0), dtype=torch.int64) if mine is None else mine
-    received = GroupCall(rank.ep, OPERATOR).agree(SIZES, mine)
+    received = GroupCall(rank.ep, OPERATOR).agree(Header(OPERATOR, SIZES), mine)
     expected = torch.stack([1_000_000 * s + 10_000 * rank.index + values for s in range(size)])
     return torch.equal(received, expected.long())
 
@@ -63,7 +64,7 @@ def test_a_long_refusal_is_cut_even_within_a_character(cut):
             GroupCall(rank.ep, "dispatch").fail(error)
             return
         try:
-            GroupCall(rank.ep, OPERATOR).agree(SIZES, torch.zeros((2, 1), dtype=torch.int64))
+            GroupCall(rank.ep, OPERATOR).agree(Header(OPERATOR, SIZES), torch.zeros((2, 1), dtype=torch.int64))
         except RankDisagreementError as error:
             told.append(str(error))
 

@@ -18,8 +18,8 @@ import torch
 import evenmoe as em
 from evenmoe.errors import ConstraintError, LostRankError
 from evenmoe.placement import Placement
-from evenmoe.transport import registry
 from evenmoe.transport.local import LocalTransport
+from evenmoe.transport.transport import find_transport
 from evenmoe.transport.world import Rank
 
 
@@ -227,14 +227,14 @@ def test_rows_are_not_kept():
 def test_groups_are_found_by_name_while_they_are_open():
     with em.local_world(2) as world:
         group = world.ranks[1].ep
-        assert registry.find("group_ep", group.name, 1, 2) is group
+        assert find_transport("group_ep", group.name, 1, 2) is group
         with pytest.raises(ConstraintError) as caught:
-            registry.find("group_ep", group.name, 1, 3)
+            find_transport("group_ep", group.name, 1, 3)
         assert (caught.value.argument, caught.value.value) == ("group_ep", f"{group.name!r} with 2 ranks")
         with pytest.raises(ConstraintError, match="must name an open group that this rank belongs to"):
-            registry.find("group_ep", "no such group", 0, 2)
+            find_transport("group_ep", "no such group", 0, 2)
     with pytest.raises(ConstraintError):
-        registry.find("group_ep", group.name, 1, 2)
+        find_transport("group_ep", group.name, 1, 2)
 
 
 def test_worlds_do_not_meet():

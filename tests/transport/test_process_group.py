@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import evenmoe as em
 from evenmoe.errors import ConstraintError, LostRankError
-from evenmoe.transport import registry
+from evenmoe.transport.transport import find_transport
 from evenmoe.transport.world import Rank
 from tests.processes import Processes
 
@@ -90,7 +90,7 @@ def open_and_close(rank: Rank) -> tuple[bool, str]:
     name = opened.ep.name
     opened.close()
     try:
-        registry.find("group_ep", name, opened.ep.rank, 2)
+        find_transport("group_ep", name, opened.ep.rank, 2)
     except ConstraintError as error:
         return received == [rank.index // 2 * 2, rank.index // 2 * 2 + 1], error.argument
     return False, "still open"

@@ -8,7 +8,7 @@ status says what kind of mistake, `aclGetRecentErrMsg` which argument, and size 
 `aclnnXxx(workspace, workspace_size, executor, stream) -> status` puts the work on a stream and returns at once, so one
 thread can launch on the streams of all ranks. `workspace` is any object for memory (a tensor, an array or
 a bytearray must really have `workspace_size` bytes), None a null pointer. Failures while running show at
-synchronisation.
+synchronization.
 
 Two ranks, one thread; rank 0's token goes to expert 1 and rank 1's to expert 0:
 

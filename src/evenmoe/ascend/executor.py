@@ -17,7 +17,7 @@ from evenmoe.ascend import status
 from evenmoe.ascend.groups import Membership, find_group, late_ranks, peers_here, taking_part
 from evenmoe.ascend.status import AclError, of_the_chip
 from evenmoe.ascend.stream import Stream
-from evenmoe.ascend.tensors import WRITERS, check_unchanged, number_of
+from evenmoe.ascend.tensors import WRITERS, check_unchanged, number_of, specs_of
 from evenmoe.contract.combine import check_combine, check_combine_add_rms_norm
 from evenmoe.contract.dispatch import check_dispatch
 from evenmoe.contract.layout import Layout, scale_down
@@ -26,7 +26,6 @@ from evenmoe.contract.operators import OPERATORS, SIGNATURES, Kind
 from evenmoe.contract.update_expert import check_update_expert
 from evenmoe.errors import ConstraintError, EvenmoeError, UnsupportedTypeError
 from evenmoe.ops import combine, combine_add_rms_norm, dispatch, update_expert
-from evenmoe.ops.specs import specs_of
 
 _OPERATOR_MODULES = (combine, combine_add_rms_norm, dispatch, update_expert)  # importing them registers the operators
 
@@ -104,7 +103,7 @@ class Executor:
         workspace: bool,
         workspace_size: int,
         stream: Stream,
-        in_words: Callable[[EvenmoeError], Exception] = lambda error: error,
+        translate: Callable[[EvenmoeError], Exception] = lambda error: error,
     ) -> None:
         """The second stage: put the call on a stream and return at once.
 
@@ -112,12 +111,12 @@ class Executor:
             operator: the operator whose second stage this is.
             workspace: whether the workspace is there, not a null pointer.
             workspace_size: bytes of it.
-            in_words: what an error of the run is turned into.
+            translate: turns an error of the run into the caller's words.
 
         Raises:
             AclError: an executor of another operator, one used or destroyed before (561000), a null workspace
-                (161001), one smaller than the first stage asked for (161002), a destroyed stream (107017). A refused
-                call does not use the executor up.
+                (161001), one smaller than the first stage asked for (161002), a destroyed stream (107017). The
+                executor is not used up then.
         """
         if operator != self.operator:
             raise AclError(
@@ -142,7 +141,7 @@ class Executor:
             try:
                 self.run(stream.memory)
             except EvenmoeError as error:
-                raise in_words(error) from error
+                raise translate(error) from error
 
         with self._state:
             self._raise_if_spent()
@@ -226,8 +225,8 @@ class Executor:
         memberships = []
         for position, (name, rank, world_size) in enumerate(self._groups):
             members = peers_here(name, world_size)
-            if position == 0 and layout is not None and layout.survivors:
-                members = [member for member in members if member in layout.survivors]
+            if position == 0 and layout is not None and layout.active_ranks:
+                members = [member for member in members if member in layout.active_ranks]
             memberships.append(Membership(name, rank, tuple(members)))
         return memberships
 

@@ -12,9 +12,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from evenmoe.errors import ConstraintError
-from evenmoe.transport import registry
-from evenmoe.transport.contract import Transport
 from evenmoe.transport.process_group import ProcessGroupTransport
+from evenmoe.transport.transport import Transport, find_transport, register, unregister
 
 _adopted: dict[str, tuple[dist.ProcessGroup, Transport]] = {}  # groups that the user made with torch.distributed
 
@@ -31,13 +30,13 @@ def find_group(argument: str, name: str, rank: int, world_size: int) -> Transpor
         ConstraintError: no such group is open here, or its rank or size is another.
     """
     try:
-        transport = registry.find(argument, name, rank, world_size)
+        transport = find_transport(argument, name, rank, world_size)
     except ConstraintError:
         transport = None
     if name in _adopted or (transport is None and dist.is_available() and dist.is_initialized()):
         _adopt(name)
         transport = None
-    return transport or registry.find(argument, name, rank, world_size)
+    return transport or find_transport(argument, name, rank, world_size)
 
 
 def peers_here(name: str, world_size: int) -> list[int]:
@@ -47,7 +46,7 @@ def peers_here(name: str, world_size: int) -> list[int]:
 
 def _is_here(name: str, rank: int, world_size: int) -> bool:
     try:
-        registry.find("group", name, rank, world_size)
+        find_transport("group", name, rank, world_size)
     except ConstraintError:
         return False
     return True
@@ -64,11 +63,11 @@ def _adopt(name: str) -> None:
     if known is not None and known is group:
         return
     if transport is not None:
-        registry.unregister(transport)
+        unregister(transport)
         del _adopted[name]
     if group is not None:
         transport = ProcessGroupTransport(group)
-        registry.register(transport)
+        register(transport)
         _adopted[name] = group, transport
 
 

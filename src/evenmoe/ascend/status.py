@@ -41,7 +41,7 @@ _recent = threading.local()
 
 
 class AclError(RuntimeError):
-    """A call that the runtime or a second stage refuses; `status` (int) is its code, `str()` the message."""
+    """An error of the runtime or of a second stage; `status` (int) is its code, `str()` the message."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(status, message)

@@ -19,13 +19,18 @@ from torch.utils.weak import WeakIdKeyDictionary
 from evenmoe.contract.layout import Layout
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
-from evenmoe.ops.dispatch import DYNAMIC_INT8
-from evenmoe.ops.routing import active_tokens
-from evenmoe.ops.specs import spec_of
+from evenmoe.ops.exchange import active_tokens
+from evenmoe.ops.numerics import DYNAMIC_INT8
+from evenmoe.ops.operator import spec_of
+
+
+def specs_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The same arguments with every tensor replaced by its spec."""
+    return {name: spec_of(value) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
 
 
 def check_no_overlap(argument: str, shape: Sequence[int], strides: Sequence[int]) -> None:
-    """Refuses an output that has two elements at one place: sorted by stride, each dimension steps over all smaller.
+    """Check that no two elements share memory: sorted by stride, each dimension must step over all smaller ones.
 
     Raises:
         ConstraintError: they may share memory.
@@ -45,7 +50,7 @@ strides.
 
 
 def check_memory(arguments: Mapping[str, object], outputs: Sequence[str]) -> None:
-    """Refuses tensors that have no memory, and outputs that overlap.
+    """Check that every tensor has memory, and that no output overlaps itself.
 
     Args:
         arguments: {name: value}; whatever is no tensor is passed over.
@@ -65,7 +70,7 @@ def check_memory(arguments: Mapping[str, object], outputs: Sequence[str]) -> Non
 
 
 def check_unchanged(specs: Mapping[str, TensorSpec | None], tensors: Mapping[str, torch.Tensor | None]) -> None:
-    """Refuses tensors of another shape or dtype than the first stage checked; `specs` are the ones of then.
+    """Check that the tensors still have the shapes and dtypes that the first stage saw, `specs`.
 
     Raises:
         ConstraintError: one was resized, or replaced by another.
@@ -89,7 +94,7 @@ _lock = threading.Lock()
 
 def remember(assist_info: torch.Tensor | None, number: torch.Tensor) -> None:
     """Keep `number`, the last output of `torch.ops.evenmoe.dispatch`, for what its assist info was written to."""
-    assert assist_info is not None, "the first stage refuses null outputs"
+    assert assist_info is not None, "the first stage raises for null outputs"
     with _lock:
         _numbers[assist_info] = _version(assist_info), number
 
@@ -152,13 +157,13 @@ def _write_active(outputs: Outputs, results: dict[str, torch.Tensor], given: Map
     active = active_tokens(expert_ids.shape[0], given["x_active_mask"], expert_ids.device)
     for name, result in results.items():
         output = outputs[name]
-        assert output is not None, "the first stage refuses null outputs"
+        assert output is not None, "the first stage raises for null outputs"
         output[active] = result[active]
 
 
 def _write(outputs: Outputs, name: str, values: torch.Tensor) -> None:
     output = outputs[name]
-    assert output is not None, "the first stage refuses null outputs"
+    assert output is not None, "the first stage raises for null outputs"
     output[: len(values)] = values
 
 

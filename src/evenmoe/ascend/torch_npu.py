@@ -2,7 +2,7 @@
 
 Shapes: Bs tokens, H hidden, K experts per token, ep ranks, L experts per rank, A capacity in rows (§2.4), tp peers.
 Every function takes what Atlas A3 takes, and raises `NpuCallError` (a RuntimeError, as torch_npu's errors are) where
-the chip's first stage refuses. `group_ep` and `group_tp` are names: `rank.ep.name` and `rank.tp.name` of an open world
+the chip's first stage fails. `group_ep` and `group_tp` are names: `rank.ep.name` and `rank.tp.name` of an open world
 (`evenmoe.local_world`, `evenmoe.process_world`), or `group.group_name` of a torch.distributed group.
 """
 
@@ -17,7 +17,7 @@ import torch
 
 from evenmoe.ascend.groups import find_group
 from evenmoe.ascend.status import of_the_chip
-from evenmoe.ascend.tensors import number_of, remember
+from evenmoe.ascend.tensors import number_of, remember, specs_of
 from evenmoe.contract.combine import check_combine, check_combine_add_rms_norm
 from evenmoe.contract.dispatch import DispatchCall, check_dispatch, check_token_nums_type
 from evenmoe.contract.distribute import check_ep_rank, check_shared_pair, check_shared_rank_num
@@ -27,14 +27,11 @@ from evenmoe.contract.tensor_spec import check_dims
 from evenmoe.contract.update_expert import check_update_expert
 from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError
 from evenmoe.ops import combine, combine_add_rms_norm, dispatch, update_expert
-from evenmoe.ops.groups import calls_of, in_order
-from evenmoe.ops.registration import of_right_types
-from evenmoe.ops.specs import refuse_other_places, specs_of
+from evenmoe.ops.operator import CALL_TYPES, check_devices, check_types, in_order, parts_of
 from evenmoe.transport.call import together
-from evenmoe.transport.contract import Transport
+from evenmoe.transport.transport import Transport
 
 _OPERATOR_MODULES = (combine, combine_add_rms_norm, dispatch, update_expert)  # importing them registers the operators
-_ON_CHIP = {"check_values": True, "limits": ATLAS_A3.name}
 _CHECKS: dict[str, Callable[..., object]] = {
     "dispatch": check_dispatch,
     "combine": check_combine,
@@ -50,7 +47,7 @@ Tensor = torch.Tensor
 
 
 class NpuCallError(EvenmoeError, RuntimeError):
-    """A call that Atlas A3 refuses; `status` (int) is the code of its first stage: 161001, 161002 or 561002."""
+    """A call that is not valid on Atlas A3; `status` (int) is the code of its first stage: 161001, 161002 or 561002."""
 
 
 def _function(
@@ -122,7 +119,7 @@ def npu_moe_eplb_update_expert(given: dict[str, Any]) -> Tensor:
         int32 (Bs, K), slot ids as dispatch understands them.
 
     Raises:
-        NpuCallError: what the chip refuses, and ids or table entries out of range.
+        NpuCallError: what the chip does not take, and ids or table entries out of range.
 
     Expert 1 has two replicas, in slots 1 and 7; of 8 ranks the last four use slot 7:
 
@@ -151,7 +148,7 @@ def npu_moe_update_expert(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
         balanced_active_mask: bool (Bs, K). All True without pruning, where the chip leaves it undefined.
 
     Raises:
-        NpuCallError: what the chip refuses, and ids or table entries out of range.
+        NpuCallError: what the chip does not take, and ids or table entries out of range.
 
     >>> table = torch.tensor([[1, 0, 0], [2, 1, 7]], dtype=torch.int32)
     >>> ids, mask = npu_moe_update_expert(torch.tensor([[0, 1]]), table, local_rank_id=4, world_size=8)
@@ -162,8 +159,7 @@ def npu_moe_update_expert(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def _update_expert(given: Mapping[str, Any], generation: _Generation) -> tuple[Tensor, Tensor]:
-    absent = dict.fromkeys(("expert_scales", "pruning_threshold", "active_mask"))
-    arguments = of_right_types("update_expert", {**absent, **given, **_ON_CHIP})
+    arguments = check_types("update_expert", CALL_TYPES["update_expert"](**given, limits=ATLAS_A3))
     check_update_expert(**{name: specs_of(arguments)[name] for name in given}, generation=generation)
     return torch.ops.evenmoe.update_expert(**arguments)
 
@@ -194,7 +190,7 @@ def npu_moe_distribute_dispatch_v2(
         What the chip leaves unwritten is zero.
 
     Raises:
-        NpuCallError: what the chip refuses, a group that is not open here, ranks that disagree, ids out of range.
+        NpuCallError: what the chip does not take, a group that is not open here, ranks that disagree, ids out of range.
 
     >>> import evenmoe as em
     >>> def step(rank):
@@ -223,7 +219,7 @@ def npu_moe_distribute_combine_v2(given: dict[str, Any]) -> Tensor:
         expand_x: float16 or bfloat16 (at least A·tp, H), the experts' outputs in the row order of dispatch's expand_x.
         expert_ids, x_active_mask, elastic_info, and every attribute: those that dispatch was called with.
         assist_info_for_combine, ep_send_counts, tp_send_counts: dispatch's assist_info_for_combine, ep_recv_counts and
-            tp_recv_counts. The chip refuses tp_send_counts=None also without tensor parallelism.
+            tp_recv_counts. The chip needs tp_send_counts even without tensor parallelism.
         expert_scales: float32 (Bs, K), gate weights.
         All others: as in `evenmoe.combine`.
 
@@ -271,15 +267,15 @@ def _check_as_wrapper(given: Mapping[str, Any], later_chips: Mapping[str, object
 
 
 def _call(operator: str, given: dict[str, Any], check_first: Callable[[], None] = lambda: None) -> Any:
-    """Complete the arguments as the wrapper does, and call the operator; if this rank refuses, others hear of it."""
+    """Complete the arguments as the wrapper does, and call the operator; the other ranks are told of an error."""
     ep, tp = _find_groups(operator, given)
     rows = given["x" if operator == "dispatch" else "expand_x"]
     exchanged = "dispatch" if operator == "dispatch" else "combine"
-    parts = calls_of(exchanged, ep, tp, given["elastic_info"] is not None, rows)
+    parts = parts_of(exchanged, ep, tp, given["elastic_info"] is not None, rows)
     with together(*in_order(exchanged, *parts)):
         arguments = _complete(operator, given)
         check_first()
-        refuse_other_places(arguments)
+        check_devices(arguments)
         return getattr(torch.ops.evenmoe, operator)(**arguments)
 
 
@@ -302,7 +298,7 @@ def _complete(operator: str, given: dict[str, Any]) -> dict[str, Any]:
         if given[name] is None:
             raise MissingArgumentError(name, None, "must be a name", 'pass a str, "" for no tensor parallelism')
     known = {} if operator == "dispatch" else {"dispatch_number": number_of(given["assist_info_for_combine"])}
-    arguments = of_right_types(operator, {**given, **known, **_ON_CHIP})
+    arguments = check_types(operator, CALL_TYPES[operator](**given, **known, limits=ATLAS_A3))
     expert_ids = arguments["expert_ids"]
     if arguments["global_bs"] == 0 and expert_ids is not None and expert_ids.dim():
         arguments["global_bs"] = given["global_bs"] = expert_ids.shape[0] * arguments["ep_world_size"]

@@ -21,12 +21,12 @@ from evenmoe.cli.streams import print_json
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.formats.contents import Contents
 from evenmoe.metrics import FloatArray, as_load
+from evenmoe.simulator.batches import Cluster
 from evenmoe.simulator.costs import CostModel
 from evenmoe.simulator.policies import DEFAULT
 from evenmoe.simulator.replay import simulate
 from evenmoe.simulator.result import Simulation
 from evenmoe.simulator.store import save_simulation
-from evenmoe.simulator.world import World
 from evenmoe.traces.models import MODELS, ModelShape, find_model
 from evenmoe.traces.trace import Trace, load_trace
 
@@ -73,9 +73,9 @@ def run_simulation(choices: Choices, *, as_json: bool) -> None:
     nodes = choices.nodes
     if nodes is None:
         nodes = choices.ranks // _RANKS_PER_NODE if choices.ranks % _RANKS_PER_NODE == 0 else 1
-    world = World(choices.ranks, nodes, choices.tokens_per_rank)
+    Cluster(choices.ranks, nodes, choices.tokens_per_rank)  # says what cannot be before anything is read
     _check_outputs(choices)
-    trace, contents = _open_trace(choices, world)
+    trace, contents = _open_trace(choices)
     model = _find_shape(trace, choices.model)
     top_k = choices.top_k
     if top_k is None and trace.routing is None and "top_k" not in trace.metadata and model is not None:
@@ -85,7 +85,9 @@ def run_simulation(choices: Choices, *, as_json: bool) -> None:
         simulation = simulate(
             trace,
             choices.policies or DEFAULT,
-            world=world,
+            num_ranks=choices.ranks,
+            num_nodes=nodes,
+            tokens_per_rank=choices.tokens_per_rank,
             costs=costs,
             num_slots=choices.slots,
             num_groups=choices.groups,
@@ -132,7 +134,7 @@ def _check_outputs(choices: Choices) -> None:
         seen[path.resolve()] = f"the file of {name}"
 
 
-def _open_trace(choices: Choices, world: World) -> tuple[Trace, Contents | None]:
+def _open_trace(choices: Choices) -> tuple[Trace, Contents | None]:
     """The trace, and what its file held where that was no trace file."""
     if not choices.trace.startswith(SYNTHETIC):
         return _read_trace(choices.trace, choices.map)
@@ -140,12 +142,13 @@ def _open_trace(choices: Choices, world: World) -> tuple[Trace, Contents | None]
         raise ConstraintError("--map", choices.map, "must come with a file, whose slots it holds", "leave it out")
     from evenmoe.traces.synthesis import synthesize
 
-    lanes = world.num_ranks * world.tokens_per_rank // (choices.chunk or world.tokens_per_rank)
+    tokens_per_step = choices.ranks * choices.tokens_per_rank
+    streams = tokens_per_step // (choices.chunk or choices.tokens_per_rank)
     trace = synthesize(
         choices.trace.removeprefix(SYNTHETIC),
         num_windows=min(choices.steps or _SYNTHETIC_WINDOWS, _SYNTHETIC_WINDOWS),
-        tokens_per_window=world.num_ranks * world.tokens_per_rank,
-        requests=max(1, lanes),
+        tokens_per_window=tokens_per_step,
+        requests=max(1, streams),
         request_windows=_REQUEST_WINDOWS,
         seed=choices.seed,
     )

@@ -1,7 +1,7 @@
 """The calls of the operators, one frozen dataclass each: what they are called with, tensors and attributes.
 
 The same class holds an operator's tensors (`DispatchCall[torch.Tensor]`), and their shapes and dtypes alone
-(`DispatchCall[TensorSpec]`), which is what the contract checks.
+(`DispatchCall[TensorSpec]`), which is what the contract checks. A required tensor may be missing before that: None.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class UpdateExpertCall(_Fields, Generic[Tensor]):
             pruning, and fewer experts and ranks.
     """
 
-    expert_ids: Input[Tensor]
-    eplb_table: Input[Tensor]
+    expert_ids: Tensor
+    eplb_table: Tensor
     local_rank_id: int = -1
     world_size: int = -1
     balance_mode: int = 0
@@ -98,7 +98,7 @@ class DistributeCall(_Fields, Generic[Tensor]):
         hccl_buffer_bytes: int, size of each group's communication buffer, or None: do not check it.
     """
 
-    expert_ids: Input[Tensor]
+    expert_ids: Tensor
     group_ep: str | None
     ep_world_size: int
     ep_rank_id: int
@@ -148,7 +148,7 @@ class DispatchCall(DistributeCall[Tensor]):
             expand_scales: the outputs; `ALLOCATED` when the operator allocates them. None is a null pointer.
     """
 
-    x: Input[Tensor]
+    x: Tensor
     scales: Input[Tensor] = None
     expert_scales: Input[Tensor] = None
     quant_mode: int = 0
@@ -184,10 +184,10 @@ class CombineCall(DistributeCall[Tensor]):
             The tensors without a dtype here all have expand_x's.
     """
 
-    expand_x: Input[Tensor]
-    assist_info_for_combine: Input[Tensor]
-    ep_send_counts: Input[Tensor]
-    expert_scales: Input[Tensor]
+    expand_x: Tensor
+    assist_info_for_combine: Tensor
+    ep_send_counts: Tensor
+    expert_scales: Tensor
     tp_send_counts: Input[Tensor] = None
     activation_scale: Input[Tensor] = None
     weight_scale: Input[Tensor] = None
@@ -218,8 +218,8 @@ class AddRmsNormCall(CombineCall[Tensor]):
         rstd_out: float32 (Bs, 1, 1).
     """
 
-    residual_x: Input[Tensor]
-    gamma: Input[Tensor]
+    residual_x: Tensor
+    gamma: Tensor
     norm_eps: float = 1e-6
     y_out: Output[Tensor] = ALLOCATED
     rstd_out: Output[Tensor] = ALLOCATED

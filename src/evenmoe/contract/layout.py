@@ -28,7 +28,7 @@ class Layout:
         max_bs, global_bs: tokens of the fullest rank, and ep times that (G).
         capacity: rows that this rank must have room for (A).
         is_shared: bool, whether this rank hosts a shared expert.
-        survivors: tuple of int, after `scale_down` the world's rank of every rank that is left; else empty.
+        active_ranks: tuple of int, after `scale_down` the world's rank of every rank that is left; else empty.
         original: the layout before `scale_down`, whose buffers stay; else None.
     """
 
@@ -49,7 +49,7 @@ class Layout:
     global_bs: int
     capacity: int
     is_shared: bool
-    survivors: tuple[int, ...] = ()
+    active_ranks: tuple[int, ...] = ()
     original: Layout | None = None
 
     def rank_of_expert(self, expert: int) -> int:
@@ -58,7 +58,7 @@ class Layout:
 
     def world_rank(self, rank: int) -> int:
         """The rank that the transport knows `rank` by: another one only after `scale_down`."""
-        return self.survivors[rank] if self.survivors else rank
+        return self.active_ranks[rank] if self.active_ranks else rank
 
     # What the operator allocates for its outputs (specification §5). Always from the original layout (§2.11).
 
@@ -220,7 +220,7 @@ def scale_down(layout: Layout, elastic_info: Sequence[int], smooth_scales: bool 
         experts_per_rank=experts_per_rank,
         local_experts=local_experts,
         is_shared=is_shared,
-        survivors=tuple(table2[:ep_new]),
+        active_ranks=tuple(table2[:ep_new]),
         original=layout,
     )
 

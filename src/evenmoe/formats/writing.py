@@ -23,7 +23,7 @@ from evenmoe.formats.layer_numbers import (
     ranges,
 )
 from evenmoe.io.output import whole_file, whole_folder, write_standard_output
-from evenmoe.metrics import as_array
+from evenmoe.metrics import as_array, check_counts
 from evenmoe.placement import Placement
 from evenmoe.traces.trace import Trace
 
@@ -146,12 +146,7 @@ def _checked(value: Placement | npt.ArrayLike, entry: Format) -> Placement | Loa
         raise ConstraintError("value", f"an array of up to {load.max()}", "must fit int64", "check for an overflow")
     with np.errstate(over="ignore"):  # a longdouble beyond float64 becomes infinite, and is found as such
         load = load.astype(np.float64 if load.dtype.kind == "f" else np.int64)
-    wrong = ~np.isfinite(load) | (load < 0)
-    if wrong.any():
-        index = tuple(int(i) for i in np.argwhere(wrong)[0])
-        raise ConstraintError(
-            "value", f"{load[index]} at {index}", "must hold token counts, finite and not negative", "check the load"
-        )
+    check_counts(load, "value", "check the load")
     return load
 
 

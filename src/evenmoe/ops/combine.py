@@ -1,23 +1,45 @@
-"""MoeDistributeCombineV2: bring the experts' rows home and add them up (specification §3)."""
+"""MoeDistributeCombineV2: return the experts' rows to their tokens and add them up (specification §3).
+
+Shapes: Bs tokens, H hidden, K experts per token, Sn shared experts on ranks of their own, W ranks, N rows of this rank.
+A token has K + Sn assignments: k for its k-th expert, K + e for shared expert e.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
-from evenmoe.contract.combine import check_combine
+from evenmoe.contract.calls import CombineCall
+from evenmoe.contract.combine import check_combine_call
 from evenmoe.contract.layout import Layout, scale_down
-from evenmoe.contract.limits import resolve_limits
+from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.dispatched import Dispatched
-from evenmoe.ops.groups import collective
-from evenmoe.ops.homecoming import bring_home
-from evenmoe.ops.registration import CHECKS, GROUPS, VIRTUAL, register
-from evenmoe.ops.specs import specs_of
+from evenmoe.errors import ConstraintError
+from evenmoe.ops.exchange import active_tokens, check_physical_ids, positions_of, prepare_returning, sent_entries
+from evenmoe.ops.numerics import BLOCK_INT8, pack_blocks, unpack_blocks
+from evenmoe.ops.operator import (
+    Combining,
+    Prepared,
+    active_ranks,
+    collective,
+    find_groups,
+    in_order,
+    parts_of,
+    perform,
+    register,
+    specs_of,
+)
 from evenmoe.ops.weighted_sum import accumulate
+from evenmoe.transport.agreement import UNKNOWN, Header, digest, dtype_code
+from evenmoe.transport.call import GroupCall, Outgoing, together
 from evenmoe.transport.process_world import Group
+
+_Call = TypeVar("_Call", bound=CombineCall[Any])
 
 
 def combine(
@@ -78,7 +100,7 @@ def combine(
             expert j gives p1·x + p2·v[j], where p = softmax(Σ alpha_1[j]·x, Σ alpha_2[j]·x).
         comm_quant_mode: 0, or 2 to send int8 with one scale per eight elements.
         out_dtype, group_list_type, comm_alg: not looked at.
-        check_values: refuse ids, triples and counts that do not belong to the dispatch. False saves the passes.
+        check_values: check that ids, assist info and counts belong to the dispatch. False saves the passes.
         limits: as in dispatch.
 
     Returns:
@@ -103,78 +125,216 @@ def combine(
     ...     world.run(step)
     [0.5, 1.0]
     """
-    with combining("combine", locals()) as arguments:
-        return torch.ops.evenmoe.combine(**arguments)
+    with combining(CombineCall, locals()) as call:
+        return perform("combine", call)
 
 
 @contextmanager
-def combining(name: str, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The arguments of the public functions -> those of the registered operator `name`, which is called inside."""
+def combining(call_type: Callable[..., _Call], given: dict[str, Any]) -> Iterator[_Call]:
+    """The call that a public function makes of its arguments, and performs inside."""
     arguments = dict(given)
+    rows = arguments["expand_x"] = arguments.pop("expert_out")
     dispatched: Dispatched | None = arguments.pop("dispatched")
-    arguments["expand_x"] = arguments.pop("expert_out")
-    # What is missing here is None there, and refused like any other argument.
+    # What is missing here is None there, and raised for like any other argument.
     arguments["assist_info_for_combine"] = getattr(dispatched, "assist_info_for_combine", None)
     arguments["ep_send_counts"] = getattr(dispatched, "ep_recv_counts", None)
     arguments["tp_send_counts"] = getattr(dispatched, "tp_recv_counts", None)
     if arguments["num_experts"] is None:
         arguments["num_experts"] = getattr(dispatched, "num_experts", None) or None
     arguments["dispatch_number"] = getattr(dispatched, "number", None)
-    with collective(arguments, name, "combine", given["expert_out"]) as arguments:
-        yield arguments
+    with collective("combine", call_type, arguments, rows) as call:
+        yield call
 
 
-def layout_of(check: Callable[..., Layout], given: dict[str, Any]) -> Layout:
-    """Run the contract's check on the arguments of a combine operator; the layout of the ranks that take part."""
-    arguments = {
-        name: value for name, value in given.items() if name not in ("check_values", "limits", "dispatch_number")
+@dataclass(frozen=True)
+class Plan:
+    """What follows from a call's shapes and attributes: the layout, and what the ranks and the peers must agree on."""
+
+    layout: Layout
+    header: Header
+    peer_header: Header
+
+
+def prepare(
+    check: Callable[[Any], Layout], call: CombineCall[TensorSpec], elastic_info: list[int] | None = None
+) -> Plan:
+    """Check a call of one of the two operators, in the world that `elastic_info` leaves."""
+    layout = check(call)
+    if elastic_info is not None:
+        layout = scale_down(layout, elastic_info)
+    sizes = {
+        "hidden size of `expert_out`": layout.hidden,
+        "dtype of `expert_out`": dtype_code(call.expand_x.dtype),
+        "top-k of `expert_ids`": layout.top_k,
+        "`num_experts`": call.moe_expert_num,
+        "`shared_expert_num`": layout.shared_experts,
+        "`shared_expert_rank_num`": layout.shared_ranks,
+        "`comm_quant_mode`": call.comm_quant_mode,
+        "tokens per rank times ranks (`global_bs`)": layout.global_bs,
+        "`zero_expert_num`": call.zero_expert_num,
+        "`copy_expert_num`": call.copy_expert_num,
+        "`const_expert_num`": call.const_expert_num,
+        "presence of `x_active_mask`": call.x_active_mask is not None,
+        "tensor-parallel world size": call.tp_world_size,
+        "digest of `elastic_info`": digest((layout.num_experts, *layout.active_ranks)),
     }
-    layout = check(**specs_of(arguments), limits=resolve_limits(given["limits"]))
-    if given["elastic_info"] is None:
-        return layout
-    return scale_down(layout, given["elastic_info"].tolist())
+    peer_sizes = {**sizes, "expert parallel rank": layout.rank}
+    return Plan(layout, Header("combine", sizes), Header("tensor-parallel step of combine", peer_sizes))
 
 
-def _run(given: dict[str, Any]) -> torch.Tensor:
-    layout, rows, place = bring_home(lambda: layout_of(check_combine, given), given)
-    total, active = accumulate(layout, rows, place, given)
-    return torch.where(active[:, None], total, 0.0).to(given["expand_x"].dtype)
+def combine_and_sum(
+    call: Combining, check: Callable[[Any], Layout], prepared: Prepared[Plan]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check the call, exchange its rows and add them up.
+
+    Args:
+        check, prepared: the contract of the operator, and what it made of earlier calls.
+
+    Returns:
+        float32 (Bs, H), the sums before the final rounding; bool (Bs,), active tokens, whose sums count.
+    """
+    ep, tp = find_groups(call)
+    scaled_down = call.elastic_info is not None
+    across, beside = parts_of("combine", ep, tp, scaled_down, call.expand_x)
+    with together(*in_order("combine", across, beside)):
+        if call.elastic_info is None:
+            plan = prepared(call)
+        else:
+            plan = prepare(check, specs_of(call), call.elastic_info.tolist())
+            across.narrow(active_ranks(ep, plan.layout))
+        layout = plan.layout
+        if call.check_values:
+            sent = sent_entries(call.expert_ids, layout, call.x_active_mask)
+            check_physical_ids(call.expert_ids, sent, layout.num_experts + call.virtual_experts, layout.num_experts)
+        num_rows = _own_rows(layout, call)
+        assist_info = call.assist_info_for_combine[: 3 * num_rows].reshape(num_rows, 3).long()
+        if call.check_values:
+            _check_assist_info(assist_info, layout)
+        rows = call.expand_x[:num_rows]
+        if beside is not None:
+            rows = _add_peer_rows(rows, beside, plan, call)
+        rows, position = _return_rows(rows, assist_info, across, plan, call)
+    return accumulate(layout, rows, position, call)
 
 
-def _fake(given: dict[str, Any]) -> torch.Tensor:
-    return given["expand_x"].new_empty((given["expert_ids"].shape[0], given["expand_x"].shape[1]))
+def _own_rows(layout: Layout, call: Combining) -> int:
+    """The last of this rank's own prefix sums (§3.3)."""
+    last = layout.ep * layout.local_experts - 1
+    if last >= len(call.ep_send_counts):  # which the chip's own check lets through without TP (§3.2)
+        raise ConstraintError(
+            "ep_send_counts",
+            f"of length {len(call.ep_send_counts)}",
+            f"must hold {last + 1} counts, one per local expert and source rank",
+            "pass the ep_recv_counts that dispatch returned",
+        )
+    num_rows = int(call.ep_send_counts[last])
+    if not 0 <= num_rows <= min(layout.capacity, len(call.expand_x)):
+        raise ConstraintError(
+            "ep_send_counts",
+            f"{num_rows} at {last}",
+            f"must count 0 to {min(layout.capacity, len(call.expand_x))} rows of this rank",
+            "pass the ep_recv_counts that dispatch returned",
+        )
+    return num_rows
 
 
-# What combine and combine_add_rms_norm share, in the operators' order (§3.1).
-REQUIRED = ("expand_x", "expert_ids", "assist_info_for_combine", "ep_send_counts", "expert_scales")
-OPTIONAL = (
-    "tp_send_counts",
-    "x_active_mask",
-    "activation_scale",
-    "weight_scale",
-    "group_list",
-    "expand_scales",
-    "shared_expert_x",
-    "elastic_info",
-    "ori_x",
-    "const_expert_alpha_1",
-    "const_expert_alpha_2",
-    "const_expert_v",
-    "performance_info",
-    "dispatch_number",  # beyond the operator's: the eighth output of dispatch
-)
-ATTRIBUTES = {
-    **GROUPS,
-    "expert_shard_type": "int",
-    "shared_expert_num": "int",
-    "shared_expert_rank_num": "int",
-    "global_bs": "int",
-    "out_dtype": "int",
-    "comm_quant_mode": "int",
-    "group_list_type": "int",
-    "comm_alg": "str",
-    **VIRTUAL,
-    **CHECKS,
-}
+def _check_assist_info(assist_info: torch.Tensor, layout: Layout) -> None:
+    """Ranks of the world, and assignments that some rank can have; whether they are right, that rank checks."""
+    source, token, k = assist_info.unbind(dim=1)
+    each = layout.top_k + layout.shared_experts
+    wrong = (source < 0) | (source >= layout.ep) | (token < 0) | (token >= layout.max_bs) | (k < 0) | (k >= each)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ConstraintError(
+            "assist_info_for_combine",
+            f"{assist_info[row].tolist()} for row {row}",
+            f"must be (rank below {layout.ep}, token below {layout.max_bs}, k below {each})",
+            "pass what dispatch returned, unchanged",
+        )
 
-register("combine", REQUIRED, OPTIONAL, ATTRIBUTES, outputs=1, run=_run, fake=_fake)
+
+def _add_peer_rows(rows: torch.Tensor, part: GroupCall, plan: Plan, call: Combining) -> torch.Tensor:
+    """§3.3: own row i plus the peer's row for the same token, which is the peer's row n_peer + i."""
+    expand_x, tp_send_counts, peer, own = call.expand_x, call.tp_send_counts, 1 - part.group.rank, len(rows)
+    assert tp_send_counts is not None
+    theirs = int(tp_send_counts[peer])
+    # What each hands over and what each holds, so that both peers raise for what one of them got wrong.
+    mine = torch.tensor([[theirs, own]] * 2, device=expand_x.device)
+    offer = expand_x[own : own + theirs]
+    to_each = [0, 0]
+    to_each[peer] = len(offer)
+    outgoing = Outgoing([0, 0], to_each, rows.shape[1:], rows)
+    offered, held = part.agree(plan.peer_header, mine, outgoing, _dispatch_number(call, 1))[peer].tolist()
+    if offered != own or theirs != held:
+        raise ConstraintError(
+            "tp_send_counts",
+            f"{tp_send_counts.tolist()} with {own} rows of this rank, {held} of its peer and {offered} offered by it",
+            "must count the rows of both peers, own first in expert_out",
+            "pass the tp_recv_counts and ep_recv_counts that dispatch returned on both peers",
+        )
+    incoming = part.exchange(offer)
+    received = incoming.buffer[incoming.first[peer] :][:own]
+    # float16 too: a sum of two float16 in float32, rounded once more, is the sum rounded once (24 ≥ 2·11 + 2 bits).
+    return (rows.float() + received.float()).to(rows.dtype)
+
+
+def _return_rows(
+    rows: torch.Tensor, assist_info: torch.Tensor, part: GroupCall, plan: Plan, call: Combining
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows to the ranks in their assist info.
+
+    Returns:
+        rows (N, H) received, in the dtype of expand_x; int64 (Bs, K + Sn), the row of every assignment, −1 where none
+        was sent.
+    """
+    layout, world_size, packed = plan.layout, part.group.world_size, call.comm_quant_mode == BLOCK_INT8
+    source, token, k = assist_info.unbind(dim=1)
+    travelling = pack_blocks(rows) if packed else rows
+    returning = prepare_returning(source, world_size, travelling.shape[1:], travelling, numbered=True)
+    nothing = torch.zeros((world_size, 0), dtype=torch.int64)
+    part.agree(plan.header, nothing, returning.outgoing, _dispatch_number(call, 0))
+    each = layout.top_k + layout.shared_experts
+    sent = (token * each + k)[returning.order]
+    incoming = part.exchange(travelling, returning.order, sent.int())
+    entries = incoming.numbers.long()
+    if call.check_values:
+        _check_entries(entries, layout, call)
+    position = positions_of(incoming, entries, layout.num_tokens * each).view(layout.num_tokens, each)
+    received = unpack_blocks(incoming.buffer, layout.hidden, rows.dtype) if packed else incoming.buffer
+    return received, position
+
+
+def _check_entries(entries: torch.Tensor, layout: Layout, call: Combining) -> None:
+    """Exactly one row has returned for every assignment that was sent out."""
+    expected = sent_entries(call.expert_ids, layout, call.x_active_mask)
+    active = active_tokens(layout.num_tokens, call.x_active_mask, entries.device)
+    expected = torch.cat([expected, active[:, None].expand(-1, layout.shared_experts)], dim=1).flatten()
+    in_range = bool(((entries >= 0) & (entries < expected.numel())).all())
+    received = torch.bincount(entries, minlength=expected.numel()) if in_range else entries
+    if not in_range or not torch.equal(received, expected.long()):
+        raise ConstraintError(
+            "expert_ids",
+            f"such that {int(expected.sum())} rows are due here, while {len(entries)} came, not one for each",
+            "must be the ids that dispatch was called with, with the same mask",
+            "pass the expert_ids, x_active_mask and assist_info_for_combine of one dispatch",
+        )
+
+
+def _dispatch_number(call: Combining, group: int) -> int:
+    """Which exchange of a group the dispatch was: 0 is the expert-parallel group, 1 that of the peers."""
+    return UNKNOWN if call.dispatch_number is None else int(call.dispatch_number[group])
+
+
+_prepared = Prepared("combine", partial(prepare, check_combine_call))
+
+
+def _run(call: Combining) -> torch.Tensor:
+    total, active = combine_and_sum(call, check_combine_call, _prepared)
+    return torch.where(active[:, None], total, 0.0).to(call.expand_x.dtype)
+
+
+def _fake(call: Combining) -> torch.Tensor:
+    return call.expand_x.new_empty((call.expert_ids.shape[0], call.expand_x.shape[1]))
+
+
+register("combine", _run, _fake)

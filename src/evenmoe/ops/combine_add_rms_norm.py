@@ -1,18 +1,17 @@
-"""MoeDistributeCombineAddRmsNorm: combine, add the residual, normalise (specification §4)."""
+"""MoeDistributeCombineAddRmsNorm: combine, add the residual, normalize (specification §4)."""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 
-from evenmoe.contract.combine import check_combine_add_rms_norm
+from evenmoe.contract.calls import AddRmsNormCall
+from evenmoe.contract.combine import check_combine_add_rms_norm_call
 from evenmoe.dispatched import Dispatched
-from evenmoe.ops.combine import ATTRIBUTES, OPTIONAL, REQUIRED, combining, layout_of
-from evenmoe.ops.homecoming import bring_home
+from evenmoe.ops.combine import combine_and_sum, combining, prepare
 from evenmoe.ops.numerics import reciprocal_sqrt, tree_sum
-from evenmoe.ops.registration import register
-from evenmoe.ops.weighted_sum import accumulate
+from evenmoe.ops.operator import Prepared, perform, register
 from evenmoe.transport.process_world import Group
 
 
@@ -90,36 +89,30 @@ def combine_add_rms_norm(
     ...     world.run(step)
     [(10.0, 0.25, 4.0)]
     """
-    with combining("combine_add_rms_norm", locals()) as arguments:
-        return torch.ops.evenmoe.combine_add_rms_norm(**arguments)
+    with combining(AddRmsNormCall, locals()) as call:
+        return perform("combine_add_rms_norm", call)
 
 
-def _run(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    layout, rows, place = bring_home(lambda: layout_of(check_combine_add_rms_norm, given), given)
-    total, active = accumulate(layout, rows, place, given)
-    dtype = given["expand_x"].dtype
-    x32 = total + given["residual_x"][:, 0].float()
+_prepared = Prepared("combine_add_rms_norm", partial(prepare, check_combine_add_rms_norm_call))
+
+
+def _run(call: AddRmsNormCall[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    total, active = combine_and_sum(call, check_combine_add_rms_norm_call, _prepared)
+    hidden, dtype = total.shape[1], call.expand_x.dtype
+    x32 = total + call.residual_x[:, 0].float()
     # Each square is scaled before the reduction, by the float32 nearest to 1/H (§4).
-    mean_square = tree_sum(x32 * x32 * torch.tensor(1 / layout.hidden, dtype=torch.float32, device=x32.device))
-    rstd = reciprocal_sqrt(mean_square + given["norm_eps"])
+    mean_square = tree_sum(x32 * x32 * torch.tensor(1 / hidden, dtype=torch.float32, device=x32.device))
+    rstd = reciprocal_sqrt(mean_square + call.norm_eps)
     normed = (x32 * rstd[:, None]).to(dtype)  # of the unrounded sum
-    y = (normed.float() * given["gamma"].reshape(-1, layout.hidden).float()).to(dtype)
+    y = (normed.float() * call.gamma.reshape(-1, hidden).float()).to(dtype)
     keep = active[:, None]
     y, rstd, x = (torch.where(keep, t, 0.0) for t in (y, rstd[:, None], x32.to(dtype)))
     return y[:, None], rstd[:, None], x[:, None]
 
 
-def _fake(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    x = given["residual_x"]
+def _fake(call: AddRmsNormCall[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    x = call.residual_x
     return x.new_empty(x.shape), x.new_empty((x.shape[0], 1, 1), dtype=torch.float32), x.new_empty(x.shape)
 
 
-register(
-    "combine_add_rms_norm",
-    (*REQUIRED, "residual_x", "gamma"),
-    OPTIONAL,
-    {**ATTRIBUTES, "norm_eps": "float"},
-    outputs=3,
-    run=_run,
-    fake=_fake,
-)
+register("combine_add_rms_norm", _run, _fake)

@@ -1,18 +1,43 @@
-"""Rows to the ranks of their experts, one row for each token and destination rank.
+"""The exchange of token rows: which rows go where, there in the order of the experts, and back (specification §2.5).
 
-Shapes: N entries sent or received, R rows sent, W ranks, L local experts of the receiver.
+One row travels for each token and destination rank. An assignment is one (token, k) that some rank computes; a shared
+expert's has k = K + its number.
+
+Shapes: Bs tokens, K experts per token, N assignments sent or received, R rows sent, W ranks, L experts per MoE rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
+import numpy as np
 import torch
 
-from evenmoe.ops import memory
-from evenmoe.ops.routing import Routing, received_order
-from evenmoe.transport.call import GroupCall, Outgoing
+from evenmoe.contract.layout import Layout
+from evenmoe.errors import ConstraintError
+from evenmoe.transport.call import GroupCall, Incoming, Outgoing
+
+# Bytes from which numpy asks for huge pages, so that writing to new memory costs a third less of a dispatch; and its
+# zeros are the system's own, which cost nothing until written. Below, torch's own allocator serves as well.
+_LARGE = 1 << 22
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The assignments of one rank in sending order: by destination rank, then its local expert, then token.
+
+    Attributes:
+        token, k: int64 (N,).
+        expert: int64 (N,), row of the smooth-scale table: shared expert e is e, physical expert m is Sn + m.
+        counts: int64 (W, L), assignments per destination rank and local expert (column 0 alone on a shared rank).
+    """
+
+    token: torch.Tensor
+    k: torch.Tensor
+    expert: torch.Tensor
+    counts: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -20,16 +45,13 @@ class Sending:
     """What a rank sends, by destination rank.
 
     Attributes:
-        entries: int32 (N, 3), token, k, and which of the destination's rows is the token's.
-        token: int64 (R,), the token of every row. expert: as `Routing.expert`, (N,).
-        routing_counts: int64 (W, L), entries per destination rank and local expert.
+        assignments: int32 (N, 3), token, k, and which of the destination's rows is the token's.
+        token: int64 (R,), the token of every row.
         outgoing: how many of both go where.
     """
 
-    entries: torch.Tensor
+    assignments: torch.Tensor
     token: torch.Tensor
-    expert: torch.Tensor
-    routing_counts: torch.Tensor
     outgoing: Outgoing
 
 
@@ -48,6 +70,132 @@ class Received:
     token: torch.Tensor
     k: torch.Tensor
     counts: torch.Tensor
+
+
+# Which rows go where ---------------------------------------------------------------------------------------------
+
+
+def route(expert_ids: torch.Tensor, layout: Layout, x_active_mask: torch.Tensor | None = None) -> Routing:
+    """Lay out what this rank sends.
+
+    Args:
+        expert_ids: integers (Bs, K), physical ids; ids of M and above are virtual and stay local.
+        x_active_mask: bool (Bs,), of which only the number of True counts, or (Bs, K), or None.
+    """
+    num_tokens, top_k = expert_ids.shape
+    physical, device = layout.num_experts, expert_ids.device
+    # Assignments that stay local get the largest key, so that a stable sort leaves the sent ones in front, by expert
+    # and then in row-major order, which is token order since the ids of a token differ.
+    key = expert_ids.clamp(max=physical)
+    if x_active_mask is not None:
+        key = torch.where(active_entries(expert_ids, x_active_mask), key, physical)
+    key = key.flatten()
+    counts_by_expert = torch.bincount(key, minlength=physical + 1)[:physical]
+    sent = stable_order(key, physical + 1)[: int(counts_by_expert.sum())]
+    expert = key[sent]
+    token = torch.div(sent, top_k, rounding_mode="floor")
+    k = sent - token * top_k
+    if not layout.shared_ranks:
+        return Routing(token, k, expert, counts_by_expert.view(layout.ep, layout.experts_per_rank))
+    counts = torch.zeros((layout.ep, layout.experts_per_rank), dtype=torch.int64, device=device)
+    counts[layout.shared_ranks :] = counts_by_expert.view(-1, layout.experts_per_rank)
+    active = active_tokens(num_tokens, x_active_mask, device).nonzero().flatten()
+    shared = torch.arange(layout.shared_experts, device=device)
+    hosts = shared * layout.ranks_per_shared + layout.rank % layout.ranks_per_shared
+    counts[hosts, 0] = active.numel()
+    shared = shared.repeat_interleave(active.numel())
+    token = torch.cat([active.repeat(layout.shared_experts), token])
+    k = torch.cat([top_k + shared, k])
+    return Routing(token, k, torch.cat([shared, expert + layout.shared_experts]), counts)
+
+
+def sent_entries(expert_ids: torch.Tensor, layout: Layout, x_active_mask: torch.Tensor | None) -> torch.Tensor:
+    """bool (Bs, K): entries that go to a MoE rank: active, and not virtual (§2.9, §2.10)."""
+    sent = expert_ids < layout.num_experts
+    return sent if x_active_mask is None else sent & active_entries(expert_ids, x_active_mask)
+
+
+def active_entries(expert_ids: torch.Tensor, x_active_mask: torch.Tensor) -> torch.Tensor:
+    """bool (Bs, K): what the mask leaves; the first n tokens for a 1-D mask with n True values (§2.9)."""
+    if x_active_mask.dim() == 2:
+        return x_active_mask
+    tokens = torch.arange(expert_ids.shape[0], device=expert_ids.device)
+    return (tokens < x_active_mask.sum())[:, None].expand(expert_ids.shape)
+
+
+def active_tokens(num_tokens: int, x_active_mask: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """bool (Bs,): tokens with any active entry; they go to the shared experts and get an output row."""
+    if x_active_mask is None:
+        return torch.ones(num_tokens, dtype=torch.bool, device=device)
+    if x_active_mask.dim() == 2:
+        return x_active_mask.any(dim=1)
+    return torch.arange(num_tokens, device=device) < x_active_mask.sum()
+
+
+def check_physical_ids(expert_ids: torch.Tensor, considered: torch.Tensor, num_ids: int, num_physical: int) -> None:
+    """Ids within 0…num_ids−1, and no physical expert twice in one token.
+
+    Args:
+        expert_ids: integers (Bs, K).
+        considered: bool (Bs, K); padding that a mask takes out may hold anything but an id out of range.
+        num_ids: physical and virtual experts.
+        num_physical: M; virtual experts (M and above) may repeat.
+
+    Raises:
+        ConstraintError: naming the first token and k.
+    """
+    if expert_ids.numel() == 0:
+        return
+    low, high = torch.aminmax(expert_ids)
+    if low < 0 or high >= num_ids:
+        token, k = ((expert_ids < 0) | (expert_ids >= num_ids)).nonzero()[0].tolist()
+        raise ConstraintError(
+            "expert_ids",
+            f"{int(expert_ids[token, k])} for token {token}, k {k}",
+            f"must be 0 to {num_ids - 1}",
+            "map logical to physical ids with update_expert, and pass the number of slots as num_experts",
+        )
+    # Everything that may repeat gets a negative id of its own column.
+    column = torch.arange(expert_ids.shape[1], device=expert_ids.device)
+    compared = torch.where(considered & (expert_ids < num_physical), expert_ids, -1 - column)
+    ordered = compared.sort(dim=1).values
+    repeated = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
+    if repeated.any():
+        token = int(repeated.nonzero()[0])
+        raise ConstraintError(
+            "expert_ids",
+            f"{expert_ids[token].tolist()} for token {token}",
+            "must not name one physical expert twice in a token",
+            "use slot ids that are unique over the whole EPLB table",
+        )
+
+
+def stable_order(keys: torch.Tensor, bound: int) -> torch.Tensor:
+    """int64 (n,): positions that sort integer keys of 0…bound−1, equal ones in their order.
+
+    >>> stable_order(torch.tensor([2, 0, 2, 1]), 3).tolist()
+    [1, 3, 0, 2]
+    """
+    if keys.device.type != "cpu" or bound > 1 << 16:
+        return torch.sort(keys, stable=True).indices
+    # numpy sorts 16 bits by their digits, an eighth of the time of torch's comparisons for 4096 keys.
+    return torch.from_numpy(keys.numpy().astype(np.uint16).argsort(kind="stable"))
+
+
+def distinct(keys: torch.Tensor, bound: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The distinct ones of integer keys of 0…bound−1, sorted, and the position of every key among them; int64.
+
+    >>> distinct(torch.tensor([5, 2, 5]), 6)
+    (tensor([2, 5]), tensor([1, 0, 1]))
+    """
+    if keys.device.type != "cpu" or bound > 4 * len(keys):
+        return torch.unique(keys, return_inverse=True)
+    found, present = keys.numpy(), np.zeros(bound, np.bool_)
+    present[found] = True
+    return torch.from_numpy(np.flatnonzero(present)), torch.from_numpy((present.cumsum() - 1)[found])
+
+
+# There -----------------------------------------------------------------------------------------------------------
 
 
 def prepare_sending(
@@ -71,14 +219,14 @@ def prepare_sending(
         row_counts, token = per_rank, routing.token
         row = torch.arange(len(destination), device=destination.device)
     else:
-        key = destination * num_tokens + routing.token
-        pair, row = torch.unique(key, return_inverse=True)  # sorted: by destination, then token
-        row_counts = torch.bincount(pair // max(num_tokens, 1), minlength=len(per_rank))
-        token = pair % max(num_tokens, 1)
+        tokens = max(num_tokens, 1)
+        pair, row = distinct(destination * tokens + routing.token, len(per_rank) * tokens)  # by destination, then token
+        row_counts = torch.bincount(pair // tokens, minlength=len(per_rank))
+        token = pair % tokens
     row = row - (row_counts.cumsum(0) - row_counts)[destination]
-    entries = torch.stack([routing.token, routing.k, row], dim=1).int()
-    outgoing = Outgoing([3 * n for n in per_rank.tolist()], row_counts.tolist(), shape, like)
-    return Sending(entries, token, routing.expert, routing.counts, outgoing)
+    assignments = torch.stack([routing.token, routing.k, row], dim=1).int()
+    outgoing = Outgoing((3 * per_rank).tolist(), row_counts.tolist(), shape, like)
+    return Sending(assignments, token, outgoing)
 
 
 def exchange(
@@ -92,16 +240,94 @@ def exchange(
     """Send what the ranks have agreed on, and return what was sent here.
 
     Args:
-        counts: int64 (W, L), entries that each source sends to each local expert of this rank.
+        counts: int64 (W, L), assignments that each source sends to each local expert of this rank.
         rows, index: the rows to send are rows[index], or all of them.
         allocate: N -> memory (N, …) for the rows received. None for new memory.
     """
-    incoming = call.exchange(rows, index, sending.entries)
+    incoming = call.exchange(rows, index, sending.assignments)
     ranks = torch.arange(len(counts), device=counts.device)
-    source = torch.repeat_interleave(ranks.repeat(counts.shape[1]), counts.T.flatten())
-    entries = incoming.numbers.view(-1, 3)[received_order(counts)]
-    position = torch.tensor(incoming.first, device=source.device)[source] + entries[:, 2]
-    received = incoming.buffer
-    out = memory.empty((len(position), *received.shape[1:]), received) if allocate is None else allocate(len(position))
-    received = torch.index_select(received, 0, position, out=out)
-    return Received(received, source.int(), entries[:, 0], entries[:, 1], counts)
+    lengths = counts.T.flatten()  # of the runs in the order (local expert, source rank)
+    source = torch.repeat_interleave(ranks.repeat(counts.shape[1]), lengths)
+    assignments = incoming.numbers.view(-1, 3)[received_order(counts)]
+    position = torch.tensor(incoming.first, device=source.device)[source] + assignments[:, 2]
+    buffer = incoming.buffer
+    out = empty((len(position), *buffer.shape[1:]), buffer) if allocate is None else allocate(len(position))
+    received = torch.index_select(buffer, 0, position, out=out)
+    return Received(received, source.int(), assignments[:, 0], assignments[:, 1], counts)
+
+
+def received_order(counts: torch.Tensor) -> torch.Tensor:
+    """Positions that turn rows ordered by (source, local expert) into the order (local expert, source).
+
+    Args:
+        counts: int64 (W, L), rows from each source for each local expert.
+
+    Returns:
+        int64 (counts.sum(),), positions in the received rows.
+
+    Rank 0 sent one row for each expert, rank 1 two rows for expert 0:
+
+    >>> received_order(torch.tensor([[1, 1], [2, 0]])).tolist()
+    [0, 2, 3, 1]
+    """
+    starts = (counts.flatten().cumsum(0) - counts.flatten()).view(counts.shape)
+    lengths = counts.T.flatten()
+    stops = lengths.cumsum(0)
+    shift = torch.repeat_interleave(starts.T.flatten() - (stops - lengths), lengths)
+    return shift + torch.arange(len(shift), device=shift.device)
+
+
+# And back --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Returning:
+    """What a rank sends back: its rows in `order`, by the rank that each came from; `outgoing`, how many go where."""
+
+    order: torch.Tensor
+    outgoing: Outgoing
+
+
+def prepare_returning(
+    source: torch.Tensor, world_size: int, shape: tuple[int, ...], like: torch.Tensor, numbered: bool
+) -> Returning:
+    """Work out how rows return to the ranks that they came from.
+
+    Args:
+        source: integers (N,), the source rank of each row.
+        shape, like: of one row as it travels, and a tensor of its dtype and device.
+        numbered: whether one number travels with each row.
+    """
+    counts = torch.bincount(source, minlength=world_size).tolist()
+    outgoing = Outgoing(counts if numbered else [0] * world_size, counts, shape, like)
+    return Returning(stable_order(source, world_size), outgoing)
+
+
+def positions_of(incoming: Incoming, entries: torch.Tensor, num_entries: int) -> torch.Tensor:
+    """int64 (num_entries,): where in the buffer of returned rows that of each entry lies, −1 where there is none.
+
+    Args:
+        entries: int64 (N,), which entry each returned row is for, in the order in which they came.
+    """
+    position = torch.full((num_entries,), -1, dtype=torch.int64, device=incoming.buffer.device)
+    position[entries] = incoming.positions()
+    return position
+
+
+# Memory ----------------------------------------------------------------------------------------------------------
+
+
+def empty(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """An uninitialized tensor of `shape`, with dtype and device of `like`."""
+    size = prod(shape) * like.element_size()
+    if like.device.type != "cpu" or size < _LARGE:
+        return like.new_empty(shape)
+    return torch.from_numpy(np.empty(size, np.uint8)).view(like.dtype).view(shape)
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of zeros."""
+    size = prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < _LARGE:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)

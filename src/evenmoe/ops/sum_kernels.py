@@ -14,21 +14,22 @@ WIDTH = 2048
 
 
 @compiled
-def add_bfloat16(total, rows, place, weights):
-    """total[t] += weights[t, k] · rows[place[t, k]] for ascending k, where place is not −1.
+def add_bfloat16(total, rows, position, weights):
+    """total[t] += weights[t, k] · rows[position[t, k]] for ascending k, where position is not −1.
 
-    `total` float32 (T, H), `rows` uint16 (N, H), the bits of bfloat16, `place` int64 (T, K), `weights` float32 (T, K).
+    `total` float32 (T, H), `rows` uint16 (N, H), the bits of bfloat16, `position` int64 (T, K), `weights` float32
+    (T, K).
     """
     hidden = total.shape[1]
     bits = np.empty(WIDTH, np.uint32)
     values = bits.view(np.float32)
-    for token in range(place.shape[0]):
+    for token in range(position.shape[0]):
         for start in range(0, hidden, WIDTH):
             part = total[token, start : min(start + WIDTH, hidden)]
-            for k in range(place.shape[1]):
-                if place[token, k] < 0:
+            for k in range(position.shape[1]):
+                if position[token, k] < 0:
                     continue
-                row = rows[place[token, k], start : start + part.size]
+                row = rows[position[token, k], start : start + part.size]
                 weight = weights[token, k]
                 for h in range(part.size):
                     bits[h] = np.uint32(row[h]) << np.uint32(16)  # a bfloat16 is the upper half of a float32
@@ -37,14 +38,14 @@ def add_bfloat16(total, rows, place, weights):
 
 
 @compiled
-def add_float32(total, rows, place, weights):
+def add_float32(total, rows, position, weights):
     """As `add_bfloat16`, of float32 rows."""
-    for token in range(place.shape[0]):
+    for token in range(position.shape[0]):
         part = total[token]
-        for k in range(place.shape[1]):
-            if place[token, k] < 0:
+        for k in range(position.shape[1]):
+            if position[token, k] < 0:
                 continue
-            row = rows[place[token, k]]
+            row = rows[position[token, k]]
             weight = weights[token, k]
             for h in range(part.size):
                 part[h] += weight * row[h]

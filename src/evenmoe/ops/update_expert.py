@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from dataclasses import replace
+from operator import index
 
 import torch
 
+from evenmoe.contract.calls import UpdateExpertCall
 from evenmoe.contract.limits import UNLIMITED, resolve_limits
-from evenmoe.contract.update_expert import check_update_expert
+from evenmoe.contract.update_expert import check_update_expert_call
 from evenmoe.errors import ConstraintError
-from evenmoe.ops.registration import CHECKS, of_right_types, register
-from evenmoe.ops.specs import specs_of
+from evenmoe.ops.operator import check_types, register, specs_of
 from evenmoe.rules.catalogue import RULES
 from evenmoe.rules.rule import Rule
 from evenmoe.rules.table import check_ids, check_table
 
 _ASCEND_MODES = (0, 1)  # that the chip has too: the others have numbers only here
+_LOCAL_RULES: dict[int, Rule] = {  # by their number, the rules that need nothing of other ranks
+    rule.balance_mode: rule for rule in map(RULES.get, RULES) if rule.balance_mode is not None
+}
 
 
 def update_expert(
@@ -68,9 +71,19 @@ def update_expert(
     >>> [update_expert(ids, table, rank, 8)[0].tolist() for rank in (3, 4)]
     [[[0, 1]], [[0, 7]]]
     """
-    given = dict(locals())
-    given["balance_mode"], given["limits"] = _resolve_mode(balance_mode), resolve_limits(limits).name
-    return torch.ops.evenmoe.update_expert(**of_right_types("update_expert", given))
+    call = UpdateExpertCall(
+        expert_ids=expert_ids,
+        eplb_table=eplb_table,
+        local_rank_id=local_rank_id,
+        world_size=world_size,
+        balance_mode=_resolve_mode(balance_mode),
+        expert_scales=expert_scales,
+        pruning_threshold=pruning_threshold,
+        active_mask=active_mask,
+        check_values=check_values,
+        limits=resolve_limits(limits),
+    )
+    return torch.ops.evenmoe.update_expert(**check_types("update_expert", call))
 
 
 def prepare(
@@ -96,21 +109,20 @@ def prepare(
     >>> prepare(table, local_rank_id=4, world_size=8)(torch.tensor([[0, 1]])).tolist()
     [[0, 7]]
     """
-    given = {
-        "expert_ids": torch.zeros((1, 1), dtype=torch.int32),  # in place of those to come
-        "eplb_table": eplb_table,
-        **dict.fromkeys(("expert_scales", "pruning_threshold", "active_mask")),
-        "local_rank_id": local_rank_id,
-        "world_size": world_size,
-        "balance_mode": _resolve_mode(balance_mode),
-        "check_values": check_values,
-        "limits": UNLIMITED.name,
-    }
-    given = of_right_types("update_expert", given)
-    _check(given)
+    call = UpdateExpertCall(
+        expert_ids=torch.zeros((1, 1), dtype=torch.int32),  # in place of those to come
+        eplb_table=eplb_table,
+        local_rank_id=local_rank_id,
+        world_size=world_size,
+        balance_mode=_resolve_mode(balance_mode),
+        check_values=check_values,
+        limits=UNLIMITED,
+    )
+    check_types("update_expert", call)
+    _check(call)
     # A copy, since the token and occurrence rules read the table later, when its owner may have changed it.
     return PreparedUpdate(
-        given["eplb_table"].clone(), given["local_rank_id"], given["world_size"], given["balance_mode"], check_values
+        call.eplb_table.clone(), index(local_rank_id), index(world_size), call.balance_mode, check_values
     )
 
 
@@ -122,8 +134,7 @@ class PreparedUpdate:
     ) -> None:
         if check_values:
             check_table(eplb_table)
-        rule = _local_rules()[balance_mode]
-        self._choose = rule.prepare(eplb_table.contiguous(), -1, local_rank_id, world_size)
+        self._choose = _LOCAL_RULES[balance_mode].prepare(eplb_table.contiguous(), -1, local_rank_id, world_size)
         self._num_experts, self._check_values = eplb_table.shape[0], check_values
 
     def __call__(self, expert_ids: torch.Tensor) -> torch.Tensor:
@@ -133,29 +144,28 @@ class PreparedUpdate:
         return self._choose(expert_ids)
 
 
-def _run(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    _check(given)
-    expert_ids = given["expert_ids"]
+def _run(call: UpdateExpertCall[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    _check(call)
+    expert_ids = call.expert_ids
     prepared = PreparedUpdate(
-        given["eplb_table"], given["local_rank_id"], given["world_size"], given["balance_mode"], given["check_values"]
+        call.eplb_table, call.local_rank_id, call.world_size, call.balance_mode, call.check_values
     )
-    if given["expert_scales"] is None or given["pruning_threshold"] is None:
+    if call.expert_scales is None or call.pruning_threshold is None:
         mask = torch.ones(expert_ids.shape, dtype=torch.bool, device=expert_ids.device)
     else:
-        mask = _keep(given["expert_scales"], given["pruning_threshold"], given["active_mask"])
+        mask = _keep(call.expert_scales, call.pruning_threshold, call.active_mask)
     return prepared(expert_ids), mask
 
 
-def _check(given: dict[str, Any]) -> None:
+def _check(call: UpdateExpertCall[torch.Tensor]) -> None:
     """What the contract says of shapes, dtypes and attributes."""
-    arguments = {name: value for name, value in given.items() if name not in ("check_values", "limits")}
-    if given["balance_mode"] not in _ASCEND_MODES:
-        arguments["balance_mode"] = 0  # they take what the rank rule takes
-    check_update_expert(**specs_of(arguments), limits=resolve_limits(given["limits"]))
+    if call.balance_mode not in _ASCEND_MODES:
+        call = replace(call, balance_mode=0)  # they take what the rank rule takes
+    check_update_expert_call(specs_of(call))
 
 
-def _fake(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    ids = given["expert_ids"]
+def _fake(call: UpdateExpertCall[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    ids = call.expert_ids
     return ids.new_empty(ids.shape), ids.new_empty(ids.shape, dtype=torch.bool)
 
 
@@ -169,20 +179,12 @@ def _keep(scales: torch.Tensor, threshold: torch.Tensor, active_mask: torch.Tens
     return keep if active_mask is None else keep & active_mask[:, None]
 
 
-@cache
-def _local_rules() -> dict[int, Rule]:
-    """By their number, the rules that need nothing of other ranks."""
-    rules = [RULES.get(name) for name in RULES]
-    return {rule.balance_mode: rule for rule in rules if rule.balance_mode is not None}
-
-
 def _resolve_mode(balance_mode: int | str) -> int:
-    rules = _local_rules()
-    modes: dict[int | str, int] = {rule.name: mode for mode, rule in rules.items()}
-    modes |= {mode: mode for mode in _ASCEND_MODES}
+    modes = {rule.name: mode for mode, rule in _LOCAL_RULES.items()} | {mode: mode for mode in _ASCEND_MODES}
     if balance_mode not in tuple(modes):  # a tuple, since what is asked for may be no key at all
         names = [
-            f'{mode} or "{rule.name}"' if mode in _ASCEND_MODES else f'"{rule.name}"' for mode, rule in rules.items()
+            f'{mode} or "{rule.name}"' if mode in _ASCEND_MODES else f'"{rule.name}"'
+            for mode, rule in _LOCAL_RULES.items()
         ]
         raise ConstraintError(
             "balance_mode",
@@ -193,12 +195,4 @@ def _resolve_mode(balance_mode: int | str) -> int:
     return modes[balance_mode]
 
 
-register(
-    "update_expert",
-    required=("expert_ids", "eplb_table"),
-    optional=("expert_scales", "pruning_threshold", "active_mask"),
-    attributes={"local_rank_id": "int", "world_size": "int", "balance_mode": "int", **CHECKS},
-    outputs=2,
-    run=_run,
-    fake=_fake,
-)
+register("update_expert", _run, _fake)

@@ -1,73 +1,70 @@
-"""The weighted sum of a token's rows in float32: the half of combine that stays at home (§3.4).
+"""The weighted sum of a token's rows in float32: the local half of combine (§3.4).
 
 Shapes: Bs tokens, H hidden, K experts per token, Sn shared experts on ranks of their own, N rows received.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from evenmoe.contract.layout import Layout
+from evenmoe.ops.exchange import active_tokens, sent_entries
 from evenmoe.ops.numerics import softmax_of_two, tree_sum
-from evenmoe.ops.routing import active_tokens, sent_entries
+from evenmoe.ops.operator import Combining
 
 
 def accumulate(
-    layout: Layout, rows: torch.Tensor, place: torch.Tensor, given: Mapping[str, Any]
+    layout: Layout, rows: torch.Tensor, position: torch.Tensor, call: Combining
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """§3.4 up to the final rounding: weighted rows in ascending k, then shared experts, then shared_expert_x.
 
-    Each product is rounded to float32 before it is added; places without a row add nothing.
+    Each product is rounded to float32 before it is added; assignments without a row add nothing.
 
     Returns:
         float32 (Bs, H) sums; bool (Bs,) active tokens, whose sums count.
     """
-    expert_ids, scales = given["expert_ids"], given["expert_scales"]
+    expert_ids, scales = call.expert_ids, call.expert_scales
     num_tokens, top_k = expert_ids.shape
-    active = active_tokens(num_tokens, given["x_active_mask"], expert_ids.device)
-    home = sent_entries(expert_ids, layout, given["x_active_mask"])
-    has_virtual = (given["zero_expert_num"] + given["copy_expert_num"] + given["const_expert_num"]) > 0
+    active = active_tokens(num_tokens, call.x_active_mask, expert_ids.device)
+    sent = sent_entries(expert_ids, layout, call.x_active_mask)
     total = torch.zeros((num_tokens, layout.hidden), dtype=torch.float32, device=rows.device)
-    place = torch.where(torch.cat([home, active[:, None].expand(-1, layout.shared_experts)], dim=1), place, -1)
+    position = torch.where(torch.cat([sent, active[:, None].expand(-1, layout.shared_experts)], dim=1), position, -1)
     weights = torch.cat([scales.float(), scales.new_ones((num_tokens, layout.shared_experts))], dim=1)
-    if has_virtual:  # their terms stand between those of the rows, by k
+    if call.virtual_experts:  # their terms stand between those of the rows, by k
         for k in range(top_k):
-            add_rows(total, rows, place[:, k : k + 1], weights[:, k : k + 1])
-            _add_virtual(total, k, layout, given)
-        place, weights = place[:, top_k:], weights[:, top_k:]
-    add_rows(total, rows, place, weights)
-    if given["shared_expert_x"] is not None:
-        total += given["shared_expert_x"].reshape(num_tokens, layout.hidden).float()
+            add_rows(total, rows, position[:, k : k + 1], weights[:, k : k + 1])
+            _add_virtual(total, k, layout, call)
+        position, weights = position[:, top_k:], weights[:, top_k:]
+    add_rows(total, rows, position, weights)
+    if call.shared_expert_x is not None:
+        total += call.shared_expert_x.reshape(num_tokens, layout.hidden).float()
     return total, active
 
 
-def add_rows(total: torch.Tensor, rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor) -> None:
-    """total[t] += weights[t, k] · rows[place[t, k]] for ascending k, each product rounded to float32 first.
+def add_rows(total: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, weights: torch.Tensor) -> None:
+    """total[t] += weights[t, k] · rows[position[t, k]] for ascending k, each product rounded to float32 first.
 
     Args:
         total: float32 (T, H), contiguous, changed in place.
         rows: (N, H) of any float dtype.
-        place: int64 (T, K), −1 where there is no row.
+        position: int64 (T, K), −1 where there is no row.
         weights: float32 (T, K); what they hold where there is no row does not matter.
     """
     if rows.device.type == "cpu" and rows.dtype in (torch.bfloat16, torch.float32):
         from evenmoe.ops import sum_kernels
 
-        rows, place, weights = rows.contiguous(), place.contiguous(), weights.contiguous()
+        rows, position, weights = rows.contiguous(), position.contiguous(), weights.contiguous()
         add = sum_kernels.add_float32
         if rows.dtype == torch.bfloat16:
             rows, add = rows.view(torch.uint16), sum_kernels.add_bfloat16
-        add(total.numpy(), rows.numpy(), place.numpy(), weights.numpy())
+        add(total.numpy(), rows.numpy(), position.numpy(), weights.numpy())
         return
     for tokens in chunks(len(total), max(total.shape[1], 1), rows.device):
         part = total[tokens]
-        for k in range(place.shape[1]):
-            where = (place[tokens, k] >= 0).nonzero().flatten()
+        for k in range(position.shape[1]):
+            where = (position[tokens, k] >= 0).nonzero().flatten()
             if where.numel():
-                term = rows.index_select(0, place[tokens, k][where]).float()
+                term = rows.index_select(0, position[tokens, k][where]).float()
                 part[where] += term.mul_(weights[tokens, k][where, None])
 
 
@@ -77,23 +74,26 @@ def chunks(num_tokens: int, hidden: int, device: torch.device) -> list[slice]:
     return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
 
-def _add_virtual(total: torch.Tensor, k: int, layout: Layout, given: Mapping[str, Any]) -> None:
+def _add_virtual(total: torch.Tensor, k: int, layout: Layout, call: Combining) -> None:
     """Copy and const experts, computed where the token lives (§2.10, §3.4); zero experts add nothing."""
-    ids = given["expert_ids"][:, k].long() - layout.num_experts - given["zero_expert_num"]
-    mask = given["x_active_mask"]
+    ids = call.expert_ids[:, k].long() - layout.num_experts - call.zero_expert_num
+    mask, weights = call.x_active_mask, call.expert_scales[:, k, None]
     if mask is not None and mask.dim() == 2:
         ids = torch.where(mask[:, k], ids, -1)
-    weights = given["expert_scales"][:, k, None]
-    copies = given["copy_expert_num"]
-    where = ((ids >= 0) & (ids < copies)).nonzero().flatten()
+    where = ((ids >= 0) & (ids < call.copy_expert_num)).nonzero().flatten()
     if where.numel():
-        total[where] += weights[where] * given["ori_x"][where].float()
-    where = (ids >= copies).nonzero().flatten()
+        assert call.ori_x is not None
+        total[where] += weights[where] * call.ori_x[where].float()
+    where = (ids >= call.copy_expert_num).nonzero().flatten()
     if where.numel():
-        which = ids[where] - copies
-        x = given["ori_x"][where].float()
-        first = tree_sum(given["const_expert_alpha_1"][which].float() * x)
-        second = tree_sum(given["const_expert_alpha_2"][which].float() * x)
+        assert call.ori_x is not None
+        assert call.const_expert_alpha_1 is not None
+        assert call.const_expert_alpha_2 is not None
+        assert call.const_expert_v is not None
+        which = ids[where] - call.copy_expert_num
+        x = call.ori_x[where].float()
+        first = tree_sum(call.const_expert_alpha_1[which].float() * x)
+        second = tree_sum(call.const_expert_alpha_2[which].float() * x)
         p1, p2 = softmax_of_two(first, second)
-        mixed = p1[:, None] * x + p2[:, None] * given["const_expert_v"][which].float()
+        mixed = p1[:, None] * x + p2[:, None] * call.const_expert_v[which].float()
         total[where] += weights[where] * mixed

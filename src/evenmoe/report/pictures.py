@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from matplotlib import rc_context, rcdefaults, rcParams
@@ -24,23 +23,6 @@ from evenmoe.report.markup import shortened
 
 INK, MUTED, RULE = "#1b2129", "#515b67", "#d5dae1"
 DPI = 160
-#: The user's own matplotlibrc must not change the bytes, nor may `$` in a name start a formula.
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "text.color": INK,
-    "text.parse_math": False,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "legend.frameon": False,
-}
 
 
 def draw_pictures(content: Content) -> dict[str, bytes]:
@@ -48,9 +30,31 @@ def draw_pictures(content: Content) -> dict[str, bytes]:
     pictures = {"par": _par, "load": _load, "replicas": _replicas, "traffic": _traffic, "time": _time}
     with rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn, which will do
-        rcdefaults()
-        rcParams.update(STYLE)
+        _set_style()
         return {f"{name}.png": _png(draw, content) for name, draw in pictures.items()}
+
+
+def _set_style() -> None:
+    """The user's own matplotlibrc must not change the bytes, nor may `$` in a name start a formula."""
+    rcdefaults()
+    rcParams.update(
+        {
+            "font.family": "DejaVu Sans",
+            "font.size": 10,
+            "text.color": INK,
+            "text.parse_math": False,
+            "axes.edgecolor": RULE,
+            "axes.labelcolor": MUTED,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlelocation": "left",
+            "axes.titlesize": 11,
+            "axes.titleweight": "bold",
+            "xtick.color": MUTED,
+            "ytick.color": MUTED,
+            "legend.frameon": False,
+        }
+    )
 
 
 def _png(draw: Callable[[Figure, Content], None], content: Content) -> bytes:

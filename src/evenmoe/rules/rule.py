@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.errors import ConstraintError
-from evenmoe.metrics import FloatArray, as_load
+from evenmoe.metrics import FloatArray, as_load_of
 from evenmoe.placement import Placement
 
 if TYPE_CHECKING:
@@ -117,15 +117,7 @@ class Rule:
         >>> [RULES.get(name).slot_loads([[6, 1, 3]], placement).tolist() for name in ("even", "batch")]
         [[[3.0, 1.0, 3.0, 3.0]], [[4.0, 1.0, 2.0, 3.0]]]
         """
-        tokens = as_load(load)
-        if tokens.shape[-2:] != (placement.num_layers, placement.num_experts):
-            raise ConstraintError(
-                "load",
-                f"an array of shape {tokens.shape}",
-                f"must end in the placement's layers and experts, ({placement.num_layers}, {placement.num_experts})",
-                "pass the load of the same model",
-            )
-        return self._slot_loads(tokens, placement)
+        return self._slot_loads(as_load_of(load, placement), placement)
 
     def _slot_loads(self, tokens: FloatArray, placement: Placement) -> FloatArray:
         shares = self.shares(placement)

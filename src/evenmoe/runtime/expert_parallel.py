@@ -7,26 +7,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import numpy as np
 import torch
 
 from evenmoe.contract.layout import Layout, make_layout
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
-from evenmoe.ops.exchange import exchange, prepare_sending
-from evenmoe.ops.routing import Routing, route
-from evenmoe.ops.specs import refuse_other_places
+from evenmoe.ops.exchange import Routing, exchange, positions_of, prepare_returning, prepare_sending, route
+from evenmoe.ops.operator import check_devices, check_tensors
 from evenmoe.ops.weighted_sum import add_rows
 from evenmoe.rules.catalogue import RULES
 from evenmoe.rules.rule import Rule
 from evenmoe.rules.table import check_table_of_slots, counted_entries
-from evenmoe.transport.agreement import DISPATCH, LAYER, digest, dtype_code
-from evenmoe.transport.call import GroupCall, Incoming, Outgoing, together
+from evenmoe.transport.agreement import LAYER, Header, digest, dtype_code
+from evenmoe.transport.call import GroupCall, together
 from evenmoe.transport.process_world import Group, transport_of
 
 _DISPATCH, _COMBINE = "ExpertParallel.dispatch", "ExpertParallel.combine"
 _BATCH = "batch rule of ExpertParallel.dispatch"
+_KEPT = 256  # plans of a layer: as many batch sizes; a plan is a kilobyte
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,14 @@ class DispatchedRows:
     group_name: str
     layer: int
     number: int
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What follows from the shapes and dtypes of a dispatch, checked once for all that have them."""
+
+    layout: Layout
+    header: Header
 
 
 class ExpertParallel:
@@ -124,11 +131,12 @@ class ExpertParallel:
         self.num_experts = eplb_table.shape[0]
         experts, slots = counted_entries(self._table)
         self._table_digest = digest(experts * num_slots + slots)
-        names = {digest(name.encode()): name for name in (*RULES, self.rule)}
-        self._choices = {"`rule`": defaultdict(lambda: "another rule", names)}
         self._given_layer, self.layer = layer, ep.next_layer() if layer is None else layer
+        self._plans: dict[tuple[object, ...], _Plan] = {}
+        self._combine_headers: dict[tuple[int, torch.dtype], Header] = {}
+        self._batch_header = Header(_BATCH, {LAYER: self.layer})
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallel:
+    def __deepcopy__(self, memo: object) -> ExpertParallel:
         return ExpertParallel(
             self._group,
             self._table,
@@ -164,29 +172,27 @@ class ExpertParallel:
                 another rank; the same error on every rank.
             LostRankError: a rank is gone or was interrupted; `.ranks` says which. The group is closed for good.
         """
-        call = self._call(_DISPATCH, x)
+        call = GroupCall(self._group, _DISPATCH, x)
         with together(call):
-            refuse_other_types(x=x, topk_ids=topk_ids, topk_weights=topk_weights)
-            refuse_other_places({"x": x, "topk_ids": topk_ids, "topk_weights": topk_weights})
-            self._check(x, topk_ids, topk_weights)
+            plan = self._plan(x, topk_ids, topk_weights)
+            layout, header, counted = plan.layout, plan.header, self._counted(topk_ids)
             weights = topk_weights.to(torch.float32, copy=True)  # the caller may write to them before combine
-            layout, counted = self._layout(x, topk_ids), topk_ids >= 0
-            number, sizes = self._group.number(), self._sizes(x, topk_ids)
+            by_rank = to_slots = None
             if self._rule.needs_counts:
-                by_rank = self._count_experts(call, topk_ids, counted, sizes)
-                routing = route(self._slots(topk_ids, counted, by_rank), layout, None)
-                sending = prepare_sending(routing, x.shape[0], x.shape[1:], x)
-                to_slots = self._choose.slot_counts(by_rank)
-                sent = routing.counts if to_slots is None else routing.counts[:, :0]
-                counts = call.agree({LAYER: self.layer}, sent, sending.outgoing, operator=_BATCH)
-                if to_slots is not None:
-                    first = layout.rank * layout.experts_per_rank
-                    own = to_slots[:, first : first + layout.experts_per_rank]
-                    counts = torch.from_numpy(own.copy()).to(x.device)
+                by_rank = call.agree(header, self._count_experts(topk_ids)).cpu().numpy()
+                to_slots, header = self._choose.slot_counts(by_rank), self._batch_header
+            if counted is None:
+                slots = self._choose(topk_ids, None, by_rank)
             else:
-                routing = route(self._slots(topk_ids, counted), layout, None)
-                sending = prepare_sending(routing, x.shape[0], x.shape[1:], x)
-                counts = call.agree(sizes, routing.counts, sending.outgoing, choices=self._choices)
+                slots = self._choose(torch.where(counted, topk_ids, 0), counted, by_rank)
+                slots = torch.where(counted, slots, self.num_slots)  # which `route` leaves here
+            routing = route(slots, layout)
+            sending = prepare_sending(routing, layout.num_tokens, (layout.hidden,), x)
+            sent = routing.counts if to_slots is None else routing.counts[:, :0]  # they follow from the others' counts
+            counts = call.agree(header, sent, sending.outgoing)
+            if to_slots is not None:
+                first = layout.rank * layout.experts_per_rank
+                counts = torch.from_numpy(to_slots[:, first : first + layout.experts_per_rank].copy()).to(x.device)
             received = exchange(call, sending, counts, x, sending.token)
             return DispatchedRows(
                 received.rows,
@@ -198,7 +204,7 @@ class ExpertParallel:
                 weights,
                 self._group.name,
                 self.layer,
-                number,
+                call.number,
             )
 
     def combine(self, dispatched: DispatchedRows, expert_out: torch.Tensor) -> torch.Tensor:
@@ -219,21 +225,16 @@ class ExpertParallel:
                 the call failed on another rank; the same error on every rank.
             LostRankError: as in `dispatch`.
         """
-        call = self._call(_COMBINE, expert_out)
+        call = GroupCall(self._group, _COMBINE, expert_out)
         with together(call):
-            self._check_combine(dispatched, expert_out)
-            sizes = {
-                LAYER: self.layer,
-                DISPATCH: dispatched.number,
-                "hidden size of `expert_out`": expert_out.shape[1],
-                "dtype of `expert_out`": dtype_code(expert_out.dtype),
-            }
-            world_size = self._group.world_size
-            back = torch.bincount(dispatched.source_rank, minlength=world_size).tolist()
-            order = torch.sort(dispatched.source_rank, stable=True).indices
-            sent_out = dispatched.routing.counts.sum(dim=1).tolist()
-            outgoing = Outgoing([0] * world_size, back, expert_out.shape[1:], expert_out)
-            home = call.agree(sizes, torch.tensor(back, device=expert_out.device)[:, None], outgoing)[:, 0].tolist()
+            header = self._check_combine(dispatched, expert_out)
+            source, routing, weights = dispatched.source_rank, dispatched.routing, dispatched.topk_weights
+            returning = prepare_returning(
+                source, self._group.world_size, expert_out.shape[1:], expert_out, numbered=False
+            )
+            back = torch.tensor(returning.outgoing.rows)[:, None]
+            home = call.agree(header, back, returning.outgoing, dispatched.number)[:, 0].tolist()
+            sent_out = routing.counts.sum(dim=1).tolist()
             if home != sent_out:
                 raise ConstraintError(
                     "dispatched",
@@ -241,52 +242,78 @@ class ExpertParallel:
                     "must be what dispatch returned, unchanged",
                     "pass it to combine as it is",
                 )
-            incoming = call.exchange(expert_out, order)
-            return _weighted_sum(incoming, dispatched.routing, dispatched.topk_weights)
+            incoming = call.exchange(expert_out, returning.order)
+            # Rows return in the order in which `routing` sent the tokens out, so each one's position is known.
+            entries = routing.token * weights.shape[1] + routing.k
+            position = positions_of(incoming, entries, weights.numel()).view(weights.shape)
+            total = expert_out.new_zeros((len(weights), expert_out.shape[1]), dtype=torch.float32)
+            add_rows(total, incoming.buffer, position, weights)
+            return total.to(expert_out.dtype)
 
-    def _call(self, operator: str, rows: object) -> GroupCall:
-        """This rank's part in a call; `rows` are to be exchanged, if they are a tensor at all."""
-        travels = isinstance(rows, torch.Tensor) and rows.device.type != "meta"
-        return GroupCall(self._group, operator, rows.device if travels else "cpu")  # pyright: ignore[reportAttributeAccessIssue]
+    def _plan(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> _Plan:
+        """What is known of calls with such arguments; they are checked when the first of them comes."""
+        key: list[object] = []
+        for tensor in (x, topk_ids, topk_weights):
+            if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_nested:
+                break  # no call with such a tensor has passed the checks
+            trained = tensor.requires_grad and torch.is_grad_enabled()
+            key += tensor.shape, tensor.dtype, tensor.device, trained
+        plan = self._plans.get(tuple(key))
+        if plan is None:
+            self._check(x, topk_ids, topk_weights)
+            (num_tokens, hidden), top_k = x.shape, topk_ids.shape[1]
+            layout = make_layout(
+                ep=self._group.world_size,
+                rank=self._group.rank,
+                num_experts=self.num_slots,
+                num_tokens=num_tokens,
+                hidden=hidden,
+                top_k=top_k,
+            )
+            sizes = {
+                LAYER: self.layer,
+                "hidden size of `x`": hidden,
+                "dtype of `x`": dtype_code(x.dtype),
+                "top-k of `topk_ids`": top_k,
+                "logical experts": self.num_experts,
+                "`num_slots`": self.num_slots,
+                "`rule`": digest(self.rule.encode()),
+                "digest of the EPLB table": self._table_digest,
+            }
+            if len(self._plans) >= _KEPT:
+                self._plans.clear()
+            names = {digest(name.encode()): name for name in (*RULES, self.rule)}
+            choices = {"`rule`": defaultdict(lambda: "another rule", names)}
+            plan = self._plans[tuple(key)] = _Plan(layout, Header(_DISPATCH, sizes, choices))
+        return plan
 
-    def _count_experts(
-        self, call: GroupCall, topk_ids: torch.Tensor, counted: torch.Tensor, sizes: dict[str, int]
-    ) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """int64 (W, E), every rank's entries of every expert, which the batch rule needs before it chooses."""
-        experts = torch.where(counted, topk_ids, self.num_experts).flatten().long()
+    def _counted(self, topk_ids: torch.Tensor) -> torch.Tensor | None:
+        """bool (T, K), where there is an expert to compute; None where that is known to be everywhere.
+
+        Raises:
+            ConstraintError: an id that is no expert's, unless values are not looked at.
+        """
+        if not self._check_values or not topk_ids.numel():
+            return topk_ids >= 0
+        low, high = torch.aminmax(topk_ids)
+        if low < -1 or high >= self.num_experts:
+            token, k = ((topk_ids < -1) | (topk_ids >= self.num_experts)).nonzero()[0].tolist()
+            raise ConstraintError(
+                "topk_ids",
+                f"{int(topk_ids[token, k])} for token {token}, k {k}",
+                f"must be a logical expert, 0 to {self.num_experts - 1}, or -1 for none",
+                "route to the experts of the table",
+            )
+        return topk_ids >= 0 if low < 0 else None
+
+    def _count_experts(self, topk_ids: torch.Tensor) -> torch.Tensor:
+        """int64 (W, E), this rank's assignments to every expert, for every rank."""
+        experts = torch.where(topk_ids >= 0, topk_ids, self.num_experts).flatten()
         by_expert = torch.bincount(experts, minlength=self.num_experts + 1)[: self.num_experts]
-        everywhere = by_expert.expand(self._group.world_size, -1)
-        return call.agree(sizes, everywhere, choices=self._choices).cpu().numpy()
+        return by_expert.expand(self._group.world_size, -1)
 
-    def _slots(self, topk_ids: torch.Tensor, counted: torch.Tensor, by_rank: np.ndarray | None = None) -> torch.Tensor:
-        """Slot ids; S, which `route` leaves at home, where nothing is to be computed."""
-        experts = torch.where(counted, topk_ids, 0)
-        return torch.where(counted, self._choose(experts, counted, by_rank), self.num_slots)
-
-    def _layout(self, x: torch.Tensor, topk_ids: torch.Tensor) -> Layout:
-        return make_layout(
-            ep=self._group.world_size,
-            rank=self._group.rank,
-            num_experts=self.num_slots,
-            num_tokens=x.shape[0],
-            hidden=x.shape[1],
-            top_k=topk_ids.shape[1],
-        )
-
-    def _sizes(self, x: torch.Tensor, topk_ids: torch.Tensor) -> dict[str, int]:
-        return {
-            LAYER: self.layer,
-            "hidden size of `x`": x.shape[1],
-            "dtype of `x`": dtype_code(x.dtype),
-            "top-k of `topk_ids`": topk_ids.shape[1],
-            "logical experts": self.num_experts,
-            "`num_slots`": self.num_slots,
-            "`rule`": digest(self.rule.encode()),
-            "digest of the EPLB table": self._table_digest,
-        }
-
-    def _check_combine(self, dispatched: DispatchedRows, expert_out: torch.Tensor) -> None:
-        refuse_other_types(expert_out=expert_out)
+    def _check_combine(self, dispatched: DispatchedRows, expert_out: torch.Tensor) -> Header:
+        check_tensors(expert_out=expert_out)
         if not isinstance(dispatched, DispatchedRows):
             raise UnsupportedTypeError(
                 "dispatched",
@@ -308,11 +335,22 @@ class ExpertParallel:
                 f"must have one row for each of the {dispatched.rows.shape[0]} dispatched rows",
                 "apply each slot's expert to its num_tokens_per_expert rows and keep their order",
             )
-        refuse_other_places({"dispatched.rows": dispatched.rows, "expert_out": expert_out})
-        _refuse_whole_numbers("expert_out", expert_out)
-        _refuse_gradients("expert_out", expert_out)
+        check_devices({"dispatched.rows": dispatched.rows, "expert_out": expert_out})
+        _check_floats("expert_out", expert_out)
+        key = expert_out.shape[1], expert_out.dtype
+        header = self._combine_headers.get(key)
+        if header is None:
+            sizes = {
+                LAYER: self.layer,
+                "hidden size of `expert_out`": expert_out.shape[1],
+                "dtype of `expert_out`": dtype_code(expert_out.dtype),
+            }
+            header = self._combine_headers[key] = Header(_COMBINE, sizes)
+        return header
 
     def _check(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
+        check_tensors(x=x, topk_ids=topk_ids, topk_weights=topk_weights)
+        check_devices({"x": x, "topk_ids": topk_ids, "topk_weights": topk_weights})
         if x.dim() != 2:
             raise ConstraintError("x", f"of shape {tuple(x.shape)}", "must be (tokens, hidden)", "flatten the batch")
         if topk_ids.dim() != 2 or topk_ids.shape[0] != x.shape[0] or topk_ids.shape[1] < 1:
@@ -331,44 +369,13 @@ class ExpertParallel:
             )
         if topk_ids.dtype not in (torch.int32, torch.int64):
             raise UnsupportedTypeError("topk_ids", topk_ids.dtype, "must be int32 or int64", "convert it")
-        for name, tensor in (("x", x), ("topk_weights", topk_weights)):
-            _refuse_whole_numbers(name, tensor)
-            _refuse_gradients(name, tensor)
-        if self._check_values and topk_ids.numel():
-            low, high = torch.aminmax(topk_ids)
-            if low < -1 or high >= self.num_experts:
-                token, k = ((topk_ids < -1) | (topk_ids >= self.num_experts)).nonzero()[0].tolist()
-                raise ConstraintError(
-                    "topk_ids",
-                    f"{int(topk_ids[token, k])} for token {token}, k {k}",
-                    f"must be a logical expert, 0 to {self.num_experts - 1}, or -1 for none",
-                    "route to the experts of the table",
-                )
+        _check_floats("x", x)
+        _check_floats("topk_weights", topk_weights)
 
 
-def _weighted_sum(incoming: Incoming, routing: Routing, topk_weights: torch.Tensor) -> torch.Tensor:
-    """Rows come home in the order in which `routing` sent the tokens out, so each one's place is known."""
-    (num_tokens, top_k), rows = topk_weights.shape, incoming.buffer
-    place = torch.full((num_tokens, top_k), -1, dtype=torch.int64, device=rows.device)
-    place[routing.token, routing.k] = incoming.positions()
-    total = torch.zeros((num_tokens, rows.shape[1]), dtype=torch.float32, device=rows.device)
-    add_rows(total, rows, place, topk_weights)
-    return total.to(rows.dtype)
-
-
-def refuse_other_types(**tensors: object) -> None:
-    """Raises UnsupportedTypeError for the first that is no tensor, None included."""
-    for name, value in tensors.items():
-        if not isinstance(value, torch.Tensor):
-            raise UnsupportedTypeError(name, f"a {type(value).__name__}", "must be a torch.Tensor", "use torch.tensor")
-
-
-def _refuse_whole_numbers(name: str, tensor: torch.Tensor) -> None:
+def _check_floats(name: str, tensor: torch.Tensor) -> None:
     if not tensor.is_floating_point():
         raise UnsupportedTypeError(name, tensor.dtype, "must be a float dtype", "convert it")
-
-
-def _refuse_gradients(name: str, tensor: torch.Tensor) -> None:
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ConstraintError(
             name,

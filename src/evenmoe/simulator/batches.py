@@ -1,20 +1,65 @@
-"""The batches of a replay: what every source rank's tokens pick, step by step.
+"""The batches of a replay: what the tokens of every source rank are assigned to, step by step.
 
-`RoutedBatches` deals recorded tokens, so every pick is known. `DrawnBatches` draws counts of picks from loads.
+`RoutedBatches` takes recorded tokens, whose every assignment is known. `DrawnBatches` draws counts from loads.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from evenmoe.errors import ConstraintError
 from evenmoe.metrics import FloatArray
-from evenmoe.simulator.world import World
 from evenmoe.traces.trace import Trace
 
-Counts = npt.NDArray[np.signedinteger]  # of `World.count_type`
+Counts = npt.NDArray[np.signedinteger]  # of `Cluster.count_type`
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Ranks, nodes and the batch of each rank.
+
+    Attributes:
+        num_ranks: G, every one of which is a source rank and holds experts.
+        num_nodes: nodes that share the ranks evenly, in rank order.
+        tokens_per_rank: B, tokens of one source rank in one step.
+
+    Raises:
+        ConstraintError: a count below 1, or nodes that do not divide the ranks.
+
+    >>> Cluster(8, 2, 128).ranks_per_node
+    4
+    """
+
+    num_ranks: int
+    num_nodes: int = 1
+    tokens_per_rank: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("num_ranks", "num_nodes", "tokens_per_rank"):
+            if getattr(self, name) < 1:
+                raise ConstraintError(name, getattr(self, name), "must be at least 1", "use 1 or more")
+        if self.num_ranks % self.num_nodes:
+            fitting = [nodes for nodes in range(1, self.num_ranks + 1) if self.num_ranks % nodes == 0]
+            raise ConstraintError(
+                "num_nodes", self.num_nodes, f"must divide the {self.num_ranks} ranks evenly", f"use one of {fitting}"
+            )
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.num_ranks // self.num_nodes
+
+    def fewest_slots(self, num_experts: int) -> int:
+        """The fewest slots that hold every expert and that the ranks can share."""
+        return -(-num_experts // self.num_ranks) * self.num_ranks
+
+    @property
+    def count_type(self) -> type[np.signedinteger]:
+        """The smallest integers that count an expert's assignments on a rank: a replay waits for their memory."""
+        return np.int16 if self.tokens_per_rank < 1 << 15 else np.int32
 
 
 class Batches(Protocol):
@@ -35,36 +80,36 @@ class Batches(Protocol):
         ...
 
     def count(self, layer: int, counts: Counts) -> None:
-        """Fill `counts` (E, G) with this step's picks of each expert on each source rank."""
+        """Fill `counts` (E, G) with this step's assignments of each expert on each source rank."""
         ...
 
 
-def new_batches(trace: Trace, world: World, num_steps: int, top_k: int, seed: int, chunk: int) -> Batches:
+def new_batches(trace: Trace, cluster: Cluster, num_steps: int, top_k: int, seed: int, chunk: int) -> Batches:
     """The batches of a trace: its own tokens where it has them, else drawn ones."""
     if trace.routing is not None:
-        return RoutedBatches(trace, world, chunk)
-    return DrawnBatches(trace, world, num_steps, top_k, seed)
+        return RoutedBatches(trace, cluster, chunk)
+    return DrawnBatches(trace, cluster, num_steps, top_k, seed)
 
 
 class RoutedBatches:
-    """Recorded tokens, dealt to the source ranks request by request.
+    """Recorded tokens, assigned to the source ranks request by request.
 
-    Every rank has B / chunk lanes, each of which gives `chunk` consecutive tokens of one request to every step
-    (`deal_kernels.deal_tokens`). With chunk = B a rank works through one request after the other, as in prefill; with
-    chunk = 1 each of its B requests advances by one token a step, as in decode. A trace without `seq_start` counts as
-    requests of one token.
+    Every rank has B / chunk streams, each of which gives `chunk` consecutive tokens of one request to every step
+    (`batch_kernels.assign_tokens`). With chunk = B a rank works through one request after the other, as in prefill;
+    with chunk = 1 each of its B requests advances by one token a step, as in decode. A trace without `seq_start` counts
+    as requests of one token.
     """
 
-    def __init__(self, trace: Trace, world: World, chunk: int) -> None:
+    def __init__(self, trace: Trace, cluster: Cluster, chunk: int) -> None:
         assert trace.routing is not None
         self._routing = trace.routing
-        self._world = world
+        self._cluster = cluster
         starts = np.arange(len(trace.routing) + 1) if trace.seq_start is None else trace.seq_start
         self._starts = np.ascontiguousarray(starts, np.int64)
-        lanes = world.num_ranks * world.tokens_per_rank // chunk
-        self._position, self._end = np.zeros(lanes, np.int64), np.zeros(lanes, np.int64)
+        streams = cluster.num_ranks * cluster.tokens_per_rank // chunk
+        self._position, self._end = np.zeros(streams, np.int64), np.zeros(streams, np.int64)
         self._following = 0
-        self._tokens = np.empty((lanes, chunk), np.int64)
+        self._tokens = np.empty((streams, chunk), np.int64)
         self._batch: npt.NDArray[np.integer] | None = None
         self.notes: tuple[str, ...] = (
             "Every pick is the recorded one: rank loads, rows and copies are exact.",
@@ -73,12 +118,12 @@ class RoutedBatches:
         )
 
     def advance(self) -> None:
-        from evenmoe.simulator import deal_kernels  # not at the top: importing numba takes 0.3 s
+        from evenmoe.simulator import batch_kernels  # not at the top: importing numba takes 0.3 s
 
-        self._following = deal_kernels.deal_tokens(
+        self._following = batch_kernels.assign_tokens(
             self._starts, self._tokens.shape[1], self._position, self._end, self._following, self._tokens
         )
-        chosen = self._routing[self._tokens.reshape(self._world.num_ranks, -1)]
+        chosen = self._routing[self._tokens.reshape(self._cluster.num_ranks, -1)]
         self._batch = np.ascontiguousarray(chosen.transpose(2, 0, 1, 3))
 
     def experts(self, layer: int) -> npt.NDArray[np.integer]:
@@ -86,9 +131,9 @@ class RoutedBatches:
         return self._batch[layer]
 
     def count(self, layer: int, counts: Counts) -> None:
-        from evenmoe.simulator import share_kernels
+        from evenmoe.simulator import batch_kernels
 
-        share_kernels.count_picks(self.experts(layer), counts)
+        batch_kernels.count_assignments(self.experts(layer), counts)
 
 
 class DrawnBatches:
@@ -104,10 +149,10 @@ class DrawnBatches:
     such windows draws that layer from the last window before them that does, or else from the first one after.
     """
 
-    def __init__(self, trace: Trace, world: World, num_steps: int, top_k: int, seed: int) -> None:
+    def __init__(self, trace: Trace, cluster: Cluster, num_steps: int, top_k: int, seed: int) -> None:
         load = trace.load[:, None] if trace.load_by_rank is None else trace.load_by_rank
         self._load = load
-        self._world = world
+        self._cluster = cluster
         self._num_steps = num_steps
         self._top_k = top_k
         self._seed = seed
@@ -139,7 +184,7 @@ class DrawnBatches:
             load = self._load[begin:end].sum(axis=0, dtype=np.float64)
             self._fill_in(load, begin)
             if len(load) > 1:
-                load = _fit_ranks(load, self._world.num_ranks)
+                load = _fit_ranks(load, self._cluster.num_ranks)
             # (L, E, R), as the draws go through it
             self._chances = np.ascontiguousarray(pick_chances(load, self._top_k).transpose(1, 2, 0))
 
@@ -155,10 +200,10 @@ class DrawnBatches:
         return None
 
     def count(self, layer: int, counts: Counts) -> None:
-        from evenmoe.simulator import draw_kernels
+        from evenmoe.simulator import batch_kernels
 
-        draw_kernels.draw_counts(
-            self._chances[layer], self._world.tokens_per_rank, self._seed, self._step, layer, counts
+        batch_kernels.draw_counts(
+            self._chances[layer], self._cluster.tokens_per_rank, self._seed, self._step, layer, counts
         )
 
 
@@ -190,3 +235,36 @@ def _fit_ranks(load: FloatArray, num_ranks: int) -> FloatArray:
     begin = np.arange(num_ranks) * recorded // num_ranks
     end = np.maximum(begin + 1, (np.arange(num_ranks) + 1) * recorded // num_ranks)
     return np.stack([load[first:last].sum(axis=0) for first, last in zip(begin, end, strict=True)])
+
+
+def recorded_part(trace: Trace) -> tuple[Trace, int, tuple[str, ...]]:
+    """A trace of loads without empty windows and layers, the number of those windows, and notes on what is gone.
+
+    A trace with tokens stays as it is, since they are replayed and not its windows; and so does one of nothing at all.
+
+    >>> part, empty, notes = recorded_part(Trace("ring", np.array([[[0, 0], [3, 1]], [[0, 0], [0, 0]]])))
+    >>> part.load.tolist(), empty, notes
+    ([[[3, 1]]], 1, ('1 of 2 windows of the trace were left out: nothing was recorded in them.', \
+'1 of 2 layers were left out, without a token: 0.'))
+    """
+    if trace.routing is not None:
+        return trace, 0, ()
+    windows, layers = np.asarray(trace.load.any(axis=(1, 2))), np.asarray(trace.load.any(axis=(0, 2)))
+    if not windows.any() or (windows.all() and layers.all()):
+        return trace, 0, ()
+    notes = []
+    empty = int((~windows).sum())
+    if empty:
+        notes.append(f"{empty} of {len(windows)} windows of the trace were left out: nothing was recorded in them.")
+    if not layers.all():
+        numbers = np.arange(len(layers)) if trace.layer_ids is None else trace.layer_ids
+        gone = ", ".join(str(number) for number in numbers[~layers].tolist())
+        notes.append(f"{int((~layers).sum())} of {len(layers)} layers were left out, without a token: {gone}.")
+    by_rank = trace.load_by_rank
+    part = replace(
+        trace,
+        load=trace.load[windows][:, layers],
+        load_by_rank=None if by_rank is None else by_rank[windows][:, :, layers],
+        layer_ids=None if trace.layer_ids is None else trace.layer_ids[layers],
+    )
+    return part, empty, tuple(notes)

@@ -6,31 +6,42 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.metrics import FloatArray
-from evenmoe.simulator.batches import Batches, new_batches
+from evenmoe.simulator.batches import Batches, Cluster, new_batches, recorded_part
 from evenmoe.simulator.costs import CostModel
-from evenmoe.simulator.placing import check_policy, first_placement, plan_policy
-from evenmoe.simulator.policies import DEFAULT, parse_policies
-from evenmoe.simulator.recorded import recorded_part
+from evenmoe.simulator.policies import DEFAULT
+from evenmoe.simulator.policy_state import PolicyState
+from evenmoe.simulator.policy_text import check_policy, parse_policies
 from evenmoe.simulator.result import Simulation
-from evenmoe.simulator.settings import describe_settings
-from evenmoe.simulator.track import Track
-from evenmoe.simulator.world import World
 from evenmoe.traces.trace import Trace
 
 Progress = Callable[[int, int], None]
+
+_COSTS = {
+    "expert_flops_per_token": ("FLOP per row of an expert", "FLOP"),
+    "flops_per_s": ("achieved by a rank", "FLOP/s"),
+    "expert_bytes": ("weights of an expert", "bytes"),
+    "memory_bytes_per_s": ("reading weights", "bytes/s"),
+    "within_bytes_per_s": ("link to ranks of the node", "bytes/s"),
+    "between_bytes_per_s": ("link to other nodes", "bytes/s"),
+    "latency_us": ("latency of an exchange", "µs"),
+    "dispatch_row_bytes": ("row to an expert", "bytes"),
+    "combine_row_bytes": ("row back", "bytes"),
+    "copy_bytes": ("copied expert", "bytes"),
+}
 
 
 def simulate(
     trace: Trace,
     policies: Sequence[str] = DEFAULT,
     *,
-    world: World,
+    num_ranks: int,
+    num_nodes: int = 1,
+    tokens_per_rank: int = 128,
     costs: CostModel,
     num_slots: int | None = None,
     num_groups: int = 1,
@@ -50,10 +61,12 @@ def simulate(
     excepted); what comes later cannot change what came before.
 
     Args:
-        trace: with tokens every pick is replayed, else counts are drawn from the loads (`batches`), of the windows and
-            layers in which anything was recorded (`recorded`).
-        policies: as `--policy` takes them (`policies`); the first identity comes first, added where there is none.
-        world: ranks, nodes and tokens per rank.
+        trace: with tokens every assignment is replayed, else counts are drawn from the loads (`simulator.batches`), of
+            the windows and layers in which anything was recorded.
+        policies: as `--policy` takes them (`simulator.policies`); the first identity comes first, added if missing.
+        num_ranks: G, every one of which is a source rank and holds experts.
+        num_nodes: nodes that share the ranks evenly, in rank order.
+        tokens_per_rank: B, tokens of one source rank in one step.
         costs: what times are made from.
         num_slots: S of policies that do not say. Default: one slot per rank more than the experts need.
         num_groups: expert groups of policies that do not say, kept inside nodes; 1 plans across nodes.
@@ -75,21 +88,21 @@ def simulate(
 
     >>> trace = Trace("tiny", np.array([[[2, 0]]]), np.zeros((2, 1, 1), np.uint16), np.array([0, 2]))
     >>> costs = CostModel(1, 1, 1, 1, 1)
-    >>> found = simulate(trace, ["identity"], world=World(2, 1, 1), costs=costs, num_slots=2).policies[0]
+    >>> found = simulate(trace, ["identity"], num_ranks=2, tokens_per_rank=1, costs=costs, num_slots=2).policies[0]
     >>> found.par.tolist(), found.rank_tokens.tolist(), found.traffic.within_node.tolist()
     ([[2.0]], [[2, 0]], [1])
     """
+    cluster = Cluster(num_ranks, num_nodes, tokens_per_rank)
     trace, empty_windows, left_out = recorded_part(trace)
-    chunk = _check_chunk(chunk, world)
+    chunk = _check_chunk(chunk, cluster)
     top_k = _find_top_k(trace, top_k)
-    num_steps = _find_steps(trace, world, num_steps)
+    num_steps = _find_steps(trace, cluster, num_steps)
     refresh = max(1, num_steps // 10) if refresh is None else _at_least("refresh", refresh, 1)
     window = refresh if window is None else _at_least("window", window, 1)
-    fewest = -(-trace.num_experts // world.num_ranks) * world.num_ranks
-    num_slots = fewest + world.num_ranks if num_slots is None else num_slots
+    num_slots = cluster.fewest_slots(trace.num_experts) + num_ranks if num_slots is None else num_slots
     chosen = parse_policies(
         tuple(policies),
-        world,
+        cluster,
         num_experts=trace.num_experts,
         num_slots=num_slots,
         num_groups=num_groups,
@@ -97,32 +110,74 @@ def simulate(
         window=window,
     )
     for policy in chosen:
-        check_policy(policy, world, trace.num_experts)
-    tracks = [
-        Track(policy, world, first_placement(policy, world, trace.num_layers, trace.num_experts), num_steps, details)
-        for policy in chosen
+        check_policy(policy, cluster, trace.num_experts)
+    states = [
+        PolicyState(policy, cluster, trace.num_layers, trace.num_experts, num_steps, details) for policy in chosen
     ]
-    batches = new_batches(trace, world, num_steps, top_k, _at_least("seed", seed, 0), chunk)
+    batches = new_batches(trace, cluster, num_steps, top_k, _at_least("seed", seed, 0), chunk)
     workers = (os.cpu_count() or 1) if workers is None else _at_least("workers", workers, 1)
     with ThreadPoolExecutor(workers) as pool:
-        run = _Run(trace, batches, tracks, costs, seed, top_k, pool, workers)
+        run = _Run(trace, batches, states, costs, seed, top_k, pool, workers)
         for step in range(num_steps):
             run.advance(step)
             if progress is not None:
                 progress(step + 1, num_steps)
     return Simulation(
         trace=trace.name,
-        settings=describe_settings(trace, world, costs, num_slots, num_groups, num_steps, refresh, window, chunk, seed),
-        num_ranks=world.num_ranks,
-        num_nodes=world.num_nodes,
+        settings=_describe_settings(
+            trace, cluster, costs, num_slots, num_groups, num_steps, refresh, window, chunk, seed
+        ),
+        num_ranks=num_ranks,
+        num_nodes=num_nodes,
         num_experts=trace.num_experts,
         top_k=top_k,
-        tokens=np.full(num_steps, world.num_ranks * world.tokens_per_rank, np.int64),
+        tokens=np.full(num_steps, num_ranks * tokens_per_rank, np.int64),
         load=run.load,
-        policies=tuple(track.result(tracks[0], costs) for track in tracks),
+        policies=tuple(state.result(states[0], costs) for state in states),
         notes=(*batches.notes, *left_out),
         empty_windows=empty_windows,
     )
+
+
+def _describe_settings(
+    trace: Trace,
+    cluster: Cluster,
+    costs: CostModel,
+    num_slots: int,
+    num_groups: int,
+    num_steps: int,
+    refresh: int,
+    window: int,
+    chunk: int,
+    seed: int,
+) -> tuple[tuple[str, str, str], ...]:
+    """Everything that a replay was made from, in the order to be shown; a policy's own choices are in its name."""
+    rows = [
+        ("layers", str(trace.num_layers), ""),
+        ("experts", str(trace.num_experts), ""),
+        ("windows of the trace", str(trace.num_windows), ""),
+    ]
+    if trace.routing is not None:
+        requests = len(trace.routing) if trace.seq_start is None else len(trace.seq_start) - 1
+        rows += [
+            ("recorded tokens", str(len(trace.routing)), "tokens"),
+            ("recorded requests", str(requests), ""),
+            ("tokens of a request per step", str(chunk), "tokens"),
+        ]
+    rows += [
+        ("ranks", str(cluster.num_ranks), ""),
+        ("nodes", str(cluster.num_nodes), ""),
+        ("slots", str(num_slots), ""),
+        ("expert groups kept inside nodes", str(num_groups) if num_groups > 1 else "no", ""),
+        ("tokens per rank and step", str(cluster.tokens_per_rank), "tokens"),
+        ("steps", str(num_steps), ""),
+        ("refresh every", str(refresh), "steps"),
+        ("window", str(window), "steps"),
+        ("seed", str(seed), ""),
+    ]
+    rows += [(name, f"{getattr(costs, field):.6g}", unit) for field, (name, unit) in _COSTS.items()]
+    rows.append(("rows on the wire in step times", "one per rank" if costs.one_row_per_rank else "one per expert", ""))
+    return tuple(rows)
 
 
 class _Run:
@@ -132,7 +187,7 @@ class _Run:
         self,
         trace: Trace,
         batches: Batches,
-        tracks: list[Track],
+        states: list[PolicyState],
         costs: CostModel,
         seed: int,
         top_k: int,
@@ -140,37 +195,35 @@ class _Run:
         workers: int,
     ) -> None:
         layers, experts = trace.num_layers, trace.num_experts
-        world = tracks[0].world
+        cluster = states[0].cluster
         self.load = np.zeros((layers, experts), np.int64)
-        self._batches, self._tracks, self._costs, self._seed, self._pool = batches, tracks, costs, seed, pool
-        self._counts = np.zeros((layers, experts, world.num_ranks), world.count_type)
+        self._batches, self._states, self._costs, self._seed, self._pool = batches, states, costs, seed, pool
+        self._counts = np.zeros((layers, experts, cluster.num_ranks), cluster.count_type)
         self._totals = np.zeros((layers, experts), np.int64)
-        longest = max(track.policy.window for track in tracks)
+        longest = max(state.policy.window for state in states)
         self._past: deque[FloatArray] = deque(maxlen=longest)
         self._parts = [part for part in np.array_split(np.arange(layers), workers) if part.size]
-        picks = top_k if trace.routing is not None else 0
-        self._scratch = [[track.new_scratch(picks) for track in tracks] for _ in self._parts]
+        top_k = top_k if trace.routing is not None else 0
+        self._scratch = [[state.new_scratch(top_k) for state in states] for _ in self._parts]
 
     def advance(self, step: int) -> None:
-        """Replay one step: plans from the past, then its picks, then what they do."""
-        due = [track for track in self._tracks if track.policy.is_due(step)]
-        self._plan(step, due, [np.stack(list(self._past)[-track.policy.window :]) for track in due])
+        """Replay one step: plans from the past, then its batch, then what the policies make of it."""
+        due = [state for state in self._states if state.policy.is_due(step)]
+        self._plan(step, due, [np.stack(list(self._past)[-state.policy.window :]) for state in due])
         self._batches.advance()
         self._each(self._count)
-        oracles = [track for track in self._tracks if track.policy.kind == "oracle"]
-        self._plan(step, oracles, [self._totals[None].astype(np.float64)] * len(oracles))
-        self._each(lambda part: self._serve(step, part))
-        for track in self._tracks:
-            track.finish_step(step, self._costs)
+        seeing = [state for state in self._states if state.policy.sees_the_step]
+        self._plan(step, seeing, [self._totals[None].astype(np.float64)] * len(seeing))
+        self._each(lambda part: self._run_layers(step, part))
+        for state in self._states:
+            state.finish_step(step, self._costs)
         self.load += self._totals
         self._past.append(self._totals.astype(np.float64))
 
-    def _plan(self, step: int, tracks: list[Track], seen: list[FloatArray]) -> None:
-        def plan_one(track: Track, loads: FloatArray) -> Any:
-            return plan_policy(track.policy, track.world, loads, track.start_of_plan(), self._seed)
-
-        for track, placement in zip(tracks, self._pool.map(plan_one, tracks, seen), strict=True):
-            track.replace(step, placement, self._costs)
+    def _plan(self, step: int, states: list[PolicyState], seen: list[FloatArray]) -> None:
+        planned = self._pool.map(lambda state, past: state.plan(past, self._seed), states, seen)
+        for state, placement in zip(states, planned, strict=True):
+            state.replace(step, placement, self._costs)
 
     def _each(self, work: Callable[[int], None]) -> None:
         """Call `work` for every part of the layers, each in a thread of its own."""
@@ -181,11 +234,11 @@ class _Run:
             self._batches.count(layer, self._counts[layer])
             self._counts[layer].sum(axis=1, dtype=np.int64, out=self._totals[layer])
 
-    def _serve(self, step: int, part: int) -> None:
+    def _run_layers(self, step: int, part: int) -> None:
         for layer in self._parts[part].tolist():
-            experts = self._batches.experts(layer)
-            for track, scratch in zip(self._tracks, self._scratch[part], strict=True):
-                track.serve(step, layer, self._seed, self._counts[layer], experts, scratch)
+            key, experts = (self._seed, step, layer), self._batches.experts(layer)
+            for state, scratch in zip(self._states, self._scratch[part], strict=True):
+                state.run_layer(key, self._counts[layer], experts, scratch)
 
 
 def _find_top_k(trace: Trace, top_k: int | None) -> int:
@@ -203,23 +256,23 @@ def _find_top_k(trace: Trace, top_k: int | None) -> int:
     return int(known)
 
 
-def _find_steps(trace: Trace, world: World, num_steps: int | None) -> int:
+def _find_steps(trace: Trace, cluster: Cluster, num_steps: int | None) -> int:
     if trace.routing is not None and not len(trace.routing):
         raise ConstraintError("trace", "without a token", "must have some to replay", "record more")
     if num_steps is not None:
         return _at_least("num_steps", num_steps, 1)
     if trace.routing is None:
         return 100
-    return max(1, round(len(trace.routing) / (world.num_ranks * world.tokens_per_rank)))
+    return max(1, round(len(trace.routing) / (cluster.num_ranks * cluster.tokens_per_rank)))
 
 
-def _check_chunk(chunk: int | None, world: World) -> int:
+def _check_chunk(chunk: int | None, cluster: Cluster) -> int:
     if chunk is None:
-        return world.tokens_per_rank
-    if chunk < 1 or world.tokens_per_rank % chunk:
-        fitting = [size for size in range(1, world.tokens_per_rank + 1) if world.tokens_per_rank % size == 0]
+        return cluster.tokens_per_rank
+    if chunk < 1 or cluster.tokens_per_rank % chunk:
+        fitting = [size for size in range(1, cluster.tokens_per_rank + 1) if cluster.tokens_per_rank % size == 0]
         raise ConstraintError(
-            "chunk", chunk, f"must divide the {world.tokens_per_rank} tokens per rank", f"use one of {fitting}"
+            "chunk", chunk, f"must divide the {cluster.tokens_per_rank} tokens per rank", f"use one of {fitting}"
         )
     return chunk
 

@@ -20,7 +20,6 @@ import numpy.typing as npt
 from evenmoe.errors import ConstraintError, FileFormatError
 from evenmoe.io.output import whole_file
 from evenmoe.placement import Placement
-from evenmoe.rules.catalogue import RULES
 from evenmoe.simulator.result import Details, PolicyResult, Simulation, Traffic
 
 VERSION = 1
@@ -168,16 +167,13 @@ def _policy(
                 path, f"with `{which}` of policy {number} wrong ({error})", "must hold placements", _AGAIN
             ) from error
 
-    rule = _text(path, entry, "rule")
-    if rule not in RULES:
-        raise _refuse(path, f"with rule {rule!r} of policy {number}", f"must be one of {', '.join(RULES)}", _AGAIN)
     even = entry.get("break_even_steps")
     if not (even is None or (isinstance(even, int | float) and not isinstance(even, bool) and 0 <= even < math.inf)):
         raise _refuse(path, f"with `break_even_steps` {even!r} of policy {number}", "must be steps or null", _AGAIN)
     return PolicyResult(
         name=_text(path, entry, "name"),
         description=_text(path, entry, "description"),
-        rule=rule,
+        rule=_text(path, entry, "rule"),
         traffic=Traffic(**arrays(_TRAFFIC)),
         initial=placement("initial"),
         final=placement("final"),

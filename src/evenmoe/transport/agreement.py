@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from evenmoe.contract import operators
+from evenmoe.contract.operators import COMBINE, agreement
 from evenmoe.errors import RankDisagreementError
 
 if TYPE_CHECKING:
@@ -25,50 +27,17 @@ TEXT = 40  # int64 words for the message of a rank that failed: 320 bytes of UTF
 FIELDS = 24  # int64 words for what must agree
 HEADER = 4 + FIELDS + TEXT  # number of the exchange, operator, status, number of fields; fields; text
 FAILED = 1  # status of an error that has none of its own
-_MESSAGE_WORDS = 4096  # counts sent to all ranks together: 32 KiB, a latency-bound message on any link
 UNKNOWN = -1  # a dispatch that combine was not told; it may be any
 
 LAYER, DISPATCH = "layer", "dispatch"
 _WHERE = (LAYER, DISPATCH)  # which call it is: told for every rank at once
 Words = npt.NDArray[np.int64]
 
-_COMBINE = (
-    DISPATCH,
-    "hidden size of `expert_out`",
-    "dtype of `expert_out`",
-    "top-k of `expert_ids`",
-    "`num_experts`",
-    "`shared_expert_num`",
-    "`shared_expert_rank_num`",
-    "`comm_quant_mode`",
-    "tokens per rank times ranks (`global_bs`)",
-    "`zero_expert_num`",
-    "`copy_expert_num`",
-    "`const_expert_num`",
-    "presence of `x_active_mask`",
-    "tensor-parallel world size",
-    "digest of `elastic_info`",
-)
+_COMBINE = (DISPATCH, *agreement(COMBINE))
 
 #: What must be equal on all ranks, by operator; the position of a name is its word in the header.
 OPERATORS: dict[str, tuple[str, ...]] = {
-    "dispatch": (
-        "hidden size of `x`",
-        "dtype of `x`",
-        "top-k of `expert_ids`",
-        "`num_experts`",
-        "`shared_expert_num`",
-        "`shared_expert_rank_num`",
-        "`quant_mode`",
-        "tokens per rank times ranks (`global_bs`)",
-        "`zero_expert_num`",
-        "`copy_expert_num`",
-        "`const_expert_num`",
-        "presence of `scales`",
-        "presence of `x_active_mask`",
-        "tensor-parallel world size",
-        "digest of `elastic_info`",
-    ),
+    "dispatch": agreement(operators.DISPATCH),
     "combine": _COMBINE,
     "tensor-parallel step of dispatch": (
         "hidden size of `x`",
@@ -100,18 +69,29 @@ _NAMES = tuple(OPERATORS)
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int8", "float8_e4m3fn", "float8_e5m2")
 
 
-def fitting(world_size: int) -> int:
-    """Counts per destination that fit into the first message; a function of the world alone, so ranks never differ."""
-    return max(64, _MESSAGE_WORDS // world_size)
+class Header:
+    """What the calls of one kind say of themselves, made once for all of them.
 
+    Args:
+        operator: one of `OPERATORS`.
+        sizes: {name: value} for every name of `OPERATORS[operator]`.
+        choices: {name: {value: words}} for names whose values stand for words, for the error.
 
-def header(number: int, operator: str, sizes: Mapping[str, int]) -> Words:
-    """The header of a rank that calls `operator` with `sizes`, a value for every name of `OPERATORS[operator]`."""
-    assert tuple(sizes) == OPERATORS[operator], (operator, tuple(sizes))
-    words = np.zeros(HEADER, np.int64)
-    words[:4] = number, _NAMES.index(operator), 0, len(sizes)
-    words[4 : 4 + len(sizes)] = list(sizes.values())
-    return words
+    Attributes:
+        words: int64 (HEADER,), with 0 for the number of the exchange.
+        dispatch_word: which of them is the dispatch that the call is about; 0 if it is about none.
+    """
+
+    def __init__(
+        self, operator: str, sizes: Mapping[str, int], choices: Mapping[str, Mapping[int, str]] | None = None
+    ) -> None:
+        names = OPERATORS[operator]
+        assert set(sizes) | {DISPATCH} == {*names, DISPATCH}, (operator, tuple(sizes))
+        self.operator, self.choices = operator, choices or {}
+        self.words = np.zeros(HEADER, np.int64)
+        self.words[1:4] = _NAMES.index(operator), 0, len(names)
+        self.words[4 : 4 + len(names)] = [sizes.get(name, UNKNOWN) for name in names]
+        self.dispatch_word = 4 + names.index(DISPATCH) if DISPATCH in names else 0
 
 
 def failed_header(number: int, operator: str, error: BaseException) -> Words:
@@ -138,8 +118,6 @@ def check_headers(headers: Words, choices: Mapping[str, Mapping[int, str]]) -> N
     Raises:
         RankDisagreementError: a rank failed, or they differ in the call or in a size; the same on every rank.
     """
-    if not headers[0, 2] and (headers == headers[0]).all():
-        return
     for rank, words in enumerate(headers):
         if words[2]:
             raise failed_there(rank, _NAMES[words[1]], text_of(words[4 + FIELDS :]), refused=words[2] != FAILED)
@@ -175,7 +153,7 @@ def failed_there(rank: int, operator: str, text: str, refused: bool) -> RankDisa
     )
 
 
-def dtype_code(dtype: torch.dtype) -> int:
+def dtype_code(dtype: torch.dtype | str) -> int:
     """A small number for a dtype, the same on all ranks."""
     name = str(dtype).removeprefix("torch.")
     return DTYPES.index(name) if name in DTYPES else len(DTYPES)

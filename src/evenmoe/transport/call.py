@@ -14,26 +14,27 @@ Shapes: W ranks, H width of a row, N rows of a packet, M numbers of a packet.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 
 from evenmoe.errors import LostRankError, RankDisagreementError
 from evenmoe.transport import agreement
-from evenmoe.transport.contract import Transport
+from evenmoe.transport.agreement import UNKNOWN, Header
+from evenmoe.transport.transport import Transport
 
 _HEAD_WORDS, _TEXT = 32, 3  # number of the exchange, rows of the block, status; the text of a failure
 _HEAD_BYTES = 8 * _HEAD_WORDS
+_MESSAGE_WORDS = 4096  # counts sent to all ranks together: 32 KiB, a latency-bound message on any link
+_FEW = 64  # counts for each rank that travel with the first header, however many ranks there are
 # What the others wait for: the exchange that comes next; not known, since this rank has not understood their headers;
 # nothing more.
 _PENDING, _UNKNOWN, _DONE = range(3)
-_NUMPY = {torch.int32: np.int32, torch.int64: np.int64}
 _COUNTS = agreement.HEADER + 2  # where counts begin, behind the numbers and the rows of the packet that follows
 
 
@@ -70,8 +71,9 @@ class Incoming:
 
     def positions(self) -> torch.Tensor:
         """int64 (N,), where every row lies in `buffer`, by source."""
-        ranges = [np.arange(first, first + count) for first, count in zip(self.first, self.rows, strict=True)]
-        return torch.from_numpy(np.concatenate(ranges)).to(self.buffer.device)
+        rows = np.array(self.rows)
+        shift = np.repeat(np.array(self.first) - (rows.cumsum() - rows), rows)
+        return torch.from_numpy(np.arange(len(shift)) + shift).to(self.buffer.device)
 
 
 class _Blocks:
@@ -80,19 +82,20 @@ class _Blocks:
     Attributes:
         numbers, rows: int32 numbers and rows of every block.
         lengths: rows of the whole block. starts, first: where it begins, and its first row of all. total: of all.
+        row_bytes: bytes of one row.
     """
 
     def __init__(self, numbers: Sequence[int], rows: Sequence[int], row_bytes: int) -> None:
-        self.numbers, self.rows = numbers, list(rows)
-        heads = [-(-(_HEAD_BYTES + 4 * n) // row_bytes) for n in numbers]
-        self.lengths = [head + n for head, n in zip(heads, rows, strict=True)]
-        *starts, self.total = accumulate(self.lengths, initial=0)
-        self.starts, self.first = starts, [start + head for start, head in zip(starts, heads, strict=True)]
-
-    def places(self, num_bytes: int) -> list[int]:
-        """Where the blocks begin in the memory of the whole buffer, in bytes."""
-        row_bytes = num_bytes // self.total
-        return [start * row_bytes for start in self.starts]
+        self.numbers, self.rows, self.row_bytes, self.total = numbers, list(rows), row_bytes, 0
+        self.lengths: list[int] = []
+        self.starts: list[int] = []
+        self.first: list[int] = []
+        for num_numbers, num_rows in zip(numbers, rows, strict=True):
+            head = -(-(_HEAD_BYTES + 4 * num_numbers) // row_bytes)
+            self.starts.append(self.total)
+            self.first.append(self.total + head)
+            self.lengths.append(head + num_rows)
+            self.total += head + num_rows
 
 
 @dataclass(frozen=True)
@@ -100,57 +103,58 @@ class _Plan:
     """The packets that the others wait for, known to all ranks once they have agreed."""
 
     outgoing: Outgoing
+    wire_shape: tuple[int, ...]  # of a row as it travels: one of no bytes is a single element, as a head counts in rows
     sent: _Blocks
     received: _Blocks
 
 
-#: What a rank said in its header: the packet, the counts that did not fit, and words for the values of sizes.
-_Announced: TypeAlias = tuple[Outgoing | None, torch.Tensor | None, Mapping[str, Mapping[int, str]]]
+@dataclass(frozen=True)
+class _Announced:
+    """What a rank said in its message: the header, the packet that follows, and the counts that did not fit."""
+
+    header: Header
+    words: agreement.Words
+    outgoing: Outgoing | None
+    rest: torch.Tensor | None
 
 
 class GroupCall:
     """One rank's part in one collective call of one group: `agree` once or more, then `exchange` once.
 
+    Attributes: `group`, and `number`, that of the exchange which begins the call, by which all ranks know it.
+
     Args:
         group: the group.
         operator: under whose name the ranks agree.
-        device: of the tensors that travel.
+        rows: the tensor that is to travel, on whose device the ranks exchange; anything else if it is missing.
         heard: whether the others would hear of a failure now; see `narrow`.
     """
 
-    def __init__(
-        self, group: Transport, operator: str, device: torch.device | str = "cpu", *, heard: bool = True
-    ) -> None:
-        self.group, self._operator, self._device, self._heard = group, operator, device, heard
-        self._next = group.number()  # of the exchange that the others wait for
+    def __init__(self, group: Transport, operator: str, rows: object = None, *, heard: bool = True) -> None:
+        self.group, self._operator, self._heard = group, operator, heard
+        self._device = rows.device if isinstance(rows, torch.Tensor) and rows.device.type != "meta" else "cpu"
+        self.number = self._next = group.number()  # of the exchange that the others wait for
         self._stage = _PENDING
-        self._announced: _Announced = None, None, {}
+        self._announced: _Announced | None = None
         self._plan: _Plan | None = None  # once agreed
         self._rest: torch.Tensor | None = None  # counts that did not fit beside the header
-        self._fitting = agreement.fitting(group.world_size)  # counts beside it; later headers come with few
+        self._fitting = max(_FEW, _MESSAGE_WORDS // group.world_size)  # counts beside it, on all ranks as many
 
     def narrow(self, group: Transport) -> None:
         """Go on with the ranks that are left, which wait for this one from now on."""
-        self.group, self._heard, self._next = group, True, group.number()
-        self._fitting = agreement.fitting(group.world_size)
+        self.group, self._heard, self.number = group, True, group.number()
+        self._next, self._fitting = self.number, max(_FEW, _MESSAGE_WORDS // group.world_size)
 
     def agree(
-        self,
-        sizes: Mapping[str, int],
-        counts: torch.Tensor,
-        outgoing: Outgoing | None = None,
-        *,
-        operator: str | None = None,
-        choices: Mapping[str, Mapping[int, str]] | None = None,
+        self, header: Header, counts: torch.Tensor, outgoing: Outgoing | None = None, dispatch: int = UNKNOWN
     ) -> torch.Tensor:
-        """Exchange `counts` between ranks that agree on `sizes`; raise the same error on every rank if they do not.
+        """Exchange `counts` between ranks that agree on a header; raise the same error on every rank if they do not.
 
         Args:
-            sizes: {name: value} for every name of the operator in `agreement.OPERATORS`.
+            header: the operator and its sizes.
             counts: int64 (W, n); row d goes to rank d.
             outgoing: the packet that follows. None if the ranks have to agree once more before.
-            operator: another name than the call's.
-            choices: {name: {value: words}} for names whose values stand for words, for the error.
+            dispatch: which dispatch the call is about, if its operator is about one.
 
         Returns:
             int64 (W, n), row s from rank s.
@@ -159,13 +163,23 @@ class GroupCall:
             RankDisagreementError: ranks make different calls or call with different sizes, or one of them failed.
             LostRankError: a rank is gone, or out of step.
         """
-        self._operator = operator or self._operator
+        self._operator = header.operator
         fitting, width = self._fitting, counts.shape[1]
         rest = counts[:, fitting:].contiguous() if width > fitting else None
-        header = agreement.header(self._next, self._operator, sizes)
-        self._announced = outgoing, rest, choices or {}
-        received = self._exchange_headers(header, outgoing, counts[:, :fitting])
-        self._understand(received.cpu().numpy(), *self._announced)
+        message = np.zeros((self.group.world_size, _COUNTS + fitting), np.int64)
+        message[:, : agreement.HEADER] = header.words
+        message[:, 0] = self._next
+        if header.dispatch_word:
+            message[:, header.dispatch_word] = dispatch
+        if outgoing is not None:
+            message[:, agreement.HEADER], message[:, agreement.HEADER + 1] = outgoing.numbers, outgoing.rows
+        if width:
+            message[:, _COUNTS : _COUNTS + width] = (counts if rest is None else counts[:, :fitting]).cpu().numpy()
+        self._announced = _Announced(header, message[0, : agreement.HEADER], outgoing, rest)
+        message = torch.from_numpy(message).to(self._device)
+        self._stage = _UNKNOWN
+        received = self.group.exchange_counts(message)
+        self._understand(received.cpu().numpy(), self._announced)
         theirs = received[:, _COUNTS : _COUNTS + min(width, fitting)]
         return theirs if rest is None else torch.cat([theirs, self._exchange_rest(rest)], dim=1)
 
@@ -189,10 +203,11 @@ class GroupCall:
             index = torch.arange(len(rows), device=rows.device)
         assert len(index) == sum(plan.sent.rows), (len(index), plan.sent.rows)
         shape = plan.outgoing.shape
-        if not prod(shape):
-            rows = rows.new_zeros((len(rows), *_wire_shape(shape)))
-        incoming = self._exchange_packets(plan, self._packed(plan, rows, index, numbers))
-        return incoming if prod(shape) else replace(incoming, buffer=rows.new_empty((len(incoming.buffer), *shape)))
+        if prod(shape):
+            return self._exchange_packets(plan, self._packed(plan, rows, index, numbers))
+        nothing = rows.new_zeros((len(rows), *plan.wire_shape))
+        incoming = self._exchange_packets(plan, self._packed(plan, nothing, index, numbers))
+        return replace(incoming, buffer=rows.new_empty((len(incoming.buffer), *shape)))
 
     def fail(self, error: BaseException) -> None:
         """Let the ranks that wait for this one know of `error`, and be in step with them again if that can be."""
@@ -212,13 +227,16 @@ class GroupCall:
             return  # it was the packet, or an inner part of the call has told the others
         try:
             if exchanged and self._stage == _UNKNOWN:
-                self._understand(group.last_counts().cpu().numpy(), *self._announced)
+                assert self._announced is not None
+                self._understand(group.last_counts().cpu().numpy(), self._announced)
             elif exchanged:
                 self._next, self._rest = self._next + 1, None
             if self._rest is not None:
                 self._exchange_rest(self._rest)
             if self._plan is None:
-                self._exchange_headers(agreement.failed_header(self._next, self._operator, error))
+                message = np.zeros((group.world_size, _COUNTS + self._fitting), np.int64)
+                message[:, : agreement.HEADER] = agreement.failed_header(self._next, self._operator, error)
+                group.exchange_counts(torch.from_numpy(message).to(self._device))
             else:
                 self._exchange_packets(self._plan, self._packed(self._plan, error=error))
             self._stage = _DONE
@@ -227,41 +245,23 @@ class GroupCall:
         except BaseException as another:  # whatever it is, the others must not wait for this rank
             group.break_off(f"failed with {type(another).__name__} in the midst of {self._operator}")
 
-    def _exchange_headers(
-        self, header: agreement.Words, outgoing: Outgoing | None = None, counts: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Header, sizes of the packet and counts to every rank; int64 (W, _COUNTS + as many counts as fit)."""
-        words = np.zeros((self.group.world_size, _COUNTS + self._fitting), np.int64)
-        words[:, : agreement.HEADER] = header
-        if outgoing is not None:
-            words[:, agreement.HEADER], words[:, agreement.HEADER + 1] = outgoing.numbers, outgoing.rows
-        if counts is not None:
-            words[:, _COUNTS : _COUNTS + counts.shape[1]] = counts.cpu().numpy()
-        message = torch.from_numpy(words).to(self._device)
-        self._stage = _UNKNOWN
-        return self.group.exchange_counts(message)
-
-    def _understand(
-        self,
-        received: agreement.Words,
-        outgoing: Outgoing | None,
-        rest: torch.Tensor | None,
-        choices: Mapping[str, Mapping[int, str]],
-    ) -> None:
+    def _understand(self, received: agreement.Words, announced: _Announced) -> None:
         """Compare the headers, and know what the others wait for next."""
-        headers = received[:, : agreement.HEADER]
-        self._check_in_step(headers[:, 0])
-        try:
-            agreement.check_headers(headers, choices)
-        except RankDisagreementError:
-            self._stage = _DONE  # on every rank
-            raise
+        headers, outgoing = received[:, : agreement.HEADER], announced.outgoing
+        if (headers != announced.words).any():
+            self._check_in_step(headers[:, 0])
+            try:
+                agreement.check_headers(headers, announced.header.choices)
+            except RankDisagreementError:
+                self._stage = _DONE  # on every rank
+                raise
         if outgoing is not None:
-            row_bytes = prod(_wire_shape(outgoing.shape)) * outgoing.like.element_size()
+            wire_shape = outgoing.shape if prod(outgoing.shape) else (1,)
+            row_bytes = prod(wire_shape) * outgoing.like.element_size()
             numbers, rows = received[:, agreement.HEADER : _COUNTS].T.tolist()
             sent = _Blocks(outgoing.numbers, outgoing.rows, row_bytes)
-            self._plan = _Plan(outgoing, sent, _Blocks(numbers, rows, row_bytes))
-        self._next, self._rest, self._stage, self._fitting = self._next + 1, rest, _PENDING, 0
+            self._plan = _Plan(outgoing, wire_shape, sent, _Blocks(numbers, rows, row_bytes))
+        self._next, self._rest, self._stage, self._fitting = self._next + 1, announced.rest, _PENDING, 0
 
     def _exchange_rest(self, rest: torch.Tensor) -> torch.Tensor:
         received = self.group.exchange_counts(rest)
@@ -278,25 +278,30 @@ class GroupCall:
     ) -> torch.Tensor:
         """The blocks for all ranks, in the group's memory; of a failed call only the heads mean anything."""
         blocks = plan.sent
-        buffer = self.group.rows_to_send((blocks.total, *_wire_shape(plan.outgoing.shape)), plan.outgoing.like)
+        buffer = self.group.rows_to_send((blocks.total, *plan.wire_shape), plan.outgoing.like)
         if rows is not None and len(rows):
             assert index is not None
             whole = torch.zeros(blocks.total, dtype=index.dtype, device=index.device)
-            into, which = _plain(whole), _plain(index)
+            into: Any = whole
+            which: Any = index
+            if index.device.type == "cpu":  # slices of arrays cost a third of those of tensors
+                into, which = whole.numpy(), index.numpy()
             taken = 0
             for first, count in zip(blocks.first, blocks.rows, strict=True):
                 into[first : first + count] = which[taken : taken + count]
                 taken += count
             torch.index_select(rows, 0, whole, out=buffer)
-        memory = _plain(_bytes_of(buffer))
-        heads = _bytes_like(memory, self._heads(blocks, error))
-        ours = None if numbers is None else _plain(_bytes_of(numbers.contiguous()))
+        memory = _bytes(buffer)
+        heads: Any = self._heads(blocks, error).view(np.uint8)
+        heads = heads if isinstance(memory, np.ndarray) else torch.from_numpy(heads).to(memory.device)
+        ours = None if numbers is None else _bytes(numbers.contiguous())
         taken = 0
-        for rank, (place, count) in enumerate(zip(blocks.places(len(memory)), blocks.numbers, strict=True)):
-            memory[place : place + _HEAD_BYTES] = heads[rank]
+        for rank, (start, count) in enumerate(zip(blocks.starts, blocks.numbers, strict=True)):
+            at = start * blocks.row_bytes
+            memory[at : at + _HEAD_BYTES] = heads[rank]
             if ours is not None:
-                place += _HEAD_BYTES
-                memory[place : place + 4 * count] = ours[4 * taken : 4 * (taken + count)]
+                at += _HEAD_BYTES
+                memory[at : at + 4 * count] = ours[4 * taken : 4 * (taken + count)]
                 taken += count
         return buffer
 
@@ -313,20 +318,20 @@ class GroupCall:
         blocks = plan.received
         received = self.group.exchange_rows(buffer, plan.sent.lengths, blocks.lengths, into_scratch=True)
         self._stage = _DONE
-        memory = _plain(_bytes_of(received))
-        places = blocks.places(len(memory))
-        heads = _joined([memory[place : place + _HEAD_BYTES] for place in places], torch.int64)
-        heads = heads.cpu().numpy().reshape(-1, _HEAD_WORDS)
-        if (heads[:, :_TEXT] != self._heads(blocks)[:, :_TEXT]).any():
+        memory = _bytes(received)
+        heads, numbers = [], []
+        for start, count in zip(blocks.starts, blocks.numbers, strict=True):
+            at = start * blocks.row_bytes + _HEAD_BYTES
+            heads.append(memory[at - _HEAD_BYTES : at])
+            numbers.append(memory[at : at + 4 * count])
+        both, size = _joined(heads + numbers), _HEAD_BYTES * len(heads)
+        heads = both[:size].view(torch.int64).cpu().numpy().reshape(-1, _HEAD_WORDS)
+        if (heads[:, 0] != self._next).any() or (heads[:, 1] != blocks.lengths).any() or heads[:, 2].any():
             self._check_in_step(np.where(heads[:, 1] == blocks.lengths, heads[:, 0], -1))
             rank = int(np.flatnonzero(heads[:, 2])[0])
             text, refused = agreement.text_of(heads[rank, _TEXT:]), heads[rank, 2] != agreement.FAILED
             raise agreement.failed_there(rank, self._operator, text, refused)
-        numbers = [
-            memory[place + _HEAD_BYTES : place + _HEAD_BYTES + 4 * count]
-            for place, count in zip(places, blocks.numbers, strict=True)
-        ]
-        return Incoming(received, blocks.first, blocks.rows, _joined(numbers, torch.int32))
+        return Incoming(received, blocks.first, blocks.rows, both[size:].view(torch.int32))
 
     def _check_in_step(self, numbers: agreement.Words) -> None:
         """Every rank must have sent what belongs to the exchange just made; −1 for a message that is cut short."""
@@ -347,7 +352,7 @@ def together(*calls: GroupCall | None) -> Iterator[None]:
     Args:
         calls: this rank's parts in the order of their exchanges; None for a group that there is not.
     """
-    present = [call for call in calls if call is not None]
+    present = tuple(filter(None, calls))
     held: list[Transport] = []
     try:
         for call in present:
@@ -366,29 +371,12 @@ def together(*calls: GroupCall | None) -> Iterator[None]:
             group.end_turn()
 
 
-def _wire_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a row as it travels: one of no bytes travels as a single element, since a head counts in rows."""
-    return shape if prod(shape) else (1,)
+def _bytes(tensor: torch.Tensor) -> Any:
+    """The memory of a contiguous tensor as bytes; as an array where that is possible, since its slices cost less."""
+    octets = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+    return octets.numpy() if octets.device.type == "cpu" else octets
 
 
-def _plain(tensor: torch.Tensor) -> Any:
-    """The same memory as an array where that is possible: slices of arrays cost a third of those of tensors."""
-    return tensor.numpy() if tensor.device.type == "cpu" else tensor
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a contiguous tensor, as uint8."""
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-
-
-def _bytes_like(memory: Any, words: agreement.Words) -> Any:
-    """Rows of words as rows of bytes, of the kind of `memory`."""
-    octets = words.view(np.uint8)
-    return octets if isinstance(memory, np.ndarray) else torch.from_numpy(octets).to(memory.device)
-
-
-def _joined(parts: list[Any], dtype: torch.dtype) -> torch.Tensor:
-    """Pieces of bytes, one after the other, in new memory and seen as `dtype`."""
-    if isinstance(parts[0], np.ndarray):
-        return torch.from_numpy(np.concatenate(parts).view(_NUMPY[dtype]))
-    return torch.cat(parts).view(dtype)
+def _joined(parts: list[Any]) -> torch.Tensor:
+    """Pieces of bytes, one after the other, in new memory."""
+    return torch.from_numpy(np.concatenate(parts)) if isinstance(parts[0], np.ndarray) else torch.cat(parts)

@@ -11,48 +11,49 @@ from typing import Any
 import torch
 
 from evenmoe.errors import LostRankError
-from evenmoe.transport.group_end import GroupEnd, Members
-from evenmoe.transport.scratch import Scratch
+from evenmoe.transport.transport import GroupEnd, Members, Scratch
 
-Meeting = tuple[Members, int]
+Exchange = tuple[Members, int]  # its members, and its number among theirs
 
 
 @dataclass(frozen=True)
 class _Departure:
-    """Why a rank will not post again, and which ranks made it leave: none if it left by itself."""
+    """Why a rank will not come again, and which ranks made it leave: none if it left by itself."""
 
     reason: str
     because_of: tuple[int, ...] = ()
 
 
-class Board:
-    """Where the ranks of one group meet: each posts a value, and waits until all have posted.
+class Rendezvous:
+    """Where the ranks of one group meet for an exchange: each brings a value, and waits until all have come.
 
-    One board serves one group. Two exchanges never mix, since a meeting is told by its members and its number.
+    One rendezvous serves one group. Two exchanges never mix, since each is told by its members and its number.
     """
 
     def __init__(self, name: str, world_size: int, timeout_s: float) -> None:
         self.name, self.world_size, self.timeout_s = name, world_size, timeout_s
         self._changed = threading.Condition()
-        self._posts: dict[Meeting, dict[int, object]] = {}  # meeting -> rank -> value
-        self._readers: dict[Meeting, int] = {}  # meeting -> ranks that have not read it yet
+        self._brought: dict[Exchange, dict[int, Any]] = {}  # exchange -> rank -> value
+        self._readers: dict[Exchange, int] = {}  # exchange -> ranks that have not read it yet
         self._gone: dict[int, _Departure] = {}
 
-    def meet(self, rank: int, meeting: Meeting, value: object, members: Sequence[int]) -> dict[int, Any]:
-        """Post `value` as `rank` and return {rank: value} of all members."""
+    def meet(self, rank: int, exchange: Exchange, value: object, members: Sequence[int]) -> dict[int, Any]:
+        """Bring `value` as `rank` and return {rank: value} of all members."""
         deadline = time.monotonic() + self.timeout_s
         with self._changed:
-            posts = self._posts.setdefault(meeting, {})
-            posts[rank] = value
-            self._readers.setdefault(meeting, len(members))
-            if len(posts) == len(members):
+            brought = self._brought.setdefault(exchange, {})
+            brought[rank] = value
+            self._readers.setdefault(exchange, len(members))
+            if len(brought) == len(members):
                 self._changed.notify_all()
-            while len(posts) < len(members):
-                missing = [r for r in members if r not in posts]
-                if any(r in self._gone for r in missing):
-                    raise self._lost(rank, missing)
+            while len(brought) < len(members):
+                if self._gone:
+                    missing = [r for r in members if r not in brought]
+                    if not self._gone.keys().isdisjoint(missing):
+                        raise self._lost(rank, missing)
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
+                    missing = [r for r in members if r not in brought]
                     self._gone[rank] = _Departure(
                         f"gave up after {self.timeout_s:g} s of waiting for ranks {missing}", tuple(missing)
                     )
@@ -63,21 +64,21 @@ class Board:
                         tuple(missing),
                     )
                 self._changed.wait(remaining)
-            self._readers[meeting] -= 1
-            if self._readers[meeting] == 0:
-                del self._posts[meeting], self._readers[meeting]
-            return {r: posts[r] for r in members}
+            self._readers[exchange] -= 1
+            if self._readers[exchange] == 0:
+                del self._brought[exchange], self._readers[exchange]
+            return dict(sorted(brought.items()))
 
     def leave(self, rank: int, reason: str, because_of: tuple[int, ...] = ()) -> None:
-        """Say that `rank` will not post again, and wake whoever waits for it."""
+        """Say that `rank` will not come again, and wake whoever waits for it."""
         with self._changed:
             self._gone.setdefault(rank, _Departure(reason, because_of))
             self._changed.notify_all()
 
-    def return_all(self) -> None:
-        """Forget meetings and departures, for the next run of the same world."""
+    def reset(self) -> None:
+        """Forget exchanges and departures, for the next run of the same world."""
         with self._changed:
-            self._posts.clear()
+            self._brought.clear()
             self._readers.clear()
             self._gone.clear()
 
@@ -98,33 +99,20 @@ class Board:
 class LocalTransport(GroupEnd):
     """One rank's end of a group of threads; implements `Transport`."""
 
-    def __init__(self, board: Board, rank: int, on_close: Callable[[], None] | None = None) -> None:
-        super().__init__()
-        self._board, self._rank, self._on_close = board, rank, on_close
+    def __init__(self, rendezvous: Rendezvous, rank: int, on_close: Callable[[], None] | None = None) -> None:
+        super().__init__(rendezvous.name, rank, rendezvous.world_size)
+        self._rendezvous, self._on_close = rendezvous, on_close
         self._scratch = Scratch()
         self._meeting = False  # not yet counted
-        self._posted: dict[int, torch.Tensor] = {}  # the counts of the last exchange, by rank
-
-    @property
-    def name(self) -> str:
-        return self._board.name
-
-    @property
-    def rank(self) -> int:
-        return self._rank
-
-    @property
-    def world_size(self) -> int:
-        return self._board.world_size
+        self._last: dict[int, torch.Tensor] = {}  # the counts of the last exchange, by rank
 
     def rows_to_send(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
         return like.new_empty(shape)  # slower ranks may still read those of the last exchange
 
     def last_counts(self) -> torch.Tensor:
-        posted = self._posted
-        received = torch.zeros_like(posted[self._rank])
-        for source, theirs in posted.items():
-            received[source] = theirs[self._rank]
+        received = torch.zeros_like(self._last[self.rank])
+        for source, theirs in self._last.items():
+            received[source] = theirs[self.rank]
         return received
 
     def restart(self, number: int) -> None:
@@ -149,9 +137,9 @@ class LocalTransport(GroupEnd):
         assert sum(send_counts) == rows.shape[0], (send_counts, rows.shape)
         parts = []
         for source, (theirs, counts) in self._meet((rows, list(send_counts)), members).items():
-            assert counts[self._rank] == recv_counts[source], (source, counts, recv_counts)
-            start = sum(counts[: self._rank])
-            parts.append(theirs[start : start + counts[self._rank]])
+            assert counts[self.rank] == recv_counts[source], (source, counts, recv_counts)
+            start = sum(counts[: self.rank])
+            parts.append(theirs[start : start + counts[self.rank]])
         if not into_scratch:
             return torch.cat(parts)
         received = self._scratch.take("received", (sum(recv_counts), *rows.shape[1:]), rows)
@@ -162,20 +150,20 @@ class LocalTransport(GroupEnd):
         return self._meeting
 
     def _tell(self, reason: str, because_of: Members | None) -> None:
-        self._board.leave(self._rank, reason, because_of or ())
+        self._rendezvous.leave(self.rank, reason, because_of or ())
 
     def _end(self) -> None:
-        self._board.leave(self._rank, "closed its transport")
+        self._rendezvous.leave(self.rank, "closed its transport")
         self._scratch.clear()
         if self._on_close is not None:
             self._on_close()
 
     def _meet(self, value: object, members: Sequence[int] | None) -> dict[int, Any]:
-        number = self.number(members)
+        key = () if members is None else self._key(members)
         self._meeting = True
-        posted = self._board.meet(self._rank, (self._key(members), number), value, members or range(self.world_size))
+        brought = self._rendezvous.meet(self.rank, (key, self._numbers[key]), value, members or range(self.world_size))
         if isinstance(value, torch.Tensor):
-            self._posted = posted
+            self._last = brought
         self._count(members)
         self._meeting = False
-        return posted
+        return brought

@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 
 from evenmoe.errors import LostRankError
-from evenmoe.transport.group_end import GroupEnd, Members
 from evenmoe.transport.mesh import LastWord, Mesh
-from evenmoe.transport.scratch import Scratch
+from evenmoe.transport.transport import GroupEnd, Members, Scratch
 
 _GRACE_S = 1.0  # after a failed exchange, for a rank to be seen to have stopped; 0.12 s sufficed in 150 kills
 
@@ -42,25 +41,12 @@ class ProcessGroupTransport(GroupEnd):
         on_close: Callable[[], None] | None = None,
         timeout_s: float | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(group.group_name, group.rank(), group.size())
         self._group: dist.ProcessGroup | None = group
-        self._name, self._rank, self._world_size = group.group_name, group.rank(), group.size()
         self._mesh, self._give_up, self._on_close, self._timeout_s = mesh, give_up, on_close, timeout_s
         self._pending: list[dist.Work | None] | None = []  # None while an exchange is being begun
         self._scratch = Scratch()
         self._last_counts = torch.zeros((0, 0), dtype=torch.int64)
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def rank(self) -> int:
-        return self._rank
-
-    @property
-    def world_size(self) -> int:
-        return self._world_size
 
     def rows_to_send(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
         return self._scratch.take("sent", shape, like)

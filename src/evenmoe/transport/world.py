@@ -19,9 +19,8 @@ from typing import Generic, TypeVar
 import torch
 
 from evenmoe.errors import ConstraintError, LostRankError
-from evenmoe.transport import registry
-from evenmoe.transport.contract import Transport
-from evenmoe.transport.local import Board, LocalTransport
+from evenmoe.transport.local import LocalTransport, Rendezvous
+from evenmoe.transport.transport import Transport, register, unregister
 
 Result = TypeVar("Result")
 _world_numbers = itertools.count()
@@ -55,19 +54,19 @@ class LocalWorld(Generic[Result]):
     def __init__(self, ep_size: int, tp_size: int, timeout_s: float) -> None:
         self.ep_size, self.tp_size = ep_size, tp_size
         number = next(_world_numbers)
-        self._ep_boards = [Board(f"local{number}_ep{t}", ep_size, timeout_s) for t in range(tp_size)]
-        self._tp_boards = [Board(f"local{number}_tp{e}", tp_size, timeout_s) for e in range(ep_size)]
+        self._ep_groups = [Rendezvous(f"local{number}_ep{t}", ep_size, timeout_s) for t in range(tp_size)]
+        self._tp_groups = [Rendezvous(f"local{number}_tp{e}", tp_size, timeout_s) for e in range(ep_size)]
         self._transports: list[LocalTransport] = []
         self._running = threading.Lock()
         self._closed = ""  # why no run may follow
         self.ranks: list[Rank] = []
         for index in range(ep_size * tp_size):
             e, t = divmod(index, tp_size)
-            ep, tp = LocalTransport(self._ep_boards[t], e), LocalTransport(self._tp_boards[e], t)
+            ep, tp = LocalTransport(self._ep_groups[t], e), LocalTransport(self._tp_groups[e], t)
             self._transports += [ep, tp]
             self.ranks.append(Rank(index, ep, tp))
         for transport in self._transports:
-            registry.register(transport)
+            register(transport)
 
     def run(self, fn: Callable[[Rank], Result]) -> list[Result]:
         """Call `fn(rank)` on every rank, each in a thread of its own; return the results in rank order.
@@ -99,12 +98,12 @@ class LocalWorld(Generic[Result]):
         """Give the groups back; no run may follow."""
         self._closed = self._closed or "has been closed"
         for transport in self._transports:
-            registry.unregister(transport)
+            unregister(transport)
             transport.close()
 
     def _run(self, fn: Callable[[Rank], Result]) -> list[Result]:
-        for board in self._ep_boards + self._tp_boards:
-            board.return_all()
+        for rendezvous in self._ep_groups + self._tp_groups:
+            rendezvous.reset()
         number = max(transport.number() for transport in self._transports)
         for transport in self._transports:
             transport.restart(number)
@@ -123,8 +122,8 @@ class LocalWorld(Generic[Result]):
                 reason = f"failed with {type(error).__name__}: {error}"
                 because_of = error.ranks if isinstance(error, LostRankError) else ()
             finally:
-                self._ep_boards[rank.tp.rank].leave(rank.ep.rank, reason, because_of)
-                self._tp_boards[rank.ep.rank].leave(rank.tp.rank, reason, because_of)
+                self._ep_groups[rank.tp.rank].leave(rank.ep.rank, reason, because_of)
+                self._tp_groups[rank.ep.rank].leave(rank.tp.rank, reason, because_of)
 
         # Daemons, so that a rank that computes for long does not hold up the end of an interrupted process.
         threads = [

@@ -87,7 +87,7 @@ def _warm_up() -> None:
     """Call one operator, since torch imports 800 modules at the first call.
 
     That is 2 s of CPU time, on an idle machine. It belongs into aclInit, not under the timeout of the first
-    synchronisation, nor into 16 streams' threads at once.
+    synchronization, nor into 16 streams' threads at once.
     """
     ids, table = torch.zeros((1, 1), dtype=torch.int32), torch.tensor([[1, 0]], dtype=torch.int32)
     attributes = {"local_rank_id": 0, "world_size": 2, "balance_mode": 0}

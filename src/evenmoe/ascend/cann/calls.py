@@ -46,14 +46,14 @@ class Calls:
         """(workspace size, executor) of a call whose arguments are in C order.
 
         Raises:
-            AclError: the operator refuses them; the message uses the C names.
+            AclError: they are not valid; the message uses the C names.
         """
         names = c_names(operator)
         given = dict(zip(names, arguments, strict=True))
         try:
             executor = self._stage(operator, given, names)
         except EvenmoeError as error:
-            raise _in_c_names(error, names) from error
+            raise _with_c_names(error, names) from error
         return executor.workspace_size, self.executors.add(Call(executor, _ranks(given)))
 
     def _stage(self, operator: str, given: dict[str, Any], names: Mapping[str, str]) -> Executor:
@@ -70,7 +70,7 @@ class Calls:
             try:
                 tensors[name] = view(self._memory, name, description, name in outputs)
             except EvenmoeError as error:
-                # Shapes and ranges are refused before the memory behind them, which a wrong shape would not fit anyway.
+                # Shapes and ranges are checked before the memory behind them, which a wrong shape would not fit anyway.
                 failure = failure or error
                 tensors[name] = shape_only(name, description)
         attributes = {name: given[name] for name in signature.names("str", "int", "float")}
@@ -105,7 +105,7 @@ class Calls:
             self._memory.check_room("workspace", workspace, workspace_size, status.PARAM_INVALID)
         names = c_names(operator)
         call.executor.launch(
-            operator, workspace != 0, workspace_size, chosen.stream, lambda error: _in_c_names(error, names)
+            operator, workspace != 0, workspace_size, chosen.stream, lambda error: _with_c_names(error, names)
         )
         if not call.executor.repeatable:
             self.executors.pop("executor", handle)  # used up; the stream's work keeps what it needs
@@ -165,8 +165,8 @@ def _ranks(given: Mapping[str, Any]) -> list[tuple[str, str, int]]:
     return [*ranks, ("groupTp", given["group_tp"], given["tp_rank_id"])] if given["tp_world_size"] == 2 else ranks
 
 
-def _in_c_names(error: EvenmoeError, names: Mapping[str, str]) -> AclError:
-    """The same refusal, in the words of the C functions."""
+def _with_c_names(error: EvenmoeError, names: Mapping[str, str]) -> AclError:
+    """The same error with the names of the C functions."""
     # A name of one word is also English, so it is taken for a name only between backquotes.
     patterns = [rf"\b{name}\b" if "_" in name else f"(?<=`){name}(?=`)" for name in names]
     text = re.sub("|".join(patterns), lambda match: names[match[0]], str(error))

@@ -14,8 +14,8 @@ from typing import Generic, TypeVar
 from evenmoe.ascend import status
 from evenmoe.ascend.status import acl_error, null_pointer
 from evenmoe.ascend.stream import Stream
-from evenmoe.transport import registry
-from evenmoe.transport.local import Board, LocalTransport
+from evenmoe.transport.local import LocalTransport, Rendezvous
+from evenmoe.transport.transport import register, unregister
 
 Thing = TypeVar("Thing")
 
@@ -65,7 +65,7 @@ class Handles(Generic[Thing]):
         """
         thing = self._live.get(handle)
         if thing is None:
-            raise self._refuse(argument, handle)
+            raise self._error_of(argument, handle)
         return thing
 
     def replace(self, handle: int, thing: Thing) -> None:
@@ -79,7 +79,7 @@ class Handles(Generic[Thing]):
         with self._lock:
             thing = self._live.pop(handle, None)
         if thing is None:
-            raise self._refuse(argument, handle)
+            raise self._error_of(argument, handle)
         return thing
 
     def handles(self) -> list[int]:
@@ -95,7 +95,7 @@ class Handles(Generic[Thing]):
         with self._lock:
             self._live.clear()
 
-    def _refuse(self, argument: str, handle: int) -> Exception:
+    def _error_of(self, argument: str, handle: int) -> Exception:
         if handle == 0:
             return null_pointer(self._null_code, argument)
         number, odd = divmod(handle - self._first, _STEP)
@@ -285,11 +285,11 @@ class Communicators:
         if not devices or bad or len(set(devices)) < len(devices):
             rule = f"must be distinct devices, each 0 to {NUM_DEVICES - 1}, and at least one"
             raise acl_error(status.HCCL_PARA, "devices", devices, rule, "list each device of the group once")
-        board = Board(f"evenmoe_hccl_{next(self._numbers)}", len(devices), _EXCHANGE_S)
+        rendezvous = Rendezvous(f"evenmoe_hccl_{next(self._numbers)}", len(devices), _EXCHANGE_S)
         handles = []
         for rank, device in enumerate(devices):
-            transport = LocalTransport(board, rank)
-            registry.register(transport)
+            transport = LocalTransport(rendezvous, rank)
+            register(transport)
             handles.append(self.handles.add(Communicator(device, transport)))
         return handles
 
@@ -312,5 +312,5 @@ class Communicators:
 
 
 def _close(communicator: Communicator) -> None:
-    registry.unregister(communicator.transport)
+    unregister(communicator.transport)
     communicator.transport.close()

@@ -146,7 +146,7 @@ def _make_room(expert, held, index, used, has):
 
 
 @compiled
-def goal_of(held, index, counts, tokens, loads, world):
+def loads_and_goal(held, index, counts, tokens, loads, world):
     """Fill `loads` (T, G) for `tokens` (T, E); returns the goal: peaks, and a little of the squares."""
     num_ranks, width = held.shape
     loads[:] = 0.0
@@ -312,7 +312,7 @@ def _best_replica(hot, held, index, counts, tokens, loads, goal, kept, copies, p
 def _step(held, index, counts, tokens, loads, has, kept, copies, price, world, node_ranks):
     """Make the best move of a busiest rank, in place, for at most `copies` more; returns its copies, or 99 for none."""
     num_windows, num_ranks = loads.shape
-    goal = goal_of(held, index, counts, tokens, loads, world)
+    goal = loads_and_goal(held, index, counts, tokens, loads, world)
     over = np.zeros(num_ranks)
     for window in range(num_windows):
         peak = loads[window].max()
@@ -359,7 +359,7 @@ def improve(held, index, counts, tokens, kept, copies, price, world, node_ranks)
     num_windows = tokens.shape[0]
     loads = np.empty((num_windows, held.shape[0]))
     has = held_experts(held, counts.size)
-    goal_of(held, index, counts, tokens, loads, world)
+    loads_and_goal(held, index, counts, tokens, loads, world)
     best, best_held, best_index, best_counts = _mean_peak(loads), held.copy(), index.copy(), counts.copy()
     opened = spent = 0
     for _ in range(_MOVES):
@@ -370,7 +370,7 @@ def improve(held, index, counts, tokens, kept, copies, price, world, node_ranks)
         if cost == NO_MOVE:
             break
         spent += cost
-        goal_of(held, index, counts, tokens, loads, world)
+        loads_and_goal(held, index, counts, tokens, loads, world)
         if _mean_peak(loads) < best:
             best = _mean_peak(loads)
             best_held[:], best_index[:], best_counts[:] = held, index, counts

@@ -29,7 +29,7 @@ int64_t random_size()
     return any_of(sizes);
 }
 
-// A tensor of random shape, dtype, strides, format and memory; some are refused at once and stay null.
+// A tensor of random shape, dtype, strides, format and memory; some are not valid and stay null.
 aclTensor *random_tensor()
 {
     static char host[64];
@@ -85,7 +85,7 @@ void call(aclnnStatus (*first_stage)(Parameters...), std::tuple<Parameters...> a
     const aclnnStatus status = std::apply(first_stage, arguments);
     statuses[status]++;
     const char *message = status == 0 ? "" : aclGetRecentErrMsg();
-    // A refusal names its argument in backquotes.
+    // An error names its argument in backquotes.
     without_message += status != 0 && (message == nullptr || std::strchr(message, '`') == nullptr) ? 1 : 0;
     if (status == 0) {
         NEED(aclDestroyAclOpExecutor(*executor));

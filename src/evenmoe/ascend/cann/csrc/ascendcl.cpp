@@ -14,7 +14,7 @@ using evenmoe::Value;
 
 namespace {
 
-// Calls that return one handle or number through `out`; the bridge refuses when that is NULL.
+// Calls that return one handle or number through `out`; it is an error when that is NULL.
 template <class T>
 aclError give(const char *function, std::vector<Value> arguments, T *out)
 {

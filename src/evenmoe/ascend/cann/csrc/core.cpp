@@ -188,11 +188,11 @@ Reply to_reply(PyObject *answer)
     PyObject *results = nullptr;
     const char *message = nullptr;
     if (!PyArg_ParseTuple(answer, "izO", &reply.status, &message, &results)) {
-        reply.status = refuse(ACL_ERROR_INTERNAL_ERROR, exception_text());
+        reply.status = fail(ACL_ERROR_INTERNAL_ERROR, exception_text());
         return reply;
     }
     if (reply.status != 0) {
-        refuse(reply.status, message == nullptr ? "" : message);
+        fail(reply.status, message == nullptr ? "" : message);
         return reply;
     }
     for (Py_ssize_t i = 0; i < PySequence_Size(results); i++) {
@@ -214,7 +214,7 @@ Reply ask(const char *function, const std::vector<Value> &arguments)
     Reply failed;
     const std::string &why = why_not_started();
     if (!why.empty()) {
-        failed.status = refuse(
+        failed.status = fail(
             ACL_ERROR_INTERNAL_ERROR, std::string("evenmoe does not start in Python ") + kPython + ": " + why);
         return failed;
     }
@@ -233,7 +233,7 @@ Reply ask(const char *function, const std::vector<Value> &arguments)
     PyObject *answer = complete ? PyObject_CallObject(callee, tuple) : nullptr;
     Reply reply = failed;
     if (answer == nullptr) {
-        reply.status = refuse(ACL_ERROR_INTERNAL_ERROR, exception_text());
+        reply.status = fail(ACL_ERROR_INTERNAL_ERROR, exception_text());
     } else {
         reply = to_reply(answer);
     }
@@ -243,7 +243,7 @@ Reply ask(const char *function, const std::vector<Value> &arguments)
     return reply;
 }
 
-int refuse(int status, const std::string &message)
+int fail(int status, const std::string &message)
 {
     recent_message = message;
     has_message = true;

@@ -50,8 +50,8 @@ struct Reply {
 
 EVENMOE_EXPORT Reply ask(const char *function, const std::vector<Value> &arguments);
 
-// A status of our own, with its message, for what has to be refused before Python sees it.
-EVENMOE_EXPORT int refuse(int status, const std::string &message);
+// Keeps the message of a call that failed, and returns its status.
+EVENMOE_EXPORT int fail(int status, const std::string &message);
 
 // The calling thread's message, or NULL; taking it clears it.
 EVENMOE_EXPORT const char *take_message();

@@ -11,7 +11,7 @@ using evenmoe::Value;
 
 namespace {
 
-constexpr uint64_t kMostDims = 25;  // a list said to be longer is not read; the bridge refuses it by its length
+constexpr uint64_t kMostDims = 25;  // a list said to be longer is not read; its length is an error in the bridge
 
 Value dims(const int64_t *first, uint64_t count)
 {

@@ -71,7 +71,7 @@ typedef enum {
 /* Bytes of one element, 0 for a type that has no whole number of them. */
 size_t aclDataTypeSize(aclDataType dataType);
 
-/* What the last failed call of this thread refused, argument first; NULL when none failed since the last look. */
+/* Why the last failed call of this thread failed, argument first; NULL when none failed since the last look. */
 const char *aclGetRecentErrMsg(void);
 
 #ifdef __cplusplus

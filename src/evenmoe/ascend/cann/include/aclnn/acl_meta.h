@@ -12,7 +12,7 @@ typedef struct aclTensor aclTensor;
 typedef struct aclOpExecutor aclOpExecutor;
 typedef int32_t aclnnStatus;
 
-/* Strides and offset in elements; `stride` may be NULL for a contiguous view. NULL when refused. */
+/* Strides and offset in elements; `stride` may be NULL for a contiguous view. NULL when it is not valid. */
 aclTensor *aclCreateTensor(const int64_t *viewDims, uint64_t viewDimsNum, aclDataType dataType, const int64_t *stride,
                            int64_t offset, aclFormat format, const int64_t *storageDims, uint64_t storageDimsNum,
                            void *tensorData);

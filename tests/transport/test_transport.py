@@ -1,4 +1,4 @@
-"""The laws of `transport/contract.py`, the same for every implementation.
+"""The properties of `transport/transport.py`, the same for every implementation.
 
 Rows are random bytes seen as whatever dtype is asked for, so that every bit pattern travels. What a rank must receive
 follows from the seeds alone: rank s makes the rows that it sends from seed s.
@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evenmoe as em
-from evenmoe.transport.contract import Transport
 from evenmoe.transport.local import LocalTransport
-from evenmoe.transport.renumbered import RenumberedTransport
+from evenmoe.transport.remapped import RemappedTransport
+from evenmoe.transport.transport import Transport
 from evenmoe.transport.world import Rank
 from tests.hesitant import hesitate
 
@@ -205,7 +205,7 @@ def test_some_ranks_exchange_without_the_others(run, members, counts, dtype, see
 def send_renumbered(rank: Rank, old_rank_of: list[int], counts: list[list[int]], dtype: str, seed: int) -> bool:
     if rank.index not in old_rank_of:
         return True
-    group = RenumberedTransport(rank.ep, old_rank_of)
+    group = RemappedTransport(rank.ep, old_rank_of)
     size = len(old_rank_of)
     right = (group.rank, group.world_size, group.name) == (old_rank_of.index(rank.index), size, rank.ep.name)
     mine = torch.tensor([[100 * group.rank + d, 7] for d in range(size)])
@@ -249,7 +249,7 @@ def identify(rank: Rank) -> tuple:
 
 
 def _is_transport(rank: Rank) -> bool:
-    return isinstance(rank.ep, Transport) and isinstance(RenumberedTransport(rank.ep, [rank.ep.rank]), Transport)
+    return isinstance(rank.ep, Transport) and isinstance(RemappedTransport(rank.ep, [rank.ep.rank]), Transport)
 
 
 def test_ranks_know_themselves(run):

@@ -1,4 +1,4 @@
-"""Compiled random counts: how many of a rank's tokens pick each expert, when only the experts' loads are known."""
+"""What is compiled of a batch: recorded tokens on source ranks, or random counts where only loads are known."""
 
 from __future__ import annotations
 
@@ -11,6 +11,47 @@ from evenmoe.compiled import compiled
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _GUIDES = 64  # entries of the table that says where to begin looking; one per top six bits of a number
 _SIGMAS = 8.0  # beyond, a binomial count has probability below 1e-14, and numbers of 32 bits cannot tell it from zero
+
+
+@compiled
+def assign_tokens(seq_start, chunk, position, end, following, tokens):
+    """Fill `tokens` int64 (streams, chunk) with the numbers of the tokens that every stream takes in the next step.
+
+    A stream works on one request at a time and takes its next `chunk` tokens. Where the request ends it goes on at
+    once with the request that nobody has taken yet; after the last request comes the first again. Streams take turns
+    in order.
+
+    Args:
+        seq_start: int64 (requests + 1,), of which at least one is not empty.
+        chunk: tokens of a stream per step.
+        position, end: int64 (streams,), the next token of each stream and the end of its request; updated.
+        following: the next request to be taken.
+        tokens: int64 (streams, chunk), filled.
+
+    Returns:
+        The next request to be taken after this step.
+    """
+    requests = seq_start.size - 1
+    for stream in range(position.size):
+        for i in range(chunk):
+            while position[stream] == end[stream]:
+                position[stream] = seq_start[following]
+                end[stream] = seq_start[following + 1]
+                following = (following + 1) % requests
+            tokens[stream, i] = position[stream]
+            position[stream] += 1
+    return following
+
+
+@compiled
+def count_assignments(experts, counts):
+    """Count the assignments in `counts` int16 or int32 (E, G): experts integers (G, B, K)."""
+    num_ranks, num_tokens, top_k = experts.shape
+    counts[:] = 0
+    for rank in range(num_ranks):
+        for token in range(num_tokens):
+            for k in range(top_k):
+                counts[experts[rank, token, k], rank] += 1
 
 
 @compiled
@@ -57,10 +98,10 @@ def draw_counts(chance, num_tokens, seed, step, layer, counts):
                 bits = mix(state)
             number = np.int64(bits & np.uint64(0xFFFFFFFF))
             bits >>= np.uint64(32)
-            place = guide[number >> 26]
-            while number >= table[place]:
-                place += 1
-            counts[expert, rank] = least + place
+            above = guide[number >> 26]
+            while number >= table[above]:
+                above += 1
+            counts[expert, rank] = least + above
 
 
 @compiled
@@ -74,26 +115,26 @@ def _tabulate(chance, num_tokens, table, guide):
     reach = _SIGMAS * math.sqrt(mean * (1.0 - chance)) + 12.0
     least = max(0, int(mean - reach))
     most = min(num_tokens, int(mean + reach) + 1)
-    centre = min(int(mean), most)
+    center = min(int(mean), most)
     odds = chance / (1.0 - chance)
-    # By ratios from the centre outwards: (1 − chance)^tokens itself underflows for long batches.
+    # By ratios from the center outwards: (1 − chance)^tokens itself underflows for long batches.
     weight = np.empty(most - least + 1)
-    weight[centre - least] = 1.0
-    for value in range(centre, most):
+    weight[center - least] = 1.0
+    for value in range(center, most):
         weight[value + 1 - least] = weight[value - least] * odds * (num_tokens - value) / (value + 1)
-    for value in range(centre, least, -1):
+    for value in range(center, least, -1):
         weight[value - 1 - least] = weight[value - least] / odds * value / (num_tokens - value + 1)
     scale = 4294967296.0 / weight.sum()
     below = 0.0
-    for place in range(weight.size):
-        below += weight[place]
-        table[place] = np.int64(below * scale)
+    for above in range(weight.size):
+        below += weight[above]
+        table[above] = np.int64(below * scale)
     table[weight.size - 1] = 1 << 32
-    place = 0
+    above = 0
     for entry in range(_GUIDES):
-        while table[place] <= entry << 26:
-            place += 1
-        guide[entry] = place
+        while table[above] <= entry << 26:
+            above += 1
+        guide[entry] = above
     return least
 
 
@@ -106,7 +147,7 @@ def share_by_row(counts, num_tokens, first, slots, seed, step, layer, per_slot):
     Args:
         counts: int16 or int32 (E, G), rows that pick each expert on every rank, at most `num_tokens`.
         num_tokens: rows of a rank's batch.
-        first, slots: the replicas, as in `share_kernels`.
+        first, slots: the replicas, as in `layer_kernels`.
         seed, step, layer: decide the random numbers.
     """
     key = mix(layer_key(seed, step, layer))  # not the numbers that the counts were drawn with

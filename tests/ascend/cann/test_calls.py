@@ -142,9 +142,7 @@ def test_messages_use_the_c_names_throughout(wrong_calls) -> None:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_24000_random_first_stages_are_accepted_or_refused_with_a_documented_status(
-    run_program: Run, seed: int
-) -> None:
+def test_24000_random_first_stages_are_accepted_or_fail_with_a_documented_status(run_program: Run, seed: int) -> None:
     done = run_program("fuzz", "12000", str(seed))
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
     table = dict(line.split("\t") for line in done.stdout.splitlines())

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from evenmoe.ascend.cann import build
-from evenmoe.ascend.cann.sources import c_names, digest, header_texts
+from evenmoe.ascend.cann.sources import c_names, digest, header_texts, source_texts
 from evenmoe.cli import app
 from evenmoe.contract.operators import SIGNATURES
 from evenmoe.errors import ConstraintError
@@ -62,6 +62,12 @@ def test_headers_declare_both_stages_of_every_operator() -> None:
     for name, operator in OPERATORS.items():
         declared = re.findall(r"^aclnnStatus (\w+)\(", headers[f"aclnnop/{name}"], re.MULTILINE)
         assert declared == [f"aclnn{operator}GetWorkspaceSize", f"aclnn{operator}"]
+
+
+def test_the_c_functions_are_those_of_the_golden_file() -> None:
+    """They are written from the table of operators; `generated/opapi.cpp` shows them, and shows what changes."""
+    golden = Path(__file__).parent / "generated" / "opapi.cpp"
+    assert source_texts()["opapi.cpp"] == golden.read_text(), "if this is meant, write the new text into the file"
 
 
 def test_every_header_stands_alone_in_c_and_cpp(tree: Path, tmp_path: Path) -> None:
@@ -183,7 +189,7 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
     assert not (tmp_path / "out").exists()  # nor is the folder left that was made for it
 
 
-def test_a_directory_that_cannot_be_written_is_refused_on_the_command_line(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written_is_an_error_on_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     result = CliRunner().invoke(app, ["cann", "--out", str(tmp_path / "file" / "out")])
     assert isinstance(result.exception, ConstraintError)
@@ -195,7 +201,7 @@ def test_the_command_says_where_the_tree_is(tmp_path: Path, monkeypatch: pytest.
     text = CliRunner().invoke(app, ["cann", "--out", str(tmp_path)])
     assert text.output == f"source {tmp_path}/latest/bin/setenv.bash\n"
     found = json.loads(CliRunner().invoke(app, ["cann", "--out", str(tmp_path), "--json"]).output)
-    assert found == {"tree": f"{tmp_path}/latest", "setenv": f"{tmp_path}/latest/bin/setenv.bash"}
+    assert found == {"schema": 1, "tree": f"{tmp_path}/latest", "setenv": f"{tmp_path}/latest/bin/setenv.bash"}
 
 
 def test_anothers_latest_is_left_alone(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A transport over the ranks that are left, under new numbers: the world of a scaled-down elastic group (§2.11)."""
+"""A transport over the active ranks, under new numbers: the world of a scaled-down elastic group (§2.11)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from itertools import accumulate
 
 import torch
 
-from evenmoe.transport.contract import Transport
+from evenmoe.transport.transport import Transport
 
 
-class RenumberedTransport:
+class RemappedTransport:
     """The active ranks of a group, numbered 0…n−1 by `old_rank_of`; implements `Transport`.
 
     Only they call; the ranks that are gone need not exist any more.
@@ -19,26 +19,15 @@ class RenumberedTransport:
     def __init__(self, transport: Transport, old_rank_of: Sequence[int]) -> None:
         self._transport, self._old_rank_of = transport, list(old_rank_of)
         self._members = sorted(old_rank_of)
-        self._rank = self._old_rank_of.index(transport.rank)
-
-    @property
-    def name(self) -> str:
-        return self._transport.name
-
-    @property
-    def rank(self) -> int:
-        return self._rank
-
-    @property
-    def world_size(self) -> int:
-        return len(self._old_rank_of)
+        self.name, self.rank = transport.name, self._old_rank_of.index(transport.rank)
+        self.world_size = len(self._old_rank_of)
 
     @property
     def broken(self) -> bool:
         return self._transport.broken
 
     def number(self, members: Sequence[int] | None = None) -> int:
-        assert members is None, "a renumbered group is not narrowed again"
+        assert members is None, "a remapped group is not narrowed again"
         return self._transport.number(self._members)
 
     def next_layer(self) -> int:
@@ -58,7 +47,7 @@ class RenumberedTransport:
         self._transport.break_off(reason, old)
 
     def exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None = None) -> torch.Tensor:
-        assert members is None, "a renumbered group is not narrowed again"
+        assert members is None, "a remapped group is not narrowed again"
         full = counts.new_zeros((self._transport.world_size, counts.shape[1]))
         full[self._old_rank_of] = counts
         return self._transport.exchange_counts(full, self._members)[self._old_rank_of]
@@ -74,7 +63,7 @@ class RenumberedTransport:
         members: Sequence[int] | None = None,
         into_scratch: bool = False,
     ) -> torch.Tensor:
-        assert members is None, "a renumbered group is not narrowed again"
+        assert members is None, "a remapped group is not narrowed again"
         by_old_rank = self._reordered(
             rows, send_counts, sorted(range(len(send_counts)), key=self._old_rank_of.__getitem__)
         )

@@ -49,7 +49,7 @@ def test_a_view_reads_the_places_that_shape_strides_and_offset_say(dims: list[tu
     try:
         written = view(memory, "x", tensor, written=True)
     except ConstraintError:
-        # The check is by strides, so it may refuse an odd layout without overlap, but never one that is nested.
+        # The check is by strides, so it may reject an odd layout without overlap, but never one that is nested.
         order = sorted((step, size) for size, step in dims if size > 1)
         nested = all(b >= a * n for (a, n), (b, _) in itertools.pairwise(order))
         assert not (distinct and nested and all(step for step, _ in order))

@@ -1,0 +1,271 @@
+"""An operator as torch knows it, made from the table of its arguments; and what becomes of a call on its way there.
+
+A call is checked where it arrives: its types and devices by whoever takes it, its shapes and attributes by the operator
+once for all calls that have the same (`Prepared`), its values by the operator every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from operator import attrgetter, index
+from typing import Any, Generic, TypeAlias, TypeVar
+
+import torch
+
+from evenmoe.contract.calls import AddRmsNormCall, CombineCall, DispatchCall, DistributeCall, UpdateExpertCall
+from evenmoe.contract.layout import Layout
+from evenmoe.contract.limits import resolve_limits
+from evenmoe.contract.operators import OPERATORS, schema
+from evenmoe.contract.tensor_spec import TensorSpec
+from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError, UnsupportedTypeError
+from evenmoe.transport.call import GroupCall, together
+from evenmoe.transport.process_world import transport_of
+from evenmoe.transport.remapped import RemappedTransport
+from evenmoe.transport.transport import Transport, find_transport
+
+Outputs: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
+Dispatching: TypeAlias = DispatchCall[torch.Tensor]
+Combining: TypeAlias = CombineCall[torch.Tensor]
+
+Call: TypeAlias = DistributeCall[torch.Tensor] | UpdateExpertCall[torch.Tensor]
+
+_Call = TypeVar("_Call", bound=DistributeCall[Any])
+_Plan = TypeVar("_Plan")
+_KEPT = 1024  # plans of one operator: of 64 ranks in one process with 16 batch sizes each; some kilobytes a plan
+
+CALL_TYPES: dict[str, Callable[..., Any]] = {
+    "update_expert": UpdateExpertCall,
+    "dispatch": DispatchCall,
+    "combine": CombineCall,
+    "combine_add_rms_norm": AddRmsNormCall,
+}
+_KINDS = {
+    name: {argument.name: argument.kind for argument in operator.arguments if argument.kind != "output"}
+    for name, operator in OPERATORS.items()
+}
+
+
+def register(name: str, run: Callable[[Any], Outputs], fake: Callable[[Any], Outputs]) -> None:
+    """Register `torch.ops.evenmoe.<name>`; `run` and `fake` get a call object of the operator.
+
+    Args:
+        run: the operator. Its outputs never alias its inputs.
+        fake: the same for fake tensors: outputs of the right shapes and dtypes, without values.
+    """
+    tensors = [argument.name for argument in OPERATORS[name].of_kind("tensor")]
+    call_type = CALL_TYPES[name]
+
+    def taking(implementation: Callable[[Any], Outputs]) -> Callable[..., Outputs]:
+        def operator(*values: torch.Tensor | None, limits: str, **attributes: Any) -> Outputs:
+            given = dict(zip(tensors, values, strict=True))
+            return implementation(call_type(**given, **attributes, limits=resolve_limits(limits)))
+
+        return operator
+
+    custom = torch.library.custom_op(f"evenmoe::{name}", taking(run), mutates_args=(), schema=schema(OPERATORS[name]))
+    custom.register_fake(taking(fake))
+
+
+def perform(name: str, call: Call) -> Any:
+    """Let the registered operator `name` compute a call whose types, and the places of whose tensors, are in doubt.
+
+    Raises:
+        UnsupportedTypeError, ConstraintError: as `check_types` and `check_devices` do.
+    """
+    arguments = check_types(name, call)
+    check_devices(arguments)
+    return getattr(torch.ops.evenmoe, name)(**arguments)
+
+
+def check_types(name: str, call: object) -> dict[str, Any]:
+    """The arguments of the registered operator `name`, NumPy's whole numbers as Python's.
+
+    torch refuses wrong types too, but in words about its dispatcher, and without a status.
+
+    Raises:
+        UnsupportedTypeError: a list, an array or a number where a tensor belongs.
+        ConstraintError: an attribute that is no whole number, number, text or truth value, None included.
+    """
+    arguments: dict[str, Any] = {}
+    for argument, kind in _KINDS[name].items():
+        value = getattr(call, argument)
+        if kind == "tensor":
+            if value is not None and not isinstance(value, torch.Tensor):
+                raise UnsupportedTypeError(
+                    argument, f"a {type(value).__name__}", "must be a torch.Tensor", "use torch.tensor"
+                )
+        elif argument == "limits":
+            value = value.name
+        elif kind == "int":
+            if not isinstance(value, int):
+                try:
+                    value = index(value)
+                except TypeError:
+                    raise _wrong(argument, value, "an integer", "an int") from None
+        elif kind == "float" and not isinstance(value, float | int):
+            raise _wrong(argument, value, "a number", "a float")
+        elif kind == "str" and not isinstance(value, str):
+            raise _wrong(argument, value, "text", "a str")
+        elif kind == "bool" and not isinstance(value, bool):
+            raise _wrong(argument, value, "True or False", "a bool")
+        arguments[argument] = value
+    return arguments
+
+
+def _wrong(argument: str, value: object, wanted: str, passed: str) -> EvenmoeError:
+    return ConstraintError(argument, repr(value), f"must be {wanted}", f"pass {passed}")
+
+
+def check_tensors(**tensors: object) -> None:
+    """Raises UnsupportedTypeError for the first that is no tensor, None included."""
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise UnsupportedTypeError(name, f"a {type(value).__name__}", "must be a torch.Tensor", "use torch.tensor")
+
+
+def check_devices(tensors: Mapping[str, object]) -> None:
+    """Refuses tensors whose values cannot be read where the call reads them; everything else passes.
+
+    Raises:
+        UnsupportedTypeError: a tensor is not dense, holds no values, or lies on another device than the first.
+    """
+    first: tuple[str, torch.device] | None = None
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if tensor.layout != torch.strided or tensor.is_nested:
+            layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            raise UnsupportedTypeError(name, f"a {layout} tensor", "must be a dense tensor", "call to_dense()")
+        device = tensor.device
+        if device.type == "meta":
+            raise UnsupportedTypeError(
+                name, "on the device meta", "must hold values", "pass a tensor on the device of the others"
+            )
+        first = first or (name, device)
+        if device != first[1]:
+            raise UnsupportedTypeError(
+                name,
+                f"on the device {device}",
+                f"must be where `{first[0]}` is, on {first[1]}",
+                f"move it with .to({str(first[1])!r})",
+            )
+
+
+# Shapes and attributes, once for all calls that have the same ----------------------------------------------------
+
+
+def spec_of(tensor: torch.Tensor) -> TensorSpec:
+    return TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+
+def specs_of(call: Call) -> Any:
+    """The same call with every tensor replaced by its shape and dtype."""
+    values = {field.name: getattr(call, field.name) for field in fields(call)}
+    specs: Any = {name: spec_of(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return replace(call, **specs)
+
+
+class Prepared(Generic[_Plan]):
+    """What is worked out once for all calls of an operator with the same shapes, dtypes and attributes.
+
+    Args:
+        name: of the operator.
+        prepare: call of specs -> plan; it checks the call, and its errors are those of `__call__`.
+    """
+
+    def __init__(self, name: str, prepare: Callable[[Any], _Plan]) -> None:
+        self._values = attrgetter(*_KINDS[name], "limits.name")
+        self._prepare = prepare
+        self._kept: dict[tuple[object, ...], _Plan] = {}
+
+    def __call__(self, call: Any) -> _Plan:
+        key = tuple([(v.shape, v.dtype) if isinstance(v, torch.Tensor) else v for v in self._values(call)])
+        plan = self._kept.get(key)
+        if plan is None:
+            plan = self._prepare(specs_of(call))
+            if len(self._kept) >= _KEPT:
+                self._kept.clear()
+            self._kept[key] = plan
+        return plan
+
+
+# The groups of a call: transports for the caller, names and numbers for the registered operator ------------------
+
+
+def find_groups(call: DistributeCall[Any]) -> tuple[Transport, Transport | None]:
+    """The transports behind the names; no TP transport unless there are two peers."""
+    ep = find_transport("group_ep", call.group_ep or "", call.ep_rank_id, call.ep_world_size)
+    if call.tp_world_size != 2:
+        return ep, None
+    return ep, find_transport("group_tp", call.group_tp or "", call.tp_rank_id, 2)
+
+
+def active_ranks(ep: Transport, layout: Layout) -> Transport:
+    """The group that really exchanges: all of it, or the ranks that a scaled-down world kept (§2.11)."""
+    return RemappedTransport(ep, layout.active_ranks) if layout.active_ranks else ep
+
+
+def parts_of(
+    operator: str, ep: Transport, tp: Transport | None, scaled_down: bool, rows: object
+) -> tuple[GroupCall, GroupCall | None]:
+    """This rank's parts in a call of dispatch or combine: over the expert-parallel group, and with the TP peer.
+
+    In a scaled-down world the ranks that are gone would not hear of a failure, and the one that fails would wait; so
+    nobody is told before the part is narrowed to the ranks that are left.
+
+    Args:
+        operator: "dispatch" or "combine", under whose name the ranks agree.
+        rows: the tensor to be exchanged, or anything else if it is what is missing.
+    """
+    across = GroupCall(ep, operator, rows, heard=not scaled_down)
+    if tp is None or tp.world_size != 2:
+        return across, None
+    return across, GroupCall(tp, f"tensor-parallel step of {operator}", rows)
+
+
+def in_order(operator: str, across: GroupCall, beside: GroupCall | None) -> tuple[GroupCall | None, GroupCall | None]:
+    """The parts of a call in the order of their exchanges."""
+    return (across, beside) if operator == "dispatch" else (beside, across)
+
+
+@contextmanager
+def collective(
+    operator: str, call_type: Callable[..., _Call], given: Mapping[str, Any], rows: object
+) -> Iterator[_Call]:
+    """The call that a public function makes of its arguments, and performs inside.
+
+    Whatever is raised before the operator has exchanged anything is told to the other ranks.
+
+    Args:
+        operator: "dispatch" or "combine", under whose name the ranks agree.
+        given: the fields of the call by name, but for the groups, which are `ep`, `tp` and `group`.
+        rows: what would be exchanged.
+    """
+    arguments = dict(given)
+    ep, tp, group = arguments.pop("ep"), arguments.pop("tp"), arguments.pop("group")
+    if ep is not None and group is not None:
+        raise ConstraintError(
+            "group", "given beside `ep`", "names the same group", "pass one of the two, whichever reads better"
+        )
+    ep = transport_of(group if ep is None else ep, "ep")
+    tp = None if tp is None else transport_of(tp, "tp")
+    parts = parts_of(operator, ep, tp, given["elastic_info"] is not None, rows)
+    with together(*in_order(operator, *parts)):
+        arguments["moe_expert_num"] = arguments.pop("num_experts")
+        if arguments["moe_expert_num"] is None:
+            raise MissingArgumentError(
+                "num_experts", None, "must be the number of physical experts", "pass what dispatch was called with"
+            )
+        arguments["comm_alg"] = "" if arguments["comm_alg"] is None else arguments["comm_alg"]
+        arguments["limits"] = resolve_limits(arguments["limits"])
+        yield call_type(
+            **arguments,
+            group_ep=ep.name,
+            ep_world_size=ep.world_size,
+            ep_rank_id=ep.rank,
+            group_tp="" if tp is None else tp.name,
+            tp_world_size=0 if tp is None else tp.world_size,
+            tp_rank_id=0 if tp is None else tp.rank,
+        )

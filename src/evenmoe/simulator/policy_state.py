@@ -1,0 +1,145 @@
+"""One policy on its way through the steps: the placement in use, and what has been found so far."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from evenmoe.metrics import count_copies, peak_over_mean
+from evenmoe.placement import Placement
+from evenmoe.simulator.batches import Cluster, Counts
+from evenmoe.simulator.costs import CostModel, route_copies
+from evenmoe.simulator.policies import Policy
+from evenmoe.simulator.result import Details, PolicyResult, Traffic
+from evenmoe.simulator.slot_choice import Experts, Scratch, choose_by
+
+
+class StepResult:
+    """What one step shows, layer by layer.
+
+    Attributes:
+        tokens, busy: int64 (L, G), rows that each rank computes, and its slots that have any.
+        sent, received: float64 (L, 2, 2, G): a row per assignment, then once per rank; within, then between nodes.
+    """
+
+    def __init__(self, num_layers: int, num_ranks: int) -> None:
+        self.tokens, self.busy = np.zeros((2, num_layers, num_ranks), np.int64)
+        self.sent, self.received = np.zeros((2, num_layers, 2, 2, num_ranks))
+
+
+class PolicyState:
+    """A policy's placement and figures; `replay` moves it on."""
+
+    def __init__(
+        self, policy: Policy, cluster: Cluster, num_layers: int, num_experts: int, num_steps: int, details: bool
+    ) -> None:
+        ranks = cluster.num_ranks
+        self.policy, self.cluster = policy, cluster
+        self._found = StepResult(num_layers, ranks)
+        self._copies = np.zeros((num_steps, num_layers), np.int64)
+        self._copy_time, self._step_time = np.zeros((2, num_steps))
+        self._par = np.zeros((num_steps, num_layers))
+        self._rows = np.zeros((num_steps, 4))
+        self._rank_tokens = np.zeros((num_layers, ranks), np.int64)
+        self._refreshes: list[int] = []
+        self._details = None
+        if details:
+            loads = np.zeros((num_steps, num_layers, ranks), np.int64)
+            self._details = Details(loads, np.zeros((num_steps, num_layers, 4)))
+        self._has_planned = False
+        self._initial = policy.first_placement(cluster, num_layers, num_experts)
+        self._use(self._initial)
+
+    def _use(self, placement: Placement) -> None:
+        self.placement = placement
+        self._choice = choose_by(self.policy.rule, placement, self.cluster)
+
+    def plan(self, past: npt.NDArray[np.float64], seed: int) -> Placement:
+        """The policy's next placement, from `past`, tokens (steps, L, E)."""
+        previous = None if self.policy.starts_anew(self._has_planned) else self.placement
+        return self.policy.plan(self.cluster, past, previous, seed)
+
+    def replace(self, step: int, placement: Placement, costs: CostModel) -> None:
+        """Use another placement from this step on. Before step 0 it becomes the first one, which costs nothing."""
+        self._has_planned = True
+        if placement == self.placement:
+            return
+        if step == 0:
+            self._initial = placement
+        else:
+            self._refreshes.append(step)
+            self._copies[step] = count_copies(self.placement, placement)
+            if not self.policy.sees_the_step:
+                routed = route_copies(self.placement, placement, self.cluster.ranks_per_node)
+                self._copy_time[step] = costs.copy_time(*routed)
+        self._use(placement)
+
+    def new_scratch(self, top_k: int) -> Scratch:
+        """`top_k` is 0 where only counts are known."""
+        ranks = self.cluster.num_ranks
+        return Scratch(
+            np.empty((self.policy.num_slots, ranks), self.cluster.count_type),
+            np.empty((ranks, self.cluster.tokens_per_rank, top_k), np.int32),
+        )
+
+    def run_layer(self, key: tuple[int, int, int], counts: Counts, experts: Experts | None, scratch: Scratch) -> None:
+        """Find what one layer of one step does under the placement in use; the arguments are those of `SlotChoice`."""
+        from evenmoe.simulator import layer_kernels as kernels  # not at the top: importing numba takes 0.3 s
+
+        self._choice.fill(key, counts, experts, scratch)
+        layer, per_slot, found = key[2], scratch.per_slot, self._found
+        sent, received = found.sent[layer], found.received[layer]
+        kernels.rank_work(per_slot, self.cluster.num_ranks, found.tokens[layer], found.busy[layer])
+        near, width = self.cluster.ranks_per_node, self.placement.slots_per_rank
+        kernels.count_rows(per_slot, near, sent[0], received[0])
+        if width == 1:  # a token's experts are distinct, so no two of them go to one rank
+            sent[1], received[1] = sent[0], received[0]
+        elif experts is None:
+            kernels.expect_rows_once(per_slot, self.cluster.tokens_per_rank, near, sent[1], received[1])
+        else:
+            kernels.count_rows_once(scratch.chosen, width, near, sent[1], received[1])
+
+    def finish_step(self, step: int, costs: CostModel) -> None:
+        """Enter what all layers of a step have found."""
+        found = self._found
+        way = 1 if costs.one_row_per_rank else 0
+        self._par[step] = peak_over_mean(found.tokens.astype(np.float64))
+        self._step_time[step] = costs.layer_time(
+            found.tokens, found.busy, found.sent[:, way], found.received[:, way]
+        ).sum()
+        rows = found.sent.sum(axis=3).reshape(-1, 4)
+        self._rows[step] = rows.sum(axis=0)
+        self._rank_tokens += found.tokens
+        if self._details is not None:
+            self._details.rank_loads[step], self._details.rows[step] = found.tokens, rows
+
+    def result(self, baseline: PolicyState, costs: CostModel) -> PolicyResult:
+        """Everything found, `baseline` being the default placement's state after the same steps."""
+        rows = np.rint(self._rows).astype(np.int64)
+        placement = self.placement
+        return PolicyResult(
+            name=self.policy.name,
+            description=self.policy.description,
+            rule=self.policy.rule.name,
+            par=self._par,
+            rank_tokens=self._rank_tokens,
+            copies=self._copies,
+            refreshes=np.array(self._refreshes, np.int64),
+            traffic=Traffic(*(np.ascontiguousarray(column) for column in rows.T)),
+            step_time=self._step_time,
+            copy_time=self._copy_time,
+            initial=self._initial,
+            final=placement,
+            memory_per_rank=round(placement.num_layers * placement.slots_per_rank * costs.expert_bytes),
+            break_even_steps=self._break_even(baseline),
+            details=self._details,
+        )
+
+    def _break_even(self, baseline: PolicyState) -> float:
+        """Mean time of a refresh's copies over the mean time a step gains from the first refresh on."""
+        spent = self._copy_time.sum()
+        if spent == 0:
+            return 0.0
+        since = self._refreshes[0]
+        gain = float((baseline._step_time[since:] - self._step_time[since:]).mean())
+        return spent / len(self._refreshes) / gain if gain > 0 else np.inf

@@ -1,0 +1,364 @@
+"""What a rank can do with the other ranks of its group, what every kind of group keeps for it, and groups by name.
+
+Shapes: W ranks in the group. Every exchange is a collective: all ranks of the group (or all of `members`) call it in
+the same order. `members` narrows an exchange to the ranks listed, in ascending order; the others do not call, and their
+rows and counts are zero. It serves scaled-down worlds, where some ranks are gone (specification §2.11).
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from math import prod
+from typing import NoReturn, Protocol, runtime_checkable
+
+import torch
+
+from evenmoe.errors import ConstraintError, LostRankError
+
+Members = tuple[int, ...]
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """One rank's end of a group.
+
+    Attributes: `name` (of the group, the same on all its ranks), `rank` (0…W−1), `world_size` (W), `broken` (bool, no
+    exchange may follow).
+
+    Properties, tested over every implementation: what rank s puts into row d of its counts is row s of what rank d
+    gets; rows arrive unchanged, ordered by source rank and then as they were sent; two exchanges never mix; a rank that
+    fails or ends turns the wait of the others into a LostRankError; after a LostRankError every further exchange raises
+    one that names the same ranks.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def broken(self) -> bool: ...
+
+    def number(self, members: Sequence[int] | None = None) -> int:
+        """Return how many exchanges have been made with exactly these members, None for all: equal on all of them."""
+        ...
+
+    def next_layer(self) -> int:
+        """Return 0, 1, … at successive calls: the number of a layer, equal on ranks that make the same layers."""
+        ...
+
+    def take_turn(self) -> None:
+        """Begin a call of this rank, which may have parts that take their turn within it.
+
+        Raises:
+            ConstraintError: another thread's call is not over.
+        """
+        ...
+
+    def end_turn(self) -> None:
+        """End what `take_turn` began."""
+        ...
+
+    def check_usable(self) -> None:
+        """Raise what ended this end of the group, if anything did.
+
+        Raises:
+            ConstraintError: it was closed.
+            LostRankError: an earlier exchange lost a rank or was left out of step.
+        """
+        ...
+
+    def break_off(self, reason: str, ranks: tuple[int, ...] | None = None) -> None:
+        """Make no exchange any more and let the other ranks know, who get a LostRankError.
+
+        Args:
+            reason: follows this rank in a sentence, as in "failed with MemoryError".
+            ranks: whose fault it is; None for this one's own.
+        """
+        ...
+
+    def exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None = None) -> torch.Tensor:
+        """Send row d of `counts` to rank d; return what every rank sent here.
+
+        Args:
+            counts: int64 (W, n), n equal on all ranks.
+            members: ranks that take part, ascending; None for all.
+
+        Returns:
+            int64 (W, n), row s from rank s.
+
+        Raises:
+            LostRankError: a rank failed or ended instead of taking part, now or in an earlier exchange.
+        """
+        ...
+
+    def last_counts(self) -> torch.Tensor:
+        """Return once more what was received in the last `exchange_counts` that ended."""
+        ...
+
+    def exchange_rows(
+        self,
+        rows: torch.Tensor,
+        send_counts: Sequence[int],
+        recv_counts: Sequence[int],
+        members: Sequence[int] | None = None,
+        into_scratch: bool = False,
+    ) -> torch.Tensor:
+        """Send the first `send_counts[0]` rows to rank 0, the next to rank 1, and so on; return the rows sent here.
+
+        Args:
+            rows: any dtype, (sum(send_counts), …), contiguous. It belongs to the exchange: do not write to it again.
+            send_counts, recv_counts: W row counts each; `recv_counts[s]` is what rank s sends here.
+            members: ranks that take part, ascending; None for all.
+            into_scratch: the result may lie in memory that the next such exchange of this rank overwrites.
+
+        Returns:
+            A tensor (sum(recv_counts), …) of the same dtype, ordered by source rank.
+
+        Raises:
+            LostRankError: a rank failed or ended instead of taking part, now or in an earlier exchange.
+        """
+        ...
+
+    def rows_to_send(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        """An uninitialized tensor of `shape`, with dtype and device of `like`, to be filled and given to exchange_rows.
+
+        Where the other ranks have read the rows when exchange_rows returns, the next call may give the same memory.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give the group back; no exchange may follow."""
+        ...
+
+
+class GroupEnd(ABC):
+    """One rank's end of a group; implements `Transport` over `_exchange_counts`, `_exchange_rows` and `_tell`.
+
+    Every exchange has a number, the same on all ranks that take part in it: exchanges of all ranks are counted
+    together, and those of each narrower set of `members` by themselves. Whoever copies what holds an end shares it,
+    since it is a connection to other ranks; nobody can pickle it.
+    """
+
+    def __init__(self, name: str, rank: int, world_size: int) -> None:
+        self.name, self.rank, self.world_size = name, rank, world_size
+        self._numbers: Counter[Members] = Counter()
+        self._layers = 0
+        self._turn = threading.RLock()  # an operator's parts take their turn within the operator's
+        self._broken: tuple[str, Members] | None = None  # why no exchange may follow, and whose fault it is
+        self._closed = False
+
+    def __copy__(self) -> GroupEnd:
+        return self
+
+    def __deepcopy__(self, memo: object) -> GroupEnd:
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise ConstraintError(
+            type(self).__name__,
+            "an open connection to other ranks",
+            "cannot be pickled",
+            "pickle the placement, and open the world anew where it is loaded",
+        )
+
+    @property
+    def broken(self) -> bool:
+        """Whether no exchange may follow, for any reason."""
+        return self._closed or self._broken is not None
+
+    def number(self, members: Sequence[int] | None = None) -> int:
+        """Exchanges made so far with exactly these members, None for all ranks."""
+        return self._numbers[() if members is None else self._key(members)]
+
+    def next_layer(self) -> int:
+        """Number the layers made on this end of the group, from 0; ranks that make the same layers agree."""
+        self._layers += 1
+        return self._layers - 1
+
+    def take_turn(self) -> None:
+        # One call at a time, since the others' exchanges are paired with this rank's in their order.
+        if not self._turn.acquire(blocking=False):
+            raise ConstraintError(
+                "ep",
+                f"group {self.name!r}, in the midst of another call of rank {self.rank}",
+                "serves one call of a rank at a time",
+                "let the calls of a rank follow each other, or open a group for each of its threads",
+            )
+
+    def end_turn(self) -> None:
+        self._turn.release()
+
+    def check_usable(self) -> None:
+        """Raise what ended this end of the group, if anything did: see `Transport`."""
+        if self._closed:
+            raise ConstraintError(
+                "ep",
+                f"group {self.name!r}, which is closed",
+                "must be open",
+                "make calls before the world is closed, or open another one",
+            )
+        if self._broken is not None:
+            reason, ranks = self._broken
+            raise LostRankError(
+                f"group {self.name!r} is closed for good on rank {self.rank}: {reason}; open another world", ranks
+            )
+
+    def break_off(self, reason: str, ranks: Members | None = None) -> None:
+        if not self.broken:
+            self._broken = f"rank {self.rank} {reason}", (self.rank,) if ranks is None else ranks
+            self._tell(reason, ranks)
+
+    def exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None = None) -> torch.Tensor:
+        if self._closed or self._broken is not None:
+            self.check_usable()
+        try:
+            return self._exchange_counts(counts, members)
+        except BaseException as error:
+            self._note_end(error)
+            raise
+
+    @abstractmethod
+    def last_counts(self) -> torch.Tensor: ...
+
+    def exchange_rows(
+        self,
+        rows: torch.Tensor,
+        send_counts: Sequence[int],
+        recv_counts: Sequence[int],
+        members: Sequence[int] | None = None,
+        into_scratch: bool = False,
+    ) -> torch.Tensor:
+        if self._closed or self._broken is not None:
+            self.check_usable()
+        try:
+            return self._exchange_rows(rows, send_counts, recv_counts, members, into_scratch)
+        except BaseException as error:
+            self._note_end(error)
+            raise
+
+    @abstractmethod
+    def rows_to_send(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor: ...
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._end()
+
+    @abstractmethod
+    def _exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None) -> torch.Tensor: ...
+
+    @abstractmethod
+    def _exchange_rows(
+        self,
+        rows: torch.Tensor,
+        send_counts: Sequence[int],
+        recv_counts: Sequence[int],
+        members: Sequence[int] | None,
+        into_scratch: bool,
+    ) -> torch.Tensor: ...
+
+    @abstractmethod
+    def _tell(self, reason: str, because_of: Members | None) -> None:
+        """Let the other ranks know, without waiting for them, that this one makes no exchange any more."""
+
+    @abstractmethod
+    def _end(self) -> None:
+        """Give back what the group holds."""
+
+    @property
+    def _unsure(self) -> bool:
+        """Whether an exchange may have been made that is not counted."""
+        return False
+
+    def _note_end(self, error: BaseException) -> None:
+        """What an error in an exchange means for those to come; an exchange that may have been made is not repeated."""
+        if isinstance(error, LostRankError):
+            self._broken = self._broken or (str(error), error.ranks)
+        elif self._unsure:  # also after an interrupt
+            self.break_off(f"failed with {type(error).__name__} in the midst of an exchange")
+
+    def _count(self, members: Sequence[int] | None) -> None:
+        """An exchange is done: called at once when it is, before anything that may fail."""
+        self._numbers[() if members is None else self._key(members)] += 1
+
+    def _key(self, members: Sequence[int]) -> Members:
+        return () if len(members) == self.world_size else tuple(members)
+
+
+class Scratch:
+    """Buffers of one rank's transport, by use; each is as large as the largest tensor taken from it, and kept.
+
+    On a CPU a fresh 58 MB result costs 28 ms of page faults, more than the copy into it.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def take(self, use: str, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        """An uninitialized tensor of `shape`, dtype and device of `like`, valid until the same use is taken again.
+
+        >>> scratch = Scratch()
+        >>> first = scratch.take("sent", (2, 3), torch.zeros(1))
+        >>> scratch.take("sent", (3, 1), torch.zeros(1)).data_ptr() == first.data_ptr()
+        True
+        """
+        if like.device.type != "cpu":  # other devices' allocators keep memory by themselves, and know their streams
+            return like.new_empty(shape)
+        size = prod(shape) * like.element_size()
+        buffer = self._buffers.get(use)
+        if buffer is None or len(buffer) < size:
+            with torch.inference_mode(False):  # else it could be written in inference mode only
+                # A quarter more, since loads drift.
+                buffer = self._buffers[use] = torch.empty(size + size // 4, dtype=torch.uint8)
+        return buffer[:size].view(like.dtype).view(*shape)
+
+    def clear(self) -> None:
+        self._buffers.clear()
+
+
+_open: dict[tuple[str, int], Transport] = {}  # by group name and rank, as Ascend's operators are given names
+_lock = threading.Lock()
+
+
+def register(transport: Transport) -> None:
+    """Make `transport` known under its group's name and its rank; the ranks of a local world share the name."""
+    with _lock:
+        _open[transport.name, transport.rank] = transport
+
+
+def unregister(transport: Transport) -> None:
+    with _lock:
+        _open.pop((transport.name, transport.rank), None)
+
+
+def find_transport(argument: str, name: str, rank: int, world_size: int) -> Transport:
+    """The transport of one rank of a named group.
+
+    Raises:
+        ConstraintError: no such group is open here, or it has another size.
+    """
+    transport = _open.get((name, rank))
+    if transport is None:
+        known = sorted({group for group, _ in _open})
+        raise ConstraintError(
+            argument,
+            f"{name!r} (rank {rank})",
+            f"must name an open group that this rank belongs to; open are {known or 'none'}",
+            "open a world with evenmoe.local_world or evenmoe.process_world, and use its groups' names",
+        )
+    if transport.world_size != world_size:
+        raise ConstraintError(
+            argument,
+            f"{name!r} with {transport.world_size} ranks",
+            f"must have the {world_size} ranks that the call names",
+            "pass the world size of the group",
+        )
+    return transport

@@ -1,0 +1,413 @@
+// libopapi.so: both stages of every operator.
+#pragma GCC visibility push(default)
+#include "aclnnop/aclnn_moe_eplb_update_expert.h"
+#include "aclnnop/aclnn_moe_update_expert.h"
+#include "aclnnop/aclnn_moe_distribute_dispatch_v2.h"
+#include "aclnnop/aclnn_moe_distribute_dispatch_v3.h"
+#include "aclnnop/aclnn_moe_distribute_dispatch_v4.h"
+#include "aclnnop/aclnn_moe_distribute_combine_v2.h"
+#include "aclnnop/aclnn_moe_distribute_combine_v3.h"
+#include "aclnnop/aclnn_moe_distribute_combine_v4.h"
+#include "aclnnop/aclnn_moe_distribute_combine_add_rms_norm.h"
+#include "aclnnop/aclnn_moe_distribute_combine_add_rms_norm_v2.h"
+#pragma GCC visibility pop
+
+#include "core.h"
+
+aclnnStatus aclnnMoeEPLBUpdateExpertGetWorkspaceSize(
+    const aclTensor *expertIds,
+    const aclTensor *eplbTable,
+    int64_t localRankId,
+    int64_t worldSize,
+    int64_t balanceMode,
+    aclTensor *balancedExpertIds,
+    uint64_t *workspaceSize,
+    aclOpExecutor **executor)
+{
+    return evenmoe::stage_one("MoeEPLBUpdateExpert", {expertIds, eplbTable, localRankId, worldSize, balanceMode, balancedExpertIds}, workspaceSize, executor);
+}
+
+aclnnStatus aclnnMoeEPLBUpdateExpert(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream)
+{
+    return evenmoe::stage_two("MoeEPLBUpdateExpert", workspace, workspaceSize, executor, stream);
+}
+
+aclnnStatus aclnnMoeUpdateExpertGetWorkspaceSize(
+    const aclTensor *expertIds,
+    const aclTensor *eplbTable,
+    const aclTensor *expertScalesOptional,
+    const aclTensor *pruningThresholdOptional,
+    const aclTensor *activeMaskOptional,
+    int64_t localRankId,
+    int64_t worldSize,
+    int64_t balanceMode,
+    aclTensor *balancedExpertIds,
+    aclTensor *balancedActiveMask,
+    uint64_t *workspaceSize,
+    aclOpExecutor **executor)
+{
+    return evenmoe::stage_one("MoeUpdateExpert", {expertIds, eplbTable, expertScalesOptional, pruningThresholdOptional, activeMaskOptional, localRankId, worldSize, balanceMode, balancedExpertIds, balancedActiveMask}, workspaceSize, executor);
+}
+
+aclnnStatus aclnnMoeUpdateExpert(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream)
+{
+    return evenmoe::stage_two("MoeUpdateExpert", workspace, workspaceSize, executor, stream);
+}
+
+aclnnStatus aclnnMoeDistributeDispatchV2GetWorkspaceSize(
+    const aclTensor *x,
+    const aclTensor *expertIds,
+    const aclTensor *scalesOptional,
+    const aclTensor *xActiveMaskOptional,
+    const aclTensor *expertScalesOptional,
+    const char *groupEp,
+    int64_t epWorldSize,
+    int64_t epRankId,
+    int64_t moeExpertNum,
+    const char *groupTp,
+    int64_t tpWorldSize,
+    int64_t tpRankId,
+    int64_t expertShardType,
+    int64_t sharedExpertNum,
+    int64_t sharedExpertRankNum,
+    int64_t quantMode,
+    int64_t globalBs,
+    int64_t expertTokenNumsType,
+    const char *commAlg,
+    aclTensor *expandXOut,
+    aclTensor *dynamicScalesOut,
+    aclTensor *assistInfoForCombineOut,
+    aclTensor *expertTokenNumsOut,
+    aclTensor *epRecvCountsOut,
+    aclTensor *tpRecvCountsOut,
+    aclTensor *expandScalesOut,
+    uint64_t *workspaceSize,
+    aclOpExecutor **executor)
+{
+    return evenmoe::stage_one("MoeDistributeDispatchV2", {x, expertIds, scalesOptional, xActiveMaskOptional, expertScalesOptional, groupEp, epWorldSize, epRankId, moeExpertNum, groupTp, tpWorldSize, tpRankId, expertShardType, sharedExpertNum, sharedExpertRankNum, quantMode, globalBs, expertTokenNumsType, commAlg, expandXOut, dynamicScalesOut, assistInfoForCombineOut, expertTokenNumsOut, epRecvCountsOut, tpRecvCountsOut, expandScalesOut}, workspaceSize, executor);
+}
+
+aclnnStatus aclnnMoeDistributeDispatchV2(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream)
+{
+    return evenmoe::stage_two("MoeDistributeDispatchV2", workspace, workspaceSize, executor, stream);
+}
+
+aclnnStatus aclnnMoeDistributeDispatchV3GetWorkspaceSize(
+    const aclTensor *x,
+    const aclTensor *expertIds,
+    const aclTensor *scalesOptional,
+    const aclTensor *xActiveMaskOptional,
+    const aclTensor *expertScalesOptional,
+    const aclTensor *elasticInfoOptional,
+    const char *groupEp,
+    int64_t epWorldSize,
+    int64_t epRankId,
+    int64_t moeExpertNum,
+    const char *groupTp,
+    int64_t tpWorldSize,
+    int64_t tpRankId,
+    int64_t expertShardType,
+    int64_t sharedExpertNum,
+    int64_t sharedExpertRankNum,
+    int64_t quantMode,
+    int64_t globalBs,
+    int64_t expertTokenNumsType,
+    const char *commAlg,
+    int64_t zeroExpertNum,
+    int64_t copyExpertNum,
+    int64_t constExpertNum,
+    aclTensor *expandXOut,
+    aclTensor *dynamicScalesOut,
+    aclTensor *assistInfoForCombineOut,
+    aclTensor *expertTokenNumsOut,
+    aclTensor *epRecvCountsOut,
+    aclTensor *tpRecvCountsOut,
+    aclTensor *expandScalesOut,
+    uint64_t *workspaceSize,
+    aclOpExecutor **executor)
+{
+    return evenmoe::stage_one("MoeDistributeDispatchV3", {x, expertIds, scalesOptional, xActiveMaskOptional, expertScalesOptional, elasticInfoOptional, groupEp, epWorldSize, epRankId, moeExpertNum, groupTp, tpWorldSize, tpRankId, expertShardType, sharedExpertNum, sharedExpertRankNum, quantMode, globalBs, expertTokenNumsType, commAlg, zeroExpertNum, copyExpertNum, constExpertNum, expandXOut, dynamicScalesOut, assistInfoForCombineOut, expertTokenNumsOut, epRecvCountsOut, tpRecvCountsOut, expandScalesOut}, workspaceSize, executor);
+}
+
+aclnnStatus aclnnMoeDistributeDispatchV3(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream)
+{
+    return evenmoe::stage_two("MoeDistributeDispatchV3", workspace, workspaceSize, executor, stream);
+}
+
+aclnnStatus aclnnMoeDistributeDispatchV4GetWorkspaceSize(
+    const aclTensor *x,
+    const aclTensor *expertIds,
+    const aclTensor *scalesOptional,
+    const aclTensor *xActiveMaskOptional,
+    const aclTensor *expertScalesOptional,
+    const aclTensor *elasticInfoOptional,
+    const aclTensor *performanceInfoOptional,
+    const char *groupEp,
+    int64_t epWorldSize,
+    int64_t epRankId,
+    int64_t moeExpertNum,
+    const char *groupTp,
+    int64_t tpWorldSize,
+    int64_t tpRankId,
+    int64_t expertShardType,
+    int64_t sharedExpertNum,
+    int64_t sharedExpertRankNum,
+    int64_t quantMode,
+    int64_t globalBs,
+    int64_t expertTokenNumsType,
+    const char *commAlg,
+    int64_t zeroExpertNum,
+    int64_t copyExpertNum,
+    int64_t constExpertNum,
+    aclTensor *expandXOut,
+    aclTensor *dynamicScalesOut,
+    aclTensor *assistInfoForCombineOut,
+    aclTensor *expertTokenNumsOut,
+    aclTensor *epRecvCountsOut,
+    aclTensor *tpRecvCountsOut,
+    aclTensor *expandScalesOut,
+    uint64_t *workspaceSize,
+    aclOpExecutor **executor)
+{
+    return evenmoe::stage_one("MoeDistributeDispatchV4", {x, expertIds, scalesOptional, xActiveMaskOptional, expertScalesOptional, elasticInfoOptional, performanceInfoOptional, groupEp, epWorldSize, epRankId, moeExpertNum, groupTp, tpWorldSize, tpRankId, expertShardType, sharedExpertNum, sharedExpertRankNum, quantMode, globalBs, expertTokenNumsType, commAlg, zeroExpertNum, copyExpertNum, constExpertNum, expandXOut, dynamicScalesOut, assistInfoForCombineOut, expertTokenNumsOut, epRecvCountsOut, tpRecvCountsOut, expandScalesOut}, workspaceSize, executor);
+}
+
+aclnnStatus aclnnMoeDistributeDispatchV4(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream)
+{
+    return evenmoe::stage_two("MoeDistributeDispatchV4", workspace, workspaceSize, executor, stream);
+}
+
+aclnnStatus aclnnMoeDistributeCombineV2GetWorkspaceSize(
+    const aclTensor *expandX,
+    const aclTensor *expertIds,
+    const aclTensor *assistInfoForCombine,
+    const aclTensor *epSendCounts,
+    const aclTensor *expertScales,
+    const aclTensor *tpSendCountsOptional,
+    const aclTensor *xActiveMaskOptional,
+    const aclTensor *activationScaleOptional,
+    const aclTensor *weightScaleOptional,
+    const aclTensor *groupListOptional,
+    const aclTensor *expandScalesOptional,
+    const aclTensor *sharedExpertXOptional,
+    const char *groupEp,
+    int64_t epWorldSize,
+    int64_t epRankId,
+    int64_t moeExpertNum,
+    const char *groupTp,
+    int64_t tpWorldSize,
+    int64_t tpRankId,
+    int64_t expertShardType,
+    int64_t sharedExpertNum,
+    int64_t sharedExpertRankNum,
+    int64_t globalBs,
+    int64_t outDtype,
+    int64_t commQuantMode,
+    int64_t groupListType,
+    const char *commAlg,
+    aclTensor *xOut,
+    uint64_t *workspaceSize,
+    aclOpExecutor **executor)
+{
+    return evenmoe::stage_one("MoeDistributeCombineV2", {expandX, expertIds, assistInfoForCombine, epSendCounts, expertScales, tpSendCountsOptional, xActiveMaskOptional, activationScaleOptional, weightScaleOptional, groupListOptional, expandScalesOptional, sharedExpertXOptional, groupEp, epWorldSize, epRankId, moeExpertNum, groupTp, tpWorldSize, tpRankId, expertShardType, sharedExpertNum, sharedExpertRankNum, globalBs, outDtype, commQuantMode, groupListType, commAlg, xOut}, workspaceSize, executor);
+}
+
+aclnnStatus aclnnMoeDistributeCombineV2(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream)
+{
+    return evenmoe::stage_two("MoeDistributeCombineV2", workspace, workspaceSize, executor, stream);
+}
+
+aclnnStatus aclnnMoeDistributeCombineV3GetWorkspaceSize(
+    const aclTensor *expandX,
+    const aclTensor *expertIds,
+    const aclTensor *assistInfoForCombine,
+    const aclTensor *epSendCounts,
+    const aclTensor *expertScales,
+    const aclTensor *tpSendCountsOptional,
+    const aclTensor *xActiveMaskOptional,
+    const aclTensor *activationScaleOptional,
+    const aclTensor *weightScaleOptional,
+    const aclTensor *groupListOptional,
+    const aclTensor *expandScalesOptional,
+    const aclTensor *sharedExpertXOptional,
+    const aclTensor *elasticInfoOptional,
+    const aclTensor *oriXOptional,
+    const aclTensor *constExpertAlpha1Optional,
+    const aclTensor *constExpertAlpha2Optional,
+    const aclTensor *constExpertVOptional,
+    const char *groupEp,
+    int64_t epWorldSize,
+    int64_t epRankId,
+    int64_t moeExpertNum,
+    const char *groupTp,
+    int64_t tpWorldSize,
+    int64_t tpRankId,
+    int64_t expertShardType,
+    int64_t sharedExpertNum,
+    int64_t sharedExpertRankNum,
+    int64_t globalBs,
+    int64_t outDtype,
+    int64_t commQuantMode,
+    int64_t groupListType,
+    const char *commAlg,
+    int64_t zeroExpertNum,
+    int64_t copyExpertNum,
+    int64_t constExpertNum,
+    aclTensor *xOut,
+    uint64_t *workspaceSize,
+    aclOpExecutor **executor)
+{
+    return evenmoe::stage_one("MoeDistributeCombineV3", {expandX, expertIds, assistInfoForCombine, epSendCounts, expertScales, tpSendCountsOptional, xActiveMaskOptional, activationScaleOptional, weightScaleOptional, groupListOptional, expandScalesOptional, sharedExpertXOptional, elasticInfoOptional, oriXOptional, constExpertAlpha1Optional, constExpertAlpha2Optional, constExpertVOptional, groupEp, epWorldSize, epRankId, moeExpertNum, groupTp, tpWorldSize, tpRankId, expertShardType, sharedExpertNum, sharedExpertRankNum, globalBs, outDtype, commQuantMode, groupListType, commAlg, zeroExpertNum, copyExpertNum, constExpertNum, xOut}, workspaceSize, executor);
+}
+
+aclnnStatus aclnnMoeDistributeCombineV3(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream)
+{
+    return evenmoe::stage_two("MoeDistributeCombineV3", workspace, workspaceSize, executor, stream);
+}
+
+aclnnStatus aclnnMoeDistributeCombineV4GetWorkspaceSize(
+    const aclTensor *expandX,
+    const aclTensor *expertIds,
+    const aclTensor *assistInfoForCombine,
+    const aclTensor *epSendCounts,
+    const aclTensor *expertScales,
+    const aclTensor *tpSendCountsOptional,
+    const aclTensor *xActiveMaskOptional,
+    const aclTensor *activationScaleOptional,
+    const aclTensor *weightScaleOptional,
+    const aclTensor *groupListOptional,
+    const aclTensor *expandScalesOptional,
+    const aclTensor *sharedExpertXOptional,
+    const aclTensor *elasticInfoOptional,
+    const aclTensor *oriXOptional,
+    const aclTensor *constExpertAlpha1Optional,
+    const aclTensor *constExpertAlpha2Optional,
+    const aclTensor *constExpertVOptional,
+    const aclTensor *performanceInfoOptional,
+    const char *groupEp,
+    int64_t epWorldSize,
+    int64_t epRankId,
+    int64_t moeExpertNum,
+    const char *groupTp,
+    int64_t tpWorldSize,
+    int64_t tpRankId,
+    int64_t expertShardType,
+    int64_t sharedExpertNum,
+    int64_t sharedExpertRankNum,
+    int64_t globalBs,
+    int64_t outDtype,
+    int64_t commQuantMode,
+    int64_t groupListType,
+    const char *commAlg,
+    int64_t zeroExpertNum,
+    int64_t copyExpertNum,
+    int64_t constExpertNum,
+    aclTensor *xOut,
+    uint64_t *workspaceSize,
+    aclOpExecutor **executor)
+{
+    return evenmoe::stage_one("MoeDistributeCombineV4", {expandX, expertIds, assistInfoForCombine, epSendCounts, expertScales, tpSendCountsOptional, xActiveMaskOptional, activationScaleOptional, weightScaleOptional, groupListOptional, expandScalesOptional, sharedExpertXOptional, elasticInfoOptional, oriXOptional, constExpertAlpha1Optional, constExpertAlpha2Optional, constExpertVOptional, performanceInfoOptional, groupEp, epWorldSize, epRankId, moeExpertNum, groupTp, tpWorldSize, tpRankId, expertShardType, sharedExpertNum, sharedExpertRankNum, globalBs, outDtype, commQuantMode, groupListType, commAlg, zeroExpertNum, copyExpertNum, constExpertNum, xOut}, workspaceSize, executor);
+}
+
+aclnnStatus aclnnMoeDistributeCombineV4(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream)
+{
+    return evenmoe::stage_two("MoeDistributeCombineV4", workspace, workspaceSize, executor, stream);
+}
+
+aclnnStatus aclnnMoeDistributeCombineAddRmsNormGetWorkspaceSize(
+    const aclTensor *expandX,
+    const aclTensor *expertIds,
+    const aclTensor *assistInfoForCombine,
+    const aclTensor *epSendCounts,
+    const aclTensor *expertScales,
+    const aclTensor *residualX,
+    const aclTensor *gamma,
+    const aclTensor *tpSendCountsOptional,
+    const aclTensor *xActiveMaskOptional,
+    const aclTensor *activationScaleOptional,
+    const aclTensor *weightScaleOptional,
+    const aclTensor *groupListOptional,
+    const aclTensor *expandScalesOptional,
+    const aclTensor *sharedExpertXOptional,
+    const char *groupEp,
+    int64_t epWorldSize,
+    int64_t epRankId,
+    int64_t moeExpertNum,
+    const char *groupTp,
+    int64_t tpWorldSize,
+    int64_t tpRankId,
+    int64_t expertShardType,
+    int64_t sharedExpertNum,
+    int64_t sharedExpertRankNum,
+    int64_t globalBs,
+    int64_t outDtype,
+    int64_t commQuantMode,
+    int64_t groupListType,
+    const char *commAlg,
+    float normEps,
+    aclTensor *yOut,
+    aclTensor *rstdOut,
+    aclTensor *xOut,
+    uint64_t *workspaceSize,
+    aclOpExecutor **executor)
+{
+    return evenmoe::stage_one("MoeDistributeCombineAddRmsNorm", {expandX, expertIds, assistInfoForCombine, epSendCounts, expertScales, residualX, gamma, tpSendCountsOptional, xActiveMaskOptional, activationScaleOptional, weightScaleOptional, groupListOptional, expandScalesOptional, sharedExpertXOptional, groupEp, epWorldSize, epRankId, moeExpertNum, groupTp, tpWorldSize, tpRankId, expertShardType, sharedExpertNum, sharedExpertRankNum, globalBs, outDtype, commQuantMode, groupListType, commAlg, normEps, yOut, rstdOut, xOut}, workspaceSize, executor);
+}
+
+aclnnStatus aclnnMoeDistributeCombineAddRmsNorm(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream)
+{
+    return evenmoe::stage_two("MoeDistributeCombineAddRmsNorm", workspace, workspaceSize, executor, stream);
+}
+
+aclnnStatus aclnnMoeDistributeCombineAddRmsNormV2GetWorkspaceSize(
+    const aclTensor *expandX,
+    const aclTensor *expertIds,
+    const aclTensor *assistInfoForCombine,
+    const aclTensor *epSendCounts,
+    const aclTensor *expertScales,
+    const aclTensor *residualX,
+    const aclTensor *gamma,
+    const aclTensor *tpSendCountsOptional,
+    const aclTensor *xActiveMaskOptional,
+    const aclTensor *activationScaleOptional,
+    const aclTensor *weightScaleOptional,
+    const aclTensor *groupListOptional,
+    const aclTensor *expandScalesOptional,
+    const aclTensor *sharedExpertXOptional,
+    const aclTensor *elasticInfoOptional,
+    const aclTensor *oriXOptional,
+    const aclTensor *constExpertAlpha1Optional,
+    const aclTensor *constExpertAlpha2Optional,
+    const aclTensor *constExpertVOptional,
+    const char *groupEp,
+    int64_t epWorldSize,
+    int64_t epRankId,
+    int64_t moeExpertNum,
+    const char *groupTp,
+    int64_t tpWorldSize,
+    int64_t tpRankId,
+    int64_t expertShardType,
+    int64_t sharedExpertNum,
+    int64_t sharedExpertRankNum,
+    int64_t globalBs,
+    int64_t outDtype,
+    int64_t commQuantMode,
+    int64_t groupListType,
+    const char *commAlg,
+    float normEps,
+    int64_t zeroExpertNum,
+    int64_t copyExpertNum,
+    int64_t constExpertNum,
+    aclTensor *yOut,
+    aclTensor *rstdOut,
+    aclTensor *xOut,
+    uint64_t *workspaceSize,
+    aclOpExecutor **executor)
+{
+    return evenmoe::stage_one("MoeDistributeCombineAddRmsNormV2", {expandX, expertIds, assistInfoForCombine, epSendCounts, expertScales, residualX, gamma, tpSendCountsOptional, xActiveMaskOptional, activationScaleOptional, weightScaleOptional, groupListOptional, expandScalesOptional, sharedExpertXOptional, elasticInfoOptional, oriXOptional, constExpertAlpha1Optional, constExpertAlpha2Optional, constExpertVOptional, groupEp, epWorldSize, epRankId, moeExpertNum, groupTp, tpWorldSize, tpRankId, expertShardType, sharedExpertNum, sharedExpertRankNum, globalBs, outDtype, commQuantMode, groupListType, commAlg, normEps, zeroExpertNum, copyExpertNum, constExpertNum, yOut, rstdOut, xOut}, workspaceSize, executor);
+}
+
+aclnnStatus aclnnMoeDistributeCombineAddRmsNormV2(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream)
+{
+    return evenmoe::stage_two("MoeDistributeCombineAddRmsNormV2", workspace, workspaceSize, executor, stream);
+}
