@@ -11,7 +11,7 @@ import numpy as np
 
 import evenmoe as em
 from evenmoe.io.output import whole_file
-from evenmoe.metrics import rank_loads
+from evenmoe.metrics import even_rank_loads
 from evenmoe.placement import default_placement
 from evenmoe.traces.synthesis import small_trace
 
@@ -44,7 +44,7 @@ def main() -> None:
     load = trace.load.sum(axis=0)
     identity = default_placement(trace.num_layers, trace.num_experts, RANKS)
     planned = em.plan(load, num_ranks=RANKS, num_slots=trace.num_experts + RANKS)
-    before, after = (rank_loads(load, placement)[LAYER] for placement in (identity, planned))
+    before, after = (even_rank_loads(load, placement)[LAYER] for placement in (identity, planned))
     scale = (BASE - TOP) / before.max()
     par = [float(em.peak_to_average(load, placement)[LAYER]) for placement in (identity, planned)]
     parts = [

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from evenmoe.planner.plan import plan as plan
     from evenmoe.rules.split_batch import split_batch as split_batch
     from evenmoe.runtime.expert_parallel import ExpertParallel as ExpertParallel
+    from evenmoe.simulator.replay import simulate as simulate
     from evenmoe.transport.process_world import process_world as process_world
     from evenmoe.transport.world import local_world as local_world
 
@@ -56,6 +57,7 @@ _HOME = {
     "peak_to_average": "evenmoe.metrics",
     "plan": "evenmoe.planner.plan",
     "process_world": "evenmoe.transport.process_world",
+    "simulate": "evenmoe.simulator.replay",
     "split_batch": "evenmoe.rules.split_batch",
     "update_expert": "evenmoe.ops.update_expert",
 }

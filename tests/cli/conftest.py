@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cli.running import DEMO, SMALL, Run, runner
+from evenmoe.cli import chain
+from tests.cli.running import SMALL, Run, runner
 
 
 @pytest.fixture
@@ -16,5 +17,5 @@ def evenmoe(monkeypatch, capsys) -> Run:
 def small_demo(monkeypatch, evenmoe) -> Run:
     """`small_demo(*options)`: the demo on small worlds."""
     for name, size in SMALL.items():
-        monkeypatch.setattr(DEMO, name, size)
+        monkeypatch.setattr(chain, name, size)
     return lambda *options: evenmoe("demo", *options)

@@ -16,18 +16,22 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from evenmoe.cli import COMMANDS
+
 #: What commands import when they run: here once, instead of in every process.
 MODULES = (
-    "evenmoe.cli.demo",
-    "evenmoe.cli.files",
-    "evenmoe.cli.planning",
-    "evenmoe.cli.report",
-    "evenmoe.cli.simulation",
-    "evenmoe.cli.synthesis",
+    *(f"evenmoe.cli.{command}" for command in COMMANDS),
+    "evenmoe.cli.chain",
+    "evenmoe.cli.trace_source",
     "evenmoe.ascend.cann.build",
+    "evenmoe.formats.checking",
+    "evenmoe.formats.converting",
+    "evenmoe.formats.difference",
     "evenmoe.formats.tensorrt_llm_statistics",
     "evenmoe.planner.plan",
     "evenmoe.report.pictures",
+    "evenmoe.simulator.replay",
+    "evenmoe.simulator.store",
     "evenmoe.traces.synthesis",
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +10,6 @@ from typing import Any
 import pytest
 
 from evenmoe.cli import main
-
-DEMO = importlib.import_module("evenmoe.cli.demo")  # the package's attribute of that name is the command
 
 #: The demo's own sizes, shrunk: the published demo's world keeps its ranks, the trace's world its experts.
 SMALL = {

@@ -115,8 +115,8 @@ def test_the_word_trivial(evenmoe, tmp_path):
 @pytest.mark.parametrize(
     ("to", "message"),
     [
-        ("lmdeploy", "`format` is lmdeploy: it must hold a placement, for that is the value, and holds a load"),
-        ("nothing", "`to` is 'nothing': it must be a name in FORMATS"),
+        ("lmdeploy", "`--to` is lmdeploy: it must hold a placement, for that is the value, and holds a load"),
+        ("nothing", "`--to` is 'nothing': it must be a name in FORMATS"),
         ("tensorrt-llm", "must say the model's own number of each of the 2 rows"),
     ],
 )

@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 
 import evenmoe as em
+from evenmoe.cli.demo import _fitting_ranks
 from evenmoe.errors import ConstraintError
 from evenmoe.traces.synthesis import small_trace
 from evenmoe.traces.trace import Trace
 from tests.beside import measured_names
-from tests.cli.running import DEMO, SMALL
+from tests.cli.running import SMALL
 from tests.traces.made_up import trace_file
 from tests.traces.npz import at, npz
 
 PAGE_RANKS, TRACE_TOKENS = 16, SMALL["TRACE_TOKENS"]
 KEYS = [
+    "schema",
     "trace",
     "layers",
     "experts",
@@ -112,9 +114,9 @@ def test_ranks_that_do_not_divide(small_demo, tmp_path, experts, asked, ranks):
 def test_processes_that_do_not_divide():
     """Threads come in any number, but a process that torchrun started cannot be left out."""
     trace = Trace("seven", np.ones((1, 2, 7), np.int64))
-    assert DEMO._fitting_ranks(trace, 7, exact=True) == 7
+    assert _fitting_ranks(trace, 7, exact=True) == 7
     with pytest.raises(ConstraintError) as caught:
-        DEMO._fitting_ranks(trace, 4, exact=True)
+        _fitting_ranks(trace, 4, exact=True)
     assert str(caught.value) == "`--nproc-per-node` is 4: it must divide the 7 experts of seven; use 1."
 
 

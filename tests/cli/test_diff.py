@@ -54,7 +54,7 @@ def test_the_same_placement_in_two_formats_needs_nothing(evenmoe, tmp_path):
 @pytest.mark.parametrize(
     ("after", "message"),
     [
-        ('{"0": [0, 1, 0, 2]}', "`placement` is one with num_layers 1: it must have the num_layers of the previous"),
+        ('{"0": [0, 1, 0, 2]}', "`AFTER` is one with num_layers 1: it must have the num_layers of the previous"),
         ('{"0": [0, 1, 0, 1], "1": [0, 1, 1, 1]}', "must have the num_experts of the previous placement, 3"),
         ('{"logical_count": [[5, 6]]}', "is a load: it must be a placement"),
     ],
@@ -63,6 +63,18 @@ def test_what_cannot_be_compared(after, message, evenmoe):
     done = evenmoe("diff", BEFORE, after, "--ranks", 2)
     assert done.code == 2
     assert message in done.err
+
+
+def test_the_options_hold_for_both_files(evenmoe):
+    """A placement counts no slots that a map could tell."""
+    done = evenmoe("diff", AFTER, AFTER, "--ranks", 2, "--from", "sglang-location")
+    assert "0 copies in 0 of 2 layers" in done.out
+    done = evenmoe("diff", AFTER, BEFORE, "--ranks", 2, "--from", "sglang-location")
+    assert (done.code, done.out) == (2, "")
+    assert "is without `physical_to_logical_map`" in done.err
+    done = evenmoe("diff", BEFORE, AFTER, "--ranks", 2, "--map", BEFORE)
+    assert (done.code, done.out) == (2, "")
+    assert "it takes no --map; leave that out" in done.err
 
 
 @given(placements())

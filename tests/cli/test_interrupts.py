@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from evenmoe.cli import chain
 from tests.cli.processes import forked
-from tests.cli.running import DEMO, SMALL
+from tests.cli.running import SMALL
 from tests.traces.npz import at, npz
 
 #: Runs evenmoe, and interrupts it when it begins to import a module.
@@ -45,7 +46,7 @@ def load(tmp_path) -> Path:
     [
         "evenmoe.cli",
         "typer",
-        "evenmoe.cli.commands",
+        "evenmoe.cli.options",
         "evenmoe.formats.catalogue",
         "rich.console",
         "numpy",
@@ -81,7 +82,7 @@ def interrupting(place: str, number: int = signal.SIGINT) -> Callable[[], None]:
 
         setattr(owner, name, wrong)
         for size, value in SMALL.items():
-            setattr(DEMO, size, value)
+            setattr(chain, size, value)
 
     return start
 
@@ -91,16 +92,16 @@ REPLAY = ["simulate", "{load}", "--ranks", 2, "--slots", 6, "--steps", 3, "--top
 REPLAY += ["--expert-bytes", 8, "--expert-flops", 8]
 PLACES = {
     "reading": (["check", "{load}"], "evenmoe.formats.source:read_bytes"),
-    "comparing": (["diff", FIRST, SECOND, "--ranks", 2], "evenmoe.cli.files:compare"),
-    "planning": (["plan", "{load}", "--ranks", 2, "--slots", 6], "evenmoe:plan"),
+    "comparing": (["diff", FIRST, SECOND, "--ranks", 2], "evenmoe.formats.difference:diff"),
+    "planning": (["plan", "{load}", "--ranks", 2, "--slots", 6], "evenmoe.cli.plan:plan_with"),
     "replaying": (REPLAY, "evenmoe.simulator.replay:_Run.advance"),
     "replaying in a thread": (REPLAY, "evenmoe.simulator.replay:_Run._count"),
     "ranks that wait": (["demo", "--trace", "{load}", "--ranks", 2], "evenmoe.cli.chain:_one_rank"),
     "making a trace": (
-        ["synthesise", "-o", "new.npz", "--windows", 2, "--num-layers", 1],
-        "evenmoe.cli.synthesis:_statistics",
+        ["synthesize", "-o", "new.npz", "--windows", 2, "--num-layers", 1],
+        "evenmoe.cli.synthesize:_statistics",
     ),
-    "printing": (["check", "{load}"], "evenmoe.cli.files:_print_findings"),
+    "printing": (["check", "{load}"], "evenmoe.cli.check:_print_findings"),
 }
 
 

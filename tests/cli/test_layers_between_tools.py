@@ -31,7 +31,7 @@ def test_the_mtp_layer_on_the_command_line(evenmoe, tmp_path):
     make("ascend-map", model, ascend)
     done = evenmoe("convert", ascend, tmp_path / "x.yaml", "--to", "tensorrt-llm", "--first-layer", 3)
     assert done.code == 2
-    assert "evenmoe: `num_hidden_layers` is not given" in done.err
+    assert "evenmoe: `--hidden-layers` is not given" in done.err
     whole = ("--first-layer", 3, "--hidden-layers", 5)
     assert evenmoe("convert", ascend, tmp_path / "x.yaml", "--to", "tensorrt-llm", *whole).code == 0
     back = evenmoe("convert", tmp_path / "x.yaml", tmp_path / "y.json", "--to", "ascend-map", *whole, "--ranks", RANKS)
@@ -89,8 +89,7 @@ def test_hidden_layers_that_would_do_nothing_are_refused(evenmoe, tmp_path):
         done = evenmoe("convert", source, tmp_path / "out", "--to", to, "--hidden-layers", 5)
         assert (done.code, done.out) == (2, "")
         assert (
-            f"`num_hidden_layers` is 5: it must be left out: this {kind} is read and written to {to} without"
-            in done.err
+            f"`--hidden-layers` is 5: it must be left out: this {kind} is read and written to {to} without" in done.err
         )
         assert not (tmp_path / "out").exists()
     stored = evenmoe(

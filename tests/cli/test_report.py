@@ -79,7 +79,7 @@ def test_the_input_is_never_replaced(replay, evenmoe):
     before = replay.read_bytes()
     done = evenmoe("report", replay, "-o", replay)
     assert done.code == 2
-    assert "--output" in done.err
+    assert "--out" in done.err
     assert replay.read_bytes() == before
 
 

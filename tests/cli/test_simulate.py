@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from evenmoe.cli.simulation import progress_bar
+from evenmoe.cli.simulate import progress_bar
 from evenmoe.simulator.store import load_simulation
 from evenmoe.traces.synthesis import small_trace
 
@@ -85,7 +85,7 @@ def test_every_option_reaches_the_replay(evenmoe, trace, tmp_path):
 
 def test_the_file_is_read_by_report(evenmoe, trace, tmp_path):
     evenmoe("simulate", trace, *SMALL, "--out", tmp_path / "out.sim", "-p", "greedy")
-    done = evenmoe("report", tmp_path / "out.sim", "--output", tmp_path / "page.html")
+    done = evenmoe("report", tmp_path / "out.sim", "--out", tmp_path / "page.html")
     assert done.code == 0, done.err
     assert "<html" in (tmp_path / "page.html").read_text()[:200]
 

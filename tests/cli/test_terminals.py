@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evenmoe.cli import chain
 from evenmoe.errors import ConstraintError, FileFormatError
 from evenmoe.simulator.costs import CostModel
 from evenmoe.simulator.policies import DEFAULT
@@ -22,7 +23,7 @@ from evenmoe.simulator.result import Simulation
 from evenmoe.simulator.store import load_simulation, save_simulation
 from evenmoe.traces.trace import Trace
 from tests.cli.processes import forked
-from tests.cli.running import DEMO, SMALL
+from tests.cli.running import SMALL
 from tests.traces.npz import at, npz
 
 MAP, OTHER = '{"physical_to_logical_map": [[0, 1, 0, 2]]}', '{"physical_to_logical_map": [[0, 1, 2, 0]]}'
@@ -37,7 +38,7 @@ def encoded(encoding: str) -> Callable[[], None]:
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(encoding=encoding, errors="strict")  # pyright: ignore[reportAttributeAccessIssue]
         for size, value in SMALL.items():
-            setattr(DEMO, size, value)
+            setattr(chain, size, value)
 
     return start
 
@@ -71,7 +72,7 @@ COMMANDS = [
     ["plan", "{load}", "--ranks", 3, "--slots", 5],
     ["simulate", "{load}", *REPLAY, "--expert-bytes", 8, "--expert-flops", 8, "--out", "é.npz", "--report", "é.html"],
     ["report", "replay.npz", "-o", "{load}.html"],
-    ["synthesise", "-o", "→.npz", "--windows", 2, "--num-layers", 1],
+    ["synthesize", "-o", "→.npz", "--windows", 2, "--num-layers", 1],
     ["demo", "--trace", "{load}", "--ranks", 2],
     ["check", "none…"],
     ["report", "{load}"],
@@ -232,7 +233,7 @@ def test_a_number_of_experts_beyond_all_measure(tmp_path, command, experts):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["synthesise", "-o", "new.npz", "--windows", 10**9],
+        ["synthesize", "-o", "new.npz", "--windows", 10**9],
         ["plan", "load.npz", "--ranks", 2, "--slots", 2**40],
         ["simulate", "load.npz", *REPLAY, "--expert-bytes", 8, "--expert-flops", 8, "--steps", 10**12],
     ],
@@ -251,12 +252,12 @@ def test_a_mistake_of_our_own_is_one_line(tmp_path):
     """With its own exit code, so that it is taken for nothing else, and what a report needs."""
 
     def start() -> None:
-        import evenmoe.cli.files
+        import evenmoe.formats.checking
 
         def broken(*given: object, **named: object) -> None:
             raise AttributeError("no\nsuch thing")
 
-        evenmoe.cli.files.check_file = broken  # pyright: ignore[reportAttributeAccessIssue]
+        evenmoe.formats.checking.check = broken  # pyright: ignore[reportAttributeAccessIssue]
 
     done = forked(tmp_path, ["check", MAP], start)
     assert (done.code, done.out) == (70, "")

@@ -201,9 +201,14 @@ def test_simulate_takes_the_map_too(evenmoe: Run, tmp_path, statistics, placemen
     routing = np.zeros((2, 1, 1), np.uint16)
     save_trace(tmp_path / "routed.npz", Trace("", np.array([[[2, 0, 0, 0]]]), routing))
     for source, text in (
-        (tmp_path / "routed.npz", "which name experts: it must count slots alone to take a placement (--map); leave"),
+        (tmp_path / "routed.npz", "which name experts: it must count slots alone to take a --map; leave --map"),
         (tmp_path / "right.npz", "a load with 3 counts per layer: it must have one for each of the 4 slots"),
-        ("synthetic:olmoe", "it must come with a file, whose slots it holds; leave it out"),
+        (
+            "synthetic:olmoe",
+            "`--map` is MAP: it must come with a file; leave it out: a synthetic trace is read from none".replace(
+                "MAP", str(placement)
+            ),
+        ),
     ):
         done = evenmoe("simulate", source, *SIMULATED, "--map", placement)
         assert (done.code, done.out) == (2, "")
@@ -239,14 +244,14 @@ def test_options_that_would_do_nothing_are_refused(evenmoe: Run, tmp_path, place
     out = ("convert", experts, tmp_path / "out", "--to", "lmdeploy")
     for arguments, text in (
         ((*out, "--map", placement), "a load with 3 counts per layer: it must have one for each of the 4 slots of its"),
-        (("check", experts, "--map", placement), "leave placement (--map) out if it counts logical experts"),
+        (("check", experts, "--map", placement), "leave --map out if it counts logical experts"),
         (("plan", experts, "--ranks", 1, "--slots", 3, "--map", placement), "a load with 3 counts per layer"),
-        (("check", placement, "--map", placement), "it takes no placement (--map); leave that out"),
-        ((*out, "--ranks", 2), "it takes no num_ranks (--ranks); leave that out"),
-        ((*out, "--slots", 4), "num_slots (--slots)"),
-        ((*out, "--shared-devices", 1), "shared_devices (--shared-devices)"),
+        (("check", placement, "--map", placement), "it takes no --map; leave that out"),
+        ((*out, "--ranks", 2), "it takes no --ranks; leave that out"),
+        ((*out, "--slots", 4), "it takes no --slots; leave"),
+        ((*out, "--shared-devices", 1), "it takes no --shared-devices; leave"),
         (("check", experts, "--num-layers", 4), "a load with 1 layers: it must have the 4 that were asked for; leave"),
-        ((*out, "--experts", 4), "a load with 3 experts: it must have the 4 that were asked for; leave num_experts"),
+        ((*out, "--experts", 4), "a load with 3 experts: it must have the 4 that were asked for; leave --experts"),
         (("check", experts, "--map", experts), "`--map` is "),
         (("diff", experts, placement, "--ranks", 2), "is a load: it must be a placement"),
     ):

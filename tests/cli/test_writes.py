@@ -66,7 +66,7 @@ COMMANDS = {
     "simulate": Command(("simulate", "{in}/load.npz", "--out", "{out}", *REPLAY)),
     "simulate, page": Command(("simulate", "{in}/load.npz", "--report", "{out}", *REPLAY)),
     "report": Command(("report", "{in}/replay.npz", "-o", "{out}")),
-    "synthesise": Command(("synthesise", "-o", "{out}", "--windows", 4, "--num-layers", 2)),
+    "synthesize": Command(("synthesize", "-o", "{out}", "--windows", 4, "--num-layers", 2)),
 }
 FILES = [name for name, command in COMMANDS.items() if not command.folder]
 
@@ -299,7 +299,7 @@ def test_what_is_no_file_is_written_directly(inputs, room, name):
         received = reader.stdout.read()
     assert done.code == 0, done.err
     assert (room / "pipe").is_fifo()
-    if name in ("convert", "plan", "synthesise"):  # the others write down how they were called
+    if name in ("convert", "plan", "synthesize"):  # the others write down how they were called
         assert received == expected
     assert len(received) > ROOM
     assert forked(room, command.on(Path("/dev/null"), inputs)).code == 0

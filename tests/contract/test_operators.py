@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from evenmoe.contract.operators import OPERATORS, SIGNATURES, agreement, schema
+from evenmoe.contract.tensor_spec import ALLOCATED
 from evenmoe.ops import combine, combine_add_rms_norm, dispatch, update_expert  # noqa: F401  they register
+from evenmoe.ops.operator import CALL_TYPES
 from evenmoe.transport.agreement import OPERATORS as COMPARED
 
 
@@ -41,3 +45,19 @@ def test_arguments_are_listed_once():
         published = [a for a in OPERATORS[signature.operator].arguments if a.since is not None]
         assert set(signature.arguments.values()) <= set(published), name
         assert len({argument.c_name for argument in signature.arguments.values()}) == len(signature.arguments)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_call_has_the_arguments_of_the_table(name):
+    fields = {field.name: field for field in dataclasses.fields(CALL_TYPES[name])}
+    own = {"hccl_buffer_bytes", "generation", "check_values", "limits"}  # what only the contract or this package knows
+    listed = {a.name: a for a in OPERATORS[name].arguments if (a.name, a.kind) != ("dispatch_number", "output")}
+    assert fields.keys() - own == listed.keys() - own
+    for argument in listed.values():
+        if argument.name in own:
+            continue
+        default = fields[argument.name].default
+        if argument.required:
+            assert default is dataclasses.MISSING, argument.name
+        else:
+            assert default == (ALLOCATED if argument.kind == "output" else argument.default), argument.name

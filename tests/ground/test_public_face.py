@@ -99,6 +99,7 @@ def test_the_list_is_the_design():
         "peak_to_average",
         "plan",
         "process_world",
+        "simulate",
         "split_batch",
         "update_expert",
     ]

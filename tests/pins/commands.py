@@ -146,7 +146,7 @@ def _simulations() -> None:
 def _report(*arguments: object) -> dict[str, Any]:
     with folder():
         evenmoe("simulate", *arguments, *SIZES, "--out", "found.sim", "--report", "at-once.html")
-        found = evenmoe("report", "found.sim", "--output", "page.html", "--json")
+        found = evenmoe("report", "found.sim", "--out", "page.html", "--json")
         page, at_once = Path("page.html").read_text("utf-8"), Path("at-once.html").read_text("utf-8")
         text = re.sub(r"\b[0-9a-f]{64}\b|<style>.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL)
         return {

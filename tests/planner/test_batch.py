@@ -13,7 +13,7 @@ from evenmoe.planner.batch import drift_factors, scenarios_of
 from evenmoe.planner.kernels.batch import candidates, evaluate
 from evenmoe.planner.kernels.common import replicate
 from evenmoe.planner.kernels.packing import draft
-from evenmoe.rules import shares
+from evenmoe.rules.catalogue import RULES
 from tests.effort import effort
 
 
@@ -32,7 +32,7 @@ def drifted(load, drift, count, seed):
 
 def held_out(load, placement, drift=0.3, count=40):
     """Mean peak-to-average load after the best split of loads that the planner has not seen."""
-    loads = shares.rank_loads(drifted(load, drift, count, seed=12345), placement, "batch")
+    loads = RULES.get("batch").rank_loads(drifted(load, drift, count, seed=12345), placement)
     return peak_over_mean(loads).mean()
 
 
@@ -71,7 +71,7 @@ def test_windows_are_the_loads_to_serve():
     train, test = windows[:16], windows[16:]
     par = {
         name: peak_over_mean(
-            shares.rank_loads(test, em.plan(load, num_ranks=8, num_slots=72, rule="batch"), "batch")
+            RULES.get("batch").rank_loads(test, em.plan(load, num_ranks=8, num_slots=72, rule="batch"))
         ).mean()
         for name, load in (("windows", train), ("mean", train.mean(0)))
     }
@@ -149,7 +149,7 @@ def test_peaks_are_those_of_the_exact_split(case):
     num_ranks = len(held)
     total, peaks, closed, load = evaluate(held, scenarios, np.ones(len(scenarios)), np.inf)
     placement = em.Placement(held.reshape(1, -1), num_ranks, num_experts=scenarios.shape[1])
-    exact = shares.rank_loads(scenarios[:, None], placement, "batch")[:, 0].max(-1)
+    exact = RULES.get("batch").rank_loads(scenarios[:, None], placement)[:, 0].max(-1)
     # A peak is accepted once its set of ranks is within 2e-4 of it; nothing is below the exact one but rounding.
     assert (peaks <= np.maximum(exact, 1) + 2.1e-4).all()
     assert (peaks >= exact - 1e-9).all()

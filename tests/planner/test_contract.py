@@ -15,7 +15,7 @@ import evenmoe as em
 from evenmoe.metrics import peak_over_mean
 from evenmoe.planner.batch import JITTER, drift_factors, scenarios_of
 from evenmoe.planner.kernels.batch import evaluate
-from evenmoe.rules import shares
+from evenmoe.rules.catalogue import RULES
 
 Load = npt.NDArray[np.float64]
 RANKS, SLOTS, EXPERTS, LAYERS = 8, 40, 32, 2
@@ -137,7 +137,7 @@ def goal(mode: Mode, load: Load, placement: em.Placement) -> Load:
             peaks.append(found / len(cases))
         return np.array(peaks)
     rule = mode.rule if mode.rule == "rank" else "occurrence"
-    return peak_over_mean(shares.rank_loads(load, placement, rule)).mean(axis=0)
+    return peak_over_mean(RULES.get(rule).rank_loads(load, placement)).mean(axis=0)
 
 
 @settings(max_examples=5, deadline=None)

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 import evenmoe as em
 from evenmoe.metrics import peak_over_mean
 from evenmoe.planner.kernels import rank_rule
-from evenmoe.rules import rank, shares
+from evenmoe.rules import rank
+from evenmoe.rules.catalogue import RULES
 
 
 def par(load, placement):
-    return peak_over_mean(shares.rank_loads(load, placement, "rank"))
+    return peak_over_mean(RULES.get("rank").rank_loads(load, placement))
 
 
 def zipf(num_layers, num_experts, seed):
@@ -187,7 +188,7 @@ def test_from_a_placement_that_is_far_off_a_new_plan_is_as_good_as_ever(rule: st
     used = em.Placement(np.tile(np.arange(72) % 64, (2, 1)), num_ranks=8)
     shape = {"num_ranks": 8, "num_slots": 72, "rule": rule}
     plans = em.plan(load, **shape), em.plan(load, **shape, previous=used)
-    new, again = (shares.rank_loads(load, plan, rule).max(axis=1) for plan in plans)
+    new, again = (RULES.get(rule).rank_loads(load, plan).max(axis=1) for plan in plans)
     assert again.tolist() == pytest.approx(new.tolist(), rel=1e-9)  # rounding of sums in another order
     few = em.plan(load, **shape, previous=used, max_copies=4)
     assert em.count_copies(used, few).max() <= 4

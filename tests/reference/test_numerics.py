@@ -59,7 +59,7 @@ def test_tree_sum_of_integers_is_exact(n):
 @settings(deadline=None)  # a shared machine may stall any single example
 @given(st.lists(fp32, max_size=40))
 def test_tree_sum_stays_within_its_bound(values):
-    """Every value passes through at most ⌈log2 n⌉ additions: |error| ≤ ((1+u)^depth − 1)·Σ|values| (Higham, §4.2)."""
+    """Every value passes through ⌈log2 n⌉ additions at most: |error| ≤ ((1+u)^depth − 1)·Σ|values| (Higham, 4.2)."""
     total = Fraction(float(tree_sum(torch.tensor(values, dtype=torch.float32))))
     depth = math.ceil(math.log2(len(values))) if values else 0
     bound = ((1 + U32) ** depth - 1) * sum(abs(Fraction(v)) for v in values)

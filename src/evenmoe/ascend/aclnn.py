@@ -38,7 +38,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -153,16 +152,16 @@ SecondStage = Callable[[object, int, Executor | None, Stream | None], int]
 def _two_stages(operator: str) -> tuple[FirstStage, SecondStage]:
     """The two functions of one operator, made from its listing."""
     arguments = SIGNATURES[operator]
-    parts = [arguments.names("tensor"), arguments.names("str", "int", "float"), arguments.names("output")]
+    outputs = arguments.names("output")
     signature = inspect.Signature(
         [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in arguments.arguments]
     )
 
-    def first(*args: Any, **kwargs: Any) -> tuple[int, int, Executor | None]:
+    def first(*args: object, **kwargs: object) -> tuple[int, int, Executor | None]:
         given = signature.bind(*args, **kwargs).arguments  # a wrong number of arguments, C would not compile
         try:
-            executor = stage_one(operator, *({name: given[name] for name in names} for names in parts))
-            check_memory(given, parts[2])
+            executor = stage_one(operator, given)
+            check_memory(given, outputs)
         except EvenmoeError as error:
             return status_of(error), 0, None
         return status.SUCCESS, executor.workspace_size, executor

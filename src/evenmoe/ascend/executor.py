@@ -8,8 +8,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from operator import index
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -17,39 +18,48 @@ from evenmoe.ascend import status
 from evenmoe.ascend.groups import Membership, find_group, late_ranks, peers_here, taking_part
 from evenmoe.ascend.status import AclError, of_the_chip
 from evenmoe.ascend.stream import Stream
-from evenmoe.ascend.tensors import WRITERS, check_unchanged, number_of, specs_of
-from evenmoe.contract.combine import check_combine, check_combine_add_rms_norm
-from evenmoe.contract.dispatch import check_dispatch
+from evenmoe.ascend.tensors import check_unchanged, number_of, write_outputs
+from evenmoe.contract.calls import AddRmsNormCall, CombineCall, DispatchCall, DistributeCall, UpdateExpertCall
+from evenmoe.contract.combine import check_combine_add_rms_norm_call, check_combine_call
+from evenmoe.contract.dispatch import check_dispatch_call
 from evenmoe.contract.layout import Layout, scale_down
 from evenmoe.contract.limits import ATLAS_A3
-from evenmoe.contract.operators import OPERATORS, SIGNATURES, Kind
-from evenmoe.contract.update_expert import check_update_expert
+from evenmoe.contract.operators import SIGNATURES, Kind
+from evenmoe.contract.tensor_spec import TensorSpec
+from evenmoe.contract.update_expert import check_update_expert_call
 from evenmoe.errors import ConstraintError, EvenmoeError, UnsupportedTypeError
 from evenmoe.ops import combine, combine_add_rms_norm, dispatch, update_expert
+from evenmoe.ops.operator import CALL_TYPES, Call, perform, specs_of
 
 _OPERATOR_MODULES = (combine, combine_add_rms_norm, dispatch, update_expert)  # importing them registers the operators
 
 #: What the operators' tiling asks for, the fixed system workspace; this implementation does not touch it.
 WORKSPACE_BYTES = 16 * 2**20
 
-_CHECKS: dict[str, Callable[..., Layout | None]] = {
-    "update_expert": check_update_expert,
-    "dispatch": check_dispatch,
-    "combine": check_combine,
-    "combine_add_rms_norm": check_combine_add_rms_norm,
-}
+Specs: TypeAlias = UpdateExpertCall[TensorSpec] | DispatchCall[TensorSpec] | CombineCall[TensorSpec]
 _INT64 = range(-(2**63), 2**63)
 
-Tensors = Mapping[str, torch.Tensor | None]
+
+def check_call(specs: Specs) -> Layout | None:
+    """Check a call of any operator, of the shapes and dtypes of its tensors; its layout where it has one.
+
+    Raises:
+        EvenmoeError: what the contract says.
+    """
+    if isinstance(specs, UpdateExpertCall):
+        return check_update_expert_call(specs)
+    if isinstance(specs, DispatchCall):
+        return check_dispatch_call(specs)
+    return check_combine_add_rms_norm_call(specs) if isinstance(specs, AddRmsNormCall) else check_combine_call(specs)
 
 
-def stage_one(operator: str, tensors: Tensors, attributes: Mapping[str, object], outputs: Tensors) -> Executor:
+def stage_one(operator: str, given: Mapping[str, object]) -> Executor:
     """Check one call as the operator's first stage does, and make it ready to run.
 
     Args:
         operator: a key of `SIGNATURES`.
-        tensors, attributes, outputs: {name: value} for every name of its signature; None is a null pointer. Tensors
-            may be strided views. The outputs are written by `Executor.run`, as far as the operator writes them.
+        given: {name: value} for every name of its signature; None is a null pointer. Tensors may be strided views. The
+            outputs are written by `Executor.run`, as far as the operator writes them.
 
     Raises:
         MissingArgumentError: a null tensor or group name (status 161001).
@@ -57,17 +67,17 @@ def stage_one(operator: str, tensors: Tensors, attributes: Mapping[str, object],
         ConstraintError: everything else (561002), last of all a group name that is not open here.
     """
     signature = SIGNATURES[operator]
-    arguments = {**tensors, **outputs, **attributes}
-    assert arguments.keys() == signature.arguments.keys(), (operator, arguments.keys() ^ signature.arguments.keys())
-    arguments = {name: _of_type(argument.kind, name, arguments[name]) for name, argument in signature.arguments.items()}
-    attributes = {name: arguments[name] for name in attributes}
-    generation = {"generation": "eplb_update_expert"} if operator == "MoeEPLBUpdateExpert" else {}
+    assert given.keys() == signature.arguments.keys(), (operator, given.keys() ^ signature.arguments.keys())
+    arguments = {name: _of_type(argument.kind, name, given[name]) for name, argument in signature.arguments.items()}
+    if operator == "MoeEPLBUpdateExpert":
+        arguments["generation"] = "eplb_update_expert"
+    call = CALL_TYPES[signature.operator](**arguments, limits=ATLAS_A3)
+    specs = specs_of(call)
     try:
-        layout = _CHECKS[signature.operator](**specs_of(arguments), **generation, limits=ATLAS_A3)
+        layout = check_call(specs)
     except EvenmoeError as error:
         raise of_the_chip(error) from error
-    groups = [] if layout is None else _groups_of(arguments)
-    return Executor(operator, dict(tensors), dict(attributes), dict(outputs), layout, groups)
+    return Executor(operator, call, specs, layout)
 
 
 class Executor:
@@ -78,21 +88,16 @@ class Executor:
         workspace_size: bytes that the second stage must be given.
         repeatable: whether the second stage may be called more than once; see `make_repeatable`.
         tensors, outputs: {name: tensor or None}; replace a tensor by one of equal shape and dtype to move it.
+        groups: (name, rank, world size) of those that it exchanges over, the expert-parallel one first.
     """
 
-    def __init__(
-        self,
-        operator: str,
-        tensors: dict[str, torch.Tensor | None],
-        attributes: dict[str, object],
-        outputs: dict[str, torch.Tensor | None],
-        layout: Layout | None,
-        groups: list[tuple[str, int, int]],
-    ) -> None:
+    def __init__(self, operator: str, call: Call, specs: Specs, layout: Layout | None) -> None:
+        signature = SIGNATURES[operator]
         self.operator, self.workspace_size, self.repeatable = operator, WORKSPACE_BYTES, False
-        self.tensors, self.outputs = tensors, outputs
-        self._attributes, self._layout, self._groups = attributes, layout, groups
-        self._specs = specs_of({**tensors, **outputs})
+        self.tensors: dict[str, torch.Tensor | None] = {name: getattr(call, name) for name in signature.names("tensor")}
+        self.outputs: dict[str, torch.Tensor | None] = {name: getattr(call, name) for name in signature.names("output")}
+        self._call, self._specs, self._layout = call, specs, layout
+        self.groups = _groups_of(call) if isinstance(call, DistributeCall) else []
         self._state = threading.Lock()
         self._launched = self._destroyed = False
         self._memberships: list[Membership] = []
@@ -189,20 +194,23 @@ class Executor:
             check_unchanged(self._specs, {**self.tensors, **self.outputs})
             # The chip too makes every input contiguous first.
             given = {name: _copy_of(tensor) for name, tensor in self.tensors.items()}
-        family = SIGNATURES[self.operator].operator
-        layout, elastic_info = self._layout, given.get("elastic_info")
-        if layout is not None and elastic_info is not None:
-            layout = scale_down(layout, elastic_info.tolist())
+        name = SIGNATURES[self.operator].operator
+        call, layout = replace(self._call, **given), self._layout
+        if isinstance(call, DistributeCall):
+            call = replace(call, comm_alg=call.comm_alg or "")
+            if layout is not None and call.elastic_info is not None:
+                layout = scale_down(layout, call.elastic_info.tolist())
+        if isinstance(call, CombineCall):
+            call = replace(call, dispatch_number=number_of(self.tensors["assist_info_for_combine"]))
         self._memberships = self._join(layout)
-        arguments = self._arguments(family, given)
         with taking_part(self._memberships):
-            results = getattr(torch.ops.evenmoe, family)(**arguments)
+            results = perform(name, call)
         with memory():
-            WRITERS[family](self.outputs, results, layout, arguments)
+            write_outputs(call, self.outputs, (results,) if isinstance(results, torch.Tensor) else results, layout)
 
     def describe(self) -> str:
         """What the call is, and which ranks it waits for, for messages."""
-        where = "".join(f" as rank {rank} of group {name!r}" for name, rank, _ in self._groups[:1])
+        where = "".join(f" as rank {rank} of group {name!r}" for name, rank, _ in self.groups[:1])
         late = late_ranks(self._memberships)
         behind = "; ".join(f"rank {', '.join(map(str, ranks))} of group {name!r}" for name, ranks in late.items())
         waits = f" waits for {behind}, which has not begun its call," if behind else ""
@@ -223,24 +231,15 @@ class Executor:
 
     def _join(self, layout: Layout | None) -> list[Membership]:
         memberships = []
-        for position, (name, rank, world_size) in enumerate(self._groups):
+        for position, (name, rank, world_size) in enumerate(self.groups):
             members = peers_here(name, world_size)
             if position == 0 and layout is not None and layout.active_ranks:
                 members = [member for member in members if member in layout.active_ranks]
             memberships.append(Membership(name, rank, tuple(members)))
         return memberships
 
-    def _arguments(self, family: str, given: dict[str, Any]) -> dict[str, Any]:
-        known = {**given, **self._attributes, "check_values": True, "limits": ATLAS_A3.name}
-        if family != "update_expert":
-            known["comm_alg"] = known["comm_alg"] or ""
-        if family.startswith("combine"):
-            known["dispatch_number"] = number_of(self.tensors["assist_info_for_combine"])
-        inputs = (argument for argument in OPERATORS[family].arguments if argument.kind != "output")
-        return {argument.name: known.get(argument.name, argument.default) for argument in inputs}
 
-
-def _of_type(kind: Kind, name: str, value: Any) -> Any:
+def _of_type(kind: Kind, name: str, value: Any) -> object:
     """What a C compiler would see to: the type of one argument. Numbers of other libraries become Python's."""
     if kind in ("tensor", "output"):
         if value is not None and not isinstance(value, torch.Tensor):
@@ -268,15 +267,14 @@ def _of_type(kind: Kind, name: str, value: Any) -> Any:
     return value
 
 
-def _groups_of(arguments: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+def _groups_of(call: DistributeCall[torch.Tensor]) -> list[tuple[str, int, int]]:
     """(name, rank, world size) of the groups that the call exchanges over; all of them are open."""
-    kinds = ("ep", "tp") if arguments["tp_world_size"] == 2 else ("ep",)
-    groups = []
-    for kind in kinds:
-        group = arguments[f"group_{kind}"], arguments[f"{kind}_rank_id"], arguments[f"{kind}_world_size"]
-        find_group(f"group_{kind}", *group)
-        groups.append(group)
-    return groups
+    groups = [("group_ep", (call.group_ep or "", call.ep_rank_id, call.ep_world_size))]
+    if call.tp_world_size == 2:
+        groups.append(("group_tp", (call.group_tp or "", call.tp_rank_id, call.tp_world_size)))
+    for argument, group in groups:
+        find_group(argument, *group)
+    return [group for _, group in groups]
 
 
 def _copy_of(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -10,23 +10,17 @@ another tensor (as in C++), is not known; then only the operator's own values ar
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from evenmoe.contract.calls import CombineCall, DispatchCall, UpdateExpertCall
 from evenmoe.contract.layout import Layout
-from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
 from evenmoe.ops.exchange import active_tokens
 from evenmoe.ops.numerics import DYNAMIC_INT8
-from evenmoe.ops.operator import spec_of
-
-
-def specs_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The same arguments with every tensor replaced by its spec."""
-    return {name: spec_of(value) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+from evenmoe.ops.operator import Call, spec_of
 
 
 def check_no_overlap(argument: str, shape: Sequence[int], strides: Sequence[int]) -> None:
@@ -69,22 +63,17 @@ def check_memory(arguments: Mapping[str, object], outputs: Sequence[str]) -> Non
             check_no_overlap(name, tensor.shape, tensor.stride())
 
 
-def check_unchanged(specs: Mapping[str, TensorSpec | None], tensors: Mapping[str, torch.Tensor | None]) -> None:
-    """Check that the tensors still have the shapes and dtypes that the first stage saw, `specs`.
+def check_unchanged(specs: object, tensors: Mapping[str, torch.Tensor | None]) -> None:
+    """Check that the tensors have the shapes and dtypes that the first stage saw, which `specs` has by name.
 
     Raises:
         ConstraintError: one was resized, or replaced by another.
-
-    >>> check_unchanged({"out": TensorSpec((2,), "int32")}, {"out": torch.zeros(3, dtype=torch.int32)})
-    Traceback (most recent call last):
-    evenmoe.errors.ConstraintError: `out` is int32 (3,): it must stay as the first stage saw it, int32 (2,); call the \
-first stage again.
     """
     for name, tensor in tensors.items():
-        now = None if tensor is None else spec_of(tensor)
-        if now != specs[name]:
+        before, now = getattr(specs, name), None if tensor is None else spec_of(tensor)
+        if now != before:
             raise ConstraintError(
-                name, now, f"must stay as the first stage saw it, {specs[name]}", "call the first stage again"
+                name, now, f"must stay as the first stage saw it, {before}", "call the first stage again"
             )
 
 
@@ -92,9 +81,8 @@ _numbers = WeakIdKeyDictionary()  # assist info -> (its version, number)
 _lock = threading.Lock()
 
 
-def remember(assist_info: torch.Tensor | None, number: torch.Tensor) -> None:
+def remember(assist_info: torch.Tensor, number: torch.Tensor) -> None:
     """Keep `number`, the last output of `torch.ops.evenmoe.dispatch`, for what its assist info was written to."""
-    assert assist_info is not None, "the first stage raises for null outputs"
     with _lock:
         _numbers[assist_info] = _version(assist_info), number
 
@@ -114,18 +102,33 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 Outputs = Mapping[str, torch.Tensor | None]
-Writer = Callable[[Outputs, Any, Layout | None, Mapping[str, Any]], None]
 
 
-def _write_update_expert(outputs: Outputs, results: Any, layout: Layout | None, given: Mapping[str, Any]) -> None:
-    ids, mask = results
-    _write(outputs, "balanced_expert_ids", ids)
-    if given["expert_scales"] is not None:  # without pruning the mask is not written (§1.5)
-        _write(outputs, "balanced_active_mask", mask)
+def write_outputs(call: Call, outputs: Outputs, results: Sequence[torch.Tensor], layout: Layout | None) -> None:
+    """Write what an operator computed into the caller's tensors.
+
+    Args:
+        outputs: by name, in the operator's order.
+        results: the outputs of the registered operator.
+        layout: of the ranks that took part; None for update expert.
+    """
+    if isinstance(call, DispatchCall):
+        assert layout is not None
+        _write_dispatch(call, outputs, results, layout)
+    elif isinstance(call, CombineCall):
+        active = active_tokens(len(call.expert_ids), call.x_active_mask, call.expert_ids.device)
+        for name, result in zip(outputs, results, strict=True):
+            _given(outputs, name)[active] = result[active]
+    elif isinstance(call, UpdateExpertCall):
+        ids, mask = results
+        _write(outputs, "balanced_expert_ids", ids)
+        if call.expert_scales is not None:  # without pruning the mask is not written (§1.5)
+            _write(outputs, "balanced_active_mask", mask)
 
 
-def _write_dispatch(outputs: Outputs, results: Any, layout: Layout | None, given: Mapping[str, Any]) -> None:
-    assert layout is not None
+def _write_dispatch(
+    call: DispatchCall[torch.Tensor], outputs: Outputs, results: Sequence[torch.Tensor], layout: Layout
+) -> None:
     expand_x, dynamic_scales, assist, token_nums, ep_recv_counts, tp_recv_counts, _, number = results
     pairs = layout.ep * layout.local_experts
     own = int(ep_recv_counts[pairs - 1])
@@ -134,43 +137,19 @@ def _write_dispatch(outputs: Outputs, results: Any, layout: Layout | None, given
         rows, counted = int(tp_recv_counts.sum()), 2 * pairs
         _write(outputs, "tp_recv_counts", tp_recv_counts)
     _write(outputs, "expand_x", expand_x[:rows])
-    if given["quant_mode"] == DYNAMIC_INT8:
+    if call.quant_mode == DYNAMIC_INT8:
         _write(outputs, "dynamic_scales", dynamic_scales[:rows])
     _write(outputs, "assist_info_for_combine", assist[: 3 * own])
-    remember(outputs["assist_info_for_combine"], number)
+    remember(_given(outputs, "assist_info_for_combine"), number)
     _write(outputs, "expert_token_nums", token_nums[: layout.local_experts])
     _write(outputs, "ep_recv_counts", ep_recv_counts[:counted])
 
 
-def _write_combine(outputs: Outputs, results: Any, layout: Layout | None, given: Mapping[str, Any]) -> None:
-    _write_active(outputs, {"x_out": results}, given)
-
-
-def _write_combine_add_rms_norm(
-    outputs: Outputs, results: Any, layout: Layout | None, given: Mapping[str, Any]
-) -> None:
-    _write_active(outputs, dict(zip(("y_out", "rstd_out", "x_out"), results, strict=True)), given)
-
-
-def _write_active(outputs: Outputs, results: dict[str, torch.Tensor], given: Mapping[str, Any]) -> None:
-    expert_ids = given["expert_ids"]
-    active = active_tokens(expert_ids.shape[0], given["x_active_mask"], expert_ids.device)
-    for name, result in results.items():
-        output = outputs[name]
-        assert output is not None, "the first stage raises for null outputs"
-        output[active] = result[active]
-
-
 def _write(outputs: Outputs, name: str, values: torch.Tensor) -> None:
+    _given(outputs, name)[: len(values)] = values
+
+
+def _given(outputs: Outputs, name: str) -> torch.Tensor:
     output = outputs[name]
     assert output is not None, "the first stage raises for null outputs"
-    output[: len(values)] = values
-
-
-WRITERS: dict[str, Writer] = {
-    "update_expert": _write_update_expert,
-    "dispatch": _write_dispatch,
-    "combine": _write_combine,
-    "combine_add_rms_norm": _write_combine_add_rms_norm,
-}
-"""By registered operator: (outputs, results of the operator, layout that took part, its arguments)."""
+    return output

@@ -10,40 +10,32 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import wraps
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
+from evenmoe.ascend.executor import check_call
 from evenmoe.ascend.groups import find_group
 from evenmoe.ascend.status import of_the_chip
-from evenmoe.ascend.tensors import number_of, remember, specs_of
-from evenmoe.contract.combine import check_combine, check_combine_add_rms_norm
-from evenmoe.contract.dispatch import DispatchCall, check_dispatch, check_token_nums_type
+from evenmoe.ascend.tensors import number_of, remember
+from evenmoe.contract.calls import CombineCall, DispatchCall, UpdateExpertCall
+from evenmoe.contract.dispatch import check_token_nums_type
 from evenmoe.contract.distribute import check_ep_rank, check_shared_pair, check_shared_rank_num
 from evenmoe.contract.limits import ATLAS_A3
 from evenmoe.contract.operators import OPERATORS, Argument
-from evenmoe.contract.tensor_spec import check_dims
-from evenmoe.contract.update_expert import check_update_expert
+from evenmoe.contract.tensor_spec import TensorSpec, check_dims
 from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError
-from evenmoe.ops import combine, combine_add_rms_norm, dispatch, update_expert
-from evenmoe.ops.operator import CALL_TYPES, check_devices, check_types, in_order, parts_of
+from evenmoe.ops.operator import CALL_TYPES, check_devices, check_types, in_order, parts_of, specs_of
 from evenmoe.transport.call import together
 from evenmoe.transport.transport import Transport
 
-_OPERATOR_MODULES = (combine, combine_add_rms_norm, dispatch, update_expert)  # importing them registers the operators
-_CHECKS: dict[str, Callable[..., object]] = {
-    "dispatch": check_dispatch,
-    "combine": check_combine,
-    "combine_add_rms_norm": check_combine_add_rms_norm,
-}
-_LATER_CHIPS = ("y_dtype", "x_dtype", "scales_dtype")  # what only later chips take
-_RESERVED = ("activation_scale", "weight_scale", "group_list", "out_dtype", "group_list_type")
 _RANKS_PER_NODE = 8  # of Atlas A2, in the room that the wrapper makes for its counts (§5)
 
 _Result = TypeVar("_Result")
-_Generation = Literal["update_expert", "eplb_update_expert"]
 Tensor = torch.Tensor
+_Collective: TypeAlias = DispatchCall[Tensor] | CombineCall[Tensor]
 
 
 class NpuCallError(EvenmoeError, RuntimeError):
@@ -57,41 +49,43 @@ def _function(
     without: tuple[str, ...] = (),
     required: tuple[str, ...] = (),
     renamed: Mapping[str, str] | None = None,
-    more: tuple[str, ...] = (),
-) -> Callable[[Callable[[dict[str, Any]], _Result]], Callable[..., _Result]]:
-    """Makes a function of torch_npu from one of its arguments by the table's names, and its errors those of torch_npu.
+    later_chips: tuple[str, ...] = (),
+    **fields: object,
+) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:
+    """Makes a function of torch_npu from one of a call object, and its errors those of torch_npu.
 
     Args:
         operator, version: of the table; what must be given comes by position, everything else by keyword.
-        without: arguments that torch_npu does not take; they have their defaults.
+        without: arguments that torch_npu does not take.
         required: arguments that must be given here, although the newest version has a default.
         renamed: {name of the table: name in torch_npu}.
-        more: arguments that only torch_npu has, None by default.
+        later_chips: arguments that only later chips take, None here.
+        fields: of every call.
     """
     names = renamed or {}
-    table = [argument for argument in OPERATORS[operator].published(version) if argument.kind != "output"]
-    taken = [argument for argument in table if argument.name not in without]
+    taken = [a for a in OPERATORS[operator].published(version) if a.kind != "output" and a.name not in without]
     first = [argument for argument in taken if argument.required or argument.name in required]
-    others = [argument for argument in taken if argument not in first] + [Argument(name, "int") for name in more]
+    others = [argument for argument in taken if argument not in first] + [Argument(name, "int") for name in later_chips]
+    by_position, by_keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     positions = [names.get(argument.name, argument.name) for argument in first]
     defaults = {argument.name: argument.default for argument in others}
-    by_position, by_keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     signature = inspect.Signature(
         [inspect.Parameter(name, by_position) for name in positions]
         + [inspect.Parameter(argument.name, by_keyword, default=argument.default) for argument in others]
     )
-    ours = {theirs: name for name, theirs in names.items()}
-    left_out = {argument.name: argument.default for argument in table if argument.name in without}
 
-    def decorate(function: Callable[[dict[str, Any]], _Result]) -> Callable[..., _Result]:
+    def decorate(function: Callable[..., _Result]) -> Callable[..., _Result]:
         @wraps(function)
-        def call(*args: Any, **kwargs: Any) -> _Result:
+        def call(*args: object, **kwargs: object) -> _Result:
             given = {**defaults, **dict(zip(positions, args, strict=False)), **kwargs}
             twice = not kwargs.keys().isdisjoint(positions[: len(args)])
             if twice or len(args) > len(positions) or given.keys() != signature.parameters.keys():
                 signature.bind(*args, **kwargs)  # raises the TypeError; it would take a tenth of a whole call
+            unknown = {name: given.pop(name) for name in later_chips}
+            for name, theirs in names.items():
+                given[name] = given.pop(theirs)
             try:
-                return function({ours.get(name, name): value for name, value in given.items()} | left_out)
+                return function(CALL_TYPES[operator](**given, **fields, limits=ATLAS_A3), **unknown)
             except EvenmoeError as error:
                 argument, fix = error.argument, of_the_chip(error).fix
                 if argument in names:
@@ -106,8 +100,8 @@ def _function(
     return decorate
 
 
-@_function("update_expert", version=1, required=("local_rank_id", "world_size"))
-def npu_moe_eplb_update_expert(given: dict[str, Any]) -> Tensor:
+@_function("update_expert", version=1, required=("local_rank_id", "world_size"), generation="eplb_update_expert")
+def npu_moe_eplb_update_expert(call: UpdateExpertCall[Tensor]) -> Tensor:
     """Map logical to physical expert ids by rank; the older operator, of torch_npu 7.1.0 only.
 
     Args:
@@ -127,11 +121,11 @@ def npu_moe_eplb_update_expert(given: dict[str, Any]) -> Tensor:
     >>> npu_moe_eplb_update_expert(torch.tensor([[0, 1]], dtype=torch.int32), table, 4, 8).tolist()
     [[0, 7]]
     """
-    return _update_expert(given, generation="eplb_update_expert")[0]
+    return _update_expert(call)[0]
 
 
 @_function("update_expert", version=2)
-def npu_moe_update_expert(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def npu_moe_update_expert(call: UpdateExpertCall[Tensor]) -> tuple[Tensor, Tensor]:
     """Map logical to physical expert ids, by rank or by token, and mark the entries to prune (§1).
 
     Args:
@@ -155,18 +149,19 @@ def npu_moe_update_expert(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     >>> ids.tolist(), mask.tolist()
     ([[0, 7]], [[True, True]])
     """
-    return _update_expert(given, generation="update_expert")
+    return _update_expert(call)
 
 
-def _update_expert(given: Mapping[str, Any], generation: _Generation) -> tuple[Tensor, Tensor]:
-    arguments = check_types("update_expert", CALL_TYPES["update_expert"](**given, limits=ATLAS_A3))
-    check_update_expert(**{name: specs_of(arguments)[name] for name in given}, generation=generation)
+def _update_expert(call: UpdateExpertCall[Tensor]) -> tuple[Tensor, Tensor]:
+    arguments = check_types("update_expert", call)
+    if call.old or call.balance_mode not in (0, 1):  # the registered operator takes more rules, and checks the rest
+        check_call(specs_of(call))
     return torch.ops.evenmoe.update_expert(**arguments)
 
 
-@_function("dispatch", version=4, more=_LATER_CHIPS)
+@_function("dispatch", version=4, later_chips=("y_dtype", "x_dtype", "scales_dtype"))
 def npu_moe_distribute_dispatch_v2(
-    given: dict[str, Any],
+    call: DispatchCall[Tensor], **later_chips: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Send each token to the ranks of its experts; a collective of the groups (§2).
 
@@ -201,18 +196,18 @@ def npu_moe_distribute_dispatch_v2(
     ...     world.run(step)
     [1.0, 0.0]
     """
-    later_chips = {name: given.pop(name) for name in _LATER_CHIPS}
-    *outputs, number = _call("dispatch", given, lambda: _check_as_wrapper(given, later_chips))
+    *outputs, number = _perform("dispatch", call, lambda: _check_as_wrapper(call, later_chips))
     expand_x, dynamic_scales, assist_info, token_nums, ep_recv_counts, tp_recv_counts, expand_scales = outputs
     remember(assist_info, number)
-    if given["expert_scales"] is not None:
-        more = 2 * given["global_bs"] * given["expert_ids"].shape[1] * (given["ep_world_size"] // _RANKS_PER_NODE)
+    if call.expert_scales is not None:
+        tokens, top_k = call.expert_ids.shape
+        more = 2 * (call.global_bs or tokens * call.ep_world_size) * top_k * (call.ep_world_size // _RANKS_PER_NODE)
         ep_recv_counts = torch.cat([ep_recv_counts, ep_recv_counts.new_zeros(more)])
     return expand_x, dynamic_scales, assist_info, token_nums, ep_recv_counts, tp_recv_counts, expand_scales
 
 
-@_function("combine", version=4, without=_RESERVED)
-def npu_moe_distribute_combine_v2(given: dict[str, Any]) -> Tensor:
+@_function("combine", 4, without=("activation_scale", "weight_scale", "group_list", "out_dtype", "group_list_type"))
+def npu_moe_distribute_combine_v2(call: CombineCall[Tensor]) -> Tensor:
     """Return the experts' rows to their tokens and add them up, weighted; a collective of the groups (§3).
 
     Args:
@@ -229,11 +224,11 @@ def npu_moe_distribute_combine_v2(given: dict[str, Any]) -> Tensor:
     Raises:
         NpuCallError: as in `npu_moe_distribute_dispatch_v2`.
     """
-    return _call("combine", given)
+    return _perform("combine", call)
 
 
 @_function("combine_add_rms_norm", version=2, renamed={"assist_info_for_combine": "expand_idx"})
-def npu_moe_distribute_combine_add_rms_norm(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+def npu_moe_distribute_combine_add_rms_norm(call: CombineCall[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Combine without rounding, add the residual and apply RmsNorm; a collective of the groups (§4).
 
     Args:
@@ -249,57 +244,54 @@ def npu_moe_distribute_combine_add_rms_norm(given: dict[str, Any]) -> tuple[Tens
     Raises:
         NpuCallError: as in `npu_moe_distribute_dispatch_v2`.
     """
-    return _call("combine_add_rms_norm", given | {"performance_info": None})
+    return _perform("combine_add_rms_norm", call)
 
 
-def _check_as_wrapper(given: Mapping[str, Any], later_chips: Mapping[str, object]) -> None:
+def _check_as_wrapper(call: DispatchCall[Tensor], later_chips: Mapping[str, object]) -> None:
     """What torch_npu looks at before the first stage does."""
     for name, value in later_chips.items():
         if value is not None:
             raise ConstraintError(name, repr(value), "must be None on Atlas A3", "leave it out")
-    call = DispatchCall(**specs_of(given), limits=ATLAS_A3)
-    check_dims("x", call.x, (2,), "(tokens, hidden)")
-    check_dims("expert_ids", call.expert_ids, (2,), "(tokens, top_k)")
-    check_ep_rank(call)
-    check_shared_rank_num(call)
-    check_shared_pair(call)
-    check_token_nums_type(call)
+    specs: DispatchCall[TensorSpec] = specs_of(call)
+    check_dims("x", specs.x, (2,), "(tokens, hidden)")
+    check_dims("expert_ids", specs.expert_ids, (2,), "(tokens, top_k)")
+    check_ep_rank(specs)
+    check_shared_rank_num(specs)
+    check_shared_pair(specs)
+    check_token_nums_type(specs)
 
 
-def _call(operator: str, given: dict[str, Any], check_first: Callable[[], None] = lambda: None) -> Any:
-    """Complete the arguments as the wrapper does, and call the operator; the other ranks are told of an error."""
-    ep, tp = _find_groups(operator, given)
-    rows = given["x" if operator == "dispatch" else "expand_x"]
-    exchanged = "dispatch" if operator == "dispatch" else "combine"
-    parts = parts_of(exchanged, ep, tp, given["elastic_info"] is not None, rows)
+def _perform(operator: str, call: _Collective, check_first: Callable[[], None] = lambda: None) -> Any:
+    """Complete a call as the wrapper does, and let the operator compute it; the other ranks are told of an error."""
+    ep, tp = _find_groups(operator, call)
+    exchanged, rows = ("dispatch", call.x) if isinstance(call, DispatchCall) else ("combine", call.expand_x)
+    parts = parts_of(exchanged, ep, tp, call.elastic_info is not None, rows)
     with together(*in_order(exchanged, *parts)):
-        arguments = _complete(operator, given)
+        arguments = check_types(operator, _completed(call))
         check_first()
         check_devices(arguments)
         return getattr(torch.ops.evenmoe, operator)(**arguments)
 
 
-def _find_groups(operator: str, given: dict[str, Any]) -> tuple[Transport, Transport | None]:
+def _find_groups(operator: str, call: _Collective) -> tuple[Transport, Transport | None]:
     try:
-        ep = find_group("group_ep", given["group_ep"], given["ep_rank_id"], given["ep_world_size"])
-        if given["tp_world_size"] != 2:
+        ep = find_group("group_ep", call.group_ep or "", call.ep_rank_id, call.ep_world_size)
+        if call.tp_world_size != 2:
             return ep, None
-        return ep, find_group("group_tp", given["group_tp"], given["tp_rank_id"], 2)
+        return ep, find_group("group_tp", call.group_tp or "", call.tp_rank_id, 2)
     except (ConstraintError, TypeError):
         # What is wrong with the call itself comes first, as on the chip.
-        arguments = _complete(operator, given)
-        _CHECKS[operator](**specs_of({name: arguments[name] for name in given}), limits=ATLAS_A3)
+        call = _completed(call)
+        check_types(operator, call)
+        check_call(specs_of(call))
         raise
 
 
-def _complete(operator: str, given: dict[str, Any]) -> dict[str, Any]:
-    given["comm_alg"] = "" if given["comm_alg"] is None else given["comm_alg"]
-    for name in ("group_ep", "group_tp"):
-        if given[name] is None:
+def _completed(call: _Collective) -> _Collective:
+    for name, value in (("group_ep", call.group_ep), ("group_tp", call.group_tp)):
+        if value is None:
             raise MissingArgumentError(name, None, "must be a name", 'pass a str, "" for no tensor parallelism')
-    known = {} if operator == "dispatch" else {"dispatch_number": number_of(given["assist_info_for_combine"])}
-    arguments = check_types(operator, CALL_TYPES[operator](**given, **known, limits=ATLAS_A3))
-    expert_ids = arguments["expert_ids"]
-    if arguments["global_bs"] == 0 and expert_ids is not None and expert_ids.dim():
-        arguments["global_bs"] = given["global_bs"] = expert_ids.shape[0] * arguments["ep_world_size"]
-    return arguments
+    if isinstance(call, DispatchCall):
+        return replace(call, comm_alg="") if call.comm_alg is None else call
+    number = number_of(call.assist_info_for_combine)
+    return replace(call, comm_alg="" if call.comm_alg is None else call.comm_alg, dispatch_number=number)

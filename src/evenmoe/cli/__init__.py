@@ -6,11 +6,15 @@ import errno
 import sys
 import traceback
 from contextlib import suppress
+from importlib import import_module
+from typing import Annotated, Any
 
-from evenmoe.cli import commands as _commands  # noqa: F401 (importing a command adds it)
-from evenmoe.cli.root import app
+import typer
+from typer.core import TyperGroup
+
+from evenmoe import __version__
 from evenmoe.cli.streams import prepare_streams, silence
-from evenmoe.errors import EvenmoeError
+from evenmoe.errors import ConstraintError, EvenmoeError
 from evenmoe.io.output import STANDARD_OUTPUT
 
 _WRONG, _INTERNAL, _INTERRUPTED = 2, 70, 130
@@ -27,6 +31,55 @@ _ADVICE = {
     errno.ENOSPC: "free some space, or name a file on another disk",
     errno.ENOTDIR: "name a folder that exists",
 }
+#: Each is a module of this package, which is imported when the command is called or completed.
+COMMANDS = {
+    "demo": "Run the whole chain here and compare it with a dense model.",
+    "plan": "Plan a placement for a recorded load.",
+    "simulate": "Replay a trace under several policies, without a GPU.",
+    "report": "Show what a simulation found, as one HTML page.",
+    "convert": "Convert a placement or a load to another tool's format.",
+    "check": "Find what is wrong with a placement or a load.",
+    "diff": "Count what it takes to move from one placement to another.",
+    "synthesize": "Write a synthetic trace that behaves like the measured ones.",
+    "cann": "Write the C headers and libraries of CANN for this CPU.",
+}
+_RENAMED = {"synthesise": "synthesize"}
+
+
+class _Commands(TyperGroup):
+    """The commands by name."""
+
+    def list_commands(self, ctx: object) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: object, cmd_name: str):
+        if cmd_name in _RENAMED:
+            new = _RENAMED[cmd_name]
+            raise ConstraintError("evenmoe", cmd_name, f"is now called {new}", f"write evenmoe {new}")
+        return import_module(f"evenmoe.cli.{cmd_name}").command if cmd_name in COMMANDS else None
+
+    def format_commands(self, ctx: object, formatter: Any) -> None:  # of click or of typer, by typer's version
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Expert-parallel load balancing for Mixture-of-Experts models.",
+    epilog="Exit codes: 0 done; 1 a check failed; 2 the call, a file or a folder is wrong; 70 a bug; 130 interrupted.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich and its Markdown would double the 0.15 s of --help
+)
+
+
+@app.callback(invoke_without_command=True)
+def _common(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
 
 
 def main() -> None:
@@ -59,7 +112,7 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        app()
+        app(prog_name="evenmoe")
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else 0
     return 0

@@ -1,21 +1,36 @@
-"""The operator chain of one layer with real experts, and how far it is from the dense model.
+"""The worlds of `evenmoe demo`: the operator chain of a layer with real experts, and how far it is from a dense model.
 
+The ranks are threads of this process, or the processes that torchrun started.
 Shapes: W expert-parallel ranks, B tokens per rank, H hidden, F inner width, K experts per token, E logical experts,
 S slots.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
 import evenmoe as em
-from evenmoe.cli.ranks import run_world
+from evenmoe.errors import ConstraintError
+from evenmoe.placement import default_placement
 from evenmoe.reference.dense import FP32, Experts, dense_add_rms_norm, dense_moe, make_experts
-from evenmoe.transport.world import Rank
+from evenmoe.traces.trace import Trace
+from evenmoe.transport.process_world import process_world
+from evenmoe.transport.world import Rank, local_world
 
+#: The published demo's world: 8 × 2 ranks, 8 tokens each, hidden 7168, 3 experts per token, one expert per rank.
+PAGE_EP, PAGE_TP, PAGE_TOKENS, PAGE_HIDDEN, PAGE_TOP_K = 8, 2, 8, 7168, 3
+PAGE_INNER = 512
+TRACE_TOKENS, TRACE_HIDDEN, TRACE_INNER = 64, 1024, 256  # per rank; a trace does not say how wide its model is
+DEFAULT_TOP_K = 4  # for a trace without `routing`
 NORM_EPS = 1e-6
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -168,3 +183,76 @@ def _one_rank(layer: Layer, rank: Rank) -> tuple[torch.Tensor, torch.Tensor, int
         limits="unlimited",
     )
     return y, x, stops[-1]
+
+
+def demo_worlds(
+    trace: Trace, identity: em.Placement, placement: em.Placement, layer: int, processes: int, seed: int
+) -> Iterator[tuple[str, Layer]]:
+    """The published demo's world, then the trace's most unbalanced layer before and after planning."""
+    tp = PAGE_TP if not processes or (processes >= 4 and processes % 2 == 0) else 1
+    ep = processes // tp if processes else PAGE_EP
+    generator = torch.Generator().manual_seed(seed)
+    top_k = min(PAGE_TOP_K, ep)
+    ids = torch.rand((ep * tp, PAGE_TOKENS, ep), generator=generator).argsort(dim=-1)[..., :top_k]
+    page = default_placement(1, ep, ep)
+    title = f"published demo's world: {ep} EP x {tp} TP ranks, {PAGE_TOKENS} tokens each, H {PAGE_HIDDEN}, K {top_k}"
+    yield title, make_layer(page, 0, ids, tp, PAGE_HIDDEN, PAGE_INNER, seed)
+    ids = _tokens(trace, layer, identity.num_ranks, seed)
+    world = f"{trace.num_experts} experts, K {ids.shape[-1]}, {identity.num_ranks} ranks, layer {layer}"
+    loaded = make_layer(identity, layer, ids, 1, TRACE_HIDDEN, TRACE_INNER, seed)
+    yield f"{world}, as loaded", loaded
+    yield f"{world}, planned", with_placement(loaded, placement, layer)
+
+
+def _tokens(trace: Trace, layer: int, ranks: int, seed: int) -> torch.Tensor:
+    """int64 (ranks, tokens, K): recorded tokens of the layer where there are any, else drawn from its load."""
+    rng = np.random.default_rng(seed)
+    if trace.routing is not None:
+        # With replacement, so that a trace of a few tokens will do as well.
+        picked = rng.integers(0, len(trace.routing), (ranks, TRACE_TOKENS))
+        return torch.from_numpy(trace.routing[picked, layer])
+    top_k = min(DEFAULT_TOP_K, trace.num_experts)
+    # Top-k of log-weights plus Gumbel noise draws distinct experts in proportion to their load.
+    weight = np.log(trace.load[:, layer].sum(axis=0) + 1.0)
+    noise = rng.gumbel(size=(ranks, TRACE_TOKENS, trace.num_experts))
+    return torch.from_numpy(np.argsort(-(weight + noise), axis=-1)[..., :top_k].copy())
+
+
+def num_processes() -> int:
+    """Processes that torchrun started, 0 without it."""
+    if not dist.is_torchelastic_launched():
+        return 0
+    if not dist.is_initialized():
+        torch.set_num_threads(1)  # the processes share the cores
+        dist.init_process_group("gloo")
+    return dist.get_world_size()
+
+
+def is_first_process() -> bool:
+    """True without torchrun."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def run_world(ep_size: int, tp_size: int, fn: Callable[[Rank], Result]) -> list[Result]:
+    """`fn` on every rank; the results of all ranks, in rank order, on every process."""
+    processes = num_processes()
+    if not processes:
+        with local_world(ep_size, tp_size) as world:
+            return world.run(fn)
+    if processes != ep_size * tp_size:
+        raise ConstraintError(
+            "--nproc-per-node", processes, f"must be {ep_size * tp_size}", "start as many processes as ranks"
+        )
+    rank = process_world(ep_size, tp_size)
+    results: list[Result | None] = [None] * processes
+    try:
+        dist.all_gather_object(results, fn(rank))
+    finally:
+        rank.close()
+    return results  # pyright: ignore[reportReturnType]
+
+
+def finish() -> None:
+    """Leave the processes' group, so that torchrun ends without a warning."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

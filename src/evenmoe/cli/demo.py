@@ -3,75 +3,95 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
-import torch
-from rich.console import Console
-from rich.table import Table
+import typer
 
-import evenmoe as em
-from evenmoe.cli.chain import Comparison, Layer, compare, expect, make_layer, run_chain, with_placement
-from evenmoe.cli.ranks import finish, is_first_process, num_processes
+from evenmoe.cli.options import Command, make_command
 from evenmoe.cli.streams import print_json
 from evenmoe.errors import ConstraintError
-from evenmoe.placement import default_placement
-from evenmoe.traces.synthesis import small_trace
-from evenmoe.traces.trace import Trace, load_trace
 
-#: The published demo's world: 8 × 2 ranks, 8 tokens each, hidden 7168, 3 experts per token, one expert per rank.
-PAGE_EP, PAGE_TP, PAGE_TOKENS, PAGE_HIDDEN, PAGE_TOP_K = 8, 2, 8, 7168, 3
-PAGE_INNER = 512
-TRACE_TOKENS, TRACE_HIDDEN, TRACE_INNER = 64, 1024, 256  # per rank; a trace does not say how wide its model is
-DEFAULT_TOP_K = 4  # for a trace without `routing`
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    import evenmoe as em
+    from evenmoe.cli.chain import Comparison
+    from evenmoe.metrics import FloatArray
+    from evenmoe.traces.trace import Trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoCommand(Command):
+    """Run the whole chain on this machine and compare it with a dense model.
+
+    Plans a placement for the trace, then runs update_expert, dispatch, real expert matrix products, combine, residual
+    and RmsNorm on every rank. Exits with 1 if any value is farther from the dense model than rounding explains.
+    Under torchrun the ranks are its processes, otherwise threads.
+    """
+
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Routing to run on: an .npz with `load` (windows, layers, experts), optionally `routing`."),
+    ] = None
+    ranks: Annotated[int, typer.Option(help="Expert-parallel ranks of the trace's world, as threads.", min=1)] = 8
+    seed: Annotated[int, typer.Option(help="Of tokens, weights and the synthetic trace.", min=0)] = 0
+
+    def run(self) -> int:
+        """Print what the command promises; 0 when every difference is explained by rounding."""
+        import torch
+        from rich.console import Console
+
+        import evenmoe as em
+        from evenmoe.cli import chain
+        from evenmoe.placement import default_placement
+        from evenmoe.traces.synthesis import small_trace
+        from evenmoe.traces.trace import load_trace
+
+        # One thread: on a busy machine two that wait for each other take ten times as long, on an idle one half as
+        # long.
+        torch.set_num_threads(1)
+        console = Console(stderr=True, quiet=self.json or not chain.is_first_process())
+        trace = small_trace(self.seed) if self.trace is None else load_trace(self.trace)
+        processes = chain.num_processes()
+        ranks = _fitting_ranks(trace, processes or self.ranks, exact=bool(processes))
+        total, num_slots = trace.load.sum(axis=0), trace.num_experts + ranks
+        with _progress(console, "planning"):
+            identity = default_placement(trace.num_layers, trace.num_experts, ranks)
+            placement = em.plan(total, num_ranks=ranks, num_slots=num_slots, seed=self.seed)
+        before, after = (em.peak_to_average(total, each) for each in (identity, placement))
+        steps: list[_Step] = []
+        expected = None
+        for title, layer in chain.demo_worlds(trace, identity, placement, int(before.argmax()), processes, self.seed):
+            start = time.perf_counter()
+            with _progress(console, f"{title}: the chain"):
+                results = chain.run_chain(layer)
+            if not chain.is_first_process():
+                continue
+            if expected is None or expected[0] is not layer.x:
+                with _progress(console, f"{title}: the dense model"):
+                    expected = layer.x, chain.expect(layer)
+            comparison = chain.compare(layer, results, expected[1])
+            steps.append(_Step(title, comparison, time.perf_counter() - start))
+        good = all(step.comparison.largest_share <= 1.0 for step in steps)
+        if steps and self.json:
+            print_json(_summary(trace, placement, before, after, steps, good))
+        elif steps:
+            _print(trace, placement, before, after, steps, good)
+        chain.finish()
+        return 0 if good else 1
 
 
 @dataclass(frozen=True)
-class Step:
+class _Step:
     """One world that was run."""
 
     title: str
     comparison: Comparison
     seconds: float
-
-
-def run_demo(path: Path | None, ranks: int, seed: int, *, as_json: bool) -> bool:
-    """Print what the command promises; True when every difference is explained by rounding."""
-    # One thread: on a busy machine two that wait for each other take ten times as long, on an idle one half as long.
-    torch.set_num_threads(1)
-    console = Console(stderr=True, quiet=as_json or not is_first_process())
-    trace = small_trace(seed) if path is None else load_trace(path)
-    processes = num_processes()
-    ranks = _fitting_ranks(trace, processes or ranks, exact=bool(processes))
-    with _progress(console, "planning"):
-        identity, placement = _placements(trace, ranks, seed)
-    total = trace.load.sum(axis=0)
-    before, after = (em.peak_to_average(total, p) for p in (identity, placement))
-    steps = []
-    expected = None
-    for title, layer in _worlds(trace, identity, placement, int(before.argmax()), processes, seed):
-        start = time.perf_counter()
-        with _progress(console, f"{title}: the chain"):
-            results = run_chain(layer)
-        if not is_first_process():
-            continue
-        if expected is None or expected[0] is not layer.x:
-            with _progress(console, f"{title}: the dense model"):
-                expected = layer.x, expect(layer)
-        steps.append(Step(title, compare(layer, results, expected[1]), time.perf_counter() - start))
-    good = all(step.comparison.largest_share <= 1.0 for step in steps)
-    if steps:
-        summary = _summary(trace, placement, before, after, steps, good)
-        if as_json:
-            print_json(summary)
-        else:
-            _print(summary, steps)
-    finish()
-    return good
 
 
 def _fitting_ranks(trace: Trace, ranks: int, *, exact: bool) -> int:
@@ -87,56 +107,16 @@ def _fitting_ranks(trace: Trace, ranks: int, *, exact: bool) -> int:
     return fitting
 
 
-def _placements(trace: Trace, ranks: int, seed: int) -> tuple[em.Placement, em.Placement]:
-    """As the model is loaded without balancing, and planned for one more slot per rank."""
-    identity = default_placement(trace.num_layers, trace.num_experts, ranks)
-    load = trace.load.sum(axis=0)
-    return identity, em.plan(load, num_ranks=ranks, num_slots=trace.num_experts + ranks, seed=seed)
-
-
-def _worlds(
-    trace: Trace, identity: em.Placement, placement: em.Placement, layer: int, processes: int, seed: int
-) -> Iterator[tuple[str, Layer]]:
-    """The published demo's world, then the trace's most unbalanced layer before and after planning."""
-    tp = PAGE_TP if not processes or (processes >= 4 and processes % 2 == 0) else 1
-    ep = processes // tp if processes else PAGE_EP
-    generator = torch.Generator().manual_seed(seed)
-    top_k = min(PAGE_TOP_K, ep)
-    picks = torch.rand((ep * tp, PAGE_TOKENS, ep), generator=generator).argsort(dim=-1)[..., :top_k]
-    page = default_placement(1, ep, ep)
-    title = f"published demo's world: {ep} EP x {tp} TP ranks, {PAGE_TOKENS} tokens each, H {PAGE_HIDDEN}, K {top_k}"
-    yield title, make_layer(page, 0, picks, tp, PAGE_HIDDEN, PAGE_INNER, seed)
-    ids = _tokens(trace, layer, identity.num_ranks, seed)
-    world = f"{trace.num_experts} experts, K {ids.shape[-1]}, {identity.num_ranks} ranks, layer {layer}"
-    loaded = make_layer(identity, layer, ids, 1, TRACE_HIDDEN, TRACE_INNER, seed)
-    yield f"{world}, as loaded", loaded
-    yield f"{world}, planned", with_placement(loaded, placement, layer)
-
-
-def _tokens(trace: Trace, layer: int, ranks: int, seed: int) -> torch.Tensor:
-    """int64 (ranks, tokens, K): recorded tokens of the layer where there are any, else drawn from its load."""
-    rng = np.random.default_rng(seed)
-    if trace.routing is not None:
-        # With replacement, so that a trace of a few tokens will do as well.
-        picked = rng.integers(0, len(trace.routing), (ranks, TRACE_TOKENS))
-        return torch.from_numpy(trace.routing[picked, layer])
-    top_k = min(DEFAULT_TOP_K, trace.num_experts)
-    # Top-k of log-weights plus Gumbel noise draws distinct experts in proportion to their load.
-    weight = np.log(trace.load[:, layer].sum(axis=0) + 1.0)
-    noise = rng.gumbel(size=(ranks, TRACE_TOKENS, trace.num_experts))
-    return torch.from_numpy(np.argsort(-(weight + noise), axis=-1)[..., :top_k].copy())
-
-
 def _summary(
-    trace: Trace, placement: em.Placement, before: np.ndarray, after: np.ndarray, steps: list[Step], good: bool
-) -> dict[str, Any]:
+    trace: Trace, placement: em.Placement, before: FloatArray, after: FloatArray, steps: Sequence[_Step], good: bool
+) -> dict[str, object]:
     return {
         "trace": trace.name,
         "layers": trace.num_layers,
         "experts": trace.num_experts,
         "ranks": placement.num_ranks,
         "slots": placement.num_slots,
-        "tokens": int(trace.load.sum()) // trace.num_layers,
+        "tokens": _assignments(trace),
         "peak_to_average_identity": {"mean": float(before.mean()), "worst": float(before.max())},
         "peak_to_average_plan": {"mean": float(after.mean()), "worst": float(after.max())},
         "worlds": [
@@ -154,40 +134,48 @@ def _summary(
     }
 
 
-def _print(summary: dict[str, Any], steps: list[Step]) -> None:
+def _print(
+    trace: Trace, placement: em.Placement, before: FloatArray, after: FloatArray, steps: Sequence[_Step], good: bool
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     console = Console()
     console.print(
-        f"{summary['trace']}: {summary['layers']} layers, {summary['experts']} experts, "
-        f"{summary['tokens']:,} expert picks per layer; {summary['ranks']} ranks",
+        f"{trace.name}: {trace.num_layers} layers, {trace.num_experts} experts, "
+        f"{_assignments(trace):,} expert picks per layer; {placement.num_ranks} ranks",
         highlight=False,
         soft_wrap=True,
     )
     table = Table("placement", "slots", "mean of layers", "worst layer", title="peak-to-average load (1.0 is perfect)")
     for column in table.columns[1:]:
         column.justify = "right"
-    for name, slots, key in (
-        ("as loaded", summary["experts"], "peak_to_average_identity"),
-        ("planned", summary["slots"], "peak_to_average_plan"),
-    ):
-        table.add_row(name, str(slots), f"{summary[key]['mean']:.3f}", f"{summary[key]['worst']:.3f}")
+    for name, slots, par in (("as loaded", trace.num_experts, before), ("planned", placement.num_slots, after)):
+        table.add_row(name, str(slots), f"{par.mean():.3f}", f"{par.max():.3f}")
     console.print(table)
     for step in steps:
         result = step.comparison
-        rows = np.array(result.rows_per_rank)
+        rows = result.rows_per_rank
         console.print(
             f"{step.title}\n"
-            f"  busiest rank {rows.max():,} of {rows.sum():,} rows ({rows.max() / rows.mean():.2f} x mean)\n"
+            f"  busiest rank {max(rows):,} of {sum(rows):,} rows ({max(rows) / (sum(rows) / len(rows)):.2f} x mean)\n"
             f"  {result.num_values:,} values against the dense model: largest difference "
             f"{result.largest_difference:.3g}, {result.largest_share:.0%} of what rounding can explain "
             f"({step.seconds:.1f} s)",
             highlight=False,
             soft_wrap=True,
         )
-    console.print("the chain equals the dense model" if summary["within_rounding"] else "THE CHAIN IS WRONG")
+    console.print("the chain equals the dense model" if good else "THE CHAIN IS WRONG")
 
 
-@contextmanager
-def _progress(console: Console, title: str) -> Iterator[None]:
+def _assignments(trace: Trace) -> int:
+    """Token–expert assignments per layer."""
+    return int(trace.load.sum()) // trace.num_layers
+
+
+def _progress(console: Console, title: str) -> AbstractContextManager[object]:
     """A spinner on a terminal, nothing elsewhere."""
-    with console.status(f"{title} …"):
-        yield
+    return console.status(f"{title} …")
+
+
+command = make_command("demo", DemoCommand)

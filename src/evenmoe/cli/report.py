@@ -1,55 +1,82 @@
-"""`evenmoe report`: read a simulation, write the page, say what is in it."""
+"""`evenmoe report`."""
 
 from __future__ import annotations
 
 import hashlib
 import shlex
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
+from typing import TYPE_CHECKING, Annotated
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+import typer
 
+from evenmoe.cli.options import Command, make_command, out_option
 from evenmoe.cli.streams import print_json
 from evenmoe.errors import ConstraintError
-from evenmoe.quantities import QUANTITIES, count
-from evenmoe.report import write_report
-from evenmoe.report.markup import shortened
-from evenmoe.simulator.result import Summary
-from evenmoe.simulator.store import load_simulation
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from evenmoe.simulator.result import Summary
 
 #: Figures that fit 80 columns; everything else is on the page.
 _SHOWN = ("mean_par", "worst_par", "net_gain_percent", "copies", "break_even_steps")
 _WIDTH = 8  # characters of a column's head
 
 
-def run_report(source: Path, output: Path, png: Path | None, command: list[str], *, as_json: bool) -> None:
-    """Write the page and print its headline; `command` is shown on the page."""
-    simulation = load_simulation(source)
-    if output.exists() and output.samefile(source):
-        raise ConstraintError("--output", output, "must not be the input", "name another file")
-    inputs = {str(source): hashlib.sha256(source.read_bytes()).hexdigest()}
-    written = write_report(simulation, output, shlex.join(command), inputs, png)
-    if as_json:
-        files = {
-            "page": str(written[0]),
-            "page_bytes": written[0].stat().st_size,
-            "pictures": [str(path) for path in written[1:]],
-            "input_sha256": inputs,
-        }
-        print_json({**files, **simulation.summary.as_json()})
-        return
-    Console().print(summary_table(simulation.summary, _SHOWN))
-    if simulation.empty_windows:
-        print(f"{count(simulation.empty_windows)} empty windows of the trace left out")
-    for path in written:
-        print(f"{path}  {count(path.stat().st_size)} bytes")
+@dataclass(frozen=True, kw_only=True)
+class ReportCommand(Command):
+    """Show what a simulation found: one HTML page and, with --png, its pictures.
+
+    The page needs nothing beside itself: no script, no network, and the same input gives the same bytes. Exit codes: 0
+    written; 2 INPUT is no simulation, or a file cannot be read or written.
+    """
+
+    simulation: Annotated[Path, typer.Argument(metavar="INPUT", help="The file that `evenmoe simulate --out` wrote.")]
+    out: Annotated[Path, out_option("The HTML page; a file there is replaced.")] = Path("report.html")
+    png: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write the pictures as PNGs.")] = None
+
+    def run(self) -> int:
+        """Write the page and print its headline."""
+        from rich.console import Console
+
+        from evenmoe.quantities import count
+        from evenmoe.report import write_report
+        from evenmoe.simulator.store import load_simulation
+
+        simulation = load_simulation(self.simulation)
+        if self.out.exists() and self.out.samefile(self.simulation):
+            raise ConstraintError("--out", self.out, "must not be the input", "name another file")
+        inputs = {str(self.simulation): hashlib.sha256(self.simulation.read_bytes()).hexdigest()}
+        written = write_report(simulation, self.out, shlex.join(["evenmoe", *sys.argv[1:]]), inputs, self.png)
+        if self.json:
+            files = {
+                "page": str(written[0]),
+                "page_bytes": written[0].stat().st_size,
+                "pictures": [str(path) for path in written[1:]],
+                "input_sha256": inputs,
+            }
+            print_json({**files, **simulation.summary.as_json()})
+            return 0
+        Console().print(summary_table(simulation.summary, _SHOWN))
+        if simulation.empty_windows:
+            print(f"{count(simulation.empty_windows)} empty windows of the trace left out")
+        for path in written:
+            print(f"{path}  {count(path.stat().st_size)} bytes")
+        return 0
 
 
 def summary_table(summary: Summary, names: tuple[str, ...]) -> Table:
     """Some figures of all policies, each as it is written on the page."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from evenmoe.quantities import QUANTITIES
+    from evenmoe.report.markup import shortened
+
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     table.add_column("Policy", overflow="fold", min_width=20)
     columns = [[Text(shortened(policy.name, 60)) for policy in summary.policies]]
@@ -61,3 +88,6 @@ def summary_table(summary: Summary, names: tuple[str, ...]) -> Table:
     for cells in zip(*columns, strict=True):
         table.add_row(*cells)
     return table
+
+
+command = make_command("report", ReportCommand)

@@ -9,9 +9,12 @@ import math
 import os
 import sys
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SCHEMA = 1  #: version of what `--json` prints, described in docs/json.md; a key that changes its meaning raises it
 
@@ -62,6 +65,25 @@ def silence(stream: TextIO) -> None:
     """Let what a stream still holds go nowhere: Python would try once more to write it when it ends."""
     with suppress(OSError):  # in a test it may be no file at all
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print what was dropped or assumed, on standard error."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def sizes_text(sizes: Mapping[str, int]) -> str:
+    """Return {"num_layers": 2, ...} as words; empty windows only where there are any."""
+    shown = {name: value for name, value in sizes.items() if value or name != "num_empty_windows"}
+    return ", ".join(f"{value} {name.removeprefix('num_').replace('_', ' ')}" for name, value in shown.items())
+
+
+def table_console(file: TextIO, width: int = 160) -> Console:
+    """Return a console as wide as the terminal; elsewhere so wide that a row stays on one line."""
+    from rich.console import Console
+
+    return Console(file=file) if file.isatty() else Console(file=file, width=width)
 
 
 def _in_plain_text(error: UnicodeError) -> tuple[str | bytes, int]:

@@ -49,6 +49,8 @@ def check(
     layers: str | None = None,
     placement: Placement | None = None,
     placement_layers: tuple[int, ...] | None = None,
+    first_layer: int | None = None,
+    num_hidden_layers: int | None = None,
 ) -> Checked:
     """Every finding about a file; the arguments are those of `read`.
 
@@ -61,7 +63,8 @@ def check(
     >>> [finding.text for finding in check('{"physical_to_logical_map": [[0, 2, 0, 2]]}', num_ranks=2).findings]
     ['no slot for expert 1 in layer 0']
     """
-    options = Options(num_ranks, num_experts, num_layers, num_slots, shared_devices, placement, placement_layers)
+    sizes = (num_ranks, num_experts, num_layers, num_slots, shared_devices)
+    options = Options(*sizes, placement, placement_layers, first_layer, num_hidden_layers)
     document, entry, raw = open_raw(source, format, options, layers)
     check_use(document, entry, raw, options)
     findings = tuple(islice(inspect(raw, options), _MOST_FINDINGS))

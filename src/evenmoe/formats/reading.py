@@ -131,6 +131,7 @@ def read_placement(
     options: Options,
     layers: str | None = None,
     *,
+    format: str | None = None,
     argument: str | None = None,
     ranks_matter: bool = True,
 ) -> Contents:
@@ -141,7 +142,7 @@ def read_placement(
     Raises:
         ConstraintError: it is a load.
     """
-    document, entry = open_format(source, None, options)
+    document, entry = open_format(source, format, options)
     if entry.kind != "placement":
         name, value = (str(source), "a load") if argument is None else (argument, f"{source}, a load")
         raise ConstraintError(name, value, "must be a placement", "plan one from it, or name the file of the placement")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from evenmoe.ascend.cann.tensors import DTYPES, describe_tensor
 from evenmoe.ascend.executor import stage_one as stage_one_of_operator
 from evenmoe.ascend.status import AclError, acl_error, check_not_null, null_pointer
 
+Result = int | str | Sequence[int | str] | None
 Answer = tuple[int, str | None, Sequence[int | str]]
 
 _runtime = Runtime()
@@ -30,7 +30,7 @@ _initialized = False
 
 
 def _answers(
-    function: Callable[..., Any], out: str = "", *, internal: int, null: int, uninitialized: int | None = None
+    function: Callable[..., Result], out: str = "", *, internal: int, null: int, uninitialized: int | None = None
 ) -> Callable[..., Answer]:
     """The function as C calls it.
 
@@ -40,7 +40,7 @@ def _answers(
     """
 
     @wraps(function)
-    def answer(*arguments: Any) -> Answer:
+    def answer(*arguments: object) -> Answer:
         try:
             if uninitialized is not None and not _initialized:
                 raise acl_error(uninitialized, "aclInit", "not called", "must come first", "call aclInit")
@@ -54,7 +54,7 @@ def _answers(
             return internal, f"internal error: {type(error).__name__}: {error}", ()
         if results is None:
             return 0, None, ()
-        return 0, None, results if isinstance(results, list | tuple) else (results,)
+        return 0, None, (results,) if isinstance(results, int | str) else results
 
     return answer
 
@@ -91,8 +91,8 @@ def _warm_up() -> None:
     """
     ids, table = torch.zeros((1, 1), dtype=torch.int32), torch.tensor([[1, 0]], dtype=torch.int32)
     attributes = {"local_rank_id": 0, "world_size": 2, "balance_mode": 0}
-    tensors = {"expert_ids": ids, "eplb_table": table}
-    stage_one_of_operator("MoeEPLBUpdateExpert", tensors, attributes, {"balanced_expert_ids": ids.clone()}).run()
+    given = {"expert_ids": ids, "eplb_table": table, **attributes, "balanced_expert_ids": ids.clone()}
+    stage_one_of_operator("MoeEPLBUpdateExpert", given).run()
 
 
 def _init() -> None:
@@ -257,7 +257,7 @@ stage_two = _aclnn(_calls.second_stage)
 
 
 @_aclnn
-def stage_one(operator: str, size_out: int, executor_out: int, *arguments: Any) -> tuple[int, int]:
+def stage_one(operator: str, size_out: int, executor_out: int, *arguments: object) -> tuple[int, int]:
     check_not_null(status.PARAM_NULLPTR, "workspaceSize", size_out)
     check_not_null(status.PARAM_NULLPTR, "executor", executor_out)
     return _calls.first_stage(operator, arguments)

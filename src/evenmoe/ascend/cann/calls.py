@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 from evenmoe.ascend import status
 from evenmoe.ascend.cann.memory import Memory
@@ -15,19 +11,11 @@ from evenmoe.ascend.cann.runtime import Communicators, Handles, Runtime
 from evenmoe.ascend.cann.sources import c_names
 from evenmoe.ascend.cann.tensors import TensorDescription, shape_only, view
 from evenmoe.ascend.executor import Executor, stage_one
-from evenmoe.ascend.status import AclError, acl_error, null_pointer
+from evenmoe.ascend.status import AclError, acl_error, check_not_null
 from evenmoe.contract.operators import SIGNATURES
 from evenmoe.errors import EvenmoeError
 
 _OPEN_GROUP = "; make the group with HcclCommInitAll, and pass the name that HcclGetCommName returns."
-
-
-@dataclass(eq=False)
-class Call:
-    """An executor, and the ranks that its call is for: (C name of the group, group, rank)."""
-
-    executor: Executor
-    ranks: list[tuple[str, str, int]]
 
 
 class Calls:
@@ -38,7 +26,7 @@ class Calls:
         self.tensors: Handles[TensorDescription] = Handles(
             4, "an aclTensor", "aclCreateTensor", status.PARAM_INVALID, status.PARAM_NULLPTR
         )
-        self.executors: Handles[Call] = Handles(
+        self.executors: Handles[Executor] = Handles(
             5, "an executor", "the first stage", status.INNER, status.PARAM_NULLPTR, "used or destroyed"
         )
 
@@ -51,31 +39,30 @@ class Calls:
         names = c_names(operator)
         given = dict(zip(names, arguments, strict=True))
         try:
-            executor = self._stage(operator, given, names)
+            executor = self._stage(operator, given)
         except EvenmoeError as error:
             raise _with_c_names(error, names) from error
-        return executor.workspace_size, self.executors.add(Call(executor, _ranks(given)))
+        return executor.workspace_size, self.executors.add(executor)
 
-    def _stage(self, operator: str, given: dict[str, Any], names: Mapping[str, str]) -> Executor:
-        signature = SIGNATURES[operator]
-        outputs = signature.names("output")
-        tensors: dict[str, torch.Tensor | None] = {}
+    def _stage(self, operator: str, given: Mapping[str, object]) -> Executor:
+        arguments = dict(given)
         failure: EvenmoeError | None = None
-        for name in signature.names("tensor", "output"):
-            handle = given[name]
-            if handle == 0:
-                tensors[name] = None
+        for name, argument in SIGNATURES[operator].arguments.items():
+            if argument.kind not in ("tensor", "output"):
                 continue
-            description = self.tensors.get(names[name], handle)
+            handle = given[name]
+            assert isinstance(handle, int)
+            if handle == 0:
+                arguments[name] = None
+                continue
+            description = self.tensors.get(argument.c_name, handle)
             try:
-                tensors[name] = view(self._memory, name, description, name in outputs)
+                arguments[name] = view(self._memory, name, description, argument.kind == "output")
             except EvenmoeError as error:
                 # Shapes and ranges are checked before the memory behind them, which a wrong shape would not fit anyway.
                 failure = failure or error
-                tensors[name] = shape_only(name, description)
-        attributes = {name: given[name] for name in signature.names("str", "int", "float")}
-        inputs = {name: tensors[name] for name in signature.names("tensor")}
-        executor = stage_one(operator, inputs, attributes, {name: tensors[name] for name in outputs})
+                arguments[name] = shape_only(name, description)
+        executor = stage_one(operator, arguments)
         if failure is not None:
             raise failure
         return executor
@@ -88,14 +75,12 @@ class Calls:
         Raises:
             AclError: an executor, stream or workspace that is none or does not fit; the executor is not used up.
         """
-        if handle == 0:
-            raise null_pointer(status.PARAM_NULLPTR, "executor")
-        call = self.executors.get("executor", handle)
+        executor = self.executors.get("executor", handle)
         try:
             chosen = self._runtime.find_stream("stream", stream, context)
         except AclError as error:
             raise AclError(status.PARAM_INVALID, str(error)) from error
-        for argument, name, rank in call.ranks:
+        for argument, (name, rank, _) in zip(("groupEp", "groupTp"), executor.groups, strict=False):
             device = self._communicators.device_of(name, rank)
             if device not in (None, chosen.device):
                 rule = f"must belong to device {device}, which is rank {rank} of {argument} {name!r}"
@@ -104,21 +89,19 @@ class Calls:
         if workspace:
             self._memory.check_room("workspace", workspace, workspace_size, status.PARAM_INVALID)
         names = c_names(operator)
-        call.executor.launch(
+        executor.launch(
             operator, workspace != 0, workspace_size, chosen.stream, lambda error: _with_c_names(error, names)
         )
-        if not call.executor.repeatable:
+        if not executor.repeatable:
             self.executors.pop("executor", handle)  # used up; the stream's work keeps what it needs
 
     def set_repeatable(self, handle: int) -> None:
-        if handle == 0:
-            raise null_pointer(status.INNER_NULLPTR, "executor")
-        self.executors.get("executor", handle).executor.make_repeatable()
+        check_not_null(status.INNER_NULLPTR, "executor", handle)
+        self.executors.get("executor", handle).make_repeatable()
 
     def destroy_executor(self, handle: int) -> None:
-        if handle == 0:
-            raise null_pointer(status.INNER_NULLPTR, "executor")
-        self.executors.pop("executor", handle).executor.destroy()
+        check_not_null(status.INNER_NULLPTR, "executor", handle)
+        self.executors.pop("executor", handle).destroy()
 
     def set_tensor_address(self, handle: int, side: str, index: int, tensor: int, address: int) -> None:
         """Move input or output `index` of a repeatable executor to other memory; the tensor describes its view.
@@ -127,10 +110,9 @@ class Calls:
             AclError: a null executor or tensor (561103), an executor that is not repeatable (561000), an index there
                 is not or other memory than the tensor needs (161002), another shape or dtype (561002).
         """
-        for argument, value in (("executor", handle), ("tensor", tensor)):
-            if value == 0:
-                raise null_pointer(status.INNER_NULLPTR, argument)
-        executor = self.executors.get("executor", handle).executor
+        check_not_null(status.INNER_NULLPTR, "executor", handle)
+        check_not_null(status.INNER_NULLPTR, "tensor", tensor)
+        executor = self.executors.get("executor", handle)
         if not executor.repeatable:
             rule, fix = "must be repeatable", "call aclSetAclOpExecutorRepeatable before"
             raise acl_error(status.INNER, "executor", "for one call", rule, fix)
@@ -156,13 +138,6 @@ class Calls:
         """Forget all of them."""
         self.executors.clear()
         self.tensors.clear()
-
-
-def _ranks(given: Mapping[str, Any]) -> list[tuple[str, str, int]]:
-    if "group_ep" not in given:
-        return []
-    ranks = [("groupEp", given["group_ep"], given["ep_rank_id"])]
-    return [*ranks, ("groupTp", given["group_tp"], given["tp_rank_id"])] if given["tp_world_size"] == 2 else ranks
 
 
 def _with_c_names(error: EvenmoeError, names: Mapping[str, str]) -> AclError:

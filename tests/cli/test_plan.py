@@ -1,4 +1,4 @@
-"""`evenmoe plan` and `evenmoe synthesise`: any load in, any placement out; the numbers are those of plain loops."""
+"""`evenmoe plan`: any load in, any placement out; the numbers are those of plain loops."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 from evenmoe import count_copies, plan
 from evenmoe.formats import FORMATS, read, write
 from evenmoe.placement import Placement, default_placement
+from evenmoe.planner.greedy import plan_greedy
 from evenmoe.traces import load_trace, save_trace, synthesize
 from tests.cli.running import Run
 
@@ -172,6 +173,37 @@ def test_mean_windows_and_rules(evenmoe: Run, tmp_path, trace, load):
     assert merged.err == "note: merged 6 windows into 4 (--most-windows)\n"
 
 
+def test_another_planner(evenmoe: Run, tmp_path, trace, load, monkeypatch):
+    """By name, or a function of the user's in a file; what it does not take is an error."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "import evenmoe\n\n\ndef first_window(load, *, num_ranks, num_slots):\n"
+        "    return evenmoe.plan(load[0], num_ranks=num_ranks, num_slots=num_slots)\n"
+    )
+    call = ("plan", trace, "-o", "p.json", "--ranks", RANKS, "--slots", SLOTS, "-p")
+    done = evenmoe(*call, "greedy")
+    assert "planned by greedy on 6 windows" in done.out
+    expected = plan_greedy(load, num_ranks=RANKS, num_slots=SLOTS)
+    assert read("p.json").placement == expected
+    mine = "py:mine.py:first_window"
+    assert evenmoe(*call, mine).code == 0
+    assert read("p.json").placement == plan(load[0], num_ranks=RANKS, num_slots=SLOTS)
+    for more, text in (
+        (("greedie",), "`--planner` is 'greedie': it must be one of evenmoe, greedy, or py:module:attribute; choose"),
+        ((mine, "--nodes", 2, "--groups", 4), f"`--planner` is {mine}, which takes no `--nodes`: it must take it"),
+    ):
+        done = evenmoe(*call, *more)
+        assert (done.code, done.out) == (2, "")
+        assert text in done.err
+
+
+def test_nodes_have_eight_ranks_where_that_divides(evenmoe: Run, trace):
+    """As in `simulate`."""
+    for ranks, more, nodes in ((16, (), 2), (4, (), 1), (4, ("--nodes", 2), 2)):
+        done = evenmoe("plan", trace, "--ranks", ranks, "--slots", 2 * 16, *more, "--json")
+        assert json.loads(done.out)["nodes"] == nodes
+
+
 def test_experts_that_do_not_divide_have_no_identity(evenmoe: Run, tmp_path):
     path = tmp_path / "odd.npz"
     np.savez(path, load=np.arange(7)[None])
@@ -183,7 +215,7 @@ def test_pipes(tmp_path):
     """A made-up trace through `-` into `plan`, the placement on standard output and the summary beside it."""
     evenmoe = [sys.executable, "-m", "evenmoe"]
     made = subprocess.run(
-        [*evenmoe, "synthesise", "--model", "olmoe", "--num-layers", "2", "--windows", "3", "-o", "-", "--json"],
+        [*evenmoe, "synthesize", "--model", "olmoe", "--num-layers", "2", "--windows", "3", "-o", "-", "--json"],
         capture_output=True,
         check=True,
     )
@@ -198,40 +230,6 @@ def test_pipes(tmp_path):
     )
     assert json.loads(planned.stdout)["moe_layer_count"] == 2
     assert json.loads(planned.stderr)["slots"] == 72
-
-
-def test_synthesise(evenmoe: Run, tmp_path):
-    out = tmp_path / "made.npz"
-    options = ("--model", "gpt-oss-20b", "--windows", 5, "--tokens-per-window", 100, "--requests", 2, "--num-layers", 3)
-    done = evenmoe(
-        "synthesise", *options, "--routing", "--source-ranks", 4, "--skew", 1, "--seed", 7, "-o", out, "--json"
-    )
-    assert (done.code, done.err) == (0, "")
-    said = json.loads(done.out)
-    trace = load_trace(out)
-    again = synthesize(
-        "gpt-oss-20b", num_windows=5, tokens_per_window=100, requests=2, num_layers=3, routing=True, source_ranks=4,
-        skew=1.0, seed=7,
-    )  # fmt: skip
-    assert (trace.load == again.load).all()
-    assert (trace.routing == again.routing).all()
-    assert (trace.load_by_rank == again.load_by_rank).all()
-    assert said["parameters"] == dict(trace.metadata)
-    assert said["file_bytes"] == out.stat().st_size
-    assert (said["tokens"], said["source_ranks"], said["routing"]) == (500, 4, True)
-    assert said["statistics_median_of_layers"]["locality_of_neighbours"] > 1
-    text = evenmoe("synthesise", *options, "-o", out).out
-    assert text.startswith(f"{out}: 5 windows of 100 tokens, 3 layers, 32 experts, top-4; ")
-    assert "locality" not in text
-    assert "gini" in text
-
-
-def test_models_are_listed(evenmoe: Run):
-    done = evenmoe("synthesise", "--list-models")
-    assert done.code == 0
-    lines = done.out.splitlines()
-    assert len(lines) == 14
-    assert "deepseek-v3        58 (3-60)            256     8   7168   2048      44.0" in lines
 
 
 def write_placement(path: Path) -> Path:
@@ -258,10 +256,13 @@ def test_mistakes(evenmoe: Run, tmp_path, trace):
             (trace, "--previous", other),
             "a placement of the layers 7-8, 10: it must hold the load's layers, 1-3; choose the layers",
         ),
-        ((trace, *world, "--max-copies", 1), "`max_copies` is 1: it needs `previous`"),
-        ((trace, *world, "--rule", "best"), "`rule` is 'best': it must be one of even, rank, token, occurrence, batch"),
-        ((trace, *world, "--first-layer", 3), "layer 1 as its first: it must begin with layer 3, as first_layer"),
-        ((trace, "--ranks", 4, "--slots", 18), "`num_slots` is 18"),
+        ((trace, *world, "--max-copies", 1), "`--max-copies` is 1: it needs `--previous`"),
+        (
+            (trace, *world, "--rule", "best"),
+            "`--rule` is 'best': it must be one of even, rank, token, occurrence, batch",
+        ),
+        ((trace, *world, "--first-layer", 3), "layer 1 as its first: it must begin with layer 3, as --first-layer"),
+        ((trace, "--ranks", 4, "--slots", 18), "`--slots` is 18"),
         ((trace, *world, "--map", trace), "`--map` is "),
     ):
         done = evenmoe("plan", *arguments, "-o", tmp_path / "p.json")
@@ -271,12 +272,6 @@ def test_mistakes(evenmoe: Run, tmp_path, trace):
         assert len(done.err.splitlines()) == 1
         assert done.out == ""
         assert not (tmp_path / "p.json").exists()
-    done = evenmoe("synthesise", "--model", "gpt5", "-o", tmp_path / "p.npz")
-    assert done.code == 2
-    assert done.err.startswith("evenmoe: `model` is 'gpt5': it must be one of deepseek-v2-lite, ")
-    done = evenmoe("synthesise", "-o", tmp_path / "no" / "p.npz", "--windows", 1, "--num-layers", 1)
-    assert done.code == 2
-    assert "No such file or directory" in done.err
 
 
 def test_layer_numbers(evenmoe: Run, tmp_path, load):

@@ -1,0 +1,91 @@
+"""`evenmoe convert`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import typer
+
+from evenmoe.cli.options import PlacementFileOptions, completed, make_command
+from evenmoe.cli.streams import print_json, print_notes, sizes_text
+from evenmoe.formats.catalogue import FORMATS
+
+if TYPE_CHECKING:
+    from evenmoe.formats.contents import Contents
+    from evenmoe.formats.contents import Options as ReadOptions
+
+
+def _list_formats(wanted: bool) -> None:
+    if wanted:
+        for entry in FORMATS.values():
+            print(
+                f"{entry.name:<24} {entry.kind:<10} {'r' if entry.reads else '-'}{'w' if entry.writes else '-'}  "
+                f"{', '.join(entry.containers):<18} {entry.description}"
+            )
+        raise typer.Exit
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertCommand(PlacementFileOptions):
+    """Convert a placement or a load from any tool's format to another's.
+
+    The source's format is detected automatically. What the target cannot hold is said; a target that exists is replaced
+    only once the new file is complete. With `-` as target the summary goes to standard error.
+    """
+
+    epilog: ClassVar = "Formats: " + ", ".join(FORMATS) + ". --list-formats describes them."
+    words: ClassVar = {"format": "--to"}  # that of --from has been checked
+
+    source: Annotated[str, typer.Argument(help="File, folder, `-` for standard input, inline JSON, or `trivial`.")]
+    target: Annotated[str, typer.Argument(help="File or folder to write, `-` for standard output.")]
+    to: Annotated[str, typer.Option(help="Format to write.", metavar="FORMAT", autocompletion=completed(FORMATS))]
+    hidden_layers: Annotated[
+        int | None,
+        typer.Option(
+            help="The model's hidden layers, from whose number its MTP layers count: 61 for DeepSeek-V3.", min=1
+        ),
+    ] = None
+    list_formats: Annotated[
+        bool,
+        typer.Option("--list-formats", help="Describe every format and exit.", callback=_list_formats, is_eager=True),
+    ] = False
+
+    def sizes(self) -> ReadOptions:
+        """As in `PlacementFileOptions`."""
+        return dataclasses.replace(super().sizes(), num_hidden_layers=self.hidden_layers)
+
+    def run(self) -> int:
+        """Convert, and say what was read, written, dropped and assumed."""
+        from evenmoe.formats.converting import convert
+
+        done = convert(
+            self.source,
+            self.target,
+            self.to,
+            format=self.from_,
+            layers=self.layers,
+            options=self.read_options(),
+        )
+        out = sys.stderr if self.target == "-" else sys.stdout
+        source, sizes = done.contents, _sizes(done.contents)
+        if self.json:
+            summary = {"source": self.source, "target": self.target, "from": source.format, "to": done.format}
+            print_json({**summary, "kind": source.kind, **sizes, "notes": list(done.notes)}, out)
+        else:
+            print(f"{self.source} ({source.format}: {sizes_text(sizes)}) -> {self.target} ({done.format})", file=out)
+            print_notes(done.notes)
+        return 0
+
+
+def _sizes(contents: Contents) -> dict[str, int]:
+    if contents.kind == "load":
+        assert contents.load is not None
+        names = ("num_windows", "num_layers", "num_experts")
+        return {**dict(zip(names, contents.load.shape, strict=True)), "num_empty_windows": contents.empty_windows}
+    return {name: getattr(contents.placement, name) for name in ("num_layers", "num_slots", "num_experts")}
+
+
+command = make_command("convert", ConvertCommand)

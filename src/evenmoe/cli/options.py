@@ -1,0 +1,253 @@
+"""How a command is made of a dataclass, and the options that several commands have in common.
+
+A command is a frozen dataclass: its fields are the arguments and options, its docstring is the help, and `run` does the
+work. `make_command` turns it into what typer runs. A module of a command imports what is heavy inside its functions, so
+that its help does not need it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, get_args, get_type_hints
+
+import typer
+from typer.models import OptionInfo
+
+from evenmoe.errors import ConstraintError, EvenmoeError
+from evenmoe.formats.catalogue import FORMATS
+from evenmoe.rules.catalogue import RULES
+
+if TYPE_CHECKING:
+    from evenmoe.formats.contents import Options as ReadOptions
+
+_RANKS_PER_NODE = 8  # of nearly every server with more than one accelerator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What every command has.
+
+    Attributes:
+        epilog: what is shown below its options.
+        words: names that errors of the Python interface use, and what they are called here; options are found without.
+    """
+
+    epilog: ClassVar[str | None] = None
+    words: ClassVar[Mapping[str, str]] = {}
+
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False
+
+    def run(self) -> int:
+        """Do the work; returns the exit code.
+
+        Raises:
+            EvenmoeError, OSError: something is wrong with the call or with a file.
+        """
+        raise NotImplementedError
+
+
+def completed(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """What a shell offers for an option's value: those of the names that begin with what is typed."""
+    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
+
+
+Rule = Annotated[
+    str,
+    typer.Option(
+        help=f"How tokens choose a replica: {', '.join(RULES)}; or py:module:attribute.",
+        autocompletion=completed(RULES),
+    ),
+]
+
+
+def out_option(help: str) -> OptionInfo:
+    """The option that names what is written, the same for all commands."""
+    return typer.Option("--out", "-o", help=help)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions(Command):
+    """What the file of a load or of a placement may not say itself."""
+
+    from_: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            help="Format to read; detected automatically by default.",
+            metavar="FORMAT",
+            autocompletion=completed(FORMATS),
+        ),
+    ] = None
+    map_: Annotated[
+        Path | None, typer.Option("--map", help="Placement under which a load per slot was counted, in any format.")
+    ] = None
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Only these, in the file's numbering: first:end (end left out), first:end:step, or one number."
+        ),
+    ] = None
+    num_layers: Annotated[
+        int | None, typer.Option(help="MoE layers, where dumps are appended or one list is for all.", min=1)
+    ] = None
+    experts: Annotated[int | None, typer.Option(help="Logical experts; default: as many as the file shows.", min=1)] = (
+        None
+    )
+    first_layer: Annotated[
+        int | None,
+        typer.Option(
+            help="The model's number of its first MoE layer, where a file has none: 3 for DeepSeek-V3, 0 without dense "
+            "layers.",
+            min=0,
+        ),
+    ] = None
+
+    def given_of_file(self) -> list[tuple[str, object]]:
+        """[(flag, value)] of those options that were given."""
+        flags = {"--from": self.from_, "--map": self.map_, "--layers": self.layers}
+        flags |= {"--num-layers": self.num_layers, "--experts": self.experts, "--first-layer": self.first_layer}
+        return [(flag, value) for flag, value in flags.items() if value is not None]
+
+    def sizes(self) -> ReadOptions:
+        """What a reader is told without the placement of --map.
+
+        Raises:
+            ConstraintError: --from is no format.
+        """
+        from evenmoe.formats.contents import Options as ReadOptions
+
+        if self.from_ is not None and self.from_ not in FORMATS:
+            raise ConstraintError("--from", repr(self.from_), "must be a format", f"use one of {', '.join(FORMATS)}")
+
+        return ReadOptions(num_experts=self.experts, num_layers=self.num_layers, first_layer=self.first_layer)
+
+    def read_options(self) -> ReadOptions:
+        """What a reader is told, with the placement of --map.
+
+        Raises:
+            ConstraintError: --map is no placement.
+        """
+        options = self.sizes()
+        if self.map_ is None:
+            return options
+        from evenmoe.formats.contents import Options as ReadOptions
+        from evenmoe.formats.reading import read_placement
+
+        # Which ranks have the slots does not matter; their number is for maps that do not say it.
+        known = ReadOptions(num_experts=options.num_experts, num_ranks=options.num_ranks)
+        found = read_placement(self.map_, known, argument="--map", ranks_matter=False)
+        return dataclasses.replace(options, placement=found.placement, placement_layers=found.layer_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementFileOptions(FileOptions):
+    """What the file of a placement may not say itself."""
+
+    ranks: Annotated[
+        int | None, typer.Option(help="Ranks that share the slots, where the file does not say.", min=1)
+    ] = None
+    slots: Annotated[
+        int | None, typer.Option(help="Slots on all ranks together, of the placement `trivial`.", min=1)
+    ] = None
+    shared_devices: Annotated[
+        int | None, typer.Option(help="Devices of an Ascend map that hold only the shared expert.", min=0)
+    ] = None
+
+    def sizes(self) -> ReadOptions:
+        """As in `FileOptions`."""
+        return dataclasses.replace(
+            super().sizes(), num_ranks=self.ranks, num_slots=self.slots, shared_devices=self.shared_devices
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldOptions(Command):
+    """The world that a plan is for."""
+
+    nodes: Annotated[
+        int | None,
+        typer.Option(
+            help="Nodes that share the ranks evenly. Default: of 8 ranks each, if that divides; else 1.", min=1
+        ),
+    ] = None
+    slots: Annotated[int | None, typer.Option(help="Slots on all ranks together.", min=1)] = None
+    groups: Annotated[
+        int, typer.Option(help="Expert groups, each kept inside a node; 1 plans across nodes.", min=1)
+    ] = 1
+
+    def num_nodes(self, ranks: int) -> int:
+        """Nodes of a world of so many ranks."""
+        if self.nodes is not None:
+            return self.nodes
+        return ranks // _RANKS_PER_NODE if ranks % _RANKS_PER_NODE == 0 else 1
+
+
+def make_command(name: str, kind: type[Command]):
+    """The command `name` as click has it; its help shows the options of its own before those that it shares."""
+    hints = get_type_hints(kind, include_extras=True)
+    own = vars(kind)["__annotations__"]
+    fields = sorted(dataclasses.fields(kind), key=lambda field: field.name not in own)
+    words = {**_words(fields, hints), **kind.words}
+
+    def call(**given: object) -> None:
+        try:
+            code = kind(**given).run()  # pyright: ignore[reportArgumentType]
+        except EvenmoeError as error:
+            raise in_flags(error, words) from error
+        if code:
+            raise typer.Exit(code)
+
+    call.__signature__ = inspect.Signature(
+        [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+                annotation=hints[field.name],
+            )
+            for field in fields
+        ]
+    )
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command(name, help=inspect.getdoc(kind), epilog=kind.epilog)(call)
+    return typer.main.get_command(app)
+
+
+def _words(fields: list[dataclasses.Field], hints: Mapping[str, object]) -> dict[str, str]:
+    """{name in Python: flag}: the option's own name, and with `num_` in front."""
+    flags = {}
+    for field in fields:
+        _, option, *_ = get_args(hints[field.name])
+        if isinstance(option, OptionInfo):
+            named = [text for text in (option.default, *(option.param_decls or ())) if str(text).startswith("--")]
+            flags[field.name.rstrip("_")] = str(named[0]) if named else "--" + field.name.replace("_", "-")
+    return {**{f"num_{name}": flag for name, flag in flags.items()}, **flags}
+
+
+def in_flags(error: EvenmoeError, words: Mapping[str, str]) -> EvenmoeError:
+    """The same error in the words of the command line: flags in place of the names of the Python interface.
+
+    >>> from evenmoe.errors import ConstraintError
+    >>> print(in_flags(ConstraintError("num_slots", 18, "must be a multiple of num_ranks", "pass it"),
+    ...     {"num_slots": "--slots", "num_ranks": "--ranks"}))
+    `--slots` is 18: it must be a multiple of --ranks; pass it.
+    """
+
+    def known(found: re.Match[str]) -> str:
+        return words.get(found[1], found[0])
+
+    def translated(text: str) -> str:
+        text = re.sub(r"\b\w+ \((--[a-z-]+)\)", r"\1", text)  # a name whose flag stands behind it already
+        text = re.sub(r"\b(\w+)=(?!\w)", known, text)  # pass previous=
+        return re.sub(r"\b(\w+_\w+)\b", known, in_backticks(text))
+
+    def in_backticks(text: str) -> str:
+        return re.sub(r"(?<=`)(\w+)(?=`)", known, text)
+
+    argument = words.get(error.argument, error.argument)
+    return type(error)(argument, in_backticks(error.value), translated(error.rule), translated(error.fix))

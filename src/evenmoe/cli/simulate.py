@@ -1,0 +1,263 @@
+"""`evenmoe simulate`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import typer
+
+from evenmoe.cli.options import FileOptions, WorldOptions, completed, make_command, out_option
+from evenmoe.cli.report import summary_table
+from evenmoe.cli.streams import print_json
+from evenmoe.errors import ConstraintError, MissingArgumentError
+from evenmoe.planner.planners import PLANNERS
+from evenmoe.rules.catalogue import RULES
+from evenmoe.traces.models import MODELS, ModelShape
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from evenmoe.formats.contents import Contents
+    from evenmoe.simulator.costs import CostModel
+    from evenmoe.simulator.result import Summary
+    from evenmoe.traces.trace import Trace
+
+#: Options that are the figures of `CostModel` of the same names, which has the defaults.
+_FIGURES = (
+    *("copy_bytes", "dispatch_row_bytes", "combine_row_bytes", "flops_per_s", "memory_bytes_per_s"),
+    *("within_bytes_per_s", "between_bytes_per_s", "latency_us"),
+)
+_GAINS = ("mean_par", "worst_par", "step_time_us", "gain_percent", "deduplicated_rows_between_nodes")
+_PRICES = ("copies", "refreshes", "refresh_copy_time_us", "break_even_steps", "extra_memory_bytes_per_rank")
+_POLICIES = ("identity", "static", *PLANNERS, "oracle")
+_POLICY_HELP = (
+    "NAME[:key=value,...], once per policy. identity (the default placement, always compared with): rule. static: "
+    "rule, slots, groups, window, pieces, planner, plan-for. greedy (published): rule, slots, groups, refresh, window. "
+    "evenmoe: rule, slots, groups, refresh, window, pieces, plan-for, max-copies, target-par, "
+    "start=first|previous|scratch. oracle: rule, slots, groups, planner, plan-for. Other planners, as "
+    f"py:module:function, are policies too. Planners: {', '.join(PLANNERS)}. Rules: {', '.join(RULES)}. Without any: "
+    "all kinds."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulateCommand(FileOptions, WorldOptions):
+    """Replay a trace under several policies: balance, token rows communicated, copies, time, memory.
+
+    A trace with tokens is replayed assignment by assignment; from loads alone, counts are drawn. Plans see only steps
+    that are over. Times come from a model of the experts and the network alone, whose every figure is an option. Exit
+    codes: 0 done; 2 an option, the trace or a file is wrong.
+    """
+
+    words: ClassVar = {"num_steps": "--steps", "expert_flops_per_token": "--expert-flops"}
+
+    trace: Annotated[
+        str, typer.Argument(help="A trace (.npz), a load in any format, or synthetic:MODEL for a synthetic one.")
+    ]
+    policy: Annotated[
+        list[str] | None, typer.Option("--policy", "-p", help=_POLICY_HELP, autocompletion=completed(_POLICIES))
+    ] = None
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Sizes of experts and rows. Default: detected from the trace.", autocompletion=completed(MODELS)
+        ),
+    ] = None
+    ranks: Annotated[int, typer.Option(min=1, help="Expert-parallel ranks; each owns tokens and slots.")] = 32
+    tokens_per_rank: Annotated[int, typer.Option(min=1, help="Tokens of every rank in every step.")] = 128
+    chunk: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of those, consecutive ones of one request: 1 is decode. Default: all, prefill."),
+    ] = None
+    top_k: Annotated[int | None, typer.Option(min=1, help="Experts per token, if the trace does not say.")] = None
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Default: once through the trace's tokens; 100 if it has only loads.")
+    ] = None
+    slots: Annotated[
+        int | None,
+        typer.Option(min=1, help="Slots on all ranks together. Default: one a rank more than the experts need."),
+    ] = None
+    refresh: Annotated[int | None, typer.Option(min=1, help="Steps between plans. Default: steps / 10.")] = None
+    window: Annotated[int | None, typer.Option(min=1, help="Past steps a plan is made from. Default: --refresh.")] = (
+        None
+    )
+    hidden: Annotated[
+        int | None, typer.Option(min=1, help="Numbers in a row, of 2 bytes each. Default: the model's.")
+    ] = None
+    expert_flops: Annotated[float | None, typer.Option(help="FLOP of one expert per row. Default: the model's.")] = None
+    expert_bytes: Annotated[float | None, typer.Option(help="Weights of one expert. Default: the model's.")] = None
+    copy_bytes: Annotated[
+        float | None, typer.Option(help="Bytes that one copied expert sends. Default: its weights.")
+    ] = None
+    dispatch_row_bytes: Annotated[float | None, typer.Option(help="Bytes of a row to an expert.")] = None
+    combine_row_bytes: Annotated[float | None, typer.Option(help="Bytes of a row back.")] = None
+    flops_per_s: Annotated[float | None, typer.Option(help="FLOP/s a rank achieves. Default: 4.95e14.")] = None
+    memory_bytes_per_s: Annotated[float | None, typer.Option(help="Reading weights, bytes/s. Default: 3.35e12.")] = None
+    within_bytes_per_s: Annotated[
+        float | None, typer.Option(help="A rank's link inside its node. Default: 1.6e11.")
+    ] = None
+    between_bytes_per_s: Annotated[float | None, typer.Option(help="A rank's link to other nodes. Default: 5e10.")] = (
+        None
+    )
+    latency_us: Annotated[float | None, typer.Option(help="Of one exchange, microseconds. Default: 20.")] = None
+    row_per_expert: Annotated[
+        bool, typer.Option("--row-per-expert", help="Step times with a row per expert instead of per rank.")
+    ] = False
+    out: Annotated[Path | None, out_option("Write everything, for `evenmoe report`.")] = None
+    report: Annotated[Path | None, typer.Option(help="Write the HTML page at once.")] = None
+    details: Annotated[bool, typer.Option("--details", help="Keep every rank's load in every step and layer.")] = False
+    seed: Annotated[int, typer.Option(min=0, help="Of draws, planners and a synthetic trace.")] = 0
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads; the numbers do not depend on it. Default: one per processor.")
+    ] = None
+
+    def run(self) -> int:
+        """Replay, write the files that were asked for, and print the tables or the object."""
+        from evenmoe.cli.trace_source import digests, find_shape
+        from evenmoe.simulator.batches import Cluster
+        from evenmoe.simulator.policies import DEFAULT
+        from evenmoe.simulator.replay import simulate
+        from evenmoe.simulator.store import save_simulation
+
+        num_nodes = self.num_nodes(self.ranks)
+        Cluster(self.ranks, num_nodes, self.tokens_per_rank)  # says what cannot be before anything is read
+        self._check_outputs()
+        trace, contents = self._open_trace()
+        model = find_shape(trace, self.model)
+        top_k = self.top_k
+        if top_k is None and trace.routing is None and "top_k" not in trace.metadata and model is not None:
+            top_k = model.top_k
+        costs = self._cost_model(model)
+        with progress_bar("replaying") as progress:
+            simulation = simulate(
+                trace,
+                self.policy or DEFAULT,
+                num_ranks=self.ranks,
+                num_nodes=num_nodes,
+                tokens_per_rank=self.tokens_per_rank,
+                costs=costs,
+                num_slots=self.slots,
+                num_groups=self.groups,
+                num_steps=self.steps,
+                refresh=self.refresh,
+                window=self.window,
+                chunk=self.chunk,
+                top_k=top_k,
+                seed=self.seed,
+                workers=self.workers,
+                details=self.details,
+                progress=progress,
+            )
+        if contents is not None:
+            simulation = replace(
+                simulation,
+                notes=(*simulation.notes, *contents.notes),
+                empty_windows=simulation.empty_windows + contents.empty_windows,
+            )
+        files, called = digests(self.trace), shlex.join(["evenmoe", *sys.argv[1:]])
+        origin = [("command", called, ""), ("model", "not known" if model is None else model.name, "")]
+        origin += [(f"SHA-256 of {path}", digest, "") for path, digest in files.items()]
+        simulation = replace(simulation, settings=(*origin, *simulation.settings))
+        if self.out is not None:
+            save_simulation(self.out, simulation)
+        if self.report is not None:
+            from evenmoe.report import write_report
+
+            write_report(simulation, self.report, called, files)
+        if self.json:
+            print_json(simulation.summary.as_json())
+        else:
+            _print(simulation.summary)
+        return 0
+
+    def _check_outputs(self) -> None:
+        """Raise where the trace would be overwritten, or one file by the other, before any time is spent."""
+        seen = {Path(self.trace).resolve(): "the trace"}
+        for name, path in (("--out", self.out), ("--report", self.report)):
+            if path is None:
+                continue
+            if not path.resolve().parent.is_dir():
+                raise ConstraintError(name, path, "must be in a folder that exists", "make the folder first")
+            if path.resolve() in seen:
+                raise ConstraintError(name, path, f"must not be {seen[path.resolve()]}", "name another file")
+            seen[path.resolve()] = f"the file of {name}"
+
+    def _open_trace(self) -> tuple[Trace, Contents | None]:
+        from evenmoe.cli.trace_source import SYNTHETIC, read_trace, synthetic_trace
+
+        if not self.trace.startswith(SYNTHETIC):
+            return read_trace(self.trace, self)
+        for flag, value in self.given_of_file():
+            raise ConstraintError(
+                flag, value, "must come with a file", "leave it out: a synthetic trace is read from none"
+            )
+        tokens = self.ranks * self.tokens_per_rank
+        streams = max(1, tokens // (self.chunk or self.tokens_per_rank))
+        return synthetic_trace(self.trace.removeprefix(SYNTHETIC), tokens, streams, self.steps, self.seed), None
+
+    def _cost_model(self, model: ModelShape | None) -> CostModel:
+        from evenmoe.simulator.costs import CostModel
+
+        flops, size, hidden = self.expert_flops, self.expert_bytes, self.hidden
+        if model is not None:
+            flops = model.expert_flops_per_token if flops is None else flops
+            size = model.expert_bytes if size is None else size
+            hidden = hidden or model.hidden
+        figures = {name: getattr(self, name) for name in _FIGURES if getattr(self, name) is not None}
+        missing = [flag for flag, value in (("--expert-flops", flops), ("--expert-bytes", size)) if value is None]
+        if hidden is None and not {"dispatch_row_bytes", "combine_row_bytes"} <= figures.keys():
+            missing.append("--hidden")
+        if flops is None or size is None or missing:
+            raise MissingArgumentError(
+                "--model",
+                "not given, and the trace is of no known model",
+                "must name one of them, for the sizes of experts and rows",
+                f"use --model with one of {', '.join(MODELS)}; or give {', '.join(missing)}",
+            )
+        return CostModel.for_expert(hidden or 0, size, flops, one_row_per_rank=not self.row_per_expert, **figures)
+
+
+@contextmanager
+def progress_bar(what: str, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
+    """A bar with the time left on standard error, if that is a terminal; call it with steps done and steps in all."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = console or Console(stderr=True)
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _print(summary: Summary) -> None:
+    """Two tables, because one would not fit 80 columns: what a policy gains, and what it costs."""
+    from rich.console import Console
+
+    print(
+        f"{summary.trace}: {summary.num_steps} steps of {summary.tokens_per_step:,} tokens "
+        f"on {summary.num_ranks} ranks, {summary.num_nodes} nodes"
+        + (f"; {summary.num_empty_windows:,} empty windows left out" if summary.num_empty_windows else "")
+    )
+    console = Console()
+    console.print(summary_table(summary, _GAINS))
+    console.print(summary_table(summary, _PRICES))
+    notes = Console(stderr=True)
+    for note in summary.notes:
+        notes.print(note, style="dim", markup=False, highlight=False)
+
+
+command = make_command("simulate", SimulateCommand)
