@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import evenmoe as em
+from evenmoe.formats import read
 from evenmoe.traces.synthesis import small_trace
 from tests.cli.running import Run, runner
 from tests.planner import toy_planner
@@ -38,3 +39,16 @@ def test_simulate_compares_it(evenmoe, tmp_path):
     total = trace.load.sum(axis=0)
     expected = em.peak_to_average(total, toy_planner.plan(total, num_ranks=4, num_slots=40))
     assert found[policies[2]]["mean_par_per_layer"] == pytest.approx(expected.tolist())
+
+
+def test_plan_writes_its_placement(evenmoe, tmp_path):
+    load = np.random.default_rng(5).integers(1, 100, (2, 16))
+    np.savez(tmp_path / "load.npz", load=load[None])
+    out = tmp_path / "placement.json"
+    sizes = ("--ranks", 4, "--slots", 20)
+    done = evenmoe("plan", tmp_path / "load.npz", *sizes, "--planner", TOY, "-o", out)
+    assert done.code == 0, done.err
+    assert read(out).placement == toy_planner.plan(load, num_ranks=4, num_slots=20)
+    done = evenmoe("plan", tmp_path / "load.npz", *sizes, "--planner", TOY, "--previous", out)
+    assert done.code == 2
+    assert "which takes no `--previous`" in done.err
