@@ -24,7 +24,7 @@ from evenmoe.contract.calls import CombineCall, DispatchCall, UpdateExpertCall
 from evenmoe.contract.dispatch import check_token_nums_type
 from evenmoe.contract.distribute import check_ep_rank, check_shared_pair, check_shared_rank_num
 from evenmoe.contract.limits import ATLAS_A3
-from evenmoe.contract.operators import OPERATORS, Argument
+from evenmoe.contract.operators import OPERATORS, Argument, Kind
 from evenmoe.contract.tensor_spec import TensorSpec, check_dims
 from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError
 from evenmoe.ops.operator import CALL_TYPES, check_devices, check_types, in_order, parts_of, specs_of
@@ -33,6 +33,7 @@ from evenmoe.transport.transport import Transport
 
 _RANKS_PER_NODE = 8  # of Atlas A2, in the room that the wrapper makes for its counts (§5)
 
+_TYPES: dict[Kind, type] = {"tensor": torch.Tensor, "str": str, "int": int, "float": float}
 _Result = TypeVar("_Result")
 Tensor = torch.Tensor
 _Collective: TypeAlias = DispatchCall[Tensor] | CombineCall[Tensor]
@@ -70,8 +71,19 @@ def _function(
     positions = [names.get(argument.name, argument.name) for argument in first]
     defaults = {argument.name: argument.default for argument in others}
     signature = inspect.Signature(
-        [inspect.Parameter(name, by_position) for name in positions]
-        + [inspect.Parameter(argument.name, by_keyword, default=argument.default) for argument in others]
+        [
+            inspect.Parameter(name, by_position, annotation=_TYPES[argument.kind])
+            for name, argument in zip(positions, first, strict=True)
+        ]
+        + [
+            inspect.Parameter(
+                argument.name,
+                by_keyword,
+                default=argument.default,
+                annotation=_TYPES[argument.kind] if argument.default is not None else _TYPES[argument.kind] | None,
+            )
+            for argument in others
+        ]
     )
 
     def decorate(function: Callable[..., _Result]) -> Callable[..., _Result]:

@@ -9,9 +9,10 @@ import torch
 
 from evenmoe.contract.calls import UpdateExpertCall
 from evenmoe.contract.limits import UNLIMITED, resolve_limits
+from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.contract.update_expert import check_update_expert_call
 from evenmoe.errors import ConstraintError
-from evenmoe.ops.operator import check_types, register, specs_of
+from evenmoe.ops.operator import Prepared, check_types, register
 from evenmoe.rules.catalogue import RULES
 from evenmoe.rules.rule import Rule
 from evenmoe.rules.table import check_ids, check_table
@@ -20,6 +21,17 @@ _ASCEND_MODES = (0, 1)  # that the chip has too: the others have numbers only he
 _LOCAL_RULES: dict[int, Rule] = {  # by their number, the rules that need nothing of other ranks
     rule.balance_mode: rule for rule in map(RULES.get, RULES) if rule.balance_mode is not None
 }
+
+
+def _check(call: UpdateExpertCall[TensorSpec]) -> bool:
+    """What the contract says of shapes, dtypes and attributes."""
+    if call.balance_mode not in _ASCEND_MODES:
+        call = replace(call, balance_mode=0)  # they take what the rank rule takes
+    check_update_expert_call(call)
+    return True
+
+
+_checked = Prepared("update_expert", _check)
 
 
 def update_expert(
@@ -119,7 +131,7 @@ def prepare(
         limits=UNLIMITED,
     )
     check_types("update_expert", call)
-    _check(call)
+    _checked(call)
     # A copy, since the token and occurrence rules read the table later, when its owner may have changed it.
     return PreparedUpdate(
         call.eplb_table.clone(), index(local_rank_id), index(world_size), call.balance_mode, check_values
@@ -145,7 +157,7 @@ class PreparedUpdate:
 
 
 def _run(call: UpdateExpertCall[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    _check(call)
+    _checked(call)
     expert_ids = call.expert_ids
     prepared = PreparedUpdate(
         call.eplb_table, call.local_rank_id, call.world_size, call.balance_mode, call.check_values
@@ -155,13 +167,6 @@ def _run(call: UpdateExpertCall[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     else:
         mask = _keep(call.expert_scales, call.pruning_threshold, call.active_mask)
     return prepared(expert_ids), mask
-
-
-def _check(call: UpdateExpertCall[torch.Tensor]) -> None:
-    """What the contract says of shapes, dtypes and attributes."""
-    if call.balance_mode not in _ASCEND_MODES:
-        call = replace(call, balance_mode=0)  # they take what the rank rule takes
-    check_update_expert_call(specs_of(call))
 
 
 def _fake(call: UpdateExpertCall[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -195,4 +200,4 @@ def _resolve_mode(balance_mode: int | str) -> int:
     return modes[balance_mode]
 
 
-register("update_expert", _run, _fake)
+register("update_expert", UpdateExpertCall, _run, _fake)
