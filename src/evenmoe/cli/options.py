@@ -207,8 +207,8 @@ class WorldOptions(Command):
 def make_command(name: str, kind: type[Command]):
     """The command `name` as click has it; its help shows the options of its own before those that it shares."""
     hints = get_type_hints(kind, include_extras=True)
-    own = vars(kind)["__annotations__"]
-    fields = sorted(dataclasses.fields(kind), key=lambda field: field.name not in own)
+    order = [*vars(kind)["__annotations__"], *(name for name in hints if name != "json"), "json"]
+    fields = sorted(dataclasses.fields(kind), key=lambda field: order.index(field.name))
     words = {**_words(fields, hints), **kind.words}
 
     def call(**given: object) -> None:
