@@ -67,14 +67,14 @@ def _read_slot_map(document: Document, options: ReadOptions) -> RawPlacement:
 def _write_slot_map(value: Placement, options: WriteOptions) -> bytes:
     slots = slots_of(value, options).reshape(value.num_layers, value.num_ranks, value.slots_per_rank)
     table = np.full((value.num_layers, value.num_ranks, value.num_experts), -1, np.int32)
-    layer, rank, place = np.indices(slots.shape)
-    table[layer, rank, slots] = place
-    twins = np.argwhere(table[layer, rank, slots] != place)
-    if len(twins):
-        layer, rank, place = twins[0].tolist()
+    layer, rank, position = np.indices(slots.shape)
+    table[layer, rank, slots] = position
+    doubled = np.argwhere(table[layer, rank, slots] != position)
+    if len(doubled):
+        layer, rank, position = doubled[0].tolist()
         raise ConstraintError(
             "value",
-            f"a placement with expert {slots[layer, rank, place]} twice on rank {rank} in layer {layer}",
+            f"a placement with expert {slots[layer, rank, position]} twice on rank {rank} in layer {layer}",
             "must hold an expert at most once on a rank for slot-map",
             "give one of the slots to another expert, or use another format",
         )
