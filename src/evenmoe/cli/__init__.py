@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Annotated
 
 import typer
+from typer import Option
 from typer.core import TyperGroup
 
 from evenmoe import __version__
@@ -75,7 +76,7 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def _common(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    version: Annotated[bool, Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
     if version:
         typer.echo(__version__)

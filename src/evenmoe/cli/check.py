@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument
 
 from evenmoe.cli.options import PlacementFileOptions, make_command
 from evenmoe.cli.streams import print_json, print_notes, sizes_text, table_console
@@ -27,7 +27,7 @@ class CheckCommand(PlacementFileOptions):
     tokens. Exits with 0 if there is nothing but warnings, 1 if there is an error, 2 if the file cannot be read at all.
     """
 
-    file: Annotated[str, typer.Argument(help="File, folder, `-` for standard input, or inline JSON.")]
+    file: Annotated[str, Argument(help="File, folder, `-` for standard input, or inline JSON.")]
 
     def run(self) -> int:
         """Print every finding."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
+from typer import Argument, Option
 
 from evenmoe.cli.options import PlacementFileOptions, completed, make_command
 from evenmoe.cli.streams import print_json, print_notes, sizes_text
@@ -36,18 +37,15 @@ class ConvertCommand(PlacementFileOptions):
     epilog: ClassVar = "Formats: " + ", ".join(FORMATS) + ". --list-formats describes them."
     words: ClassVar = {"format": "--to"}  # that of --from has been checked
 
-    source: Annotated[str, typer.Argument(help="File, folder, `-` for standard input, inline JSON, or `trivial`.")]
-    target: Annotated[str, typer.Argument(help="File or folder to write, `-` for standard output.")]
-    to: Annotated[str, typer.Option(help="Format to write.", metavar="FORMAT", autocompletion=completed(FORMATS))]
+    source: Annotated[str, Argument(help="File, folder, `-` for standard input, inline JSON, or `trivial`.")]
+    target: Annotated[str, Argument(help="File or folder to write, `-` for standard output.")]
+    to: Annotated[str, Option(help="Format to write.", metavar="FORMAT", autocompletion=completed(FORMATS))]
     hidden_layers: Annotated[
         int | None,
-        typer.Option(
-            help="The model's hidden layers, from whose number its MTP layers count: 61 for DeepSeek-V3.", min=1
-        ),
+        Option(help="The model's hidden layers, from whose number its MTP layers count: 61 for DeepSeek-V3.", min=1),
     ] = None
     list_formats: Annotated[
-        bool,
-        typer.Option("--list-formats", help="Describe every format and exit.", callback=_list_formats, is_eager=True),
+        bool, Option("--list-formats", help="Describe every format and exit.", callback=_list_formats, is_eager=True)
     ] = False
 
     def sizes(self) -> ReadOptions:

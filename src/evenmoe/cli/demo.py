@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from evenmoe.cli.options import Command, make_command
 from evenmoe.cli.streams import print_json
@@ -36,10 +36,10 @@ class DemoCommand(Command):
 
     trace: Annotated[
         Path | None,
-        typer.Option(help="Routing to run on: an .npz with `load` (windows, layers, experts), optionally `routing`."),
+        Option(help="Routing to run on: an .npz with `load` (windows, layers, experts), optionally `routing`."),
     ] = None
-    ranks: Annotated[int, typer.Option(help="Expert-parallel ranks of the trace's world, as threads.", min=1)] = 8
-    seed: Annotated[int, typer.Option(help="Of tokens, weights and the synthetic trace.", min=0)] = 0
+    ranks: Annotated[int, Option(help="Expert-parallel ranks of the trace's world, as threads.", min=1)] = 8
+    seed: Annotated[int, Option(help="Of tokens, weights and the synthetic trace.", min=0)] = 0
 
     def run(self) -> int:
         """Print what the command promises; 0 when every difference is explained by rounding."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import typer
+from typer import Argument, Option
 
 from evenmoe.cli.options import PlacementFileOptions, make_command
 from evenmoe.cli.streams import print_json, print_notes, table_console
@@ -29,10 +29,10 @@ class DiffCommand(PlacementFileOptions):
     # What of a placement has these names is no option.
     words: ClassVar = {"placement": "AFTER", **{name: name for name in ("layers", "num_layers", "num_experts")}}
 
-    before: Annotated[str, typer.Argument(help="Placement in use: file, `-`, inline JSON, or `trivial`.")]
-    after: Annotated[str, typer.Argument(help="Placement to move to, in any format.")]
+    before: Annotated[str, Argument(help="Placement in use: file, `-`, inline JSON, or `trivial`.")]
+    after: Annotated[str, Argument(help="Placement to move to, in any format.")]
     expert_bytes: Annotated[
-        int | None, typer.Option(help="Bytes of one expert's weights in one layer, for the bytes to move.", min=0)
+        int | None, Option(help="Bytes of one expert's weights in one layer, for the bytes to move.", min=0)
     ] = None
 
     def run(self) -> int:

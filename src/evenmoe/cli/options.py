@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, get_args, get_type_hints
 
 import typer
+from typer import Option
 from typer.models import OptionInfo
 
 from evenmoe.errors import ConstraintError, EvenmoeError
@@ -40,7 +41,7 @@ class Command:
     epilog: ClassVar[str | None] = None
     words: ClassVar[Mapping[str, str]] = {}
 
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False
+    json: Annotated[bool, Option("--json", help="Print one JSON object instead of text.")] = False
 
     def run(self) -> int:
         """Do the work; returns the exit code.
@@ -58,7 +59,7 @@ def completed(names: Iterable[str]) -> Callable[[str], list[str]]:
 
 Rule = Annotated[
     str,
-    typer.Option(
+    Option(
         help=f"How tokens choose a replica: {', '.join(RULES)}; or py:module:attribute.",
         autocompletion=completed(RULES),
     ),
@@ -67,7 +68,7 @@ Rule = Annotated[
 
 def out_option(help: str) -> OptionInfo:
     """The option that names what is written, the same for all commands."""
-    return typer.Option("--out", "-o", help=help)
+    return Option("--out", "-o", help=help)
 
 
 def find_format(flag: str, name: str) -> Format:
@@ -88,7 +89,7 @@ class FileOptions(Command):
 
     from_: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--from",
             help="Format to read; detected automatically by default.",
             metavar="FORMAT",
@@ -96,23 +97,17 @@ class FileOptions(Command):
         ),
     ] = None
     map_: Annotated[
-        Path | None, typer.Option("--map", help="Placement under which a load per slot was counted, in any format.")
+        Path | None, Option("--map", help="Placement under which a load per slot was counted, in any format.")
     ] = None
     layers: Annotated[
         str | None,
-        typer.Option(
-            help="Only these, in the file's numbering: first:end (end left out), first:end:step, or one number."
-        ),
+        Option(help="Only these, in the file's numbering: first:end (end left out), first:end:step, or one number."),
     ] = None
-    num_layers: Annotated[
-        int | None, typer.Option(help="MoE layers, where dumps are appended or one list is for all.", min=1)
-    ] = None
-    experts: Annotated[int | None, typer.Option(help="Logical experts; default: as many as the file shows.", min=1)] = (
-        None
-    )
+    num_layers: Annotated[int | None, Option(help="MoE layers, of appended dumps or one list for all.", min=1)] = None
+    experts: Annotated[int | None, Option(help="Logical experts. Default: those that the file shows.", min=1)] = None
     first_layer: Annotated[
         int | None,
-        typer.Option(
+        Option(
             help="The model's number of its first MoE layer, where a file has none: 3 for DeepSeek-V3, 0 without dense "
             "layers.",
             min=0,
@@ -165,14 +160,10 @@ class FileOptions(Command):
 class PlacementFileOptions(FileOptions):
     """What the file of a placement may not say itself."""
 
-    ranks: Annotated[
-        int | None, typer.Option(help="Ranks that share the slots, where the file does not say.", min=1)
-    ] = None
-    slots: Annotated[
-        int | None, typer.Option(help="Slots on all ranks together, of the placement `trivial`.", min=1)
-    ] = None
+    ranks: Annotated[int | None, Option(help="Ranks that share the slots, where the file does not say.", min=1)] = None
+    slots: Annotated[int | None, Option(help="Total slots, of the placement `trivial`.", min=1)] = None
     shared_devices: Annotated[
-        int | None, typer.Option(help="Devices of an Ascend map that hold only the shared expert.", min=0)
+        int | None, Option(help="Devices of an Ascend map that hold only the shared expert.", min=0)
     ] = None
 
     def sizes(self) -> ReadOptions:
@@ -186,16 +177,11 @@ class PlacementFileOptions(FileOptions):
 class WorldOptions(Command):
     """The world that a plan is for."""
 
-    nodes: Annotated[
-        int | None,
-        typer.Option(
-            help="Nodes that share the ranks evenly. Default: of 8 ranks each, if that divides; else 1.", min=1
-        ),
-    ] = None
-    slots: Annotated[int | None, typer.Option(help="Slots on all ranks together.", min=1)] = None
-    groups: Annotated[
-        int, typer.Option(help="Expert groups, each kept inside a node; 1 plans across nodes.", min=1)
-    ] = 1
+    nodes: Annotated[int | None, Option(help="Nodes. Default: of 8 ranks each where that divides, else 1.", min=1)] = (
+        None
+    )
+    slots: Annotated[int | None, Option(help="Total slots, over all ranks.", min=1)] = None
+    groups: Annotated[int, Option(help="Expert groups, each kept inside a node; 1 for none.", min=1)] = 1
 
     def num_nodes(self, ranks: int) -> int:
         """Nodes of a world of so many ranks."""

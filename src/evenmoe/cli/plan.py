@@ -10,7 +10,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import typer
+from typer import Argument, Option
 
 from evenmoe.cli.options import FileOptions, Rule, WorldOptions, completed, find_format, make_command, out_option
 from evenmoe.cli.streams import print_json, print_notes, table_console
@@ -44,15 +44,14 @@ class PlanCommand(FileOptions, WorldOptions):
 
     epilog: ClassVar = "Formats of placements: " + ", ".join(_PLACEMENT_FORMATS)
 
-    source: Annotated[str, typer.Argument(help="Load or trace in any format, a folder, or `-` for standard input.")]
+    source: Annotated[str, Argument(help="Load or trace in any format, a folder, or `-` for standard input.")]
     out: Annotated[str | None, out_option("Placement to write, `-` for standard output. Default: none.")] = None
     ranks: Annotated[
-        int | None,
-        typer.Option(help="Expert-parallel ranks. Default of --ranks and --slots: those of --previous.", min=1),
+        int | None, Option(help="Expert-parallel ranks. Default of --ranks and --slots: those of --previous.", min=1)
     ] = None
     planner: Annotated[
         str,
-        typer.Option(
+        Option(
             "--planner",
             "-p",
             help=f"{', '.join(PLANNERS)}; or py:module:function, or py:file.py:function, called as evenmoe.plan is.",
@@ -61,17 +60,15 @@ class PlanCommand(FileOptions, WorldOptions):
     ] = "evenmoe"
     rule: Rule = "even"
     mean: Annotated[
-        bool, typer.Option("--mean/--windows", help="Balance the sum of the recording, or its single windows.")
+        bool, Option("--mean/--windows", help="Balance the sum of the recording, or its single windows.")
     ] = False
-    most_windows: Annotated[
-        int, typer.Option(help="Windows beyond so many are merged with their neighbors.", min=1)
-    ] = 64
-    previous: Annotated[Path | None, typer.Option(help="Placement in use, in any format: start from it.")] = None
-    max_copies: Annotated[int | None, typer.Option(help="At most so many copies per layer.", min=0)] = None
-    target_par: Annotated[float | None, typer.Option(help="Stop copying in a layer once it is this even.")] = None
-    seed: Annotated[int, typer.Option(help="Of the search's random choices.", min=0)] = 0
+    most_windows: Annotated[int, Option(help="Windows beyond so many are merged with their neighbors.", min=1)] = 64
+    previous: Annotated[Path | None, Option(help="Placement in use, in any format: start from it.")] = None
+    max_copies: Annotated[int | None, Option(help="At most so many copies per layer.", min=0)] = None
+    target_par: Annotated[float | None, Option(help="Stop copying in a layer once it is this even.")] = None
+    seed: Annotated[int, Option(help="Of the search's random choices.", min=0)] = 0
     to: Annotated[
-        str, typer.Option(help="Format to write.", metavar="FORMAT", autocompletion=completed(_PLACEMENT_FORMATS))
+        str, Option(help="Format to write.", metavar="FORMAT", autocompletion=completed(_PLACEMENT_FORMATS))
     ] = "evenmoe-placement"
 
     def run(self) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from evenmoe.cli.options import Command, make_command, out_option
 from evenmoe.cli.streams import print_json
@@ -34,9 +34,9 @@ class ReportCommand(Command):
     written; 2 INPUT is no simulation, or a file cannot be read or written.
     """
 
-    simulation: Annotated[Path, typer.Argument(metavar="INPUT", help="The file that `evenmoe simulate --out` wrote.")]
+    simulation: Annotated[Path, Argument(metavar="INPUT", help="The file that `evenmoe simulate --out` wrote.")]
     out: Annotated[Path, out_option("The HTML page; a file there is replaced.")] = Path("report.html")
-    png: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write the pictures as PNGs.")] = None
+    png: Annotated[Path | None, Option(metavar="DIR", help="Also write the pictures as PNGs.")] = None
 
     def run(self) -> int:
         """Write the page and print its headline."""

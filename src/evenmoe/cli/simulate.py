@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import typer
+from typer import Argument, Option
 
 from evenmoe.cli.options import FileOptions, WorldOptions, completed, make_command, out_option
 from evenmoe.cli.report import summary_table
@@ -57,65 +57,43 @@ class SimulateCommand(FileOptions, WorldOptions):
 
     words: ClassVar = {"num_steps": "--steps", "expert_flops_per_token": "--expert-flops"}
 
-    trace: Annotated[
-        str, typer.Argument(help="A trace (.npz), a load in any format, or synthetic:MODEL for a synthetic one.")
-    ]
+    trace: Annotated[str, Argument(help="A trace (.npz), a load in any format, or synthetic:MODEL.")]
     policy: Annotated[
-        list[str] | None, typer.Option("--policy", "-p", help=_POLICY_HELP, autocompletion=completed(_POLICIES))
+        list[str] | None, Option("--policy", "-p", help=_POLICY_HELP, autocompletion=completed(_POLICIES))
     ] = None
     model: Annotated[
         str | None,
-        typer.Option(
-            help="Sizes of experts and rows. Default: detected from the trace.", autocompletion=completed(MODELS)
-        ),
+        Option(help="Sizes of experts and rows. Default: detected from the trace.", autocompletion=completed(MODELS)),
     ] = None
-    ranks: Annotated[int, typer.Option(min=1, help="Expert-parallel ranks; each owns tokens and slots.")] = 32
-    tokens_per_rank: Annotated[int, typer.Option(min=1, help="Tokens of every rank in every step.")] = 128
+    ranks: Annotated[int, Option(min=1, help="Expert-parallel ranks; each owns tokens and slots.")] = 32
+    tokens_per_rank: Annotated[int, Option(min=1, help="Tokens of every rank in every step.")] = 128
     chunk: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of those, consecutive ones of one request: 1 is decode. Default: all, prefill."),
+        int | None, Option(min=1, help="Those that follow each other in a request; 1 is decode. Default: all.")
     ] = None
-    top_k: Annotated[int | None, typer.Option(min=1, help="Experts per token, if the trace does not say.")] = None
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Default: once through the trace's tokens; 100 if it has only loads.")
-    ] = None
-    slots: Annotated[
-        int | None,
-        typer.Option(min=1, help="Slots on all ranks together. Default: one a rank more than the experts need."),
-    ] = None
-    refresh: Annotated[int | None, typer.Option(min=1, help="Steps between plans. Default: steps / 10.")] = None
-    window: Annotated[int | None, typer.Option(min=1, help="Past steps a plan is made from. Default: --refresh.")] = (
-        None
-    )
-    hidden: Annotated[
-        int | None, typer.Option(min=1, help="Numbers in a row, of 2 bytes each. Default: the model's.")
-    ] = None
-    expert_flops: Annotated[float | None, typer.Option(help="FLOP of one expert per row. Default: the model's.")] = None
-    expert_bytes: Annotated[float | None, typer.Option(help="Weights of one expert. Default: the model's.")] = None
-    copy_bytes: Annotated[
-        float | None, typer.Option(help="Bytes that one copied expert sends. Default: its weights.")
-    ] = None
-    dispatch_row_bytes: Annotated[float | None, typer.Option(help="Bytes of a row to an expert.")] = None
-    combine_row_bytes: Annotated[float | None, typer.Option(help="Bytes of a row back.")] = None
-    flops_per_s: Annotated[float | None, typer.Option(help="FLOP/s a rank achieves. Default: 4.95e14.")] = None
-    memory_bytes_per_s: Annotated[float | None, typer.Option(help="Reading weights, bytes/s. Default: 3.35e12.")] = None
-    within_bytes_per_s: Annotated[
-        float | None, typer.Option(help="A rank's link inside its node. Default: 1.6e11.")
-    ] = None
-    between_bytes_per_s: Annotated[float | None, typer.Option(help="A rank's link to other nodes. Default: 5e10.")] = (
-        None
-    )
-    latency_us: Annotated[float | None, typer.Option(help="Of one exchange, microseconds. Default: 20.")] = None
-    row_per_expert: Annotated[
-        bool, typer.Option("--row-per-expert", help="Step times with a row per expert instead of per rank.")
-    ] = False
+    top_k: Annotated[int | None, Option(min=1, help="Experts per token, if the trace does not say.")] = None
+    steps: Annotated[int | None, Option(min=1, help="Default: once through the tokens; 100 for loads alone.")] = None
+    slots: Annotated[int | None, Option(min=1, help="Total slots. Default: one a rank more than experts need.")] = None
+    refresh: Annotated[int | None, Option(min=1, help="Steps between plans. Default: steps / 10.")] = None
+    window: Annotated[int | None, Option(min=1, help="Past steps a plan is made from. Default: --refresh.")] = None
+    hidden: Annotated[int | None, Option(min=1, help="Numbers in a row, of 2 bytes each. Default: the model's.")] = None
+    expert_flops: Annotated[float | None, Option(help="FLOP of one expert per row. Default: the model's.")] = None
+    expert_bytes: Annotated[float | None, Option(help="Weights of one expert. Default: the model's.")] = None
+    copy_bytes: Annotated[float | None, Option(help="Bytes that one copied expert sends. Default: its weights.")] = None
+    dispatch_row_bytes: Annotated[float | None, Option(help="Bytes of a row to an expert.")] = None
+    combine_row_bytes: Annotated[float | None, Option(help="Bytes of a row back.")] = None
+    flops_per_s: Annotated[float | None, Option(help="FLOP/s a rank achieves. Default: 4.95e14.")] = None
+    memory_bytes_per_s: Annotated[float | None, Option(help="Reading weights, bytes/s. Default: 3.35e12.")] = None
+    within_bytes_per_s: Annotated[float | None, Option(help="A rank's link inside its node. Default: 1.6e11.")] = None
+    between_bytes_per_s: Annotated[float | None, Option(help="A rank's link to other nodes. Default: 5e10.")] = None
+    latency_us: Annotated[float | None, Option(help="Of one exchange, microseconds. Default: 20.")] = None
+    row_per_expert: Annotated[bool, Option("--row-per-expert", help="Times of a row per expert, not per rank.")] = False
     out: Annotated[Path | None, out_option("Write everything, for `evenmoe report`.")] = None
-    report: Annotated[Path | None, typer.Option(help="Write the HTML page at once.")] = None
-    details: Annotated[bool, typer.Option("--details", help="Keep every rank's load in every step and layer.")] = False
-    seed: Annotated[int, typer.Option(min=0, help="Of draws, planners and a synthetic trace.")] = 0
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads; the numbers do not depend on it. Default: one per processor.")
-    ] = None
+    report: Annotated[Path | None, Option(help="Write the HTML page at once.")] = None
+    details: Annotated[bool, Option("--details", help="Keep every rank's load in every step and layer.")] = False
+    seed: Annotated[int, Option(min=0, help="Of draws, planners and a synthetic trace.")] = 0
+    workers: Annotated[int | None, Option(min=1, help="Threads; no number depends on it. Default: all processors.")] = (
+        None
+    )
 
     def run(self) -> int:
         """Replay, write the files that were asked for, and print the tables or the object."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
+from typer import Option
 
 from evenmoe.cli.options import Command, completed, make_command, out_option
 from evenmoe.cli.streams import print_json
@@ -44,32 +45,30 @@ class SynthesizeCommand(Command):
 
     out: Annotated[str, out_option("Trace to write (.npz), `-` for standard output.")]
     model: Annotated[
-        str, typer.Option(help="Model whose shape and parameters the trace has.", autocompletion=completed(MODELS))
+        str, Option(help="Model whose shape and parameters the trace has.", autocompletion=completed(MODELS))
     ] = "deepseek-v3"
-    windows: Annotated[int, typer.Option(help="Windows.", min=1)] = 64
-    tokens_per_window: Annotated[int, typer.Option(help="Tokens of every window.", min=1)] = 4096
-    requests: Annotated[int, typer.Option(help="Requests that share a window.", min=1)] = 8
-    request_windows: Annotated[int, typer.Option(help="Windows that a request lives.", min=1)] = 1
-    num_layers: Annotated[int | None, typer.Option(help="Only the first so many MoE layers.", min=1)] = None
-    routing: Annotated[bool, typer.Option("--routing", help="Also every token's experts.")] = False
-    source_ranks: Annotated[int | None, typer.Option(help="Also the load by so many source ranks.", min=1)] = None
+    windows: Annotated[int, Option(help="Windows.", min=1)] = 64
+    tokens_per_window: Annotated[int, Option(help="Tokens of every window.", min=1)] = 4096
+    requests: Annotated[int, Option(help="Requests that share a window.", min=1)] = 8
+    request_windows: Annotated[int, Option(help="Windows that a request lives.", min=1)] = 1
+    num_layers: Annotated[int | None, Option(help="Only the first so many MoE layers.", min=1)] = None
+    routing: Annotated[bool, Option("--routing", help="Also every token's experts.")] = False
+    source_ranks: Annotated[int | None, Option(help="Also the load by so many source ranks.", min=1)] = None
     skew: Annotated[
-        float | None, typer.Option(help="Skew between experts: standard deviation of log-popularity. Default: fitted.")
+        float | None, Option(help="Skew between experts: standard deviation of log-popularity. Default: fitted.")
     ] = None
     drift: Annotated[
-        float | None,
-        typer.Option(help="Drift between requests: standard deviation of log-popularity. Default: fitted."),
+        float | None, Option(help="Drift between requests: standard deviation of log-popularity. Default: fitted.")
     ] = None
     locality: Annotated[
-        float | None,
-        typer.Option(help="Part of a token's deviation that the next one shares, 0 to 0.99. Default: fitted."),
+        float | None, Option(help="Part of a token's deviation that the next one shares, 0 to 0.99. Default: fitted.")
     ] = None
     common_factor_share: Annotated[
-        float | None, typer.Option(help="Share of drift in its strongest common factor, 0 to 1. Default: fitted.")
+        float | None, Option(help="Share of drift in its strongest common factor, 0 to 1. Default: fitted.")
     ] = None
-    seed: Annotated[int, typer.Option(help="The same options give the same bytes.", min=0)] = 0
+    seed: Annotated[int, Option(help="The same options give the same bytes.", min=0)] = 0
     list_models: Annotated[
-        bool, typer.Option("--list-models", help="Show all models and exit.", callback=_list_models, is_eager=True)
+        bool, Option("--list-models", help="Show all models and exit.", callback=_list_models, is_eager=True)
     ] = False
 
     def run(self) -> int:
