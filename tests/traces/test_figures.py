@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import evenmoe as em
-from evenmoe.placement import identity_placement
+from evenmoe.placement import default_placement
 from evenmoe.traces import Trace, load_trace, save_trace, synthesize
 from evenmoe.traces.profiles import MEASUREMENTS
 from tests.beside import TRACES, measured_names
@@ -84,6 +84,6 @@ def test_what_the_fit_never_saw(name):
     else:
         load = load_trace(TRACES / f"{name}.npz").load
     planned = em.plan(load[::2].sum(axis=0), num_ranks=8, num_slots=40)
-    found = [em.peak_to_average(load[1::2], p).mean() for p in (identity_placement(24, 32, 8), planned)]
+    found = [em.peak_to_average(load[1::2], p).mean() for p in (default_placement(24, 32, 8), planned)]
     # Two decimals were kept, and a few draws differ on other processors.
     assert np.abs(np.array(found) - HELD_OUT[name]).max() < 0.02

@@ -148,18 +148,10 @@ def _read_eplb_table(document: Document, options: ReadOptions) -> RawPlacement:
 
 
 def _write_eplb_table(value: Placement, options: WriteOptions) -> bytes:
-    tables = np.stack([_table(value, layer) for layer in range(value.num_layers)])
+    tables = np.stack([value.eplb_array(layer) for layer in range(value.num_layers)])
     if options.container == "npz":
         return arrays_bytes({"eplb_table": tables}, "npz")
     return array_bytes(tables, options.container)
-
-
-def _table(value: Placement, layer: int) -> np.ndarray:
-    # As `Placement.eplb_table`, without torch.
-    table = np.zeros((value.num_experts, 1 + int(value.num_replicas.max())), np.int32)
-    table[:, 0] = value.num_replicas[layer]
-    table[value.slot_to_expert[layer], 1 + value.replica_index[layer]] = np.arange(value.num_slots)
-    return table
 
 
 def _layers(document: Document) -> list[IntArray]:
