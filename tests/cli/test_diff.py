@@ -33,7 +33,7 @@ def test_the_json_has_the_whole_matrix(evenmoe):
         "schema": 1,
         "before": BEFORE,
         "after": AFTER,
-        "layers": [0, 1],
+        "layer_ids": [0, 1],
         "copies": 1,
         "copies_per_layer_and_rank": [[0, 1], [0, 0]],
         "experts_with_other_replica_count_per_layer": [2, 0],

@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from evenmoe.metrics import even_rank_loads, peak_over_mean
-from evenmoe.placement import Placement, identity_placement
+from evenmoe.placement import Placement, default_placement
 from evenmoe.simulator.result import PolicyResult, Simulation, Traffic
 
 EXPERT_BYTES = 44_040_192  # one expert of DeepSeek-V3 in fp8
@@ -25,7 +25,7 @@ def make_replay(
     policies: tuple[str, ...] = ("identity", "greedy", "evenmoe"),
     nodes: int = 2,
     seed: int = 0,
-    trace: str = "made-up drifting load",
+    trace: str = "synthetic drifting load",
 ) -> Simulation:
     """Policy p has p extra slots a rank and is refreshed every 16 steps, the first one never."""
     rng = np.random.default_rng(seed)
@@ -45,7 +45,7 @@ def make_replay(
     )
     return Simulation(
         trace, settings, ranks, nodes, experts, 8, np.full(steps, ranks * 128), loads.sum(axis=0), tuple(results),
-        ("Everything here is made up.",),
+        ("Everything here is synthetic.",),
     )  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def _loads(rng, steps, layers, experts, tokens):
 
 def _replay(p, name, loads, ranks, nodes):
     steps, layers, experts = loads.shape
-    placements = [identity_placement(layers, experts, ranks)]
+    placements = [default_placement(layers, experts, ranks)]
     refreshes = np.arange(16, steps, 16) if p else np.zeros(0, np.int64)
     if p:
         placements = [_spread(loads[max(0, at - 16) : at + (at == 0)].sum(axis=0), ranks, p) for at in (0, *refreshes)]

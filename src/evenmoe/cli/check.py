@@ -38,7 +38,7 @@ class CheckCommand(PlacementFileOptions):
         if self.json:
             print_json(
                 {
-                    "file": self.file,
+                    "source": self.file,
                     "format": found.format,
                     **found.summary,
                     "clean": found.clean,

@@ -47,7 +47,7 @@ class DiffCommand(PlacementFileOptions):
         change = diff(previous, placement, expert_bytes=self.expert_bytes)
         layers = list(common or range(len(change.copies)))
         if self.json:
-            print_json({"before": self.before, "after": self.after, "layers": layers, **_summary(change)})
+            print_json({"before": self.before, "after": self.after, "layer_ids": layers, **_summary(change)})
         else:
             print(f"{self.before} -> {self.after}: a copy is an expert that a rank must receive")
             _print_difference(change, layers)

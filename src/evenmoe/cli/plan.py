@@ -17,6 +17,7 @@ from evenmoe.cli.streams import print_json, print_notes, table_console
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.formats.catalogue import ENTRIES
 from evenmoe.planner.planners import PLANNERS, plan_with
+from evenmoe.quantities import par
 from evenmoe.rules.catalogue import RULES
 
 if TYPE_CHECKING:
@@ -242,30 +243,30 @@ class _Outcome:
             "target": options.out,
             "from": contents.format,
             "to": None if options.out is None else options.to,
-            "recorded_windows": int(contents.load.shape[0]),
-            "empty_windows": contents.empty_windows,
-            "planned_windows": self.num_planned,
-            "layers": placement.num_layers,
-            "experts": placement.num_experts,
-            "ranks": placement.num_ranks,
-            "slots": placement.num_slots,
-            "nodes": options.num_nodes(placement.num_ranks),
-            "groups": options.groups,
+            "num_windows": int(contents.load.shape[0]),
+            "num_empty_windows": contents.empty_windows,
+            "num_planned_windows": self.num_planned,
+            "num_layers": placement.num_layers,
+            "num_experts": placement.num_experts,
+            "num_ranks": placement.num_ranks,
+            "num_slots": placement.num_slots,
+            "num_nodes": options.num_nodes(placement.num_ranks),
+            "num_groups": options.groups,
             "rule": options.rule,
-            "picks_per_layer": self.assignments if isfinite(self.assignments) else None,
-            "peak_to_average": {
+            "assignments_per_layer": self.assignments if isfinite(self.assignments) else None,
+            "par": {
                 row.key: {
                     "all_tokens": self._rounded(row.all_tokens),
                     "mean_of_windows": self._rounded(row.windows),
                 }
                 for row in self.rows
             },
-            "peak_to_average_lower_bound_all_tokens": None if self.bound is None else self._rounded(self.bound),
+            "par_lower_bound": None if self.bound is None else self._rounded(self.bound),
             "replicas_per_expert": {"min": int(placement.num_replicas.min()), "max": int(placement.num_replicas.max())},
             "copies": None if copies is None else int(copies.sum()),
             "copies_per_layer": None if copies is None else copies.tolist(),
-            "layer_numbers": list(self.numbers),
-            "peak_to_average_per_layer_mean_of_windows": {row.key: row.windows.round(6).tolist() for row in self.rows},
+            "layer_ids": list(self.numbers),
+            "par_per_layer": {row.key: row.windows.round(6).tolist() for row in self.rows},
         }
 
     def print_on(self, console: Console) -> None:
@@ -278,7 +279,7 @@ class _Outcome:
         shown = "more than 1.8e308" if not isfinite(count) else f"{count:,.0f}" if count < 1e15 else f"{count:.3g}"
         console.print(
             f"{options.source} ({contents.format}): {contents.load.shape[0]} windows{empty}, "
-            f"{placement.num_layers} layers, {placement.num_experts} experts, {shown} picks per layer\n"
+            f"{placement.num_layers} layers, {placement.num_experts} experts, {shown} assignments per layer\n"
             f"{placement.num_ranks} ranks, {placement.num_slots} slots, rule {options.rule}; "
             f"planned {by}on {self.num_planned} {'window' if self.num_planned == 1 else 'windows'}",
             highlight=False,
@@ -304,11 +305,11 @@ class _Outcome:
 
     def _rounded(self, values: FloatArray) -> dict[str, float]:
         mean, worst, layer = self._mean_and_worst(values)
-        return {"mean_of_layers": round(mean, 6), "worst": round(worst, 6), "worst_layer": layer}
+        return {"mean": round(mean, 6), "worst": round(worst, 6), "worst_layer": layer}
 
     def _cells(self, values: FloatArray) -> tuple[str, str]:
         mean, worst, layer = self._mean_and_worst(values)
-        return f"{mean:.3f}", f"{worst:.3f} (layer {layer})"
+        return par(mean), f"{par(worst)} (layer {layer})"
 
     def _print_means(self, console: Console) -> None:
         from rich.table import Table
@@ -334,7 +335,7 @@ class _Outcome:
             column.justify = "right"
         planned = self.rows[-1].windows * self.judged
         for layer in (-planned).argsort(kind="stable")[: min(_WORST_SHOWN, self.judged.sum())]:
-            table.add_row(str(self.numbers[layer]), *(f"{row.windows[layer]:.3f}" for row in self.rows))
+            table.add_row(str(self.numbers[layer]), *(par(float(row.windows[layer])) for row in self.rows))
         console.print(table)
 
 
@@ -363,12 +364,12 @@ def _gaps(windows: FloatArray, numbers: Sequence[int]) -> list[str]:
 def _compare(windows: FloatArray, placement: Placement, previous: Placement | None, rule: str) -> list[_Row]:
     """The default placement, where the experts divide by the ranks; the previous one; the plan."""
     from evenmoe.metrics import mean_over_windows, peak_over_mean
-    from evenmoe.placement import identity_placement
+    from evenmoe.placement import default_placement
 
     layers, experts = windows.shape[1:]
     compared: list[tuple[str, Placement]] = []
     if experts % placement.num_ranks == 0:
-        compared.append(("as loaded", identity_placement(layers, experts, placement.num_ranks)))
+        compared.append(("default placement", default_placement(layers, experts, placement.num_ranks)))
     if previous is not None:
         compared.append(("previous", previous))
     compared.append(("planned", placement))

@@ -82,14 +82,14 @@ class SynthesizeCommand(Command):
         file = sys.stderr if self.out == "-" else sys.stdout
         if self.json:
             summary = {
-                "file": self.out,
-                "file_bytes": size,
-                "windows": trace.num_windows,
-                "layers": trace.num_layers,
-                "experts": trace.num_experts,
-                "tokens": trace.num_windows * self.tokens_per_window,
+                "target": self.out,
+                "target_bytes": size,
+                "num_windows": trace.num_windows,
+                "num_layers": trace.num_layers,
+                "num_experts": trace.num_experts,
+                "num_tokens": trace.num_windows * self.tokens_per_window,
                 "routing": trace.routing is not None,
-                "source_ranks": None if trace.load_by_rank is None else trace.load_by_rank.shape[1],
+                "num_source_ranks": None if trace.load_by_rank is None else trace.load_by_rank.shape[1],
                 "parameters": dict(trace.metadata),
                 "statistics_median_of_layers": statistics,
             }
@@ -145,9 +145,9 @@ def _statistics(trace: Trace) -> dict[str, float]:
     }
     if trace.num_windows > 1:
         found["drift_between_windows"] = float(np.median(drift(trace.load)))
-        found["comovement_of_one_factor"] = common_factor_share(trace.load, 1)
+        found["common_factor_share"] = common_factor_share(trace.load, 1)
     if trace.routing is not None:
-        found["locality_of_neighbours"] = float(np.median(locality(trace.routing, trace.seq_start)))
+        found["locality_of_neighbors"] = float(np.median(locality(trace.routing, trace.seq_start)))
     return {name: round(value, 6) for name, value in found.items()}
 
 
