@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from evenmoe.errors import MissingArgumentError as MissingArgumentError
     from evenmoe.errors import RankDisagreementError as RankDisagreementError
     from evenmoe.errors import UnsupportedTypeError as UnsupportedTypeError
+    from evenmoe.formats.reading import read as read
+    from evenmoe.formats.writing import convert as convert
     from evenmoe.metrics import count_copies as count_copies
     from evenmoe.metrics import peak_to_average as peak_to_average
     from evenmoe.ops.combine import combine as combine
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from evenmoe.rules.split_batch import split_batch as split_batch
     from evenmoe.runtime.expert_parallel import ExpertParallel as ExpertParallel
     from evenmoe.simulator.replay import simulate as simulate
+    from evenmoe.traces.trace import Trace as Trace
     from evenmoe.transport.process_world import process_world as process_world
     from evenmoe.transport.world import local_world as local_world
 
@@ -46,9 +49,11 @@ _HOME = {
     "MissingArgumentError": "evenmoe.errors",
     "Placement": "evenmoe.placement",
     "RankDisagreementError": "evenmoe.errors",
+    "Trace": "evenmoe.traces.trace",
     "UnsupportedTypeError": "evenmoe.errors",
     "combine": "evenmoe.ops.combine",
     "combine_add_rms_norm": "evenmoe.ops.combine_add_rms_norm",
+    "convert": "evenmoe.formats.writing",
     "count_copies": "evenmoe.metrics",
     "dispatch": "evenmoe.ops.dispatch",
     "errors": "evenmoe.errors",
@@ -57,6 +62,7 @@ _HOME = {
     "peak_to_average": "evenmoe.metrics",
     "plan": "evenmoe.planner.plan",
     "process_world": "evenmoe.transport.process_world",
+    "read": "evenmoe.formats.reading",
     "simulate": "evenmoe.simulator.replay",
     "split_batch": "evenmoe.rules.split_batch",
     "update_expert": "evenmoe.ops.update_expert",

@@ -116,7 +116,7 @@ def test_the_word_trivial(evenmoe, tmp_path):
     ("to", "message"),
     [
         ("lmdeploy", "`--to` is lmdeploy: it must hold a placement, for that is the value, and holds a load"),
-        ("nothing", "`--to` is 'nothing': it must be a name in FORMATS"),
+        ("nothing", "`--to` is 'nothing': it must be one of evenmoe-placement, "),
         ("tensorrt-llm", "must say the model's own number of each of the 2 rows"),
     ],
 )

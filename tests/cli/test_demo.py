@@ -21,13 +21,12 @@ PAGE_RANKS, TRACE_TOKENS = 16, SMALL["TRACE_TOKENS"]
 KEYS = [
     "schema",
     "trace",
-    "layers",
-    "experts",
-    "ranks",
-    "slots",
-    "tokens",
-    "peak_to_average_identity",
-    "peak_to_average_plan",
+    "num_layers",
+    "num_experts",
+    "num_ranks",
+    "num_slots",
+    "assignments_per_layer",
+    "par",
     "worlds",
     "within_rounding",
 ]
@@ -45,18 +44,18 @@ def check(summary: dict, load: np.ndarray, name: str, ranks: int, top_k: int, se
     assert list(summary) == KEYS
     layers, experts = load.shape[1:]
     slots = experts + ranks
-    assert (summary["trace"], summary["layers"], summary["experts"]) == (name, layers, experts)
-    assert (summary["ranks"], summary["slots"]) == (ranks, slots)
+    assert (summary["trace"], summary["num_layers"], summary["num_experts"]) == (name, layers, experts)
+    assert (summary["num_ranks"], summary["num_slots"]) == (ranks, slots)
     total = load.sum(axis=0)
-    assert summary["tokens"] == int(total.sum()) // layers
+    assert summary["assignments_per_layer"] == int(total.sum()) // layers
     planned = em.plan(total, num_ranks=ranks, num_slots=slots, seed=seed).slot_to_expert.tolist()
-    for key, held in (("identity", [list(range(experts))] * layers), ("plan", planned)):
+    for key, held in (("default_placement", [list(range(experts))] * layers), ("planned", planned)):
         pars = [dull_par(total[layer], held[layer], ranks) for layer in range(layers)]
         # Sums of at most 264 slots and the mean of at most 58 layers, each sum rounded at most 2⁻⁵³ per term.
-        given = summary[f"peak_to_average_{key}"]
+        given = summary["par"][key]
         assert given["worst"] == pytest.approx(max(pars), rel=1e-13)
         assert given["mean"] == pytest.approx(sum(pars) / layers, rel=1e-13)
-        if key == "identity":
+        if key == "default_placement":
             worst = pars.index(max(pars))
     page, loaded, plan = summary["worlds"]
     hidden = SMALL["PAGE_HIDDEN"]
@@ -65,7 +64,7 @@ def check(summary: dict, load: np.ndarray, name: str, ranks: int, top_k: int, se
     assert sum(page["rows_per_rank"]) == PAGE_RANKS * SMALL["PAGE_TOKENS"] * 3
     assert len(page["rows_per_rank"]) == 8
     title = f"{experts} experts, K {top_k}, {ranks} ranks, layer {worst}"
-    for world, kind in ((loaded, "as loaded"), (plan, "planned")):
+    for world, kind in ((loaded, "default placement"), (plan, "planned")):
         assert world["world"] == f"{title}, {kind}"
         assert world["values_compared"] == 2 * ranks * TRACE_TOKENS * SMALL["TRACE_HIDDEN"]
         assert len(world["rows_per_rank"]) == ranks
@@ -96,7 +95,7 @@ def test_the_seed_makes_tokens_weights_and_trace(small_demo):
     assert first["worlds"][0]["largest_difference"] != other["worlds"][0]["largest_difference"]
     check_load = small_trace(5).load.sum(axis=0)
     worst = max(dull_par(load, list(range(32)), 8) for load in check_load)
-    assert first["peak_to_average_identity"]["worst"] == pytest.approx(worst, rel=1e-13)
+    assert first["par"]["default_placement"]["worst"] == pytest.approx(worst, rel=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -145,17 +144,17 @@ def test_a_trace_without_load(small_demo, tmp_path):
     done = small_demo("--json", "--trace", at(tmp_path / "zero.npz", npz(load=np.zeros((1, 2, 8), int))))
     summary = json.loads(done.out)
     assert done.code == 0
-    assert summary["peak_to_average_identity"] == {"mean": 1.0, "worst": 1.0}
-    assert summary["peak_to_average_plan"] == {"mean": 1.0, "worst": 1.0}
+    assert summary["par"]["default_placement"] == {"mean": 1.0, "worst": 1.0}
+    assert summary["par"]["planned"] == {"mean": 1.0, "worst": 1.0}
 
 
 def test_text(small_demo):
     done, summary = small_demo(), json.loads(small_demo("--json").out)
     assert done.code == 0
     lines = done.out.splitlines()
-    assert lines[0] == "a small synthetic trace: 4 layers, 32 experts, 8,192 expert picks per layer; 8 ranks"
-    for name, key, slots in (("as loaded", "identity", 32), ("planned", "plan", 40)):
-        par = summary[f"peak_to_average_{key}"]
+    assert lines[0] == "a small synthetic trace: 4 layers, 32 experts, 8,192 assignments per layer; 8 ranks"
+    for name, key, slots in (("default placement", "default_placement", 32), ("planned", "planned", 40)):
+        par = summary["par"][key]
         shown = next(line for line in lines if line.startswith("│ " + name))
         assert [cell.strip() for cell in shown.strip("│").split("│")] == [
             name,

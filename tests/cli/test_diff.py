@@ -10,7 +10,7 @@ from hypothesis import given
 
 import evenmoe as em
 from evenmoe import formats
-from evenmoe.formats.contents import Options
+from evenmoe.formats.contents import ReadOptions
 from evenmoe.placement import Placement
 from tests.ground.placements import placements, random_placement
 
@@ -33,7 +33,7 @@ def test_the_json_has_the_whole_matrix(evenmoe):
         "schema": 1,
         "before": BEFORE,
         "after": AFTER,
-        "layers": [0, 1],
+        "layer_ids": [0, 1],
         "copies": 1,
         "copies_per_layer_and_rank": [[0, 1], [0, 0]],
         "experts_with_other_replica_count_per_layer": [2, 0],
@@ -45,7 +45,7 @@ def test_the_json_has_the_whole_matrix(evenmoe):
 
 
 def test_the_same_placement_in_two_formats_needs_nothing(evenmoe, tmp_path):
-    formats.convert(AFTER, tmp_path / "m.json", "ascend-map", first_layer=0, options=Options(num_ranks=2))
+    formats.convert(AFTER, tmp_path / "m.json", "ascend-map", first_layer=0, options=ReadOptions(num_ranks=2))
     done = evenmoe("diff", AFTER, tmp_path / "m.json", "--ranks", 2)
     assert done.code == 0
     assert "0 copies in 0 of 2 layers" in done.out

@@ -91,7 +91,7 @@ FIRST, SECOND = '{"physical_to_logical_map": [[0, 1]]}', '{"physical_to_logical_
 REPLAY = ["simulate", "{load}", "--ranks", 2, "--slots", 6, "--steps", 3, "--top-k", 2, "--hidden", 4, "--workers", 2]
 REPLAY += ["--expert-bytes", 8, "--expert-flops", 8]
 PLACES = {
-    "reading": (["check", "{load}"], "evenmoe.formats.source:read_bytes"),
+    "reading": (["check", "{load}"], "evenmoe.formats.document:read_bytes"),
     "comparing": (["diff", FIRST, SECOND, "--ranks", 2], "evenmoe.formats.difference:diff"),
     "planning": (["plan", "{load}", "--ranks", 2, "--slots", 6], "evenmoe.cli.plan:plan_with"),
     "replaying": (REPLAY, "evenmoe.simulator.replay:_Run.advance"),
@@ -117,7 +117,7 @@ def test_while_it_works(tmp_path, load, place):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_other_ends(tmp_path, load, number, code):
-    done = forked(tmp_path, ["check", load], interrupting("evenmoe.formats.source:read_bytes", number))
+    done = forked(tmp_path, ["check", load], interrupting("evenmoe.formats.document:read_bytes", number))
     assert (done.code, done.err) == (code, "")
 
 
@@ -127,7 +127,7 @@ def test_what_a_parent_ignores_stays_ignored(tmp_path, load):
     def start() -> None:
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-            interrupting("evenmoe.formats.source:read_bytes", number)()
+            interrupting("evenmoe.formats.document:read_bytes", number)()
 
     assert forked(tmp_path, ["check", load], start).code == 0
 

@@ -66,31 +66,55 @@ def inputs(tmp_path, monkeypatch) -> None:
     load = np.random.default_rng(1).integers(1, 90, (4, 3, 4))
     load[2], load[:, 1] = 0, 0
     formats.write("ring.pt", load, format="sglang-stat", layer_ids=[0, 1, 2])
-    formats.write("before.json", Placement([[0, 1, 2, 3]] * 3, 2), format="evenmoe-placement")
-    formats.write("after.json", Placement([[0, 2, 1, 3]] * 3, 2), format="evenmoe-placement")
+    formats.write("before.json", Placement([[0, 1, 2, 3]] * 3, 2), format="evenmoe-placement", layer_ids=[0, 1, 2])
+    formats.write("after.json", Placement([[0, 2, 1, 3]] * 3, 2), format="evenmoe-placement", layer_ids=[0, 1, 2])
     Path("bad.json").write_text("[[0, 0, 2, 3], [0, 1, 2, 2]]")
 
 
+WORLD = ("--ranks", 2, "--slots", 4)
 CALLS = {
     "simulate": [("simulate", "ring.pt", *SIMULATION, "--json")],
     "report": [("simulate", "ring.pt", *SIMULATION, "--out", "s.sim"), ("report", "s.sim", "--png", "png", "--json")],
-}
+    "plan": [
+        ("plan", "ring.pt", *WORLD, "--json"),
+        ("plan", "ring.pt", "--previous", "before.json", "--rule", "batch", "--out", "p.json", "--json"),
+    ],
+    "convert": [
+        ("convert", "ring.pt", "l.npz", "--to", "evenmoe-trace", "--json"),
+        ("convert", "before.json", "m.json", "--to", "ascend-map", "--json"),
+    ],
+    "check": [("check", "ring.pt", "--json"), ("check", "bad.json", "--from", "vllm-list", "--ranks", 2, "--json")],
+    "diff": [
+        ("diff", "before.json", "after.json", "--json"),
+        ("diff", "before.json", "after.json", "--expert-bytes", 10, "--json"),
+    ],
+    "synthesize": [
+        ("synthesize", "--model", "mixtral", "--num-layers", 2, "--windows", 2, "--tokens-per-window", 64, "--requests",
+         2, "--routing", "--out", "t.npz", "--json"),
+    ],
+    "demo": [("demo", "--json")],
+    "cann": [("cann", "--out", "cann", "--json")],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("command", CALLS)
-def test_every_key_is_documented_and_every_documented_key_is_printed(evenmoe, inputs, command):
+@pytest.mark.usefixtures("small_demo", "inputs")
+def test_every_key_is_documented_and_every_documented_key_is_printed(evenmoe, monkeypatch, command):
+    monkeypatch.setattr("evenmoe.ascend.cann.build.build_tree", lambda out: out / "latest")  # without g++
     printed: set[str] = set()
     for call in CALLS[command]:
         done = evenmoe(*call)
+        assert done.code in (0, 1), done.err
         if "--json" not in call:
-            assert done.code == 0, done.err
             continue
         (line,) = done.out.splitlines()
         found = json.loads(line, parse_constant=pytest.fail)
         assert next(iter(found)) == "schema"
         assert found["schema"] == 1
         printed |= set(keys_of(found))
-    assert printed == DOCUMENTED[command].keys()
+    expected = DOCUMENTED[command].keys()
+    nulls = {key for key in printed if any(other.startswith((f"{key}[", f"{key}.")) for other in expected)}
+    assert printed - nulls == expected - nulls  # a list or an object that is null has nothing inside
 
 
 def test_figures_are_documented_in_the_words_of_the_vocabulary():

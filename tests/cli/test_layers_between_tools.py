@@ -50,7 +50,7 @@ def test_diff_finds_the_layers_that_belong_together(evenmoe, tmp_path):
     assert (done.code, done.out.splitlines()[-1]) == (0, "0 copies in 0 of 2 layers")
     assert "note: left out the rows 0 of the placement, taken for dense layers: the other has none" in done.err
     said = json.loads(evenmoe("diff", SGLANG, PLAN, "--ranks", 2, "--json").out)
-    assert (said["layers"], said["copies"], said["slots_changed_per_layer"]) == ([1, 2], 0, [0, 0])
+    assert (said["layer_ids"], said["copies"], said["slots_changed_per_layer"]) == ([1, 2], 0, [0, 0])
     assert evenmoe("diff", SGLANG, tmp_path / "list.json", "--ranks", 2).code == 2
     done = evenmoe("diff", SGLANG, tmp_path / "list.json", "--ranks", 2, "--first-layer", 1)
     assert (done.code, done.out.splitlines()[-1]) == (0, "0 copies in 0 of 2 layers")
@@ -63,7 +63,7 @@ def test_diff_never_compares_a_layer_with_another(evenmoe):
     assert done.code == 2
     assert "`layers` is 1 in the previous placement alone: it must be the same in both; choose" in done.err
     done = evenmoe("diff", PLAN, other, "--ranks", 2, "--layers", "2", "--json")
-    assert json.loads(done.out)["layers"] == [2]
+    assert json.loads(done.out)["layer_ids"] == [2]
     assert json.loads(done.out)["copies"] == 2  # [2, 0 | 3, 1] -> [3, 2 | 1, 0]
 
 

@@ -39,7 +39,7 @@ def test_the_tables_name_every_policy(evenmoe, trace):
     for word in ("identity", "static", "greedy", "evenmoe:rule=batch", "oracle", "Mean PAR", "Worst", "Break-"):
         assert word in done.out
     assert max(len(line) for line in done.out.splitlines()) <= 80
-    assert "Every pick is the recorded one" in done.err
+    assert "Every token-expert assignment is the recorded one" in done.err
 
 
 def test_json_is_one_object_whose_keys_have_units(evenmoe, trace):
@@ -74,7 +74,7 @@ def test_every_option_reaches_the_replay(evenmoe, trace, tmp_path):
         "slots": "48", "expert groups kept inside nodes": "4", "refresh every": "2", "window": "3", "seed": "7",
         "FLOP per row of an expert": "1", "weights of an expert": "2", "copied expert": "3", "row to an expert": "4",
         "row back": "5", "achieved by a rank": "6", "reading weights": "7", "link to ranks of the node": "8",
-        "link to other nodes": "9", "latency of an exchange": "11", "rows on the wire in step times": "one per expert",
+        "link to other nodes": "9", "latency of an exchange": "11", "token rows in step times": "one per expert",
         "model": "not known",
     }  # fmt: skip
     assert {name: settings[name] for name in expected} == expected
@@ -188,7 +188,7 @@ def test_an_unknown_model_is_asked_for(evenmoe, trace, loads):
     done = evenmoe("simulate", trace, "--ranks", 4, "--expert-bytes", 4)
     assert done.code == 2
     assert "--expert-flops, --hidden" in done.err
-    assert "experts a token picks" in evenmoe("simulate", loads, *SMALL).err
+    assert "experts a token has" in evenmoe("simulate", loads, *SMALL).err
 
 
 def test_the_progress_bar_is_for_terminals():
@@ -206,4 +206,4 @@ def test_a_trace_from_a_pipe_keeps_its_routing(evenmoe, trace, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(trace.read_bytes())))
     done = evenmoe("simulate", "-", *SMALL, "--policy", "greedy")
     assert done.code == 0, done.err
-    assert "Every pick is the recorded one" in done.err
+    assert "Every token-expert assignment is the recorded one" in done.err

@@ -1,4 +1,4 @@
-"""The numbers of `evenmoe simulate`, recomputed by a dull script that shares no code with it."""
+"""The numbers of `evenmoe simulate`, recomputed by a plain script that shares no code with it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from evenmoe.simulator.store import load_simulation
 from evenmoe.traces.synthesis import small_trace
 from tests.beside import measured_names
-from tests.simulator.dull import ByHand, Setup, replay
+from tests.simulator.plain_loops import ByHand, Setup, replay
 from tests.traces.made_up import MADE_UP, trace_file
 
 POLICIES = (

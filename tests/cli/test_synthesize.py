@@ -25,9 +25,9 @@ def test_every_option_reaches_the_trace(evenmoe: Run, tmp_path):
     assert (trace.routing == again.routing).all()
     assert (trace.load_by_rank == again.load_by_rank).all()
     assert said["parameters"] == dict(trace.metadata)
-    assert said["file_bytes"] == out.stat().st_size
-    assert (said["tokens"], said["source_ranks"], said["routing"]) == (500, 4, True)
-    assert said["statistics_median_of_layers"]["locality_of_neighbours"] > 1
+    assert said["target_bytes"] == out.stat().st_size
+    assert (said["num_tokens"], said["num_source_ranks"], said["routing"]) == (500, 4, True)
+    assert said["statistics_median_of_layers"]["locality_of_neighbors"] > 1
     text = evenmoe("synthesize", *options, "-o", out).out
     assert text.startswith(f"{out}: 5 windows of 100 tokens, 3 layers, 32 experts, top-4; ")
     assert "locality" not in text

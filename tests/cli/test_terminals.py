@@ -252,12 +252,12 @@ def test_a_mistake_of_our_own_is_one_line(tmp_path):
     """With its own exit code, so that it is taken for nothing else, and what a report needs."""
 
     def start() -> None:
-        import evenmoe.formats.checking
+        import evenmoe.formats.reading
 
         def broken(*given: object, **named: object) -> None:
             raise AttributeError("no\nsuch thing")
 
-        evenmoe.formats.checking.check = broken  # pyright: ignore[reportAttributeAccessIssue]
+        evenmoe.formats.reading.check = broken  # pyright: ignore[reportAttributeAccessIssue]
 
     done = forked(tmp_path, ["check", MAP], start)
     assert (done.code, done.out) == (70, "")

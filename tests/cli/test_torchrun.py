@@ -35,13 +35,13 @@ def test_four_processes(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
-    assert (summary["trace"], summary["ranks"], summary["slots"]) == ("eight", 4, 12)
-    assert summary["peak_to_average_identity"]["worst"] == 50 / 27.5
+    assert (summary["trace"], summary["num_ranks"], summary["num_slots"]) == ("eight", 4, 12)
+    assert summary["par"]["default_placement"]["worst"] == 50 / 27.5
     page, loaded, planned = summary["worlds"]
     assert page["world"] == "published demo's world: 2 EP x 2 TP ranks, 8 tokens each, H 7168, K 2"
     assert page["values_compared"] == 2 * 4 * 8 * 7168
     assert page["rows_per_rank"] == [32, 32]  # K = 2 of 2 experts: every token goes to both ranks
-    for world, kind in ((loaded, "as loaded"), (planned, "planned")):
+    for world, kind in ((loaded, "default placement"), (planned, "planned")):
         assert world["world"] == f"8 experts, K 4, 4 ranks, layer 0, {kind}"
         assert len(world["rows_per_rank"]) == 4
         assert sum(world["rows_per_rank"]) == 4 * 64 * 4

@@ -45,11 +45,11 @@ def test_plan_leaves_unused_places_out_and_says_so(evenmoe: Run, tmp_path):
     """Ranks of 8 and 0 tokens: 2.0 in the one window that there is."""
     source = ring(tmp_path / "ring.pt")
     said = json.loads(evenmoe("plan", source, *WORLD, "--json").out)
-    assert said["peak_to_average"]["as_loaded"]["mean_of_windows"]["mean_of_layers"] == 2.0
-    assert (said["recorded_windows"], said["empty_windows"], said["planned_windows"]) == (1, 3, 1)
+    assert said["par"]["default_placement"]["mean_of_windows"]["mean"] == 2.0
+    assert (said["num_windows"], said["num_empty_windows"], said["num_planned_windows"]) == (1, 3, 1)
     assert "left out 3 of 4 windows, in which nothing was recorded" in said["notes"]
     text = evenmoe("plan", source, *WORLD)
-    assert "1 windows (3 empty ones left out), 1 layers, 4 experts, 8 picks per layer" in text.out
+    assert "1 windows (3 empty ones left out), 1 layers, 4 experts, 8 assignments per layer" in text.out
     assert "note: left out 3 of 4 windows, in which nothing was recorded\n" in text.err
 
 
@@ -69,21 +69,21 @@ def test_a_layer_without_tokens_in_a_window_does_not_enter_its_mean(evenmoe: Run
     """Either layer is at 2.0 wherever it has tokens; 1.75 would be the mean with a made-up even window."""
     hot = [6, 2, 0, 0]
     said = json.loads(evenmoe("plan", npz(tmp_path / "l.npz", [[hot, [0] * 4], [hot, hot]]), *WORLD, "--json").out)
-    assert said["peak_to_average"]["as_loaded"]["mean_of_windows"] == {
-        "mean_of_layers": 2.0, "worst": 2.0, "worst_layer": 0,
+    assert said["par"]["default_placement"]["mean_of_windows"] == {
+        "mean": 2.0, "worst": 2.0, "worst_layer": 0,
     }  # fmt: skip
-    assert said["peak_to_average_per_layer_mean_of_windows"]["as_loaded"] == [2.0, 2.0]
+    assert said["par_per_layer"]["default_placement"] == [2.0, 2.0]
     assert said["notes"] == ["layers without tokens in some windows, which do not count for them: 1"]
-    assert said["empty_windows"] == 0
+    assert said["num_empty_windows"] == 0
 
 
 def test_a_layer_without_any_token_does_not_enter_the_mean_of_layers(evenmoe: Run, tmp_path):
     source = npz(tmp_path / "l.npz", [[[0] * 4, [6, 2, 0, 0], [6, 0, 2, 0]]])
     said = json.loads(evenmoe("plan", source, *WORLD, "--json").out)
-    found = said["peak_to_average"]["as_loaded"]
-    assert found["mean_of_windows"] == {"mean_of_layers": 1.75, "worst": 2.0, "worst_layer": 1}
-    assert found["all_tokens"] == {"mean_of_layers": 1.75, "worst": 2.0, "worst_layer": 1}
-    assert said["picks_per_layer"] == 8
+    found = said["par"]["default_placement"]
+    assert found["mean_of_windows"] == {"mean": 1.75, "worst": 2.0, "worst_layer": 1}
+    assert found["all_tokens"] == {"mean": 1.75, "worst": 2.0, "worst_layer": 1}
+    assert said["assignments_per_layer"] == 8
     assert said["notes"] == ["layers without tokens, placed but left out of the means: 0"]
     assert "1.750" in evenmoe("plan", source, *WORLD).out
 
@@ -186,7 +186,7 @@ def test_the_map_brings_slots_to_experts_in_every_command(evenmoe: Run, tmp_path
     assert json.loads(evenmoe("check", statistics, "--map", placement, "--json").out)["num_experts"] == 3
     # A world of another size than the one whose slots were counted.
     said = json.loads(evenmoe("plan", statistics, "--map", placement, "--ranks", 3, "--slots", 3, "--json").out)
-    assert (said["experts"], said["peak_to_average"]["as_loaded"]["all_tokens"]["worst"]) == (3, 1.875)
+    assert (said["num_experts"], said["par"]["default_placement"]["all_tokens"]["worst"]) == (3, 1.875)
     plain = evenmoe("plan", statistics, *WORLD)
     assert "they are of slots, which the files do not tell; then pass its placement (--map FILE)" in plain.err
 
@@ -329,8 +329,8 @@ def test_figures_do_not_depend_on_the_unit_of_a_load(evenmoe: Run, tmp_path, uni
         done = evenmoe("plan", source, "--ranks", 2, "--slots", 2, "--rule", rule, "--json")
         assert done.code == 0, done.err
         said = json.loads(done.out)
-        assert said["peak_to_average"]["as_loaded"]["mean_of_windows"]["mean_of_layers"] == 1.375
-        assert said["picks_per_layer"] == pytest.approx(7 * unit)
+        assert said["par"]["default_placement"]["mean_of_windows"]["mean"] == 1.375
+        assert said["assignments_per_layer"] == pytest.approx(7 * unit)
     formats.write(tmp_path / "u.json", np.array([[3.0, 1.0]]) * unit, format="lmdeploy")
     formats.write(tmp_path / "t.json", np.array([[3, 1]]), format="lmdeploy")
     few = (
@@ -372,6 +372,6 @@ def test_the_largest_loads_pass_through_every_command(evenmoe: Run, tmp_path):
     assert "more than 1.8e308 tokens in layer 0, expert 0, over all windows" in done.out
     said = evenmoe("plan", source, *WORLD, "--json")
     found = json.loads(said.out, parse_constant=pytest.fail)
-    assert found["peak_to_average"]["as_loaded"]["all_tokens"]["worst"] == 1.333333
-    assert found["picks_per_layer"] is None
-    assert "more than 1.8e308 picks per layer" in evenmoe("plan", source, *WORLD).out
+    assert found["par"]["default_placement"]["all_tokens"]["worst"] == 1.333333
+    assert found["assignments_per_layer"] is None
+    assert "more than 1.8e308 assignments per layer" in evenmoe("plan", source, *WORLD).out

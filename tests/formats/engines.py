@@ -20,7 +20,7 @@ Rows = list[list[int]]
 
 RANKS, EXPERTS, SLOTS = 2, 4, 6
 SUFFIX = {"slot-map": "npy", "eplb-table": "npy", "deepseek": "npz"}
-NAMES = [name for name, entry in FORMATS.items() if entry.kind == "placement"]
+NAMES = [name for name in FORMATS if FORMATS.get(name).kind == "placement"]
 HOLD_MTP = {"ascend-map", "evenmoe-placement", "tensorrt-llm"}
 
 

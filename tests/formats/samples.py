@@ -65,7 +65,7 @@ def write_sample(entry: Format, container: str, folder: Path) -> Path:
 def samples(folder: Path) -> list[Sample]:
     """Every format in every file type, and the variants that evenmoe reads but does not write."""
     found = []
-    for entry in FORMATS.values():
+    for entry in map(FORMATS.get, FORMATS):
         for container in entry.containers:
             if container == "text":
                 continue
@@ -88,32 +88,34 @@ def _variants() -> list[Sample]:
     }
     lines = b"layer_id,expert_id,count\n"
     return [
-        Sample("sglang-detail.ranks", FORMATS["sglang-detail"], {f"{rank}.pt": _one_rank(rank) for rank in range(2)}),
+        Sample(
+            "sglang-detail.ranks", FORMATS.get("sglang-detail"), {f"{rank}.pt": _one_rank(rank) for rank in range(2)}
+        ),
         Sample(
             "sglang-csv.ranks",
-            FORMATS["sglang-csv"],
+            FORMATS.get("sglang-csv"),
             {f"x_rank{rank}_timestamp{rank}.5.csv": lines + b"3,0,%d\n3,1,5\n" % rank for rank in range(3)},
         ),
         Sample(
             "sglang-detail.tokens",
-            FORMATS["sglang-detail"],
+            FORMATS.get("sglang-detail"),
             torch_bytes({"records": [record], "last_physical_to_logical_map": slots}),
         ),
         Sample(
             "ascend-map.shared",
-            FORMATS["ascend-map"],
+            FORMATS.get("ascend-map"),
             json.dumps({"strategy_version": 3, "moe_layer_count": 1, "layer_list": [layer]}).encode(),
         ),
         Sample(
             "vllm-ascend-load.per-slot",
-            FORMATS["vllm-ascend-load"],
+            FORMATS.get("vllm-ascend-load"),
             torch_bytes(per_slot + 100),
             {"placement": PLACEMENT},
         ),
-        Sample("mindie-csv.ranks", FORMATS["mindie-csv"], ranks, {"placement": PLACEMENT}),
-        Sample("eplb-table.layers", FORMATS["eplb-table"], torch_bytes([table, table]), {"num_ranks": 2}),
-        Sample("deepseek.list", FORMATS["deepseek"], _deepseek_list(), {"num_ranks": RANKS}),
-        Sample("vllm-list.one", FORMATS["vllm-list"], b"[0, 1, 2, 3, 0, 1]", {"num_ranks": 2, "num_layers": 3}),
+        Sample("mindie-csv.ranks", FORMATS.get("mindie-csv"), ranks, {"placement": PLACEMENT}),
+        Sample("eplb-table.layers", FORMATS.get("eplb-table"), torch_bytes([table, table]), {"num_ranks": 2}),
+        Sample("deepseek.list", FORMATS.get("deepseek"), _deepseek_list(), {"num_ranks": RANKS}),
+        Sample("vllm-list.one", FORMATS.get("vllm-list"), b"[0, 1, 2, 3, 0, 1]", {"num_ranks": 2, "num_layers": 3}),
     ]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from evenmoe import formats
 from evenmoe.errors import FileFormatError
-from evenmoe.formats.document import ALLOWANCE_BYTES
+from evenmoe.io import ALLOWANCE_BYTES
 from evenmoe.io.torch_file import torch_bytes
 from tests.formats.readings import read, take
 from tests.own_process import STATUS, peak_bytes

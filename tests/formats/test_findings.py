@@ -176,7 +176,7 @@ def refused(text, **told) -> str:
         (b"[0, 1]", {}, "which says nothing of ranks: it must be read with their number; pass num_ranks (--ranks)"),
         (b"[0, 1]", {"format": "ascend-map"}, "without `layer_list`|`layer_list` that is no list of objects"),
         (b"[0, 1]", {"format": "deepseek"}, "is a json file: it must be pt or npz to be deepseek"),
-        (b"[0, 1]", {"format": "x"}, "`format` is 'x': it must be a name in FORMATS; use one of evenmoe-placement, "),
+        (b"[0, 1]", {"format": "x"}, "`format` is 'x': it must be one of evenmoe-placement, "),
         (b"[0, 1]", {"num_ranks": 0}, "`num_ranks` is 0: it must be at least 1 and fit int32"),
         (b"[0, 1]", {"num_ranks": 3}, "with 2 slots: it must have a number of slots that divides by 3 ranks"),
         (b"[0, 2, 2]", {"num_ranks": 3}, "with no slot for expert 1 in layer 0: it must give every expert a slot"),

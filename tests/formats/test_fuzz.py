@@ -21,7 +21,7 @@ def every_sample(tmp_path_factory) -> dict[str, Sample]:
     return {sample.name: sample for sample in samples(tmp_path_factory.mktemp("samples"))}
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", list(FORMATS))
 def test_a_damaged_file_is_refused_or_read(name, every_sample, tmp_path):
     own = [sample for sample in every_sample.values() if sample.entry.name == name]
     assert own

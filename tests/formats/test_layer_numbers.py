@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from evenmoe import formats
 from evenmoe.errors import ConstraintError, EvenmoeError, FileFormatError
 from evenmoe.formats.catalogue import FORMATS
-from evenmoe.formats.contents import Options
+from evenmoe.formats.contents import ReadOptions
 from evenmoe.placement import Placement
 from tests.formats.engines import HOLD_MTP, NAMES, RANKS, Model, Rows, file_name, look, make, models
 
@@ -28,7 +28,7 @@ class Converter:
     def __init__(self, folder: Path, model: Model, told: dict[str, Any]) -> None:
         self.folder, self.model = folder, model
         self.first = told.get("first_layer")
-        self.options = Options(RANKS, **{name: value for name, value in told.items() if name != "first_layer"})
+        self.options = ReadOptions(RANKS, **{name: value for name, value in told.items() if name != "first_layer"})
         self.done: dict[tuple[str, bytes, str], bytes | EvenmoeError] = {}
         self.found: dict[tuple[str, bytes], tuple[Rows, Rows, tuple[int, ...] | None]] = {}
         self.made: dict[str, bytes] = {}
@@ -88,7 +88,7 @@ def test_told_of_the_model_every_pair_converts_by_way_of_every_third(first, mtp,
             assert isinstance(end, EvenmoeError), (a, c, b)
             continue
         assert isinstance(end, bytes), (a, c, b, end)
-        numbers = None if FORMATS[b].model_layers is b.startswith("evenmoe") else tuple(range(first, model.hidden))
+        numbers = None if FORMATS.get(b).model_layers is b.startswith("evenmoe") else tuple(range(first, model.hidden))
         assert converter.seen(b, direct) == (model.moe, held, numbers), (a, b)
         assert end == direct, (a, c, b)
 
@@ -144,7 +144,7 @@ COUNTING = [name for name in NAMES if name not in ("sglang-location", "tensorrt-
 @pytest.mark.parametrize("to", [name for name in NAMES if name != "sglang-location"])
 def test_rows_of_dense_layers_are_refused_where_nobody_says_which_they_are(to, tmp_path):
     with pytest.raises(ConstraintError) as caught:
-        formats.convert(DENSE_FIRST, tmp_path / "out", to, options=Options(RANKS))
+        formats.convert(DENSE_FIRST, tmp_path / "out", to, options=ReadOptions(RANKS))
     assert str(caught.value) == (
         "`first_layer` is not given: it must say which is the model's first MoE layer: the placement has a row for "
         f"every hidden layer, dense ones too, and {to} has rows for MoE layers alone; pass first_layer "
@@ -165,7 +165,9 @@ def test_a_dense_first_row_is_no_moe_layer(tmp_path):
     assert json.loads((tmp_path / "list.json").read_text()) == [[3, 2, 1, 0], [2, 0, 3, 1]]
     formats.convert(DENSE_FIRST, tmp_path / "all.json", "vllm-list", first_layer=0)
     assert json.loads((tmp_path / "all.json").read_text()) == [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]]
-    done = formats.convert(tmp_path / "map.json", tmp_path / "own.json", "evenmoe-placement", options=Options(RANKS))
+    done = formats.convert(
+        tmp_path / "map.json", tmp_path / "own.json", "evenmoe-placement", options=ReadOptions(RANKS)
+    )
     assert done.notes == ("left the layers counted from 0: the file has no numbers of the model (--first-layer)",)
     with pytest.raises(FileFormatError, match=r"of 3 layers: it must have a row for layer 3, the first MoE layer"):
         formats.convert(DENSE_FIRST, tmp_path / "none.json", "vllm-list", first_layer=3)
@@ -181,7 +183,7 @@ def test_dense_layers_in_between_are_left_out_by_a_step_and_asked_about(tmp_path
     done = formats.convert(text, tmp_path / "again.json", "sglang-location", layers="1:5:2")
     assert json.loads((tmp_path / "again.json").read_text()) == json.loads(text)
     assert done.notes[-1] == "filled 3 layers in as dense: 0, 2, 4"
-    formats.convert(text, tmp_path / "own.json", "evenmoe-placement", layers="1:5:2", options=Options(1))
+    formats.convert(text, tmp_path / "own.json", "evenmoe-placement", layers="1:5:2", options=ReadOptions(1))
     formats.convert(tmp_path / "own.json", tmp_path / "third.json", "sglang-location")
     assert json.loads((tmp_path / "third.json").read_text()) == json.loads(text)
 
@@ -197,8 +199,8 @@ def test_layers_of_a_file_keep_their_places_when_they_are_numbered(tmp_path):
 def test_a_file_that_numbers_its_layers_is_not_numbered_again(to, tmp_path):
     text = '{"num_slots": 2, "initial_global_assignments": {"3": [0, 1], "4": [1, 0]}}'
     with pytest.raises(FileFormatError, match=r"with layer 3 as its first: it must begin with layer 1, as first_layer"):
-        formats.convert(text, tmp_path / "out", to, first_layer=1, options=Options(2))
-    notes = formats.convert(text, tmp_path / "out", to, first_layer=3, options=Options(2)).notes
+        formats.convert(text, tmp_path / "out", to, first_layer=1, options=ReadOptions(2))
+    notes = formats.convert(text, tmp_path / "out", to, first_layer=3, options=ReadOptions(2)).notes
     assert notes == (
         "took no layer for an MTP layer; --hidden-layers tells them apart",
         "numbered layers 3-4 from 0: the format counts MoE layers",
@@ -206,7 +208,7 @@ def test_a_file_that_numbers_its_layers_is_not_numbered_again(to, tmp_path):
 
 
 def test_the_word_trivial_counts_moe_layers(tmp_path):
-    sizes = Options(num_ranks=2, num_experts=2, num_layers=2)
+    sizes = ReadOptions(num_ranks=2, num_experts=2, num_layers=2)
     with pytest.raises(ConstraintError, match="must say the model's own number of each of the 2 rows"):
         formats.convert("trivial", tmp_path / "out.yaml", "tensorrt-llm", options=sizes)
     formats.convert("trivial", tmp_path / "out.yaml", "tensorrt-llm", first_layer=3, options=sizes)
@@ -255,10 +257,10 @@ def test_the_number_of_an_mtp_layer_is_asked_for(ascend, tmp_path):
         "follows the hidden layers; pass num_hidden_layers (--hidden-layers), 61 for DeepSeek-V3, or leave the MTP "
         "layer out with layers (--layers first:end)."
     )
-    formats.convert(ascend, target, "tensorrt-llm", first_layer=3, options=Options(num_hidden_layers=5))
+    formats.convert(ascend, target, "tensorrt-llm", first_layer=3, options=ReadOptions(num_hidden_layers=5))
     assert look("tensorrt-llm", target, WITH_MTP) == (WITH_MTP.moe, WITH_MTP.mtp, (3, 4))
     with pytest.raises(FileFormatError, match=r"with MoE layers 3-4: it must have those below 4, the number of hidden"):
-        formats.convert(ascend, target, "tensorrt-llm", first_layer=3, options=Options(num_hidden_layers=4))
+        formats.convert(ascend, target, "tensorrt-llm", first_layer=3, options=ReadOptions(num_hidden_layers=4))
 
 
 def test_an_older_reader_of_evenmoes_file_would_not_pass_over_an_mtp_layer(ascend, tmp_path):
@@ -274,8 +276,10 @@ def test_two_mtp_layers_are_one_too_many_for_an_ascend_map(tmp_path):
     with pytest.raises(
         ConstraintError, match=r"`mtp_layers` is given for 2 layers: it must be one layer for ascend-map"
     ):
-        formats.convert(text, tmp_path / "out.json", "ascend-map", options=Options(2, num_hidden_layers=5))
-    done = formats.convert(text, tmp_path / "own.json", "evenmoe-placement", options=Options(2, num_hidden_layers=5))
+        formats.convert(text, tmp_path / "out.json", "ascend-map", options=ReadOptions(2, num_hidden_layers=5))
+    done = formats.convert(
+        text, tmp_path / "own.json", "evenmoe-placement", options=ReadOptions(2, num_hidden_layers=5)
+    )
     assert done.notes == ("kept 2 MTP layers apart from the MoE layers",)
     formats.convert(tmp_path / "own.json", tmp_path / "back.json", "tensorrt-llm")
     assert json.loads((tmp_path / "back.json").read_text())["initial_global_assignments"] == keyed
@@ -306,7 +310,7 @@ def test_mtp_slots_of_another_width_are_refused(tmp_path):
 
 def test_what_only_the_file_said_is_named(tmp_path):
     text = '{"num_slots": 2, "layer_updates_per_iter": 2, "initial_global_assignments": {"0": [0, 1]}}'
-    done = formats.convert(text, tmp_path / "list.json", "vllm-list", options=Options(2, num_hidden_layers=1))
+    done = formats.convert(text, tmp_path / "list.json", "vllm-list", options=ReadOptions(2, num_hidden_layers=1))
     assert "left out `layer_updates_per_iter`: the format has no place for it" in done.notes
     done = formats.convert(text, tmp_path / "same.yaml", "tensorrt-llm")
     assert not any("left out" in note for note in done.notes)

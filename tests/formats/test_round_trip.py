@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from evenmoe import formats
 from evenmoe.errors import ConstraintError
 from evenmoe.formats.catalogue import FORMATS, Format
-from evenmoe.formats.contents import Contents, Options
+from evenmoe.formats.contents import Contents, ReadOptions
 from evenmoe.placement import Placement
 from tests.effort import effort
 from tests.formats.samples import LOAD, PLACEMENT, put, samples, told_for, write_sample
@@ -21,7 +21,9 @@ from tests.ground.placements import placements
 
 _KEEP_ORDER = {"evenmoe-placement", "deepseek", "eplb-table"}
 _ONE_WINDOW = {"sglang-csv", "vllm-ascend-load", "vllm-safetensors", "lmdeploy"}
-_CASES = [(entry, container) for entry in FORMATS.values() for container in entry.containers if container != "text"]
+_CASES = [
+    (entry, container) for entry in map(FORMATS.get, FORMATS) for container in entry.containers if container != "text"
+]
 _IDS = [f"{entry.name}.{container}" for entry, container in _CASES]
 _SETTINGS = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -139,7 +141,7 @@ def test_every_conversion_of_a_placement_arrives(tmp_path):
     for (one, container), (other, into) in itertools.product(every, every):
         source = write_sample(one, container, tmp_path / "from")
         middle, end = tmp_path / f"middle.{into}", tmp_path / "end.json"
-        ranks = Options(num_ranks=PLACEMENT.num_ranks)
+        ranks = ReadOptions(num_ranks=PLACEMENT.num_ranks)
         formats.convert(source, middle, other.name, first_layer=0, options=ranks)
         formats.convert(middle, end, "evenmoe-placement", format=other.name, first_layer=0, options=ranks)
         assert formats.read(end).placement == PLACEMENT, (one.name, other.name)

@@ -11,7 +11,7 @@ import pytest
 from evenmoe import formats
 from evenmoe.errors import FileFormatError
 from evenmoe.formats.catalogue import FORMATS
-from evenmoe.formats.contents import Options
+from evenmoe.formats.contents import ReadOptions
 from evenmoe.placement import Placement
 from evenmoe.traces.trace import Trace, load_trace, save_trace
 
@@ -92,7 +92,7 @@ KEPT = {
     "vllm-safetensors": {"model"},
     "tensorrt-llm-statistics": {"model", "seed", "tokens_per_window"},
 }
-OTHERS = [name for name, entry in FORMATS.items() if entry.kind == "load" and name != "evenmoe-trace"]
+OTHERS = [name for name in FORMATS if FORMATS.get(name).kind == "load" and name != "evenmoe-trace"]
 
 
 @pytest.mark.parametrize("to", OTHERS)
@@ -218,7 +218,7 @@ def test_a_map_brings_a_whole_trace_to_experts(tmp_path):
     """Slots 0 and 2 hold expert 0; what the trace says beside its load stays."""
     slots = np.array([[[4, 4, 6, 2]], [[0, 0, 0, 0]]])
     save_trace(tmp_path / "slots.npz", Trace("", slots, layer_ids=np.array([5]), metadata={"top_k": 2}))
-    options = Options(placement=Placement([[0, 1, 0, 2]], 2), placement_layers=(5,))
+    options = ReadOptions(placement=Placement([[0, 1, 0, 2]], 2), placement_layers=(5,))
     formats.convert(tmp_path / "slots.npz", tmp_path / "experts.npz", "evenmoe-trace", options=options)
     again = load_trace(tmp_path / "experts.npz")
     assert again.load.tolist() == [[[10, 4, 2]], [[0, 0, 0]]]

@@ -19,7 +19,7 @@ from evenmoe.placement import Placement
 MAP = Placement([[0, 1, 2, 0], [2, 1, 0, 1]], 2)
 PER_SLOT = np.array([[[1, 2, 4, 8], [16, 32, 64, 128]]])
 PER_EXPERT = [[1 + 8, 2, 4], [64, 32 + 128, 16]]
-_LOADS = [entry for entry in FORMATS.values() if entry.kind == "load"]
+_LOADS = [entry for entry in map(FORMATS.get, FORMATS) if entry.kind == "load"]
 
 
 def loaded(source, **told) -> list:

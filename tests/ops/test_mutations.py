@@ -176,7 +176,7 @@ BUGS = {
     "total in bfloat16": bug(mapping, OPS + "update_expert", "scales = scales.float()", "pass"),
     # §2.5, §2.6, §2.9: who sends what where
     "mask ignored": bug(
-        worlds, OPS + "exchange", "torch.where(active_entries(expert_ids, x_active_mask), key, physical)", "key"
+        worlds, OPS + "exchange", "torch.where(active_assignments(expert_ids, x_active_mask), key, physical)", "key"
     ),
     "one token too many": bug(
         worlds, OPS + "exchange", "(tokens < x_active_mask.sum())", "(tokens <= x_active_mask.sum())"

@@ -25,7 +25,7 @@ def make_replay(
     policies: tuple[str, ...] = ("identity", "greedy", "evenmoe"),
     nodes: int = 2,
     seed: int = 0,
-    trace: str = "made-up drifting load",
+    trace: str = "synthetic drifting load",
 ) -> Simulation:
     """Policy p has p extra slots a rank and is refreshed every 16 steps, the first one never."""
     rng = np.random.default_rng(seed)
@@ -45,7 +45,7 @@ def make_replay(
     )
     return Simulation(
         trace, settings, ranks, nodes, experts, 8, np.full(steps, ranks * 128), loads.sum(axis=0), tuple(results),
-        ("Everything here is made up.",),
+        ("Everything here is synthetic.",),
     )  # fmt: skip
 
 

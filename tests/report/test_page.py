@@ -200,7 +200,7 @@ def test_a_large_replay_gives_a_small_page_quickly(tmp_path):
     wire = rng.integers(0, 9_000_000, (4, steps))
     policies = tuple(
         PolicyResult(
-            name, "made up", "rank", 1 + rng.random((steps, layers)) * 9, rng.integers(0, 90_000, (layers, ranks)),
+            name, "synthetic", "rank", 1 + rng.random((steps, layers)) * 9, rng.integers(0, 90_000, (layers, ranks)),
             rng.integers(0, 300, (steps, layers)), np.arange(10, steps, 10), Traffic(*wire),
             rng.random(steps) * 9000, rng.random(steps) * 900, placement, placement, 10**10, 12.0,
         )

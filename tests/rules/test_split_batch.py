@@ -179,7 +179,7 @@ def test_chains_take_no_more_than_there_is(seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_chains_alone_finish_too(seed, monkeypatch):
     """After many rounds the kernel stops levelling; here it never starts, so chains do everything from a bare start."""
-    monkeypatch.setattr(split_kernels, "_LEVELLING_ROUNDS", 0)
+    monkeypatch.setattr(split_kernels, "_LEVELING_ROUNDS", 0)
     monkeypatch.setattr(split_kernels, "_FIRST_SWEEPS", 2)  # one sweep, to put the tokens somewhere
     batches, slots, num_ranks = random_graph(seed)
     num_experts = len(batches[0])
@@ -262,7 +262,7 @@ def test_views_are_read_where_they_are():
 
 def test_corners():
     assert em.split_batch([7], [0], 1).tolist() == [7]
-    assert em.split_batch([7], [0, 0], 1).tolist() == [4, 3]  # twins on a rank share alike
+    assert em.split_batch([7], [0, 0], 1).tolist() == [4, 3]  # duplicate replicas on one rank share alike
     assert em.split_batch([3, 0, 5, 1], [0, 1, 2, 3], 2).tolist() == [3, 0, 5, 1]  # no replica: nothing to choose
     assert em.split_batch([0, 0], [0, 1, 1, 0], 2).tolist() == [0, 0, 0, 0]
     assert em.split_batch([2**60, 2**60, 0], [0, 1, 0, 2], 2).tolist() == [0, 2**60, 2**60, 0]

@@ -175,10 +175,10 @@ def test_the_command_line_plans_for_it(evenmoe, trace_file):
     assert (done.code, even.code) == (0, 0)
     mine, theirs = json.loads(done.out), json.loads(even.out)
     assert mine["replicas_per_expert"] == theirs["replicas_per_expert"]  # a plan for even shares
-    assert mine["peak_to_average_lower_bound_all_tokens"] is None  # which bounds even shares alone
+    assert mine["par_lower_bound"] is None  # which bounds even shares alone
     np.testing.assert_allclose(
-        mine["peak_to_average"]["planned"]["all_tokens"]["mean_of_layers"],
-        theirs["peak_to_average"]["planned"]["all_tokens"]["mean_of_layers"],
+        mine["par"]["planned"]["all_tokens"]["mean"],
+        theirs["par"]["planned"]["all_tokens"]["mean"],
         rtol=1e-6,  # as rounded for JSON; its shares are even
     )
 

@@ -1,4 +1,4 @@
-"""Batches: recorded tokens dealt, counts drawn."""
+"""Batches: recorded tokens assigned to ranks, counts drawn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evenmoe.simulator.batch_kernels import draw_counts, share_by_row
-from evenmoe.simulator.batches import Cluster, DrawnBatches, RoutedBatches, pick_chances
+from evenmoe.simulator.batches import Cluster, DrawnBatches, RoutedBatches, expert_chances
 from evenmoe.traces.trace import Trace
 
 
@@ -21,7 +21,7 @@ def counted(batches, steps: int, layers: int, experts: int, ranks: int) -> np.nd
     return found
 
 
-def test_tokens_are_dealt_by_request():
+def test_tokens_are_assigned_by_request():
     """Three requests of 3, 0 and 5 tokens on two ranks of two tokens; the token's number is its expert."""
     trace = Trace("t", np.ones((1, 1, 8), np.int64), np.arange(8)[:, None, None], np.array([0, 3, 3, 8]))
     batches = RoutedBatches(trace, Cluster(2, 1, 2), chunk=2)
@@ -49,7 +49,7 @@ def test_decode_advances_every_request_by_one_token():
 )
 def test_chances_add_up_to_the_experts_of_a_token(load, top_k):
     values = np.array(load)
-    chances = pick_chances(values, top_k)
+    chances = expert_chances(values, top_k)
     assert ((chances >= 0) & (chances <= 1)).all()
     assert (chances[values == 0] == 0).all()
     # sums of 12 terms up to 12, a few roundings each

@@ -1,4 +1,4 @@
-"""Times and copies, by hand; the routes of copies against plain loops are in `dull`."""
+"""Times and copies, by hand; the routes of copies against plain loops are in `plain_loops`."""
 
 from __future__ import annotations
 

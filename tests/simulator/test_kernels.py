@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import evenmoe as em
 from evenmoe.rules.catalogue import RULES
 from evenmoe.simulator import batch_kernels, layer_kernels
-from tests.simulator.dull import choose
+from tests.simulator.plain_loops import choose
 
 
 def test_the_rules_have_the_numbers_of_the_kernels():
@@ -79,7 +79,7 @@ def test_quotas_that_do_not_cover_the_picks_leave_them_to_the_last_replica():
     assert per_slot.tolist() == [[2, 3], [2, 0]]
 
 
-def test_many_picks_are_dealt_exactly():
+def test_many_tokens_take_turns_exactly():
     """The floor is taken by a multiplication, which must not be off by one anywhere."""
     for count in (2, 3, 7, 49, 320):
         picks = np.concatenate([np.arange(2000), (np.arange(1, 2000) * count - 1)]).astype(np.int32)

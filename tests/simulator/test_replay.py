@@ -14,7 +14,7 @@ from evenmoe.simulator.replay import simulate
 from evenmoe.simulator.store import save_simulation
 from evenmoe.traces.synthesis import small_trace
 from evenmoe.traces.trace import Trace
-from tests.simulator.dull import Setup, assign
+from tests.simulator.plain_loops import Setup, assign
 
 COSTS = CostModel.for_expert(64, 4e6, 1e7)
 WORLD = {"num_ranks": 6, "num_nodes": 2, "tokens_per_rank": 8}
@@ -207,7 +207,7 @@ def test_wrong_options_are_named(options, words):
 
 
 def test_loads_need_to_know_the_experts_of_a_token():
-    with pytest.raises(MissingArgumentError, match="experts a token picks"):
+    with pytest.raises(MissingArgumentError, match="experts a token has"):
         run(loads_only(), top_k=None)
     with pytest.raises(ConstraintError, match="must be 1 to 32"):
         run(loads_only(), top_k=33)

@@ -151,7 +151,7 @@ def lend_and_borrow(rank: Rank) -> bool:
         mine = transport.rows_to_send((SIZE * each, width), torch.zeros(0, dtype=getattr(torch, dtype)))
         mine.copy_(make_rows(step + transport.rank, SIZE * each, (width,), dtype))
         counts = [each] * SIZE
-        received = transport.exchange_rows(mine, counts, counts, into_scratch=True)
+        received = transport.exchange_rows(mine, counts, counts, reuse=True)
         me = slice(transport.rank * each, (transport.rank + 1) * each)
         expected = [make_rows(step + source, SIZE * each, (width,), dtype)[me] for source in range(SIZE)]
         right.append(same(received, torch.cat(expected)))

@@ -200,7 +200,7 @@ def demo_worlds(
     ids = _tokens(trace, layer, identity.num_ranks, seed)
     world = f"{trace.num_experts} experts, K {ids.shape[-1]}, {identity.num_ranks} ranks, layer {layer}"
     loaded = make_layer(identity, layer, ids, 1, TRACE_HIDDEN, TRACE_INNER, seed)
-    yield f"{world}, as loaded", loaded
+    yield f"{world}, default placement", loaded
     yield f"{world}, planned", with_placement(loaded, placement, layer)
 
 

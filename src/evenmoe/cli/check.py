@@ -13,7 +13,7 @@ from evenmoe.cli.options import PlacementFileOptions, make_command
 from evenmoe.cli.streams import print_json, print_notes, sizes_text, table_console
 
 if TYPE_CHECKING:
-    from evenmoe.formats.checking import Checked
+    from evenmoe.formats.reading import Checked
 
 _SHOWN = 100  # findings in text; --json has them all
 
@@ -31,14 +31,14 @@ class CheckCommand(PlacementFileOptions):
 
     def run(self) -> int:
         """Print every finding."""
-        from evenmoe.formats.checking import check
+        from evenmoe.formats.reading import check
 
-        found = check(self.file, format=self.from_, layers=self.layers, **vars(self.read_options()))
+        found = check(self.file, self.read_options())
         errors = sum(finding.severity == "error" for finding in found.findings)
         if self.json:
             print_json(
                 {
-                    "file": self.file,
+                    "source": self.file,
                     "format": found.format,
                     **found.summary,
                     "clean": found.clean,

@@ -11,20 +11,17 @@ import typer
 
 from evenmoe.cli.options import PlacementFileOptions, completed, make_command
 from evenmoe.cli.streams import print_json, print_notes, sizes_text
-from evenmoe.formats.catalogue import FORMATS
+from evenmoe.formats.catalogue import ENTRIES, FORMATS
 
 if TYPE_CHECKING:
-    from evenmoe.formats.contents import Contents
-    from evenmoe.formats.contents import Options as ReadOptions
+    from evenmoe.formats.contents import Contents, ReadOptions
 
 
 def _list_formats(wanted: bool) -> None:
     if wanted:
-        for entry in FORMATS.values():
-            print(
-                f"{entry.name:<24} {entry.kind:<10} {'r' if entry.reads else '-'}{'w' if entry.writes else '-'}  "
-                f"{', '.join(entry.containers):<18} {entry.description}"
-            )
+        for name in FORMATS:
+            entry = ENTRIES.get(name) or FORMATS.get(name).entry  # evenmoe's own need no module of a tool
+            print(f"{name:<24} {entry.kind:<10} {', '.join(entry.containers):<18} {entry.description}")
         raise typer.Exit
 
 
@@ -59,16 +56,9 @@ class ConvertCommand(PlacementFileOptions):
 
     def run(self) -> int:
         """Convert, and say what was read, written, dropped and assumed."""
-        from evenmoe.formats.converting import convert
+        from evenmoe.formats.writing import convert
 
-        done = convert(
-            self.source,
-            self.target,
-            self.to,
-            format=self.from_,
-            layers=self.layers,
-            options=self.read_options(),
-        )
+        done = convert(self.source, self.target, self.to, self.read_options())
         out = sys.stderr if self.target == "-" else sys.stdout
         source, sizes = done.contents, _sizes(done.contents)
         if self.json:

@@ -14,6 +14,7 @@ import typer
 from evenmoe.cli.options import Command, make_command
 from evenmoe.cli.streams import print_json
 from evenmoe.errors import ConstraintError
+from evenmoe.quantities import par
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,13 +113,15 @@ def _summary(
 ) -> dict[str, object]:
     return {
         "trace": trace.name,
-        "layers": trace.num_layers,
-        "experts": trace.num_experts,
-        "ranks": placement.num_ranks,
-        "slots": placement.num_slots,
-        "tokens": _assignments(trace),
-        "peak_to_average_identity": {"mean": float(before.mean()), "worst": float(before.max())},
-        "peak_to_average_plan": {"mean": float(after.mean()), "worst": float(after.max())},
+        "num_layers": trace.num_layers,
+        "num_experts": trace.num_experts,
+        "num_ranks": placement.num_ranks,
+        "num_slots": placement.num_slots,
+        "assignments_per_layer": _assignments(trace),
+        "par": {
+            name: {"mean": float(values.mean()), "worst": float(values.max())}
+            for name, values in (("default_placement", before), ("planned", after))
+        },
         "worlds": [
             {
                 "world": step.title,
@@ -143,15 +146,18 @@ def _print(
     console = Console()
     console.print(
         f"{trace.name}: {trace.num_layers} layers, {trace.num_experts} experts, "
-        f"{_assignments(trace):,} expert picks per layer; {placement.num_ranks} ranks",
+        f"{_assignments(trace):,} assignments per layer; {placement.num_ranks} ranks",
         highlight=False,
         soft_wrap=True,
     )
     table = Table("placement", "slots", "mean of layers", "worst layer", title="peak-to-average load (1.0 is perfect)")
     for column in table.columns[1:]:
         column.justify = "right"
-    for name, slots, par in (("as loaded", trace.num_experts, before), ("planned", placement.num_slots, after)):
-        table.add_row(name, str(slots), f"{par.mean():.3f}", f"{par.max():.3f}")
+    for name, slots, values in (
+        ("default placement", trace.num_experts, before),
+        ("planned", placement.num_slots, after),
+    ):
+        table.add_row(name, str(slots), par(values.mean()), par(values.max()))
     console.print(table)
     for step in steps:
         result = step.comparison

@@ -37,18 +37,17 @@ class DiffCommand(PlacementFileOptions):
 
     def run(self) -> int:
         """Print the copies, layer by layer and rank by rank."""
-        from evenmoe.formats.difference import diff
-        from evenmoe.formats.layer_numbers import common_layers
+        from evenmoe.formats.difference import common_layers, diff
         from evenmoe.formats.reading import read_placement
 
         options = self.read_options()
-        first = read_placement(self.before, options, self.layers, format=self.from_)
-        second = read_placement(self.after, options, self.layers, format=self.from_)
+        first = read_placement(self.before, options)
+        second = read_placement(self.after, options)
         previous, placement, common, left_out = common_layers(first, second)
         change = diff(previous, placement, expert_bytes=self.expert_bytes)
         layers = list(common or range(len(change.copies)))
         if self.json:
-            print_json({"before": self.before, "after": self.after, "layers": layers, **_summary(change)})
+            print_json({"before": self.before, "after": self.after, "layer_ids": layers, **_summary(change)})
         else:
             print(f"{self.before} -> {self.after}: a copy is an expert that a rank must receive")
             _print_difference(change, layers)

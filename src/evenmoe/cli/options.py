@@ -19,11 +19,11 @@ import typer
 from typer.models import OptionInfo
 
 from evenmoe.errors import ConstraintError, EvenmoeError
-from evenmoe.formats.catalogue import FORMATS
+from evenmoe.formats.catalogue import FORMATS, Format
 from evenmoe.rules.catalogue import RULES
 
 if TYPE_CHECKING:
-    from evenmoe.formats.contents import Options as ReadOptions
+    from evenmoe.formats.contents import ReadOptions
 
 _RANKS_PER_NODE = 8  # of nearly every server with more than one accelerator
 
@@ -70,6 +70,18 @@ def out_option(help: str) -> OptionInfo:
     return typer.Option("--out", "-o", help=help)
 
 
+def find_format(flag: str, name: str) -> Format:
+    """Return the format of that name.
+
+    Raises:
+        ConstraintError: there is none; it names the flag.
+    """
+    try:
+        return FORMATS.get(name)
+    except ConstraintError as error:
+        raise ConstraintError(flag, error.value, error.rule, error.fix) from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileOptions(Command):
     """What the file of a load or of a placement may not say itself."""
@@ -114,17 +126,22 @@ class FileOptions(Command):
         return [(flag, value) for flag, value in flags.items() if value is not None]
 
     def sizes(self) -> ReadOptions:
-        """What a reader is told without the placement of --map.
+        """What a reader is told, without the placement of --map.
 
         Raises:
             ConstraintError: --from is no format.
         """
-        from evenmoe.formats.contents import Options as ReadOptions
+        from evenmoe.formats.contents import ReadOptions
 
-        if self.from_ is not None and self.from_ not in FORMATS:
-            raise ConstraintError("--from", repr(self.from_), "must be a format", f"use one of {', '.join(FORMATS)}")
-
-        return ReadOptions(num_experts=self.experts, num_layers=self.num_layers, first_layer=self.first_layer)
+        if self.from_ is not None:
+            find_format("--from", self.from_)
+        return ReadOptions(
+            format=self.from_,
+            layers=self.layers,
+            num_experts=self.experts,
+            num_layers=self.num_layers,
+            first_layer=self.first_layer,
+        )
 
     def read_options(self) -> ReadOptions:
         """What a reader is told, with the placement of --map.
@@ -135,7 +152,7 @@ class FileOptions(Command):
         options = self.sizes()
         if self.map_ is None:
             return options
-        from evenmoe.formats.contents import Options as ReadOptions
+        from evenmoe.formats.contents import ReadOptions
         from evenmoe.formats.reading import read_placement
 
         # Which ranks have the slots does not matter; their number is for maps that do not say it.
@@ -190,8 +207,8 @@ class WorldOptions(Command):
 def make_command(name: str, kind: type[Command]):
     """The command `name` as click has it; its help shows the options of its own before those that it shares."""
     hints = get_type_hints(kind, include_extras=True)
-    own = vars(kind)["__annotations__"]
-    fields = sorted(dataclasses.fields(kind), key=lambda field: field.name not in own)
+    order = [*vars(kind)["__annotations__"], *(name for name in hints if name != "json"), "json"]
+    fields = sorted(dataclasses.fields(kind), key=lambda field: order.index(field.name))
     words = {**_words(fields, hints), **kind.words}
 
     def call(**given: object) -> None:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from evenmoe.cli.options import FileOptions, Rule, WorldOptions, completed, make_command, out_option
+from evenmoe.cli.options import FileOptions, Rule, WorldOptions, completed, find_format, make_command, out_option
 from evenmoe.cli.streams import print_json, print_notes, table_console
 from evenmoe.errors import ConstraintError, MissingArgumentError
-from evenmoe.formats.catalogue import FORMATS
+from evenmoe.formats.catalogue import ENTRIES
 from evenmoe.planner.planners import PLANNERS, plan_with
+from evenmoe.quantities import par
 from evenmoe.rules.catalogue import RULES
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from evenmoe.metrics import FloatArray
     from evenmoe.placement import Placement
 
-_PLACEMENT_FORMATS = tuple(name for name, entry in FORMATS.items() if entry.kind == "placement" and entry.writes)
+_PLACEMENT_FORMATS = tuple(name for name, entry in ENTRIES.items() if entry.kind == "placement")
 _WORST_SHOWN = 8  # layers in text; --json has them all
 
 
@@ -125,15 +126,14 @@ class PlanCommand(FileOptions, WorldOptions):
         with suppress(OSError):  # one of them is no file, or not yet
             if self.out is not None and Path(self.out).samefile(self.source) and Path(self.out).is_file():
                 raise ConstraintError("--out", self.out, "must not be the input", "name another file")
-        if self.to not in _PLACEMENT_FORMATS:
+        if self.to not in _PLACEMENT_FORMATS and find_format("--to", self.to).kind != "placement":
             fitting = ", ".join(_PLACEMENT_FORMATS)
             raise ConstraintError("--to", repr(self.to), "must be a format of placements", f"use one of {fitting}")
 
     def _read_load(self) -> Contents:
         from evenmoe.formats.reading import read
 
-        options = self.read_options()
-        contents = read(self.source, format=self.from_, layers=self.layers, **vars(options))
+        contents = read(self.source, self.read_options())
         if contents.load is None:
             raise ConstraintError(
                 self.source,
@@ -147,13 +147,13 @@ class PlanCommand(FileOptions, WorldOptions):
         """The placement in use, row by row the load's layers; and what of it is no part of the plan."""
         if self.previous is None:
             return None, []
-        from evenmoe.formats.contents import Options
+        from evenmoe.formats.contents import ReadOptions
         from evenmoe.formats.layer_numbers import MTP_LAYERS, ranges
         from evenmoe.formats.reading import read_placement
         from evenmoe.placement import layers_of
 
         assert contents.load is not None
-        known = Options(num_ranks=self.ranks, num_experts=contents.load.shape[-1])
+        known = ReadOptions(num_ranks=self.ranks, num_experts=contents.load.shape[-1])
         found = read_placement(self.previous, known, argument="--previous")
         assert found.placement is not None
         notes = ["the MTP layer of --previous is no part of the plan"] if MTP_LAYERS in found.metadata else []
@@ -243,30 +243,30 @@ class _Outcome:
             "target": options.out,
             "from": contents.format,
             "to": None if options.out is None else options.to,
-            "recorded_windows": int(contents.load.shape[0]),
-            "empty_windows": contents.empty_windows,
-            "planned_windows": self.num_planned,
-            "layers": placement.num_layers,
-            "experts": placement.num_experts,
-            "ranks": placement.num_ranks,
-            "slots": placement.num_slots,
-            "nodes": options.num_nodes(placement.num_ranks),
-            "groups": options.groups,
+            "num_windows": int(contents.load.shape[0]),
+            "num_empty_windows": contents.empty_windows,
+            "num_planned_windows": self.num_planned,
+            "num_layers": placement.num_layers,
+            "num_experts": placement.num_experts,
+            "num_ranks": placement.num_ranks,
+            "num_slots": placement.num_slots,
+            "num_nodes": options.num_nodes(placement.num_ranks),
+            "num_groups": options.groups,
             "rule": options.rule,
-            "picks_per_layer": self.assignments if isfinite(self.assignments) else None,
-            "peak_to_average": {
+            "assignments_per_layer": self.assignments if isfinite(self.assignments) else None,
+            "par": {
                 row.key: {
                     "all_tokens": self._rounded(row.all_tokens),
                     "mean_of_windows": self._rounded(row.windows),
                 }
                 for row in self.rows
             },
-            "peak_to_average_lower_bound_all_tokens": None if self.bound is None else self._rounded(self.bound),
+            "par_lower_bound": None if self.bound is None else self._rounded(self.bound),
             "replicas_per_expert": {"min": int(placement.num_replicas.min()), "max": int(placement.num_replicas.max())},
             "copies": None if copies is None else int(copies.sum()),
             "copies_per_layer": None if copies is None else copies.tolist(),
-            "layer_numbers": list(self.numbers),
-            "peak_to_average_per_layer_mean_of_windows": {row.key: row.windows.round(6).tolist() for row in self.rows},
+            "layer_ids": list(self.numbers),
+            "par_per_layer": {row.key: row.windows.round(6).tolist() for row in self.rows},
         }
 
     def print_on(self, console: Console) -> None:
@@ -279,7 +279,7 @@ class _Outcome:
         shown = "more than 1.8e308" if not isfinite(count) else f"{count:,.0f}" if count < 1e15 else f"{count:.3g}"
         console.print(
             f"{options.source} ({contents.format}): {contents.load.shape[0]} windows{empty}, "
-            f"{placement.num_layers} layers, {placement.num_experts} experts, {shown} picks per layer\n"
+            f"{placement.num_layers} layers, {placement.num_experts} experts, {shown} assignments per layer\n"
             f"{placement.num_ranks} ranks, {placement.num_slots} slots, rule {options.rule}; "
             f"planned {by}on {self.num_planned} {'window' if self.num_planned == 1 else 'windows'}",
             highlight=False,
@@ -305,11 +305,11 @@ class _Outcome:
 
     def _rounded(self, values: FloatArray) -> dict[str, float]:
         mean, worst, layer = self._mean_and_worst(values)
-        return {"mean_of_layers": round(mean, 6), "worst": round(worst, 6), "worst_layer": layer}
+        return {"mean": round(mean, 6), "worst": round(worst, 6), "worst_layer": layer}
 
     def _cells(self, values: FloatArray) -> tuple[str, str]:
         mean, worst, layer = self._mean_and_worst(values)
-        return f"{mean:.3f}", f"{worst:.3f} (layer {layer})"
+        return par(mean), f"{par(worst)} (layer {layer})"
 
     def _print_means(self, console: Console) -> None:
         from rich.table import Table
@@ -335,7 +335,7 @@ class _Outcome:
             column.justify = "right"
         planned = self.rows[-1].windows * self.judged
         for layer in (-planned).argsort(kind="stable")[: min(_WORST_SHOWN, self.judged.sum())]:
-            table.add_row(str(self.numbers[layer]), *(f"{row.windows[layer]:.3f}" for row in self.rows))
+            table.add_row(str(self.numbers[layer]), *(par(float(row.windows[layer])) for row in self.rows))
         console.print(table)
 
 
@@ -369,7 +369,7 @@ def _compare(windows: FloatArray, placement: Placement, previous: Placement | No
     layers, experts = windows.shape[1:]
     compared: list[tuple[str, Placement]] = []
     if experts % placement.num_ranks == 0:
-        compared.append(("as loaded", identity_placement(layers, experts, placement.num_ranks)))
+        compared.append(("default placement", identity_placement(layers, experts, placement.num_ranks)))
     if previous is not None:
         compared.append(("previous", previous))
     compared.append(("planned", placement))

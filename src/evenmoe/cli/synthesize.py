@@ -35,8 +35,9 @@ def _list_models(wanted: bool) -> None:
 class SynthesizeCommand(Command):
     """Write a synthetic trace that behaves like the measured ones.
 
-    Skew between experts, drift between requests, locality between tokens and co-movement of experts were fitted to real
-    routing; the summary shows what the trace has. With `-` as output the summary goes to standard error.
+    Skew between experts, drift between requests, locality between tokens and the factor that experts have in common
+    were fitted to real routing; the summary shows what the trace has. With `-` as output the summary goes to standard
+    error.
     """
 
     epilog: ClassVar = "Models: " + ", ".join(MODELS)
@@ -53,16 +54,18 @@ class SynthesizeCommand(Command):
     routing: Annotated[bool, typer.Option("--routing", help="Also every token's experts.")] = False
     source_ranks: Annotated[int | None, typer.Option(help="Also the load by so many source ranks.", min=1)] = None
     skew: Annotated[
-        float | None, typer.Option(help="Between experts: deviation of log-popularity. Default: fitted.")
+        float | None, typer.Option(help="Skew between experts: standard deviation of log-popularity. Default: fitted.")
     ] = None
     drift: Annotated[
-        float | None, typer.Option(help="Between requests: deviation of log-popularity. Default: fitted.")
+        float | None,
+        typer.Option(help="Drift between requests: standard deviation of log-popularity. Default: fitted."),
     ] = None
     locality: Annotated[
-        float | None, typer.Option(help="Luck that stays for the next token, 0 to 0.99. Default: fitted.")
+        float | None,
+        typer.Option(help="Part of a token's deviation that the next one shares, 0 to 0.99. Default: fitted."),
     ] = None
     common_factor_share: Annotated[
-        float | None, typer.Option(help="Drift's part in the strongest factor, 0 to 1. Default: fitted.")
+        float | None, typer.Option(help="Share of drift in its strongest common factor, 0 to 1. Default: fitted.")
     ] = None
     seed: Annotated[int, typer.Option(help="The same options give the same bytes.", min=0)] = 0
     list_models: Annotated[
@@ -79,14 +82,14 @@ class SynthesizeCommand(Command):
         file = sys.stderr if self.out == "-" else sys.stdout
         if self.json:
             summary = {
-                "file": self.out,
-                "file_bytes": size,
-                "windows": trace.num_windows,
-                "layers": trace.num_layers,
-                "experts": trace.num_experts,
-                "tokens": trace.num_windows * self.tokens_per_window,
+                "target": self.out,
+                "target_bytes": size,
+                "num_windows": trace.num_windows,
+                "num_layers": trace.num_layers,
+                "num_experts": trace.num_experts,
+                "num_tokens": trace.num_windows * self.tokens_per_window,
                 "routing": trace.routing is not None,
-                "source_ranks": None if trace.load_by_rank is None else trace.load_by_rank.shape[1],
+                "num_source_ranks": None if trace.load_by_rank is None else trace.load_by_rank.shape[1],
                 "parameters": dict(trace.metadata),
                 "statistics_median_of_layers": statistics,
             }
@@ -142,9 +145,9 @@ def _statistics(trace: Trace) -> dict[str, float]:
     }
     if trace.num_windows > 1:
         found["drift_between_windows"] = float(np.median(drift(trace.load)))
-        found["comovement_of_one_factor"] = common_factor_share(trace.load, 1)
+        found["common_factor_share"] = common_factor_share(trace.load, 1)
     if trace.routing is not None:
-        found["locality_of_neighbours"] = float(np.median(locality(trace.routing, trace.seq_start)))
+        found["locality_of_neighbors"] = float(np.median(locality(trace.routing, trace.seq_start)))
     return {name: round(value, 6) for name, value in found.items()}
 
 

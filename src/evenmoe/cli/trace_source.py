@@ -45,7 +45,7 @@ def read_trace(source: str, files: FileOptions) -> tuple[Trace, Contents | None]
     """
     if not files.given_of_file() and _is_trace_file(source):
         return load_trace(source), None
-    contents = read(source, format=files.from_, layers=files.layers, **vars(files.read_options()))
+    contents = read(source, files.read_options())
     if contents.load is None:
         raise ConstraintError(
             source,

@@ -56,7 +56,7 @@ def check_combine_add_rms_norm_call(call: AddRmsNormCall[TensorSpec]) -> Layout:
     """Checks one rank's call of combine with add and RMS norm, and derives its layout.
 
     `check_combine_add_rms_norm` is the same with the fields of `AddRmsNormCall` by keyword. The order and the errors
-    are those of `check_combine`; a virtual expert number is refused only when it is −1 (specification §4).
+    are those of `check_combine`; a virtual expert number is an error only when it is −1 (specification §4).
 
     >>> from evenmoe.contract.tensor_spec import TensorSpec
     >>> check_combine_add_rms_norm(
@@ -175,18 +175,15 @@ def check_tensor_dims(call: Call) -> Sizes:
     for name in ("activation_scale", "weight_scale", "group_list"):
         check_absent(name, getattr(call, name), "pass None, it is reserved")
     check_dims("shared_expert_x", call.shared_expert_x, (2, 3), "(tokens, hidden) or (a, b, hidden) with a·b tokens")
-    assert isinstance(call.expand_x, TensorSpec)
-    assert isinstance(call.expert_ids, TensorSpec)
     tokens, top_k = call.expert_ids.shape
     return Sizes(tokens, call.expand_x.shape[1], top_k)
 
 
 def check_dtypes(call: Call) -> None:
     """Tokens have expand_x's dtype everywhere: outside the operator's list is 161002, another of the list 561002."""
-    assert isinstance(call.expand_x, TensorSpec)
     dtype = call.expand_x.dtype
     add_rms_norm = isinstance(call, AddRmsNormCall)
-    if dtype == "int32" and not add_rms_norm:  # in the operator's list, then refused by tiling (§3.2)
+    if dtype == "int32" and not add_rms_norm:  # in the operator's list, then an error of tiling (§3.2)
         raise ConstraintError(
             "expand_x", call.expand_x, "must not be int32, although it is declared", "convert it to bfloat16"
         )
@@ -264,7 +261,6 @@ def check_norm_and_out(call: Call, sizes: Sizes) -> None:
         return
     shape = (sizes.tokens, 1, sizes.hidden)
     check_shape("residual_x", call.residual_x, shape, "one row per token")
-    assert isinstance(call.gamma, TensorSpec)
     if call.gamma.shape not in ((sizes.hidden,), shape):
         raise ConstraintError(
             "gamma", call.gamma, f"must be ({sizes.hidden},), or {shape}", "pass one weight per hidden column"

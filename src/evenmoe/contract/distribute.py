@@ -13,7 +13,7 @@ from evenmoe.contract.tensor_spec import TensorSpec, check_absent, check_shape
 from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError
 
 _INT32_MAX = 2**31 - 1
-_GROUP_NAME_ENDS = 128  # HCCL_GROUP_NAME_MAX: a name of so many characters or more is refused
+_GROUP_NAME_ENDS = 128  # HCCL_GROUP_NAME_MAX: a name of so many characters or more is an error
 
 INTEGER_ATTRIBUTES = (
     "ep_world_size",

@@ -12,7 +12,7 @@ from evenmoe.errors import ConstraintError
 class Layout:
     """Who holds which expert, and how large the buffers are, seen from one rank (specification §0, §2.4, §2.11).
 
-    Ranks 0…shared_ranks−1 host shared experts, the ranks after them MoE experts. All attributes are int but the last
+    Ranks 0…shared_ranks−1 hold shared experts, the ranks after them MoE experts. All attributes are int but the last
     three; the letters are the specification's.
 
     Attributes:
@@ -20,14 +20,14 @@ class Layout:
         tp, tp_rank: ranks of the tensor-parallel group, 0 or 1 when there is none, and this one among them (tp, t).
         num_experts: physical MoE experts over all ranks (M).
         shared_experts: shared experts on ranks of their own (Sn), 0 when shared_ranks is.
-        shared_ranks: ranks that host them (Sr).
+        shared_ranks: ranks that hold them (Sr).
         ranks_per_shared: ranks that hold the same shared expert (R), 0 when there is none.
         experts_per_rank: MoE experts of a MoE rank (L).
         local_experts: experts of this rank, 1 on a shared rank, else L.
         num_tokens, hidden, top_k: tokens of this rank (Bs), their width (H), MoE experts per token (K).
         max_bs, global_bs: tokens of the fullest rank, and ep times that (G).
         capacity: rows that this rank must have room for (A).
-        is_shared: bool, whether this rank hosts a shared expert.
+        is_shared: bool, whether this rank holds a shared expert.
         active_ranks: tuple of int, after `scale_down` the world's rank of every rank that is left; else empty.
         original: the layout before `scale_down`, whose buffers stay; else None.
     """
@@ -179,15 +179,15 @@ def scale_down(layout: Layout, elastic_info: Sequence[int], smooth_scales: bool 
     """
     ep = layout.ep
     if len(elastic_info) != 4 + 2 * ep:
-        raise _refuse(f"{len(elastic_info)} ints", f"must have 4 + 2·{ep} ints", "give both tables one entry per rank")
+        raise _wrong(f"{len(elastic_info)} ints", f"must have 4 + 2·{ep} ints", "give both tables one entry per rank")
     scaled, ep_new, shared_new, experts_new, *tables = map(int, elastic_info)
     if not scaled:
         return layout
     table1, table2 = tables[:ep], tables[ep:]
     _check_scaled_sizes(layout, ep_new, shared_new, experts_new)
     if smooth_scales and experts_new > layout.num_experts:
-        # A rank that hosted a shared expert may become a MoE rank, so that MNew can exceed M where no scale is needed.
-        raise _refuse(
+        # A rank that held a shared expert may become a MoE rank, so that MNew can exceed M where no scale is needed.
+        raise _wrong(
             f"MNew {experts_new}",
             f"must be at most {layout.num_experts}, the MoE experts that have a row in `scales`",
             f"leave at most {layout.num_experts} MoE experts, or drop `scales`",
@@ -195,7 +195,7 @@ def scale_down(layout: Layout, elastic_info: Sequence[int], smooth_scales: bool 
     _check_tables(table1, table2[:ep_new])
     rank = table1[layout.rank]
     if rank < 0:
-        raise _refuse(
+        raise _wrong(
             f"{rank} for rank {layout.rank}",
             "must keep the rank that calls",
             "let a lost rank leave the world before the others call",
@@ -204,7 +204,7 @@ def scale_down(layout: Layout, elastic_info: Sequence[int], smooth_scales: bool 
     experts_per_rank = experts_new // (ep_new - shared_new)
     local_experts = 1 if is_shared else experts_per_rank
     if local_experts > layout.local_experts:
-        raise _refuse(
+        raise _wrong(
             f"rank {rank} of {ep_new} for rank {layout.rank}",
             f"must leave a rank at most the {layout.local_experts} experts that it had",
             "keep the ranks of shared experts in front, or use fewer MoE experts per rank",
@@ -227,33 +227,31 @@ def scale_down(layout: Layout, elastic_info: Sequence[int], smooth_scales: bool 
 
 def _check_scaled_sizes(layout: Layout, ep_new: int, shared_new: int, experts_new: int) -> None:
     if not 1 <= ep_new <= layout.ep:
-        raise _refuse(f"epNew {ep_new}", f"must leave 1 to {layout.ep} ranks", "count the ranks that are left")
+        raise _wrong(f"epNew {ep_new}", f"must leave 1 to {layout.ep} ranks", "count the ranks that are left")
     if not 0 <= shared_new < ep_new:
-        raise _refuse(
+        raise _wrong(
             f"SrNew {shared_new} of epNew {ep_new}",
             "must leave at least one rank for MoE experts",
             f"use 0 to {ep_new - 1}",
         )
     shared_experts = layout.shared_experts
     if shared_experts == 0 and shared_new:
-        raise _refuse(
-            f"SrNew {shared_new}", "must be 0, for there are no shared experts on ranks of their own", "use 0"
-        )
+        raise _wrong(f"SrNew {shared_new}", "must be 0, for there are no shared experts on ranks of their own", "use 0")
     if shared_experts and (shared_new == 0 or shared_new % shared_experts):
-        raise _refuse(
+        raise _wrong(
             f"SrNew {shared_new}",
             f"must leave each of the {shared_experts} shared experts equally many ranks, and at least one",
             f"use a multiple of {shared_experts}",
         )
     moe_ranks = ep_new - shared_new
     if experts_new < 1 or experts_new % moe_ranks:
-        raise _refuse(
+        raise _wrong(
             f"MNew {experts_new}",
             f"must be at least 1 and divide by the {moe_ranks} ranks left for MoE experts",
             f"use a multiple of {moe_ranks}",
         )
     if experts_new // moe_ranks > layout.experts_per_rank:
-        raise _refuse(
+        raise _wrong(
             f"MNew {experts_new}",
             f"must leave at most {layout.experts_per_rank} experts per rank, what the buffers have room for",
             f"use at most {layout.experts_per_rank * moe_ranks}",
@@ -263,23 +261,23 @@ def _check_scaled_sizes(layout: Layout, ep_new: int, shared_new: int, experts_ne
 def _check_tables(table1: list[int], table2: list[int]) -> None:
     for new, old in enumerate(table2):
         if not 0 <= old < len(table1):
-            raise _refuse(
+            raise _wrong(
                 f"table2[{new}] = {old}", f"must name an old rank, 0 to {len(table1) - 1}", "name one that is left"
             )
         if table1[old] != new:
-            raise _refuse(
+            raise _wrong(
                 f"table2[{new}] = {old} but table1[{old}] = {table1[old]}",
                 "must have tables that are inverse to each other",
                 f"set table1[{old}] to {new}",
             )
     for old, new in enumerate(table1):
         if new != -1 and (not 0 <= new < len(table2) or table2[new] != old):
-            raise _refuse(
+            raise _wrong(
                 f"table1[{old}] = {new}",
                 f"must have tables that are inverse to each other, over {len(table2)} new ranks",
                 "use -1 for a lost rank",
             )
 
 
-def _refuse(value: str, rule: str, fix: str) -> ConstraintError:
+def _wrong(value: str, rule: str, fix: str) -> ConstraintError:
     return ConstraintError("elastic_info", value, rule, fix)

@@ -57,13 +57,13 @@ def join_or(words: tuple[object, ...]) -> str:
 
 
 def check_given(argument: str, spec: Spec, fix: str) -> None:
-    """Refuses None: `MissingArgumentError`."""
+    """None is a `MissingArgumentError`."""
     if spec is None:
         raise MissingArgumentError(argument, None, "must be given", fix)
 
 
 def check_absent(argument: str, spec: Spec, fix: str) -> None:
-    """Refuses a tensor that this operator has no use for: `ConstraintError`."""
+    """A tensor that this operator has no use for is a `ConstraintError`."""
     if spec is not None:
         raise ConstraintError(argument, spec, "must be None", fix)
 

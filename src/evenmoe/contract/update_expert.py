@@ -108,7 +108,6 @@ def check_dtypes(call: UpdateExpertCall) -> None:
     check_dtype("expert_scales", call.expert_scales, ("float32", "float16", "bfloat16"))
     check_dtype("pruning_threshold", call.pruning_threshold, ("float32",))
     check_dtype("active_mask", call.active_mask, ("bool",))
-    assert isinstance(call.expert_ids, TensorSpec)
     check_dtype("balanced_expert_ids", call.balanced_expert_ids, ids)
     check_dtype_of("balanced_expert_ids", call.balanced_expert_ids, call.expert_ids.dtype, "expert_ids'")
     check_dtype("balanced_active_mask", call.balanced_active_mask, ("bool",))
@@ -116,7 +115,6 @@ def check_dtypes(call: UpdateExpertCall) -> None:
 
 def check_ids_shape(call: UpdateExpertCall) -> None:
     ids = call.expert_ids
-    assert isinstance(ids, TensorSpec)
     check_dims("expert_ids", ids, (2,), "(tokens, top_k)")
     tokens, top_k = ids.shape
     call.limits.check("tokens", tokens, "expert_ids", ids, "must have {} tokens", "use {} tokens per call and rank")
@@ -125,8 +123,6 @@ def check_ids_shape(call: UpdateExpertCall) -> None:
 
 def check_table_shape(call: UpdateExpertCall) -> None:
     table, ids = call.eplb_table, call.expert_ids
-    assert isinstance(table, TensorSpec)
-    assert isinstance(ids, TensorSpec)
     check_dims("eplb_table", table, (2,), "(logical experts, 1 + replicas)")
     experts, columns = table.shape
     quantity = "old_logical_experts" if call.old else "logical_experts"
@@ -179,7 +175,6 @@ def check_pruning_inputs(call: UpdateExpertCall) -> None:
             "must come with expert_scales and pruning_threshold",
             "pass it to dispatch as x_active_mask instead",
         )
-    assert isinstance(call.expert_ids, TensorSpec)
     tokens, top_k = call.expert_ids.shape
     check_shape("expert_scales", scales, (tokens, top_k), "one per token and k")
     if isinstance(threshold, TensorSpec) and threshold.shape not in ((top_k,), (1, top_k)):
@@ -190,7 +185,6 @@ def check_pruning_inputs(call: UpdateExpertCall) -> None:
 
 
 def check_output_shapes(call: UpdateExpertCall) -> None:
-    assert isinstance(call.expert_ids, TensorSpec)
     check_shape("balanced_expert_ids", call.balanced_expert_ids, call.expert_ids.shape, "that of expert_ids")
     if not call.old:
         check_shape("balanced_active_mask", call.balanced_active_mask, call.expert_ids.shape, "that of expert_ids")

@@ -1,23 +1,28 @@
-"""`FORMATS`: the name, the kind and the file types of every format; light, because `--help` shows it.
+"""`Format`, and `FORMATS`, where formats are found by name; light, because `--help` lists them.
 
-What a format does lives in the module of this package that its entry names; each has the same three functions:
-    matches(document) -> bool                     is this file one of mine? By content, never by name.
-    read(document, options) -> RawMap | RawLoad   FileFormatError where the file is not what it should be
-    write(value, options) -> bytes | dict         a folder's files by name
+A format is one object in the module of its tool, with what it does and the layers that it has a place for. Its entry
+here says what can be known without that module: `--help` shows it, and only files that look like it lead there.
 Symbols: T windows, L layers, E logical experts, P slots, D ranks, K experts per token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from evenmoe.registry import Registry
+
+if TYPE_CHECKING:
+    from evenmoe.formats.contents import Raw, ReadOptions
+    from evenmoe.formats.document import Document
 
 Kind = Literal["placement", "load"]
 
 
 @dataclass(frozen=True)
-class Format:
-    """One file format.
+class Entry:
+    """What is known of a format at a glance.
 
     Attributes:
         name: as `--to` and `--from` take it.
@@ -25,180 +30,237 @@ class Format:
         description: one line: whose it is, and its layout.
         containers: file types it comes in, the first is written where the target's suffix says nothing:
             "json", "jsonl", "yaml", "csv", "npy", "npz", "pt", "safetensors", "folder", "text".
-        stores_ranks: whether the file says how slots divide among ranks; otherwise a reader must be told.
-        model_layers: whether its rows carry the model's own layer numbers, dense layers counted. Others count MoE
-            layers from 0.
-        optional_layers: whether the model's own layer numbers are stored where they are known.
-        dense_rows: whether every hidden layer has a row, so that a reader must be told which rows are MoE layers.
-        mtp_layers: whether the layers of multi-token prediction (MTP), which follow the hidden layers, have a place.
-        kept_metadata: names in `Contents.metadata` that are written; None for all texts and numbers.
-        reads, writes: what evenmoe does with it.
+        object: "module:attribute" of its `Format`; for evenmoe's own.
+        keys: regular expression that one of the names fits where its file is an object, or a dictionary of tensors.
+        arrays: whether its file may be a single array.
     """
 
     name: str
     kind: Kind
     description: str
     containers: tuple[str, ...]
+    object: str = ""
+    keys: str = ""
+    arrays: bool = False
+
+
+@dataclass(frozen=True)
+class Format:
+    """One file format: what it is, what it does, and which layers it has a place for.
+
+    Attributes:
+        entry: name, kind, description and file types.
+        matches: (document) -> whether it is of this format, by its content and never by its name.
+        read: (document, options) -> `RawPlacement` or `RawLoad`; raises FileFormatError where the document is not what
+            it should be. None where evenmoe does not read the format.
+        write: (placement or load, options) -> bytes, or of a folder its files by name. None where it is only read.
+        stores_ranks: whether the file says how slots divide among ranks; otherwise a reader must be told.
+        model_layers: whether its rows carry the model's own layer numbers, dense layers counted. Others count MoE
+            layers from 0.
+        optional_layers: whether the model's own layer numbers are stored where they are known.
+        dense_rows: whether every hidden layer has a row, so that a reader must be told which rows are MoE layers.
+        mtp_layers: whether the layers of multi-token prediction (MTP), which follow the hidden layers, have a place.
+        whole_traces: whether it holds a `Trace` with routing, requests and loads by rank, and checks it itself.
+        kept_metadata: names in `Contents.metadata` that are written; None for all texts and numbers.
+    """
+
+    entry: Entry
+    matches: Callable[[Document], bool]
+    read: Callable[[Document, ReadOptions], Raw] | None = None
+    write: Callable[..., bytes | dict[str, bytes]] | None = None
     stores_ranks: bool = False
     model_layers: bool = False
     optional_layers: bool = False
     dense_rows: bool = False
     mtp_layers: bool = False
+    whole_traces: bool = False
     kept_metadata: tuple[str, ...] | None = ()
-    reads: bool = True
-    writes: bool = True
 
     @property
-    def module(self) -> str:
-        return f"evenmoe.formats.{self.name.replace('-', '_')}"
+    def name(self) -> str:
+        """As `--to` and `--from` take it."""
+        return self.entry.name
+
+    @property
+    def kind(self) -> Kind:
+        """What it holds, "placement" or "load"."""
+        return self.entry.kind
+
+    @property
+    def containers(self) -> tuple[str, ...]:
+        """File types it comes in."""
+        return self.entry.containers
 
 
-_ALL = (
-    Format(
+_SGLANG, _VLLM, _ASCEND = "evenmoe.formats.sglang", "evenmoe.formats.vllm", "evenmoe.formats.ascend"
+_OWN = (
+    Entry(
         "evenmoe-placement",
         "placement",
         "evenmoe: slots, ranks, replica order and layer numbers, nothing left out",
         ("json",),
-        stores_ranks=True,
-        optional_layers=True,
-        mtp_layers=True,
+        "evenmoe.formats.own:PLACEMENT",
+        "format",
     ),
-    Format(
+    Entry(
         "evenmoe-trace",
         "load",
         "evenmoe: npz with `load` (T, L, E) and, where known, routing, requests, loads by rank, layer numbers",
         ("npz",),
-        optional_layers=True,
-        kept_metadata=None,
+        "evenmoe.formats.own:TRACE",
+        "load",
     ),
-    Format(
+    Entry(
         "sglang-location",
         "placement",
         "SGLang --init-expert-location: physical_to_logical_map (L, P), every hidden layer a row; or `trivial`",
         ("json", "pt", "text"),
-        model_layers=True,
-        dense_rows=True,
+        f"{_SGLANG}:LOCATION",
+        "physical_to_logical_map",
     ),
-    Format(
+    Entry(
         "sglang-logical-count",
         "load",
         "SGLang --init-expert-location: logical_count (L, E) or (T, L, E), every hidden layer a row",
         ("json", "pt"),
-        model_layers=True,
-        kept_metadata=("num_hidden_layers",),
+        f"{_SGLANG}:LOGICAL_COUNT",
+        "logical_count",
     ),
-    Format(
+    Entry(
         "sglang-stat",
         "load",
         "SGLang recorder, mode stat: logical_count (T, L, E) summed over ranks, every hidden layer a row",
         ("pt",),
-        model_layers=True,
-        kept_metadata=("num_hidden_layers", "average_utilization_rate_over_window"),
+        f"{_SGLANG}:STAT",
+        "logical_count",
     ),
-    Format(
+    Entry(
         "sglang-detail",
         "load",
         "SGLang recorder, modes per_pass and per_token: one rank's records and map; a folder of all ranks' files",
         ("pt", "folder"),
-        model_layers=True,
-        kept_metadata=("num_hidden_layers",),
+        f"{_SGLANG}_recorder:DETAIL",
+        "records",
     ),
-    Format(
+    Entry(
         "sglang-csv",
         "load",
         "SGLang recorder, old: one rank's CSV of layer_id,expert_id,count; a folder of all ranks' files",
         ("csv", "folder"),
-        model_layers=True,
+        f"{_SGLANG}_recorder:CSV",
     ),
-    Format(
+    Entry(
         "ascend-map",
         "placement",
         "vllm-ascend, MindIE, verl: expert map JSON, layers and their devices' experts",
         ("json",),
-        stores_ranks=True,
-        mtp_layers=True,
-        kept_metadata=("strategy_version",),
+        f"{_ASCEND}:MAP",
+        "layer_list",
     ),
-    Format(
+    Entry(
         "slot-map",
         "placement",
         "vLLM #14544 and vllm-ascend: tensor (L, D, E), slot within the rank or -1",
         ("pt", "npy"),
-        stores_ranks=True,
+        f"{_ASCEND}_tensors:SLOT_MAP",
+        arrays=True,
     ),
-    Format(
+    Entry(
         "vllm-ascend-load",
         "load",
         "vllm-ascend: tensor (L, E); or per slot (L, D, P/D), (T, L, D, P/D) with its placement",
         ("pt", "npy"),
+        f"{_ASCEND}_tensors:LOAD",
+        arrays=True,
     ),
-    Format(
+    Entry(
         "mindie-csv",
         "load",
         "MindIE, msit: decode_<rank>.csv of a rank's slots, L rows a dump, appended; a folder of them, or merged",
         ("folder", "csv"),
+        f"{_ASCEND}:MINDIE_CSV",
     ),
-    Format(
+    Entry(
         "vllm-list",
         "placement",
         "vLLM #49572: JSON list of P logical experts for all layers, or L lists",
         ("json",),
+        f"{_VLLM}:LIST",
+        arrays=True,
     ),
-    Format(
+    Entry(
         "vllm-layer-map",
         "placement",
         "vLLM #53022, #41141: JSON object from MoE layer to its P logical experts",
         ("json",),
+        f"{_VLLM}:LAYER_MAP",
+        r"record_type|[0-9]+|(.*\.)?layers\.[0-9]+(\..*)?",
     ),
-    Format(
+    Entry(
         "vllm-safetensors",
         "load",
         "vLLM #41141: safetensors {model: float32 (L, E)}, version 1",
         ("safetensors",),
-        kept_metadata=("model",),
+        f"{_VLLM}:SAFETENSORS",
     ),
-    Format(
+    Entry(
         "vllm-jsonl",
         "load",
         "vLLM #41141, earlier: JSON lines of expert_load (L, P) with p2l_map (L, P)",
         ("jsonl", "json"),
-        kept_metadata=("model",),
+        f"{_VLLM}:JSONL",
+        "record_type",
     ),
-    Format(
+    Entry(
         "tensorrt-llm",
         "placement",
         "TensorRT-LLM: YAML or JSON with num_slots and initial_global_assignments by model layer",
         ("yaml", "json"),
-        model_layers=True,
-        mtp_layers=True,
-        kept_metadata=("layer_updates_per_iter",),
+        "evenmoe.formats.tensorrt_llm:PLACEMENT",
+        "initial_global_assignments",
     ),
-    Format(
+    Entry(
         "tensorrt-llm-statistics",
         "load",
         "TensorRT-LLM: folder of meta_info.json and rank<r>.safetensors, counts per iteration and layer",
         ("folder",),
-        model_layers=True,
-        kept_metadata=None,
+        "evenmoe.formats.tensorrt_llm:STATISTICS",
     ),
-    Format(
+    Entry(
         "deepseek",
         "placement",
         "DeepSeek EPLB: phy2log (L, P), log2phy (L, E, X) padded with -1, logcnt (L, E)",
         ("pt", "npz"),
+        "evenmoe.formats.deepseek:TABLES",
+        "phy2log",
     ),
-    Format(
+    Entry(
         "eplb-table",
         "placement",
         "Ascend's operators: EPLB table int32 (L, E, F), rows [count, slots…]; one layer (E, F)",
         ("npy", "npz", "pt"),
+        f"{_ASCEND}_tensors:EPLB_TABLE",
+        r"(?s).*(table.*|\d)",
+        arrays=True,
     ),
-    Format(
+    Entry(
         "lmdeploy",
         "load",
         "LMDeploy, DLBlas: JSON list of every layer's loads (L, E)",
         ("json",),
+        f"{_VLLM}:LMDEPLOY",
+        arrays=True,
     ),
 )
 
-FORMATS: dict[str, Format] = {entry.name: entry for entry in _ALL}
+#: evenmoe's own formats at a glance, by name.
+ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _OWN}
+
+#: Every format by name: evenmoe's own, those that were added, and those of packages.
+FORMATS: Registry[Format] = Registry(
+    "format",
+    {entry.name: entry.object for entry in _OWN},
+    lambda thing: isinstance(thing, Format),
+    "an evenmoe.formats.Format",
+    "evenmoe.formats",
+)

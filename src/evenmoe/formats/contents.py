@@ -1,21 +1,19 @@
-"""`Contents`: what a file held; and the raw forms that readers hand over before anything is judged."""
+"""What goes into reading and writing, and what comes out: options, contents, findings, and the raw forms of readers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from evenmoe.formats.catalogue import Kind
+from evenmoe.io import Value
 from evenmoe.placement import Placement
 from evenmoe.traces.trace import Trace
 
-if TYPE_CHECKING:
-    from evenmoe.formats.findings import Finding
-
-Load = npt.NDArray[Any]  # int64 or float64
+Load = npt.NDArray[Value]  # int64 or float64
 IntArray = npt.NDArray[np.int64]
 
 
@@ -44,22 +42,33 @@ class Contents:
     placement: Placement | None = None
     load: Load | None = None
     layer_ids: tuple[int, ...] | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Value] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     empty_windows: int = 0
     trace: Trace | None = None
 
 
 @dataclass(frozen=True)
-class Options:
-    """What a reader is given beside the file.
+class ReadOptions:
+    """What a reader is given beside the file; None where the file must say.
 
     Attributes:
-        num_ranks, num_experts, num_layers, num_slots, shared_devices: sizes; None where the file must say.
-        placement: of the slots that a load counts.
-        placement_layers: the model's own number of every row of `placement`, where known.
-        first_layer: the model's first MoE layer.
-        num_hidden_layers: the number from which the model's MTP layers count.
+        num_ranks: ranks that share the slots, where the file does not say (`Format.stores_ranks`).
+        num_experts: logical experts; default: the largest id + 1. Needed where the last experts may be missing.
+        num_layers: MoE layers, where a file appends dump after dump or keeps one list for all layers.
+        num_slots: slots of "trivial"; default: one per expert.
+        shared_devices: devices of an Ascend map that hold only the shared expert; default: detected automatically.
+        placement: the one in use when a load per slot was recorded, where the file does not hold it. The counts of an
+            expert's slots are added up.
+        placement_layers: the model's own number of every row of `placement`, as `Contents.layer_ids` has them. Without,
+            its rows are the load's layers in order.
+        first_layer: the model's number of its first MoE layer. It numbers the rows of a file that counts MoE layers
+            from 0, and of a file with a row for every hidden layer it leaves out those before it, which are dense. All
+            later rows are taken for MoE layers; `layers` chooses them where some are dense.
+        num_hidden_layers: the model's hidden layers, dense ones counted, 61 for DeepSeek-V3. Layers that a file numbers
+            from there on are layers of multi-token prediction (MTP): they go to `Contents.metadata`.
+        layers: "first:end", "first:end:step" or a number: only these layers, in the file's numbering, `end` left out.
+        format: name in `FORMATS`; None to detect it automatically.
     """
 
     num_ranks: int | None = None
@@ -71,10 +80,38 @@ class Options:
     placement_layers: tuple[int, ...] | None = None
     first_layer: int | None = None
     num_hidden_layers: int | None = None
+    layers: str | None = None
+    format: str | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing wrong, or worth knowing, about a file.
+
+    Attributes:
+        severity: "error", or "warning" for what may be meant so.
+        kind: short name of the rule, such as "missing-expert".
+        text: what is there, with its place.
+        rule, fix: what should be there, and what to do.
+        layer, rank, slot, expert: the place; None where the finding has none. `layer` is the model's number where the
+            file has it, otherwise the row.
+        fatal: whether no `Placement` or load can be made of the file.
+    """
+
+    severity: Literal["error", "warning"]
+    kind: str
+    text: str
+    rule: str
+    fix: str
+    layer: int | None = None
+    rank: int | None = None
+    slot: int | None = None
+    expert: int | None = None
+    fatal: bool = False
 
 
 @dataclass
-class RawMap:
+class RawPlacement:
     """A placement as the file has it, right or wrong.
 
     Attributes:
@@ -92,7 +129,7 @@ class RawMap:
     layer_ids: tuple[int, ...] | None = None
     replica_index: list[IntArray] | None = None
     num_experts: int | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Value] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     mtp_layers: int = 0
@@ -100,10 +137,10 @@ class RawMap:
 
 @dataclass
 class RawLoad:
-    """A load as the file has it; what is not listed is as in `RawMap` or `Contents`.
+    """A load as the file has it; what is not listed is as in `RawPlacement` or `Contents`.
 
     Attributes:
-        load: (T, L, E), counts per logical expert; per slot only where `Options.placement` says whose they are.
+        load: (T, L, E), counts per logical expert; per slot only where `ReadOptions.placement` says whose they are.
         placement: as in `Contents`.
         has_own_map: whether the file holds the map of its slots, by which they are converted to experts already.
     """
@@ -112,13 +149,13 @@ class RawLoad:
     layer_ids: tuple[int, ...] | None = None
     placement: Placement | None = None
     has_own_map: bool = False
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Value] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     trace: Trace | None = None
 
 
-Raw = RawMap | RawLoad
+Raw = RawPlacement | RawLoad
 
 
 @dataclass
@@ -133,7 +170,7 @@ class WriteOptions:
 
     container: str
     layer_ids: tuple[int, ...] | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Value] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     num_hidden_layers: int | None = None
     mtp_slots: list[IntArray] = field(default_factory=list)

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from evenmoe.formats.arrays_output import arrays_bytes
-from evenmoe.formats.contents import IntArray, Options, RawMap, WriteOptions
+from evenmoe.formats.catalogue import ENTRIES, Format
+from evenmoe.formats.contents import Finding, IntArray, RawPlacement, ReadOptions, WriteOptions
 from evenmoe.formats.document import Document
-from evenmoe.formats.findings import Finding
+from evenmoe.formats.values import arrays_bytes
 from evenmoe.placement import Placement
 
 _NAMES = ("phy2log", "log2phy", "logcnt")
 
 
-def matches(document: Document) -> bool:
+def _matches_tables(document: Document) -> bool:
     value = document.value
     if isinstance(value, Mapping):
         return "phy2log" in value
@@ -23,12 +23,12 @@ def matches(document: Document) -> bool:
     return shapes == [2, 3, 2] and len(value) == 3
 
 
-def read(document: Document, options: Options) -> RawMap:
+def _read_tables(document: Document, options: ReadOptions) -> RawPlacement:
     tensors = document.value if isinstance(document.value, Mapping) else {}
     if isinstance(document.value, list):
         tensors = dict(zip(_NAMES, document.value, strict=False))
     phy2log = document.numbers(tensors.get("phy2log"), "`phy2log`", (2,), integers=True)
-    raw = RawMap(list(phy2log))
+    raw = RawPlacement(list(phy2log))
     experts = options.num_experts
     if "logcnt" in tensors:
         logcnt = document.numbers(tensors["logcnt"], "`logcnt`", (2,), integers=True)
@@ -40,7 +40,7 @@ def read(document: Document, options: Options) -> RawMap:
         experts = raw.num_experts = log2phy.shape[1]
         _same_layers(document, "`log2phy`", log2phy, phy2log)
         if "logcnt" in tensors and tensors["logcnt"].shape[1] != experts:
-            raise document.refuse(
+            raise document.error(
                 f"with {experts} experts in `log2phy`, {tensors['logcnt'].shape[1]} in `logcnt`",
                 "must have the same in both",
                 "write it again",
@@ -49,7 +49,7 @@ def read(document: Document, options: Options) -> RawMap:
     return raw
 
 
-def write(value: Placement, options: WriteOptions) -> bytes:
+def _write_tables(value: Placement, options: WriteOptions) -> bytes:
     layers, width = value.num_layers, int(value.num_replicas.max())
     log2phy = np.full((layers, value.num_experts, width), -1, np.int64)
     rows = np.arange(layers)[:, None]
@@ -66,7 +66,7 @@ def write(value: Placement, options: WriteOptions) -> bytes:
 
 def _same_layers(document: Document, name: str, tensor: IntArray, phy2log: IntArray) -> None:
     if len(tensor) != len(phy2log):
-        raise document.refuse(
+        raise document.error(
             f"with {len(tensor)} layers in {name}, {len(phy2log)} in `phy2log`", "must have the same", "write it again"
         )
 
@@ -84,7 +84,7 @@ def _check_counts(phy2log: IntArray, logcnt: IntArray) -> list[Finding]:
     return found
 
 
-def _read_order(raw: RawMap, phy2log: IntArray, log2phy: IntArray) -> None:
+def _read_order(raw: RawPlacement, phy2log: IntArray, log2phy: IntArray) -> None:
     """Positions of the replicas from `log2phy`, where it is what `phy2log` says; otherwise findings."""
     order = np.zeros_like(phy2log)
     clean = True
@@ -116,3 +116,6 @@ def _disagreement(text: str, layer: int, expert: int | None) -> Finding:
     rule = "should say the same in all three tensors"
     fix = "write it again; `phy2log` is what was read"
     return Finding("error", "tables-disagree", text, rule, fix, layer=layer, expert=expert)
+
+
+TABLES = Format(ENTRIES["deepseek"], _matches_tables, _read_tables, _write_tables)

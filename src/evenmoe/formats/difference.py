@@ -1,4 +1,4 @@
-"""`diff`: what it takes to get from one placement to another."""
+"""`diff`: what it takes to get from one placement to another, and which of their layers belong together."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.errors import ConstraintError
+from evenmoe.formats.contents import Contents
+from evenmoe.formats.layer_numbers import DENSE_ROWS, ranges
 from evenmoe.metrics import count_copies
-from evenmoe.placement import Placement
+from evenmoe.placement import Placement, layers_of
 
 
 @dataclass(frozen=True)
@@ -65,3 +67,38 @@ def diff(previous: Placement, placement: Placement, *, expert_bytes: int | None 
     changed = (previous.slot_to_expert != placement.slot_to_expert).sum(axis=1) if same_width else np.full(layers, -1)
     replicas = (previous.num_replicas != placement.num_replicas).sum(axis=1)
     return Difference(copies, replicas, changed, expert_bytes)
+
+
+def common_layers(
+    previous: Contents, placement: Contents
+) -> tuple[Placement, Placement, tuple[int, ...] | None, list[str]]:
+    """The layers of two placements that belong together: found by number where both are numbered, else in order.
+
+    Returns:
+        Both placements, row by row the same layers; the layers' numbers, None where they are merely counted; and a
+        sentence for rows that were left out because only one of the two has a row for dense layers.
+
+    Raises ConstraintError where a MoE layer of one is missing from the other.
+    """
+    assert previous.placement is not None
+    assert placement.placement is not None
+    ours, theirs = placement.layer_ids, previous.layer_ids
+    if ours is None or theirs is None or ours == theirs:
+        return previous.placement, placement.placement, ours or theirs, []
+    notes = []
+    for name, contents, others in (("the previous placement", previous, ours), ("the placement", placement, theirs)):
+        assert contents.layer_ids is not None
+        absent = sorted(set(contents.layer_ids) - set(others))
+        if not absent:
+            continue
+        if len(absent) == len(contents.layer_ids) or not contents.metadata.get(DENSE_ROWS):
+            raise ConstraintError(
+                "layers",
+                f"{ranges(absent)} in {name} alone",
+                "must be the same in both",
+                "choose those that both have with layers (--layers), or name placements of one model",
+            )
+        notes.append(f"left out the rows {ranges(absent)} of {name}, taken for dense layers: the other has none")
+    common = tuple(number for number in ours if number in set(theirs))
+    before = layers_of(previous.placement, [theirs.index(number) for number in common])
+    return before, layers_of(placement.placement, [ours.index(number) for number in common]), common, notes

@@ -1,16 +1,26 @@
-"""`Document`: a file opened and parsed, not yet understood."""
+"""A file opened and parsed, not yet understood: `Document`. Which file type it is its content tells, never its name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import errno
+import os
+import stat
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from evenmoe.errors import FileFormatError
-from evenmoe.io import ALLOWANCE_BYTES as ALLOWANCE_BYTES
+from evenmoe.formats.contents import Finding
+from evenmoe.io import DamagedFileError, Value
 
+_LARGEST_BYTES = {"pt": 1 << 33, "npz": 1 << 32, "npy": 1 << 32, "safetensors": 1 << 32}
+_LARGEST_TEXT_BYTES = 1 << 28  # 256 MiB: a hundred times the largest of these text files that we know of
+_LARGEST_PIPE_BYTES = 1 << 30  # a pipe does not say how much it holds
+_LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _MOST_TOKENS = 2.0**53
 
 
@@ -27,13 +37,13 @@ class Document:
 
     name: str
     container: str
-    value: Any
+    value: Value
 
-    def refuse(self, value: object, rule: str, fix: str) -> FileFormatError:
+    def error(self, value: object, rule: str, fix: str) -> FileFormatError:
         return FileFormatError(self.name, value, rule, fix)
 
     @property
-    def fields(self) -> Mapping[Any, Any]:
+    def fields(self) -> Mapping[Value, Value]:
         """The value as a mapping; empty for anything else, so that `matches` can ask for keys."""
         return self.value if isinstance(self.value, Mapping) else {}
 
@@ -45,33 +55,33 @@ class Document:
     def integer(self, value: object, where: str) -> int:
         """`value`, if it is an integer that fits 63 bits."""
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not -(2**63) <= value < 2**63:
-            raise self.refuse(f"with {where} {_short(value)}", "must hold an integer there", "write a whole number")
+            raise self.error(f"with {where} {_short(value)}", "must hold an integer there", "write a whole number")
         return int(value)
 
     def numbers(self, value: object, where: str, ndim: tuple[int, ...], *, integers: bool = False) -> np.ndarray:
         """`value`, if it is an array of numbers of one of the dimensions `ndim`, none empty; int64 or float64."""
         axes = " or ".join(str(n) for n in ndim)
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
-            raise self.refuse(
+            raise self.error(
                 f"with {where} {_short(value)}",
                 f"must hold numbers there, in {axes} dimensions, rows of one length",
                 "check how the file was written",
             )
         if value.ndim not in ndim or value.size == 0:
-            raise self.refuse(
+            raise self.error(
                 f"with {where} of shape {value.shape}",
                 f"must have {axes} dimensions there, none empty",
                 "check how the file was written",
             )
         if value.dtype.kind == "f":
             if integers:
-                raise self.refuse(
+                raise self.error(
                     f"with {where} of dtype {value.dtype}", "must hold integers there", "write whole numbers"
                 )
             with np.errstate(invalid="ignore"):  # a signalling NaN warns here, and is found later like any other
                 return value.astype(np.float64, copy=False)
         if value.dtype == np.uint64 and value.max() >= 2**63:
-            raise self.refuse(f"with {where} up to {value.max()}", "must fit 63 bits there", "check for an overflow")
+            raise self.error(f"with {where} up to {value.max()}", "must fit 63 bits there", "check for an overflow")
         if not integers:
             self.check_total(value, where)
         return value.astype(np.int64, copy=False)
@@ -80,11 +90,206 @@ class Document:
         """Refuse counts whose sums may overflow or lose digits."""
         total = counts.sum(dtype=np.float64)
         if total >= _MOST_TOKENS:
-            raise self.refuse(
+            raise self.error(
                 f"with {where} of {total:.3g} tokens together",
                 "must hold fewer than 2**53, so that sums are exact",
                 "check for an overflow where it was recorded",
             )
+
+
+def open_document(source: str | Path) -> Document:
+    """Read and parse a file, a folder (kept closed), "-" for standard input, JSON given inline, or the word `trivial`.
+
+    Raises:
+        FileFormatError: not readable, of no known file type, or damaged; it names the place.
+    """
+    text = str(source)
+    if text == "trivial":
+        return Document(text, "text", text)
+    if text.lstrip().startswith("{"):
+        return parse_document("the inline JSON", text.encode())
+    if text == "-":
+        return parse_document("-", _read_standard_input())
+    path = Path(source)
+    if path.is_dir():
+        return Document(text, "folder", path)
+    return parse_document(text, read_bytes(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """The whole file; of a pipe at most 1 GiB. Raises FileFormatError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            mode = path.stat().st_mode
+            if not stat.S_ISREG(mode):
+                return _read_pipe(str(path), file)
+            size = path.stat().st_size
+            head = file.read(16)
+            most = _LARGEST_BYTES.get(_sniff(head) or "", _LARGEST_TEXT_BYTES)
+            if head[:2] == b"PK":
+                most = _LARGEST_BYTES["pt"]
+            if size > most:
+                raise FileFormatError(
+                    str(path), f"a file of {size} bytes", f"must have at most {most}", "keep fewer windows"
+                )
+            file.seek(0)
+            return file.read()
+    except OSError as error:
+        raise FileFormatError(
+            str(path), f"not readable ({error.strerror})", "must be an existing file", "check the path"
+        ) from error
+
+
+def _read_standard_input() -> bytes:
+    reason = os.strerror(errno.EBADF)  # of one that was closed before Python started
+    try:
+        if sys.stdin is not None:
+            return _read_pipe("-", sys.stdin.buffer)
+    except OSError as error:
+        reason = error.strerror
+    raise FileFormatError(
+        "-", f"standard input, which is not readable ({reason})", "must be open", "pipe the file in, or name it"
+    )
+
+
+def _read_pipe(name: str, file: BinaryIO) -> bytes:
+    data = file.read(_LARGEST_PIPE_BYTES + 1)
+    if len(data) > _LARGEST_PIPE_BYTES:
+        raise FileFormatError(
+            name, f"a pipe of more than {_LARGEST_PIPE_BYTES} bytes", "must end before", "write it to a file first"
+        )
+    return data
+
+
+def _sniff(head: bytes) -> str | None:
+    """The file type that the first 16 bytes tell; None for text and zips, which need a look inside."""
+    if head[:6] == b"\x93NUMPY":
+        return "npy"
+    if len(head) > 8 and head[8:9] == b"{" and head[7:8] == b"\0":
+        return "safetensors"
+    return None
+
+
+def parse_document(name: str, data: bytes) -> Document:
+    """Parse bytes of any known file type. Raises FileFormatError."""
+    try:
+        container, value = _parse(data)
+    except ValueError as error:
+        raise FileFormatError(
+            name, str(error), "must be an intact file of a format that evenmoe reads", "write or download it again"
+        ) from None
+    return Document(name, container, value)
+
+
+def _parse(data: bytes) -> tuple[str, Value]:
+    """The file type and the value; a type's module is imported with its first file."""
+    if data[:2] == b"PK":
+        return _parse_zip(data)
+    container = _sniff(data[:16])
+    if container == "npy":
+        from evenmoe.io.npz import parse_npy
+
+        return container, parse_npy(data)
+    if container == "safetensors":
+        from evenmoe.io.safetensors_file import parse_safetensors
+
+        return container, parse_safetensors(data)
+    if data.startswith(_LEGACY_TORCH):
+        raise DamagedFileError("a .pt file of torch before 1.6, a bare pickle; save it again with a newer torch")
+    if data[:1] == b"\x80" and data[1:2] <= b"\x05":
+        raise DamagedFileError("a pickle, which runs code when it is read and is therefore never opened")
+    return _parse_text(data)
+
+
+def _parse_zip(data: bytes) -> tuple[str, Value]:
+    from evenmoe.io.npz import Arrays, open_zip
+
+    names = open_zip(data).namelist()
+    if any(name.endswith("data.pkl") for name in names):
+        from evenmoe.io.torch_file import parse_torch
+
+        return "pt", parse_torch(data)
+    if names and all(name.endswith(".npy") for name in names):
+        return "npz", Arrays(data)
+    raise DamagedFileError(f"a zip of {len(names)} entries that is neither .npz nor .pt")
+
+
+def _parse_text(data: bytes) -> tuple[str, Value]:
+    data = data.removeprefix(b"\xef\xbb\xbf")  # the mark that Windows puts before UTF-8
+    start = data[:4096].lstrip()
+    if not start:
+        raise DamagedFileError("an empty file")
+    if b"\0" in start:
+        raise DamagedFileError("binary data of no known kind")
+    if start[:1] in (b"{", b"["):
+        return _parse_json(data)
+    line = start.split(b"\n", 1)[0]
+    numeric = not line.strip().translate(None, b"0123456789.+-eE, ")
+    if numeric or (b":" not in line and line[:1] not in (b"#", b"%", b"-")):  # what YAML may begin with
+        from evenmoe.io.csv_text import parse_csv
+
+        return "csv", parse_csv(data)
+    from evenmoe.io.yaml_text import parse_yaml
+
+    return "yaml", parse_yaml(data)
+
+
+def _parse_json(data: bytes) -> tuple[str, Value]:
+    from evenmoe.io.json_text import parse_json, parse_json_lines
+
+    try:
+        return "json", parse_json(data)
+    except DamagedFileError as error:
+        if "more text after the value" not in str(error):
+            raise
+    return "jsonl", parse_json_lines(data)
+
+
+def files_in(folder: Path, suffix: str) -> list[Path]:
+    """The files of this suffix, by name; hidden ones are no recorder's."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() == suffix and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def documents_of(document: Document, suffix: str, notes: list[str]) -> Iterator[Document]:
+    """The document itself; of a folder every file of this suffix, one after the other."""
+    if document.container != "folder":
+        yield document
+        return
+    files = files_in(document.value, suffix)
+    if not files:
+        raise document.error(f"a folder without {suffix} files", "must hold one a rank", "name the recorder's folder")
+    notes += left_out(document.value, files)
+    for path in files:
+        yield parse_document(str(path), read_bytes(path))
+
+
+def left_out(folder: Path, files: list[Path]) -> list[str]:
+    """The note on the folder's other files, if there are any."""
+    others = sum(path.is_file() for path in folder.iterdir()) - len(files)
+    return [f"left out {others} other files of the folder"] if others else []
+
+
+def first_line(path: Path, most: int) -> bytes:
+    """At most so many bytes of the file's first line. Raises FileFormatError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.readline(most)
+    except OSError as error:
+        raise FileFormatError(
+            str(path), f"not readable ({error.strerror})", "must be a readable file", "check its permissions"
+        ) from error
+
+
+def missing_ranks(ranks: list[int]) -> list[Finding]:
+    """An error where ranks are not 0 to the last one."""
+    if ranks == list(range(len(ranks))):
+        return []
+    text = f"ranks {ranks[0]} to {ranks[-1]}, {len(ranks)} of them"
+    return [Finding("error", "missing-rank", text, "should have a file of every rank", "add it")]
 
 
 def _short(value: object) -> str:

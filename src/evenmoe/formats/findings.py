@@ -1,45 +1,17 @@
-"""`Finding`: one thing wrong with a file; and the rules for placements and loads, whatever format they came in."""
+"""What may be wrong with placements and loads, whatever format they came in."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from evenmoe.formats.contents import IntArray, RawLoad, RawMap
+from evenmoe.formats.contents import Finding, IntArray, RawLoad, RawPlacement
 
 _INT32 = 2**31 - 1
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing wrong, or worth knowing, about a file.
-
-    Attributes:
-        severity: "error", or "warning" for what may be meant so.
-        kind: short name of the rule, such as "missing-expert".
-        text: what is there, with its place.
-        rule, fix: what should be there, and what to do.
-        layer, rank, slot, expert: the place; None where the finding has none. `layer` is the model's number where the
-            file has it, otherwise the row.
-        fatal: whether no `Placement` or load can be made of the file.
-    """
-
-    severity: Literal["error", "warning"]
-    kind: str
-    text: str
-    rule: str
-    fix: str
-    layer: int | None = None
-    rank: int | None = None
-    slot: int | None = None
-    expert: int | None = None
-    fatal: bool = False
-
-
-def inspect_map(raw: RawMap, num_ranks: int | None, num_experts: int | None) -> Iterator[Finding]:
+def inspect_placement(raw: RawPlacement, num_ranks: int | None, num_experts: int | None) -> Iterator[Finding]:
     """Every finding of a placement, layer by layer; those of its reader first."""
     yield from raw.findings
     yield from _shapes(raw, num_ranks)
@@ -56,7 +28,7 @@ def inspect_map(raw: RawMap, num_ranks: int | None, num_experts: int | None) -> 
             yield _fatal("replica-order", text, rule, "leave `replica_index` as it was written", layer=layer)
             order = None
         if ranks is not None and sizes is not None:
-            yield from _twins(slots, ranks, layer)
+            yield from _duplicates(slots, ranks, layer)
             yield from _unreachable(slots, ranks, layer, len(sizes), order)
 
 
@@ -146,14 +118,14 @@ def _experts(slots: list[IntArray], widest: int) -> int:
     return 1 + max((int(row[row < widest].max(initial=-1)) for row in slots), default=-1)
 
 
-def _rank_sizes(raw: RawMap, row: int, num_ranks: int | None) -> list[int] | None:
+def _rank_sizes(raw: RawPlacement, row: int, num_ranks: int | None) -> list[int] | None:
     if raw.rank_sizes is not None:
         return raw.rank_sizes[row]
     slots = len(raw.slots[row])
     return [slots // num_ranks] * num_ranks if num_ranks and slots % num_ranks == 0 else None
 
 
-def _shapes(raw: RawMap, num_ranks: int | None) -> Iterator[Finding]:
+def _shapes(raw: RawPlacement, num_ranks: int | None) -> Iterator[Finding]:
     widths = [len(slots) for slots in raw.slots]
     for row, width in enumerate(widths):
         layer = raw.layer_ids[row] if raw.layer_ids else row
@@ -230,7 +202,7 @@ def _counts_up(slots: IntArray, order: IntArray) -> bool:
     return np.array_equal(order[by_expert], position)
 
 
-def _twins(slots: IntArray, ranks: IntArray, layer: int) -> Iterator[Finding]:
+def _duplicates(slots: IntArray, ranks: IntArray, layer: int) -> Iterator[Finding]:
     order = np.lexsort((np.arange(len(slots)), slots, ranks))
     same = (slots[order][1:] == slots[order][:-1]) & (ranks[order][1:] == ranks[order][:-1]) & (slots[order][1:] >= 0)
     for first, second in zip(order[:-1][same].tolist(), order[1:][same].tolist(), strict=True):

@@ -5,7 +5,7 @@ layers; its MTP layers, where it has any, are H, H + 1, …. A file numbers its 
     MoE layers alone, counted from 0;
     the model's own numbers, MoE layers alone;
     a row for every hidden layer, dense ones too (`Format.dense_rows`), which does not say which are dense.
-What a file does not say, `Options.first_layer` and `Options.num_hidden_layers` do.
+What a file does not say, `ReadOptions.first_layer` and `ReadOptions.num_hidden_layers` do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.formats.catalogue import FORMATS, Format
-from evenmoe.formats.contents import Contents, IntArray, Options, Raw, RawMap, WriteOptions
+from evenmoe.formats.contents import Contents, IntArray, Load, Raw, RawLoad, RawPlacement, ReadOptions, WriteOptions
 from evenmoe.formats.document import Document
 from evenmoe.placement import Placement, layers_of
 
@@ -32,12 +32,12 @@ MTP_LAYERS = "mtp_layers"
 MOST_LAYERS = 1 << 16
 
 
-def number_rows(document: Document, entry: Format, raw: Raw, options: Options) -> Raw:
+def number_rows(document: Document, entry: Format, raw: Raw, options: ReadOptions) -> Raw:
     """The file as it is, with what `first_layer` and `num_hidden_layers` say about its rows.
 
     Raises FileFormatError where they contradict it.
     """
-    if isinstance(raw, RawMap):
+    if isinstance(raw, RawPlacement):
         if options.first_layer is not None:
             raw = _from_first(document, entry, raw, options.first_layer)
         if options.num_hidden_layers is not None:
@@ -49,7 +49,7 @@ def number_rows(document: Document, entry: Format, raw: Raw, options: Options) -
     if options.num_hidden_layers is not None:
         stated = raw.metadata.get(HIDDEN_LAYERS, options.num_hidden_layers)
         if stated != options.num_hidden_layers:
-            raise document.refuse(
+            raise document.error(
                 f"of {stated} hidden layers",
                 f"must have the {options.num_hidden_layers} that num_hidden_layers (--hidden-layers) says",
                 "leave that out, or correct it",
@@ -60,10 +60,10 @@ def number_rows(document: Document, entry: Format, raw: Raw, options: Options) -
 
 def row_numbers(raw: Raw) -> tuple[int, ...]:
     """A number for every row, MTP layers too: the model's where it is known, otherwise counted from 0."""
-    return raw.layer_ids or _count_from(0, len(raw.slots) if isinstance(raw, RawMap) else raw.load.shape[1])
+    return raw.layer_ids or _count_from(0, len(raw.slots) if isinstance(raw, RawPlacement) else raw.load.shape[1])
 
 
-def choose_rows(raw: RawMap, rows: Sequence[int]) -> RawMap:
+def choose_rows(raw: RawPlacement, rows: Sequence[int]) -> RawPlacement:
     """Only these rows of a placement, in ascending order."""
     main = len(raw.slots) - raw.mtp_layers
     numbers = row_numbers(raw)
@@ -103,7 +103,7 @@ def for_target(value: Placement, entry: Format, options: WriteOptions) -> Placem
         )
     value, slots = _mtp_slots(value, options)
     if len(slots) and not entry.mtp_layers:
-        fitting = ", ".join(name for name, known in FORMATS.items() if known.mtp_layers)
+        fitting = ", ".join(name for name in FORMATS if FORMATS.get(name).mtp_layers)
         raise ConstraintError(
             "format",
             entry.name,
@@ -122,7 +122,7 @@ def note_new_numbers(entry: Format, options: WriteOptions) -> None:
     options.notes.append(f"numbered layers {ranges(numbers)} from 0: the format counts MoE layers")
 
 
-def check_hidden_layers_matter(contents: Contents, target: Format, options: Options) -> None:
+def check_hidden_layers_matter(contents: Contents, target: Format, options: ReadOptions) -> None:
     """Raise ConstraintError where `num_hidden_layers` neither tells rows apart nor is written: it would do nothing."""
     given = options.num_hidden_layers
     if given is None:
@@ -182,41 +182,6 @@ def mtp_numbers(options: WriteOptions) -> list[int]:
     return [options.num_hidden_layers + i for i in range(len(options.mtp_slots))]
 
 
-def common_layers(
-    previous: Contents, placement: Contents
-) -> tuple[Placement, Placement, tuple[int, ...] | None, list[str]]:
-    """The layers of two placements that belong together: found by number where both are numbered, else in order.
-
-    Returns:
-        Both placements, row by row the same layers; the layers' numbers, None where they are merely counted; and a
-        sentence for rows that were left out because only one of the two has a row for dense layers.
-
-    Raises ConstraintError where a MoE layer of one is missing from the other.
-    """
-    assert previous.placement is not None
-    assert placement.placement is not None
-    ours, theirs = placement.layer_ids, previous.layer_ids
-    if ours is None or theirs is None or ours == theirs:
-        return previous.placement, placement.placement, ours or theirs, []
-    notes = []
-    for name, contents, others in (("the previous placement", previous, ours), ("the placement", placement, theirs)):
-        assert contents.layer_ids is not None
-        absent = sorted(set(contents.layer_ids) - set(others))
-        if not absent:
-            continue
-        if len(absent) == len(contents.layer_ids) or not contents.metadata.get(DENSE_ROWS):
-            raise ConstraintError(
-                "layers",
-                f"{ranges(absent)} in {name} alone",
-                "must be the same in both",
-                "choose those that both have with layers (--layers), or name placements of one model",
-            )
-        notes.append(f"left out the rows {ranges(absent)} of {name}, taken for dense layers: the other has none")
-    common = tuple(number for number in ours if number in set(theirs))
-    before = layers_of(previous.placement, [theirs.index(number) for number in common])
-    return before, layers_of(placement.placement, [ours.index(number) for number in common]), common, notes
-
-
 def ranges(numbers: Sequence[int]) -> str:
     """Text for numbers in ascending order.
 
@@ -232,7 +197,7 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join("-".join(map(str, part)) for part in parts)
 
 
-def _from_first(document: Document, entry: Format, raw: RawMap, first: int) -> RawMap:
+def _from_first(document: Document, entry: Format, raw: RawPlacement, first: int) -> RawPlacement:
     if raw.layer_ids is None:
         raw.layer_ids = _count_from(first, len(raw.slots))
         raw.findings = [
@@ -244,7 +209,7 @@ def _from_first(document: Document, entry: Format, raw: RawMap, first: int) -> R
         return raw
     kept = [row for row, number in enumerate(raw.layer_ids) if number >= first]
     if not kept:
-        raise document.refuse(
+        raise document.error(
             f"of {len(raw.slots)} layers",
             f"must have a row for layer {first}, the first MoE layer",
             "check first_layer (--first-layer)",
@@ -268,13 +233,13 @@ def is_trivial(slots: np.ndarray) -> bool:
     return np.array_equal(slots, np.arange(len(slots)) % max(1, experts))
 
 
-def _mark_mtp(document: Document, raw: RawMap, hidden: int) -> RawMap:
+def _mark_mtp(document: Document, raw: RawPlacement, hidden: int) -> RawPlacement:
     if raw.layer_ids is None:
         return raw
     main = raw.layer_ids[: len(raw.layer_ids) - raw.mtp_layers]
     behind = sum(number >= hidden for number in main)
     if behind == len(main) or (behind and raw.mtp_layers):
-        raise document.refuse(
+        raise document.error(
             f"with MoE layers {ranges(main)}",
             f"must have those below {hidden}, the number of hidden layers",
             "check num_hidden_layers (--hidden-layers)",
@@ -284,7 +249,7 @@ def _mark_mtp(document: Document, raw: RawMap, hidden: int) -> RawMap:
 
 def _check_first(document: Document, layer_ids: tuple[int, ...] | None, first: int) -> None:
     if layer_ids is not None and layer_ids[0] != first:
-        raise document.refuse(
+        raise document.error(
             f"with layer {layer_ids[0]} as its first",
             f"must begin with layer {first}, as first_layer (--first-layer) says",
             "leave that out: the file numbers the model's layers itself",
@@ -307,3 +272,49 @@ def check_hidden_layers(value: object) -> int | None:
             "pass the model's number of hidden layers, 61 for DeepSeek-V3",
         )
     return int(value)
+
+
+def without_dense(document: Document, load: Load) -> RawLoad:
+    """The load without layers in which no window has a token; what they were is noted.
+
+    Raises FileFormatError where that leaves nothing.
+    """
+    seen = (load != 0).any(axis=(0, 2))  # NaN counts as seen, and is found later
+    rows = np.flatnonzero(seen).tolist()
+    if not rows:
+        raise document.error("without a single token", "must hold recorded counts", "record some traffic first")
+    raw = RawLoad(load if len(rows) == len(seen) else load[:, rows], tuple(rows))
+    raw.metadata["num_hidden_layers"] = len(seen)
+    dense = np.flatnonzero(~seen).tolist()
+    if dense:
+        raw.notes.append(f"left out {len(dense)} layers without a token, taken for dense ones: {ranges(dense)}")
+    return raw
+
+
+def load_with_dense(load: Load, options: WriteOptions) -> Load:
+    """(T, every hidden layer, E): rows of zeros where `options.layer_ids` skips."""
+    numbers, count = _every(options)
+    full = np.zeros((load.shape[0], count, load.shape[2]), load.dtype)
+    full[:, numbers] = load
+    return full
+
+
+def slots_with_dense(value: Placement, options: WriteOptions) -> np.ndarray:
+    """(every hidden layer, P): slot i → expert i mod E where `options.layer_ids` skips."""
+    numbers, count = _every(options)
+    full = np.tile(np.arange(value.num_slots, dtype=np.int32) % value.num_experts, (count, 1))
+    full[numbers] = value.slot_to_expert
+    return full
+
+
+def _every(options: WriteOptions) -> tuple[list[int], int]:
+    assert options.layer_ids is not None  # `write` demands them for formats that number the model's layers
+    numbers = list(options.layer_ids)
+    count = max(numbers[-1] + 1, options.num_hidden_layers or 0)
+    if count > len(numbers):
+        options.notes.append(f"filled {count - len(numbers)} layers in as dense: {ranges(_others(numbers, count))}")
+    return numbers, count
+
+
+def _others(numbers: list[int], count: int) -> list[int]:
+    return sorted(set(range(count)).difference(numbers))

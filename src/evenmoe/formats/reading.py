@@ -1,20 +1,21 @@
-"""`read`: any file → `Contents`; and `open_raw`, the part of it that also `check` needs."""
+"""`read` and `check`: any file → `Contents`, or everything that is wrong with it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from importlib import import_module
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
 from evenmoe.errors import ConstraintError, FileFormatError
-from evenmoe.formats.catalogue import FORMATS, Format
-from evenmoe.formats.contents import Contents, Options, Raw, RawLoad, RawMap
-from evenmoe.formats.document import Document
-from evenmoe.formats.findings import Finding, inspect_load, inspect_map
+from evenmoe.formats.catalogue import ENTRIES, FORMATS, Entry, Format
+from evenmoe.formats.contents import Contents, Finding, Raw, RawLoad, RawPlacement, ReadOptions
+from evenmoe.formats.document import Document, open_document
+from evenmoe.formats.findings import inspect_load, inspect_placement
 from evenmoe.formats.layer_numbers import (
     MTP_LAYERS,
     apart_from_mtp,
@@ -23,9 +24,7 @@ from evenmoe.formats.layer_numbers import (
     number_rows,
     row_numbers,
 )
-from evenmoe.formats.physical import by_placement
-from evenmoe.formats.source import open_document
-from evenmoe.formats.values import without_empty_windows
+from evenmoe.formats.values import by_placement, without_empty_windows
 from evenmoe.io import DamagedFileError
 from evenmoe.placement import Placement, layers_of
 
@@ -37,23 +36,10 @@ _FLAGS = {
     "shared_devices": "--shared-devices",
     "placement": "--map",
 }
+_MOST_FINDINGS = 10_000
 
 
-def read(
-    source: str | Path,
-    *,
-    format: str | None = None,
-    num_ranks: int | None = None,
-    num_experts: int | None = None,
-    num_layers: int | None = None,
-    num_slots: int | None = None,
-    shared_devices: int | None = None,
-    layers: str | None = None,
-    placement: Placement | None = None,
-    placement_layers: tuple[int, ...] | None = None,
-    first_layer: int | None = None,
-    num_hidden_layers: int | None = None,
-) -> Contents:
+def read(source: str | Path, options: ReadOptions | None = None, **fields: object) -> Contents:
     """Read a placement or a load.
 
     Windows of a load in which nothing at all was recorded are left out, such as the unused positions of a ring buffer;
@@ -63,77 +49,83 @@ def read(
         source: a path; a folder with a file of every rank (TensorRT-LLM statistics, MindIE CSV, SGLang's dumps); "-"
             for standard input; JSON text that begins with "{"; or "trivial", slot i → expert i mod E, which needs all
             four sizes.
-        format: name in `FORMATS`; None to tell by content.
-        num_ranks: ranks that share the slots, where the file does not say (`Format.stores_ranks`).
-        num_experts: logical experts; default: the largest id + 1. Needed where the last experts may be missing.
-        num_layers: MoE layers, where a file appends dump after dump or keeps one list for all layers.
-        num_slots: slots of "trivial"; default: one per expert.
-        shared_devices: devices of an Ascend map that hold only the shared expert; default: told by content.
-        layers: "first:end", "first:end:step" or a number: only these layers, in the file's numbering, `end` left out.
-        placement: the one in use when a load per slot was recorded, where the file does not hold it. The counts of an
-            expert's slots are added up.
-        placement_layers: the model's own number of every row of `placement`, as `Contents.layer_ids` has them. Without,
-            its rows are the load's layers in order.
-        first_layer: the model's number of its first MoE layer. It numbers the rows of a file that counts MoE layers
-            from 0, and of a file with a row for every hidden layer it leaves out those before it, which are dense. All
-            later rows are taken for MoE layers; `layers` chooses them where some are dense.
-        num_hidden_layers: the model's hidden layers, dense ones counted, 61 for DeepSeek-V3. Layers that a file numbers
-            from there on are layers of multi-token prediction (MTP): they go to `Contents.metadata`.
+        options: what the file does not say.
+        fields: of `ReadOptions`, in place of those in `options`.
 
     Raises:
         FileFormatError: not readable, damaged, of no known format or of several, or no placement or load can be made of
-            it. `check` lists everything that is wrong. Or an argument that contradicts the file, or that it has no use
+            it. `check` lists everything that is wrong. Or an option that contradicts the file, or that it has no use
             for: `placement` with counts of experts, numbers of ranks or slots with a load.
-        ConstraintError: an argument that no file fits.
+        ConstraintError: an option that no file fits.
 
     >>> contents = read('{"physical_to_logical_map": [[0, 1, 0, 2]]}', num_ranks=2)
     >>> contents.format, contents.placement.num_replicas.tolist()
     ('sglang-location', [[2, 1, 1]])
     """
-    options = Options(
-        num_ranks,
-        num_experts,
-        num_layers,
-        num_slots,
-        shared_devices,
-        placement,
-        placement_layers,
-        first_layer=first_layer,
-        num_hidden_layers=num_hidden_layers,
-    )
-    return contents_of(*open_raw(source, format, options, layers), options)
+    options = merged(options, fields)
+    return contents_of(*open_raw(source, options), options)
 
 
-def contents_of(
-    document: Document, entry: Format, raw: Raw, options: Options, *, keep_empty_windows: bool = False
-) -> Contents:
-    """What `read` returns, of a load with `keep_empty_windows` also the windows in which nothing was recorded.
+@dataclass(frozen=True)
+class Checked:
+    """What `check` found.
 
-    Raises FileFormatError on the first finding that leaves no placement or load.
+    Attributes:
+        format: name in `FORMATS`.
+        findings: at most 10,000, errors and warnings in the file's order.
+        summary: sizes by name; of a load without the windows in which nothing was recorded, which are counted too.
+        notes: as in `Contents`.
     """
-    check_use(document, entry, raw, options)
-    for finding in inspect(raw, options):
-        if finding.fatal:
-            raise document.refuse(
-                f"with {finding.text}", finding.rule, f"{finding.fix} (evenmoe check lists all findings)"
+
+    format: str
+    findings: tuple[Finding, ...]
+    summary: dict[str, int]
+    notes: tuple[str, ...]
+
+    @property
+    def clean(self) -> bool:
+        """Whether there is no error; warnings may be there."""
+        return all(finding.severity != "error" for finding in self.findings)
+
+
+def check(source: str | Path, options: ReadOptions | None = None, **fields: object) -> Checked:
+    """Find everything that is wrong with a file, also where no placement can be made of it; the arguments are `read`'s.
+
+    Without `num_ranks`, a file that does not say how slots divide among ranks is not checked for what concerns ranks.
+
+    Raises:
+        FileFormatError: not readable as any format, so that nothing can be said about it; or an option that
+            contradicts it, or that it has no use for.
+
+    >>> [finding.text for finding in check('{"physical_to_logical_map": [[0, 2, 0, 2]]}', num_ranks=2).findings]
+    ['no slot for expert 1 in layer 0']
+    """
+    options = merged(options, fields)
+    document, format, raw = open_raw(source, options)
+    _check_use(document, format, raw, options)
+    findings = tuple(islice(_inspect(raw, options), _MOST_FINDINGS))
+    notes = list(raw.notes)
+    if isinstance(raw, RawPlacement):
+        summary = {"num_layers": len(raw.slots) - raw.mtp_layers, "num_slots": len(raw.slots[0])}
+        if raw.mtp_layers:
+            summary["num_mtp_layers"] = raw.mtp_layers
+        if raw.rank_sizes is not None:
+            summary["num_ranks"] = len(raw.rank_sizes[0])
+        elif options.num_ranks is not None:
+            summary["num_ranks"] = options.num_ranks
+        else:
+            notes.append(
+                "the file does not say how slots divide among ranks: nothing about ranks was checked (--ranks)"
             )
-    notes = (*raw.notes, *(f"{finding.text}: it {finding.rule}" for finding in raw.findings))
-    if isinstance(raw, RawMap):
-        return _placement_contents(document, entry, raw, options, notes)
-    load, empty = (raw.load, 0) if keep_empty_windows else without_empty_windows(raw.load)
-    if empty:
-        notes = (*notes, f"left out {empty} of {len(raw.load)} windows, in which nothing was recorded")
-    return Contents("load", entry.name, raw.placement, load, raw.layer_ids, raw.metadata, notes, empty, raw.trace)
+    else:
+        load, empty = without_empty_windows(raw.load)
+        windows, rows, experts = load.shape
+        summary = {"num_windows": windows, "num_layers": rows, "num_experts": experts, "num_empty_windows": empty}
+    return Checked(format.name, findings, summary, tuple(notes))
 
 
 def read_placement(
-    source: str | Path,
-    options: Options,
-    layers: str | None = None,
-    *,
-    format: str | None = None,
-    argument: str | None = None,
-    ranks_matter: bool = True,
+    source: str | Path, options: ReadOptions, *, argument: str | None = None, ranks_matter: bool = True
 ) -> Contents:
     """As `read`, of what must be a placement; errors call it `argument`, where it is that of an option.
 
@@ -142,33 +134,78 @@ def read_placement(
     Raises:
         ConstraintError: it is a load.
     """
-    document, entry = open_format(source, format, options)
-    if entry.kind != "placement":
+    document, format = _open_format(source, options)
+    if format.kind != "placement":
         name, value = (str(source), "a load") if argument is None else (argument, f"{source}, a load")
         raise ConstraintError(name, value, "must be a placement", "plan one from it, or name the file of the placement")
-    raw = read_raw(document, entry, options, layers)
-    assert isinstance(raw, RawMap)
+    raw = _read_raw(document, format, options)
+    assert isinstance(raw, RawPlacement)
     if not ranks_matter and raw.rank_sizes is None:
         options = dataclasses.replace(options, num_ranks=options.num_ranks or 1)
-    return contents_of(document, entry, raw, options)
+    return contents_of(document, format, raw, options)
+
+
+def merged(options: ReadOptions | None, fields: Mapping[str, object]) -> ReadOptions:
+    """The options with these fields in place of their own."""
+    return dataclasses.replace(options or ReadOptions(), **fields)
+
+
+def open_raw(source: str | Path, options: ReadOptions) -> tuple[Document, Format, Raw]:
+    """The file as it is, its format, and what it holds before it is judged."""
+    document, format = _open_format(source, options)
+    return document, format, _read_raw(document, format, options)
+
+
+def contents_of(
+    document: Document, format: Format, raw: Raw, options: ReadOptions, *, keep_empty_windows: bool = False
+) -> Contents:
+    """What `read` returns, of a load with `keep_empty_windows` also the windows in which nothing was recorded.
+
+    Raises FileFormatError on the first finding that leaves no placement or load.
+    """
+    _check_use(document, format, raw, options)
+    for finding in _inspect(raw, options):
+        if finding.fatal:
+            raise document.error(
+                f"with {finding.text}", finding.rule, f"{finding.fix} (evenmoe check lists all findings)"
+            )
+    notes = (*raw.notes, *(f"{finding.text}: it {finding.rule}" for finding in raw.findings))
+    if isinstance(raw, RawPlacement):
+        return _placement_contents(document, format, raw, options, notes)
+    load, empty = (raw.load, 0) if keep_empty_windows else without_empty_windows(raw.load)
+    if empty:
+        notes = (*notes, f"left out {empty} of {len(raw.load)} windows, in which nothing was recorded")
+    return Contents("load", format.name, raw.placement, load, raw.layer_ids, raw.metadata, notes, empty, raw.trace)
 
 
 def _placement_contents(
-    document: Document, entry: Format, raw: RawMap, options: Options, notes: tuple[str, ...]
+    document: Document, format: Format, raw: RawPlacement, options: ReadOptions, notes: tuple[str, ...]
 ) -> Contents:
-    whole = _placement(document, entry, raw, options)
+    num_ranks = options.num_ranks or (len(raw.rank_sizes[0]) if raw.rank_sizes else None)
+    if num_ranks is None:
+        raise document.error(
+            f"a {format.name} file, which says nothing of ranks",
+            "must be read with their number",
+            "pass num_ranks (--ranks)",
+        )
+    whole = Placement(
+        np.stack(raw.slots),
+        num_ranks,
+        num_experts=options.num_experts or raw.num_experts,
+        replica_index=None if raw.replica_index is None else np.stack(raw.replica_index),
+    )
     if not raw.mtp_layers:
-        return Contents("placement", entry.name, whole, None, raw.layer_ids, raw.metadata, notes)
+        return Contents("placement", format.name, whole, None, raw.layer_ids, raw.metadata, notes)
     main = len(raw.slots) - raw.mtp_layers
     if not main:
-        raise document.refuse(
+        raise document.error(
             "of a layer of multi-token prediction (MTP) alone", "must hold a MoE layer, too", "check --layers"
         )
     placement, slots = apart_from_mtp(whole, raw.mtp_layers)
     noun = "the MTP layer" if raw.mtp_layers == 1 else f"{raw.mtp_layers} MTP layers"
     return Contents(
         "placement",
-        entry.name,
+        format.name,
         placement,
         None,
         raw.layer_ids and raw.layer_ids[:main],
@@ -177,15 +214,7 @@ def _placement_contents(
     )
 
 
-def open_raw(
-    source: str | Path, format: str | None, options: Options, layers: str | None = None
-) -> tuple[Document, Format, Raw]:
-    """The file as it is, its format, and what it holds before it is judged."""
-    document, entry = open_format(source, format, options)
-    return document, entry, read_raw(document, entry, options, layers)
-
-
-def open_format(source: str | Path, format: str | None, options: Options) -> tuple[Document, Format]:
+def _open_format(source: str | Path, options: ReadOptions) -> tuple[Document, Format]:
     """The file as it is, and its format."""
     for name in ("num_ranks", "num_experts", "num_layers", "num_slots"):
         value = getattr(options, name)
@@ -201,37 +230,87 @@ def open_format(source: str | Path, format: str | None, options: Options) -> tup
         )
     document = open_document(source)
     try:
-        return document, _named(document, format) if format else _detect(document)
+        return document, _named(document, options.format) if options.format else _detected(document)
     except DamagedFileError as error:
         raise _damaged(document, error) from None
 
 
-def read_raw(document: Document, entry: Format, options: Options, layers: str | None) -> Raw:
+def _named(document: Document, name: str) -> Format:
+    format = FORMATS.get(name)
+    if format.read is None:
+        raise ConstraintError("format", repr(name), "must be one that evenmoe reads", "it is only written: use another")
+    if document.container not in format.containers:
+        raise document.error(
+            f"a {document.container} file",
+            f"must be {' or '.join(format.containers)} to be {format.name}",
+            "leave the format out to have it detected automatically",
+        )
+    return format
+
+
+def _detected(document: Document) -> Format:
+    fitting = [format for format in _candidates(document) if format.read is not None and format.matches(document)]
+    if len(fitting) == 1:
+        return fitting[0]
+    names = ", ".join(format.name for format in fitting)
+    if fitting:
+        raise document.error(
+            f"a {document.container} file whose content fits {names}",
+            "must be of one format",
+            "say which with format (--format, --from)",
+        )
+    raise document.error(
+        f"a {document.container} file of no known format",
+        "must be of a format in FORMATS",
+        "see evenmoe convert --list-formats; name it with format (--format, --from) to be told what is missing",
+    )
+
+
+def _candidates(document: Document) -> Iterator[Format]:
+    """The formats that are worth a look; modules of others are not imported."""
+    for name in FORMATS:
+        if name in ENTRIES and not _resembles(document, ENTRIES[name]):
+            continue
+        format = FORMATS.get(name)
+        if document.container in format.containers:
+            yield format
+
+
+def _resembles(document: Document, entry: Entry) -> bool:
+    if document.container not in entry.containers:
+        return False
+    if isinstance(document.value, Mapping):
+        return bool(entry.keys) and any(re.fullmatch(entry.keys, str(key)) for key in document.value)
+    return entry.arrays or not isinstance(document.value, np.ndarray)
+
+
+def _read_raw(document: Document, format: Format, options: ReadOptions) -> Raw:
     """What a file of this format holds before it is judged."""
+    assert format.read is not None
     try:
-        raw = _module(entry).read(document, options)
+        raw = format.read(document, options)
     except DamagedFileError as error:  # an .npz unpacks when it is asked for an array
         raise _damaged(document, error) from None
     # The file's own numbers choose its layers, also where it merely counts them and is given the model's.
     shift = options.first_layer or 0 if raw.layer_ids is None else 0
-    raw = number_rows(document, entry, raw, options)
+    raw = number_rows(document, format, raw, options)
     if isinstance(raw, RawLoad):
         raw = _check_sizes(document, by_placement(document, raw, options), options)
-    return select_layers(document, raw, layers, shift) if layers else raw
+    return _select_layers(document, raw, options.layers, shift) if options.layers else raw
 
 
 def _damaged(document: Document, error: DamagedFileError) -> FileFormatError:
-    return document.refuse(error, "must be an intact .npz file", "write or download it again")
+    return document.error(error, "must be an intact .npz file", "write or download it again")
 
 
-def inspect(raw: Raw, options: Options) -> Iterator[Finding]:
+def _inspect(raw: Raw, options: ReadOptions) -> Iterator[Finding]:
     """Everything that is wrong with it."""
-    if isinstance(raw, RawMap):
-        return inspect_map(raw, options.num_ranks, options.num_experts)
+    if isinstance(raw, RawPlacement):
+        return inspect_placement(raw, options.num_ranks, options.num_experts)
     return inspect_load(raw)
 
 
-def check_use(document: Document, entry: Format, raw: Raw, options: Options) -> None:
+def _check_use(document: Document, format: Format, raw: Raw, options: ReadOptions) -> None:
     """Raise FileFormatError where an option says nothing about a file of this kind, and would silently do nothing."""
     useless = {"placement": options.placement}
     if isinstance(raw, RawLoad):
@@ -240,14 +319,11 @@ def check_use(document: Document, entry: Format, raw: Raw, options: Options) -> 
             useless["num_ranks"] = options.num_ranks
     for name, value in useless.items():
         if value is not None:
-            raise document.refuse(
-                f"a {entry.kind} ({entry.name})",
-                f"takes no {name} ({_FLAGS[name]})",
-                "leave that out",
-            )
+            rule = f"takes no {name} ({_FLAGS[name]})"
+            raise document.error(f"a {format.kind} ({format.name})", rule, "leave that out")
 
 
-def _check_sizes(document: Document, raw: RawLoad, options: Options) -> RawLoad:
+def _check_sizes(document: Document, raw: RawLoad, options: ReadOptions) -> RawLoad:
     """The load, if it has the sizes that were given. Raises FileFormatError."""
     for name, found in (("num_layers", raw.load.shape[1]), ("num_experts", raw.load.shape[2])):
         given = getattr(options, name)
@@ -256,11 +332,11 @@ def _check_sizes(document: Document, raw: RawLoad, options: Options) -> RawLoad:
             fix = f"leave {name} ({_FLAGS[name]}) out"
             if name == "num_experts" and options.placement is None and given < found:
                 fix = f"if it counts slots, pass their placement (--map FILE); else {fix}"
-            raise document.refuse(f"a load with {found} {what}", f"must have the {given} that were asked for", fix)
+            raise document.error(f"a load with {found} {what}", f"must have the {given} that were asked for", fix)
     return raw
 
 
-def select_layers(document: Document, raw: Raw, layers: str, shift: int) -> Raw:
+def _select_layers(document: Document, raw: Raw, layers: str, shift: int) -> Raw:
     """Only the layers "first:end" or "first:end:step" of the file's own numbering, `shift` less than the raw one."""
     parts = layers.split(":")
     try:
@@ -276,12 +352,12 @@ def select_layers(document: Document, raw: Raw, layers: str, shift: int) -> Raw:
     numbers = [number - shift for number in row_numbers(raw)]
     kept = [row for row, number in enumerate(numbers) if number in range(start, stop, step)]
     if not kept:
-        raise document.refuse(
+        raise document.error(
             f"of layers {numbers[0]} to {numbers[-1]}", f"must have a layer in {layers}", "check --layers"
         )
     if len(kept) < len(numbers):
         raw.notes.append(f"kept {len(kept)} of {len(numbers)} layers, {numbers[kept[0]]} to {numbers[kept[-1]]}")
-    if isinstance(raw, RawMap):
+    if isinstance(raw, RawPlacement):
         return choose_rows(raw, kept)
     remaining = {numbers[row] + shift for row in kept}
     return dataclasses.replace(
@@ -291,59 +367,4 @@ def select_layers(document: Document, raw: Raw, layers: str, shift: int) -> Raw:
         placement=None if raw.placement is None else layers_of(raw.placement, kept),
         findings=[finding for finding in raw.findings if finding.layer is None or finding.layer in remaining],
         trace=raw.trace and raw.trace.of_layers(kept),
-    )
-
-
-def _placement(document: Document, entry: Format, raw: RawMap, options: Options) -> Placement:
-    num_ranks = options.num_ranks or (len(raw.rank_sizes[0]) if raw.rank_sizes else None)
-    if num_ranks is None:
-        raise document.refuse(
-            f"a {entry.name} file, which says nothing of ranks",
-            "must be read with their number",
-            "pass num_ranks (--ranks)",
-        )
-    return Placement(
-        np.stack(raw.slots),
-        num_ranks,
-        num_experts=options.num_experts or raw.num_experts,
-        replica_index=None if raw.replica_index is None else np.stack(raw.replica_index),
-    )
-
-
-def _module(entry: Format) -> ModuleType:
-    return import_module(entry.module)
-
-
-def _named(document: Document, format: str) -> Format:
-    entry = FORMATS.get(format)
-    if entry is None:
-        raise ConstraintError("format", repr(format), "must be a name in FORMATS", f"use one of {', '.join(FORMATS)}")
-    if document.container not in entry.containers:
-        raise document.refuse(
-            f"a {document.container} file",
-            f"must be {' or '.join(entry.containers)} to be {format}",
-            "leave the format out to have it told by content",
-        )
-    return entry
-
-
-def _detect(document: Document) -> Format:
-    fitting = [
-        entry
-        for entry in FORMATS.values()
-        if entry.reads and document.container in entry.containers and _module(entry).matches(document)
-    ]
-    if len(fitting) == 1:
-        return fitting[0]
-    names = ", ".join(entry.name for entry in fitting)
-    if fitting:
-        raise document.refuse(
-            f"a {document.container} file whose content fits {names}",
-            "must be of one format",
-            "say which with format (--format, --from)",
-        )
-    raise document.refuse(
-        f"a {document.container} file of no known format",
-        "must be of a format in FORMATS",
-        "see evenmoe convert --list-formats; name it with format (--format, --from) to be told what is missing",
     )

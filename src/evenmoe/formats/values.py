@@ -1,12 +1,158 @@
-"""What several writers do to a value before they write it."""
+"""From a file's rows to placements and loads, and back: what the formats of several tools have in common."""
 
 from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
 
 import numpy as np
 
 from evenmoe.errors import ConstraintError
-from evenmoe.formats.contents import IntArray, Load, WriteOptions
-from evenmoe.placement import Placement
+from evenmoe.formats.contents import IntArray, Load, RawLoad, ReadOptions, WriteOptions
+from evenmoe.formats.document import Document
+from evenmoe.io import ALLOWANCE_BYTES, Value
+from evenmoe.io.npz import npy_bytes, npz_bytes
+from evenmoe.placement import Placement, layers_of
+
+_LAYER_IN_NAME = re.compile(r"(?:.*\.)?layers\.([0-9]{1,6})(?:\..*)?")
+
+
+def slot_rows(document: Document, value: Value, where: str) -> list[IntArray]:
+    """Integers (L, P), or L rows of different lengths, which `check` names."""
+    if isinstance(value, np.ndarray) and value.ndim == 2 and value.size:
+        return list(document.numbers(value, where, (2,), integers=True))
+    if isinstance(value, list) and value and all(isinstance(row, np.ndarray) and row.ndim == 1 for row in value):
+        return [
+            document.numbers(row, f"{where}[{layer}]", (1,), integers=True) if row.size else row.astype(np.int64)
+            for layer, row in enumerate(value)
+        ]
+    document.numbers(value, where, (2,), integers=True)  # says what is there instead
+    raise document.error(f"with {where} that is empty", "must have a row per layer", "check how it was written")
+
+
+def numbered_rows(document: Document, value: Value, where: str) -> tuple[dict[int, IntArray], bool]:
+    """{layer: slots} in ascending order, from keys like 3, "3" or "model.layers.3.mlp"; whether any was such a name."""
+    if not isinstance(value, Mapping) or not value:
+        raise document.error(f"without layers in {where}", "must map layers to slots", "check how it was written")
+    rows: dict[int, IntArray] = {}
+    named = False
+    for key, row in value.items():
+        number = layer_number(key)
+        if number is None or number in rows:
+            raise document.error(
+                f"with the key {str(key)[:40]!r} in {where}", "must have a layer's number as key, once", "correct it"
+            )
+        named = named or (isinstance(key, str) and not key.isdigit())
+        rows[number] = document.numbers(row, f"{where}, layer {number}", (1,), integers=True)
+    return dict(sorted(rows.items())), named
+
+
+def layer_number(key: Value) -> int | None:
+    """The layer that a key names, None where it names none."""
+    if isinstance(key, int) and not isinstance(key, bool):
+        return key if 0 <= key < 10**6 else None
+    if not isinstance(key, str):
+        return None
+    if key.isascii() and key.isdigit() and len(key) <= 6:
+        return int(key)
+    match = _LAYER_IN_NAME.fullmatch(key)
+    return int(match.group(1)) if match else None
+
+
+def by_placement(document: Document, raw: RawLoad, options: ReadOptions) -> RawLoad:
+    """The load converted from the slots of `options.placement` to logical experts, where there is one.
+
+    Raises FileFormatError where the counts cannot be those of its slots.
+    """
+    placement = options.placement
+    if placement is None:
+        return raw
+    leave_out = "leave placement (--map) out"
+    trace = raw.trace
+    if trace is not None and (trace.routing is not None or trace.load_by_rank is not None):
+        raise document.error(
+            "a trace with routing or loads by rank, which name experts",
+            "must count slots alone to take a placement (--map)",
+            leave_out,
+        )
+    if raw.has_own_map:
+        raise document.error("a load that holds the map of its own slots", "must be read by that", leave_out)
+    width = raw.load.shape[2]
+    if width != placement.num_slots:
+        raise document.error(
+            f"a load with {width} counts per layer",
+            f"must have one for each of the {placement.num_slots} slots of its placement",
+            f"pass the placement that was in use when it was recorded, or {leave_out} if it counts logical experts",
+        )
+    held = _layers_of(document, placement, raw.load.shape[1], raw.layer_ids, options.placement_layers)
+    load = to_logical(document, raw.load, held.slot_to_expert.astype(np.int64), held.num_experts)
+    if trace is not None:
+        trace = dataclasses.replace(trace, load=load)
+    return dataclasses.replace(raw, load=load, placement=held, trace=trace)
+
+
+def _layers_of(
+    document: Document,
+    placement: Placement,
+    rows: int,
+    layer_ids: tuple[int, ...] | None,
+    placement_layers: tuple[int, ...] | None,
+) -> Placement:
+    """The rows of the placement that are the load's layers, found by number where both are numbered."""
+    fix = "give the placement that was in use when it was recorded"
+    if layer_ids is None or placement_layers is None:
+        if rows != placement.num_layers:
+            raise document.error(
+                f"a load with {rows} layers", f"must have the {placement.num_layers} layers of its placement", fix
+            )
+        return placement
+    absent = sorted(set(layer_ids) - set(placement_layers))
+    if absent:
+        raise document.error(
+            f"a load with layer {absent[0]}",
+            f"must have layers of its placement, which are {placement_layers[0]} to {placement_layers[-1]}",
+            fix,
+        )
+    chosen = [placement_layers.index(number) for number in layer_ids]
+    return layers_of(placement, chosen)
+
+
+def to_logical(document: Document, per_slot: Load, slots: IntArray, num_experts: int | None) -> Load:
+    """Sum the slots of each expert.
+
+    Args:
+        document: named in errors.
+        per_slot: (T, L, P), tokens per slot.
+        slots: int64 (L, P), the logical expert of each slot.
+        num_experts: E; default: the largest id + 1.
+
+    Returns:
+        (T, L, E), dtype of `per_slot`.
+    """
+    if slots.shape != per_slot.shape[1:]:
+        raise document.error(
+            f"with counts of {per_slot.shape[1]} layers and {per_slot.shape[2]} slots",
+            f"must fit its placement's {slots.shape[0]} layers and {slots.shape[1]} slots",
+            "give the placement that was in use when it was recorded",
+        )
+    experts = num_experts or int(slots.max()) + 1
+    wrong = np.argwhere((slots < 0) | (slots >= min(experts, slots.shape[1])))
+    if len(wrong):
+        layer, slot = wrong[0].tolist()
+        raise document.error(
+            f"with expert {slots[layer, slot]} in layer {layer}, slot {slot} of its placement",
+            f"must place experts 0 to {min(experts, slots.shape[1]) - 1}",
+            "check the placement",
+        )
+    # Before anything is allocated: a number of experts may be any.
+    if per_slot.itemsize * len(per_slot) * per_slot.shape[1] * experts > 9 * per_slot.nbytes + ALLOWANCE_BYTES:
+        raise document.error(f"read with {experts} experts", "must have a slot for each", "check --experts")
+    logical = np.zeros((*per_slot.shape[:2], experts), per_slot.dtype)
+    with np.errstate(over="ignore"):  # a sum beyond float64 is infinite, and found as such
+        for layer, row in enumerate(slots):
+            np.add.at(logical[:, layer].T, row, per_slot[:, layer].T)
+    return logical
 
 
 def without_empty_windows(load: Load) -> tuple[Load, int]:
@@ -80,3 +226,28 @@ def slots_of(value: Placement, options: WriteOptions) -> np.ndarray:
     if not np.array_equal(ascending.replica_index, value.replica_index):
         options.notes.append("left out the order of replicas, which the format does not hold: ascending slots")
     return value.slot_to_expert
+
+
+def array_bytes(array: np.ndarray, container: str) -> bytes:
+    """`array` as a .pt of one tensor, or as .npy."""
+    return _torch_bytes(array) if container == "pt" else npy_bytes(array)
+
+
+def arrays_bytes(arrays: dict[str, np.ndarray], container: str) -> bytes:
+    """Named arrays as a .pt dictionary, or as .npz."""
+    return _torch_bytes(arrays) if container == "pt" else npz_bytes(arrays, compress=False)
+
+
+def named_bytes(content: dict[str, Value], container: str) -> bytes:
+    """Named arrays, numbers and texts as a .pt dictionary, or as a JSON object."""
+    if container == "pt":
+        return _torch_bytes(content)
+    from evenmoe.io.json_text import json_bytes
+
+    return json_bytes(content)
+
+
+def _torch_bytes(value: Value) -> bytes:
+    from evenmoe.io.torch_file import torch_bytes  # not at the top: files without tensors need no reader of pickles
+
+    return torch_bytes(value)

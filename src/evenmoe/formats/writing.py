@@ -1,32 +1,40 @@
-"""`write`: a placement or a load → a file; the old file stays until the new one is complete."""
+"""`write`: a placement or a load → a file, and `convert`: a file → one of another format.
+
+The old file stays until the new one is complete.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from importlib import import_module
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from evenmoe.errors import ConstraintError
 from evenmoe.formats.catalogue import FORMATS, Format
-from evenmoe.formats.contents import Load, WriteOptions
+from evenmoe.formats.contents import Contents, Load, RawLoad, RawPlacement, ReadOptions, WriteOptions
 from evenmoe.formats.layer_numbers import (
     HIDDEN_LAYERS,
     MOST_LAYERS,
     check_hidden_layers,
+    check_hidden_layers_matter,
     for_target,
     note_new_numbers,
     ranges,
 )
+from evenmoe.formats.reading import contents_of, merged, open_raw
+from evenmoe.io import Value
 from evenmoe.io.output import whole_file, whole_folder, write_standard_output
 from evenmoe.metrics import as_array, check_counts
 from evenmoe.placement import Placement
 from evenmoe.traces.trace import Trace
 
+#: What placement files say beside the placement, by name in `Contents.metadata`.
+_OF_THE_FILE = ("strategy_version", "layer_updates_per_iter")
 _BY_SUFFIX = {
     ".json": "json",
     ".jsonl": "jsonl",
@@ -47,7 +55,7 @@ def write(
     *,
     format: str,
     layer_ids: Sequence[int] | None = None,
-    metadata: dict[str, Any] | None = None,
+    metadata: Mapping[str, Value] | None = None,
 ) -> tuple[str, ...]:
     """Write a placement or a load.
 
@@ -72,9 +80,8 @@ def write(
         OSError: the target cannot be written; `filename` names it, and what was there has not changed.
     """
     entry = FORMATS.get(format)
-    if entry is None or not entry.writes:
-        names = ", ".join(name for name, known in FORMATS.items() if known.writes)
-        raise ConstraintError("format", repr(format), "must be a name in FORMATS", f"use one of {names}")
+    if entry.write is None:
+        raise ConstraintError("format", repr(format), "must be one that evenmoe writes", "it is only read: use another")
     trace = None
     if isinstance(value, Trace):
         trace, value = value, value.load
@@ -92,7 +99,7 @@ def write(
     elif trace is not None:
         options.notes.extend(_left_out(trace, entry))
     note_new_numbers(entry, options)
-    content = import_module(entry.module).write(checked, options)
+    content = entry.write(checked, options)
     if isinstance(content, dict):
         _write_folder(target, content)
     elif str(target) == "-":
@@ -103,9 +110,42 @@ def write(
     return tuple(options.notes)
 
 
+@dataclass(frozen=True)
+class Converted:
+    """What `convert` did: `contents` as read, `format` as written, `notes` of both, what was dropped or assumed."""
+
+    contents: Contents
+    format: str
+    notes: tuple[str, ...]
+
+
+def convert(
+    source: str | Path, target: str | Path, to: str, options: ReadOptions | None = None, **fields: object
+) -> Converted:
+    """Read `source` and write `target` in the format `to`; `options` and `fields` are those of `read`.
+
+    Between two formats without ranks no number of ranks is needed.
+
+    Raises:
+        FileFormatError, ConstraintError, OSError: as `read` and `write`.
+    """
+    goal = FORMATS.get(to)
+    options = merged(options, fields)
+    document, entry, raw = open_raw(source, options)
+    if isinstance(raw, RawPlacement) and raw.rank_sizes is None and not goal.stores_ranks:
+        options = dataclasses.replace(options, num_ranks=options.num_ranks or 1)  # written nowhere
+    # A trace that is written again as a trace is the same recording: what follows the windows in time stays in place.
+    again = isinstance(raw, RawLoad) and raw.trace is not None and goal.whole_traces
+    contents = contents_of(document, entry, raw, options, keep_empty_windows=again)
+    check_hidden_layers_matter(contents, goal, options)
+    value = _value(contents, goal)
+    notes = write(target, value, format=to, layer_ids=contents.layer_ids, metadata=contents.metadata)
+    return Converted(contents, goal.name, (*contents.notes, *_assumed(contents, entry, goal), *notes))
+
+
 def _left_out(trace: Trace, entry: Format) -> list[str]:
     """What of a trace has no place in the format, by name."""
-    if entry.name == "evenmoe-trace":
+    if entry.whole_traces:
         return []
     names = [name for name in ("routing", "seq_start", "load_by_rank") if getattr(trace, name) is not None]
     if entry.kept_metadata is not None:
@@ -120,7 +160,7 @@ def _checked(value: Placement | npt.ArrayLike, entry: Format) -> Placement | Loa
             "format",
             entry.name,
             f"must hold a {kind}, for that is the value, and holds a {entry.kind}",
-            f"use one of {', '.join(name for name, known in FORMATS.items() if known.kind == kind)}",
+            f"use one of {', '.join(name for name in FORMATS if FORMATS.get(name).kind == kind)}",
         )
     if isinstance(value, Placement):
         return value
@@ -161,7 +201,7 @@ def _checked_layer_ids(layer_ids: Sequence[int] | None, rows: int, entry: Format
             )
         return None
     numbers = tuple(int(number) for number in layer_ids)
-    if entry.name == "evenmoe-trace":
+    if entry.whole_traces:
         return numbers  # a trace has its own rules, and checks them
     if (
         len(numbers) != rows
@@ -194,3 +234,30 @@ def _write_folder(target: str | Path, files: dict[str, bytes]) -> None:
     with whole_folder(path) as folder:
         for name, content in files.items():
             (folder / name).write_bytes(content)
+
+
+def _value(contents: Contents, goal: Format) -> Placement | Load | Trace:
+    if contents.placement is not None and contents.kind == "placement":
+        return contents.placement
+    assert contents.load is not None
+    if contents.trace is None or goal.whole_traces:
+        return contents.trace or contents.load
+    return dataclasses.replace(contents.trace, load=contents.load)  # so that `write` names what it leaves out
+
+
+def _assumed(contents: Contents, source: Format, goal: Format) -> list[str]:
+    """What of a placement's file is left out, or taken for granted because the other numbers or marks its layers."""
+    if contents.kind != "placement":
+        return []
+    notes = [
+        f"left out `{name}`: the format has no place for it"
+        for name in _OF_THE_FILE
+        if name in contents.metadata and name not in (goal.kept_metadata or ())
+    ]
+    if goal.optional_layers and contents.layer_ids is None:
+        return [*notes, "left the layers counted from 0: the file has no numbers of the model (--first-layer)"]
+    marked = source.dense_rows or not source.model_layers or contents.metadata.get(HIDDEN_LAYERS) is not None
+    keeps_numbers = goal.optional_layers or (goal.model_layers and not goal.dense_rows)
+    if not marked and not keeps_numbers:
+        notes.append("took no layer for an MTP layer; --hidden-layers tells them apart")
+    return notes

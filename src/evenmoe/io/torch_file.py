@@ -143,7 +143,7 @@ _MARK, _OPAQUE = object(), object()
 def _check_pickle(data: bytes, record_bytes: Callable[[str], int | None], file_bytes: int) -> None:
     """Walk the pickle; `record_bytes(key)` is the size of a storage's record, None where there is none."""
     if len(data) > _LARGEST_BYTES:
-        raise DamagedFileError(f"a pickle with a pickle of {len(data)} bytes, more than {_LARGEST_BYTES}")
+        raise DamagedFileError(f"a pickle of {len(data)} bytes, more than {_LARGEST_BYTES}")
     walk = _Walk(record_bytes, 8 * file_bytes + ALLOWANCE_BYTES)
     try:
         for operation, argument, position in pickletools.genops(data):
@@ -152,7 +152,7 @@ def _check_pickle(data: bytes, record_bytes: Callable[[str], int | None], file_b
     except DamagedFileError:
         raise
     except Exception as error:  # genops: ValueError, UnicodeDecodeError, …; an empty stack: IndexError
-        raise DamagedFileError(f"a pickle with a damaged pickle ({str(error)[:80] or type(error).__name__})") from None
+        raise DamagedFileError(f"a damaged pickle ({str(error)[:80] or type(error).__name__})") from None
 
 
 class _Walk:

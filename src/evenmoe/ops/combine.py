@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -20,7 +20,7 @@ from evenmoe.contract.layout import Layout, scale_down
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.dispatched import Dispatched
 from evenmoe.errors import ConstraintError
-from evenmoe.ops.exchange import active_tokens, check_physical_ids, positions_of, prepare_returning, sent_entries
+from evenmoe.ops.exchange import active_tokens, check_physical_ids, positions_of, prepare_returning, sent_assignments
 from evenmoe.ops.numerics import BLOCK_INT8, pack_blocks, unpack_blocks
 from evenmoe.ops.operator import (
     Combining,
@@ -39,7 +39,8 @@ from evenmoe.transport.agreement import UNKNOWN, Header, digest, dtype_code
 from evenmoe.transport.call import GroupCall, Outgoing, together
 from evenmoe.transport.process_world import Group
 
-_Call = TypeVar("_Call", bound=CombineCall[Any])
+_Call = TypeVar("_Call", bound=CombineCall[torch.Tensor])
+Check: TypeAlias = Callable[[Any], Layout]  # the contract of one of the two operators, on its call of specs
 
 
 def combine(
@@ -109,7 +110,7 @@ def combine(
     Raises:
         MissingArgumentError, UnsupportedTypeError, ConstraintError: in the order of specification §3.6.
         RankDisagreementError: the ranks combine different dispatches or call with different sizes, or the call was
-            refused or failed on another rank; the same on every rank. The next call that all ranks make is right.
+            invalid or failed on another rank; the same on every rank. The next call that all ranks make is right.
         LostRankError: a rank is gone or was interrupted; `.ranks` says which. The group is closed for good.
 
     Two ranks, one expert each; expert 0 doubles, expert 1 negates; every token uses both, half and half:
@@ -147,7 +148,7 @@ def combining(call_type: Callable[..., _Call], given: dict[str, Any]) -> Iterato
 
 
 @dataclass(frozen=True)
-class Plan:
+class CombinePlan:
     """What follows from a call's shapes and attributes: the layout, and what the ranks and the peers must agree on."""
 
     layout: Layout
@@ -155,9 +156,7 @@ class Plan:
     peer_header: Header
 
 
-def prepare(
-    check: Callable[[Any], Layout], call: CombineCall[TensorSpec], elastic_info: list[int] | None = None
-) -> Plan:
+def prepare(check: Check, call: CombineCall[TensorSpec], elastic_info: list[int] | None = None) -> CombinePlan:
     """Check a call of one of the two operators, in the world that `elastic_info` leaves."""
     layout = check(call)
     if elastic_info is not None:
@@ -179,11 +178,11 @@ def prepare(
         "digest of `elastic_info`": digest((layout.num_experts, *layout.active_ranks)),
     }
     peer_sizes = {**sizes, "expert parallel rank": layout.rank}
-    return Plan(layout, Header("combine", sizes), Header("tensor-parallel step of combine", peer_sizes))
+    return CombinePlan(layout, Header("combine", sizes), Header("tensor-parallel step of combine", peer_sizes))
 
 
 def combine_and_sum(
-    call: Combining, check: Callable[[Any], Layout], prepared: Prepared[Plan]
+    call: Combining, check: Check, prepared: Prepared[CombinePlan]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Check the call, exchange its rows and add them up.
 
@@ -204,7 +203,7 @@ def combine_and_sum(
             across.narrow(active_ranks(ep, plan.layout))
         layout = plan.layout
         if call.check_values:
-            sent = sent_entries(call.expert_ids, layout, call.x_active_mask)
+            sent = sent_assignments(call.expert_ids, layout, call.x_active_mask)
             check_physical_ids(call.expert_ids, sent, layout.num_experts + call.virtual_experts, layout.num_experts)
         num_rows = _own_rows(layout, call)
         assist_info = call.assist_info_for_combine[: 3 * num_rows].reshape(num_rows, 3).long()
@@ -253,7 +252,7 @@ def _check_assist_info(assist_info: torch.Tensor, layout: Layout) -> None:
         )
 
 
-def _add_peer_rows(rows: torch.Tensor, part: GroupCall, plan: Plan, call: Combining) -> torch.Tensor:
+def _add_peer_rows(rows: torch.Tensor, part: GroupCall, plan: CombinePlan, call: Combining) -> torch.Tensor:
     """§3.3: own row i plus the peer's row for the same token, which is the peer's row n_peer + i."""
     expand_x, tp_send_counts, peer, own = call.expand_x, call.tp_send_counts, 1 - part.group.rank, len(rows)
     assert tp_send_counts is not None
@@ -279,7 +278,7 @@ def _add_peer_rows(rows: torch.Tensor, part: GroupCall, plan: Plan, call: Combin
 
 
 def _return_rows(
-    rows: torch.Tensor, assist_info: torch.Tensor, part: GroupCall, plan: Plan, call: Combining
+    rows: torch.Tensor, assist_info: torch.Tensor, part: GroupCall, plan: CombinePlan, call: Combining
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows to the ranks in their assist info.
 
@@ -296,25 +295,25 @@ def _return_rows(
     each = layout.top_k + layout.shared_experts
     sent = (token * each + k)[returning.order]
     incoming = part.exchange(travelling, returning.order, sent.int())
-    entries = incoming.numbers.long()
+    assignments = incoming.numbers.long()
     if call.check_values:
-        _check_entries(entries, layout, call)
-    position = positions_of(incoming, entries, layout.num_tokens * each).view(layout.num_tokens, each)
+        _check_returned(assignments, layout, call)
+    position = positions_of(incoming, assignments, layout.num_tokens * each).view(layout.num_tokens, each)
     received = unpack_blocks(incoming.buffer, layout.hidden, rows.dtype) if packed else incoming.buffer
     return received, position
 
 
-def _check_entries(entries: torch.Tensor, layout: Layout, call: Combining) -> None:
+def _check_returned(assignments: torch.Tensor, layout: Layout, call: Combining) -> None:
     """Exactly one row has returned for every assignment that was sent out."""
-    expected = sent_entries(call.expert_ids, layout, call.x_active_mask)
-    active = active_tokens(layout.num_tokens, call.x_active_mask, entries.device)
+    expected = sent_assignments(call.expert_ids, layout, call.x_active_mask)
+    active = active_tokens(layout.num_tokens, call.x_active_mask, assignments.device)
     expected = torch.cat([expected, active[:, None].expand(-1, layout.shared_experts)], dim=1).flatten()
-    in_range = bool(((entries >= 0) & (entries < expected.numel())).all())
-    received = torch.bincount(entries, minlength=expected.numel()) if in_range else entries
+    in_range = bool(((assignments >= 0) & (assignments < expected.numel())).all())
+    received = torch.bincount(assignments, minlength=expected.numel()) if in_range else assignments
     if not in_range or not torch.equal(received, expected.long()):
         raise ConstraintError(
             "expert_ids",
-            f"such that {int(expected.sum())} rows are due here, while {len(entries)} came, not one for each",
+            f"such that {int(expected.sum())} rows are due here, while {len(assignments)} came, not one for each",
             "must be the ids that dispatch was called with, with the same mask",
             "pass the expert_ids, x_active_mask and assist_info_for_combine of one dispatch",
         )
@@ -337,4 +336,4 @@ def _fake(call: Combining) -> torch.Tensor:
     return call.expand_x.new_empty((call.expert_ids.shape[0], call.expand_x.shape[1]))
 
 
-register("combine", _run, _fake)
+register("combine", CombineCall, _run, _fake)

@@ -72,7 +72,7 @@ def combine_add_rms_norm(
     Raises:
         MissingArgumentError, UnsupportedTypeError, ConstraintError: in the order of specification §3.6 and §4.
         RankDisagreementError: the ranks combine different dispatches or call with different sizes, or the call was
-            refused or failed on another rank; the same on every rank. The next call that all ranks make is right.
+            invalid or failed on another rank; the same on every rank. The next call that all ranks make is right.
         LostRankError: a rank is gone or was interrupted; `.ranks` says which. The group is closed for good.
 
     One rank, one expert that leaves its rows as they are; 0.5·2 + 3 = 4, whose norm is 1:
@@ -115,4 +115,4 @@ def _fake(call: AddRmsNormCall[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return x.new_empty(x.shape), x.new_empty((x.shape[0], 1, 1), dtype=torch.float32), x.new_empty(x.shape)
 
 
-register("combine_add_rms_norm", _run, _fake)
+register("combine_add_rms_norm", AddRmsNormCall, _run, _fake)

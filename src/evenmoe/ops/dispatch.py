@@ -16,15 +16,7 @@ from evenmoe.contract.dispatch import check_dispatch_call, infer_dispatch
 from evenmoe.contract.layout import Layout, scale_down
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.dispatched import Dispatched
-from evenmoe.ops.exchange import (
-    Received,
-    check_physical_ids,
-    exchange,
-    prepare_sending,
-    route,
-    sent_entries,
-    zeros,
-)
+from evenmoe.ops.exchange import Received, check_physical_ids, exchange, prepare_sending, route, sent_assignments, zeros
 from evenmoe.ops.numerics import DYNAMIC_INT8, quantize_rows, reinterpret
 from evenmoe.ops.operator import (
     Dispatching,
@@ -103,7 +95,7 @@ def dispatch(
 
     Raises:
         MissingArgumentError, UnsupportedTypeError, ConstraintError: in the order of specification §2.13.
-        RankDisagreementError: the ranks' calls or sizes differ, or the call was refused or failed on another rank; the
+        RankDisagreementError: the ranks' calls or sizes differ, or the call was invalid or failed on another rank; the
             same on every rank. The group is in step then: the next call that all ranks make is right.
         LostRankError: a rank is gone or was interrupted; `.ranks` says which. The group is closed for good.
 
@@ -125,7 +117,7 @@ def dispatch(
 
 
 @dataclass(frozen=True)
-class Plan:
+class DispatchPlan:
     """What follows from a call's shapes and attributes.
 
     Attributes:
@@ -138,7 +130,7 @@ class Plan:
     outputs: list[tuple[tuple[int, ...], torch.dtype]]
 
 
-def prepare(call: DispatchCall[TensorSpec], elastic_info: list[int] | None = None) -> Plan:
+def prepare(call: DispatchCall[TensorSpec], elastic_info: list[int] | None = None) -> DispatchPlan:
     """Check a call of dispatch, in the world that `elastic_info` leaves."""
     layout = check_dispatch_call(call)
     if elastic_info is not None:
@@ -161,7 +153,9 @@ def prepare(call: DispatchCall[TensorSpec], elastic_info: list[int] | None = Non
         "digest of `elastic_info`": digest((layout.num_experts, *layout.active_ranks)),
     }
     outputs = infer_dispatch(layout, call.x.dtype, call.quant_mode).values()
-    return Plan(layout, Header("dispatch", sizes), [(spec.shape, getattr(torch, spec.dtype)) for spec in outputs])
+    return DispatchPlan(
+        layout, Header("dispatch", sizes), [(spec.shape, getattr(torch, spec.dtype)) for spec in outputs]
+    )
 
 
 _prepared = Prepared("dispatch", prepare)
@@ -179,7 +173,7 @@ def _run(call: Dispatching) -> tuple[torch.Tensor, ...]:
             across.narrow(active_ranks(ep, plan.layout))
         layout = plan.layout
         if call.check_values:
-            sent = sent_entries(call.expert_ids, layout, call.x_active_mask)
+            sent = sent_assignments(call.expert_ids, layout, call.x_active_mask)
             check_physical_ids(call.expert_ids, sent, layout.num_experts + call.virtual_experts, layout.num_experts)
         number = torch.tensor([across.number, UNKNOWN if beside is None else beside.number])
         outputs, received = _exchange_across(across, plan, call, local=tp is None)
@@ -187,7 +181,7 @@ def _run(call: Dispatching) -> tuple[torch.Tensor, ...]:
         return (*_fill(outputs, received, peer, call), number)
 
 
-def _exchange_across(part: GroupCall, plan: Plan, call: Dispatching, local: bool) -> tuple[Outputs, Received]:
+def _exchange_across(part: GroupCall, plan: DispatchPlan, call: Dispatching, local: bool) -> tuple[Outputs, Received]:
     """The exchange of the expert-parallel group; the outputs, of which expand_x may be filled already.
 
     Args:
@@ -281,4 +275,4 @@ def _fake(call: Dispatching) -> tuple[torch.Tensor, ...]:
     return (*[call.x.new_zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in outputs], number)
 
 
-register("dispatch", _run, _fake)
+register("dispatch", DispatchCall, _run, _fake)

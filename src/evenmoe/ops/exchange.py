@@ -88,7 +88,7 @@ def route(expert_ids: torch.Tensor, layout: Layout, x_active_mask: torch.Tensor 
     # and then in row-major order, which is token order since the ids of a token differ.
     key = expert_ids.clamp(max=physical)
     if x_active_mask is not None:
-        key = torch.where(active_entries(expert_ids, x_active_mask), key, physical)
+        key = torch.where(active_assignments(expert_ids, x_active_mask), key, physical)
     key = key.flatten()
     counts_by_expert = torch.bincount(key, minlength=physical + 1)[:physical]
     sent = stable_order(key, physical + 1)[: int(counts_by_expert.sum())]
@@ -101,21 +101,21 @@ def route(expert_ids: torch.Tensor, layout: Layout, x_active_mask: torch.Tensor 
     counts[layout.shared_ranks :] = counts_by_expert.view(-1, layout.experts_per_rank)
     active = active_tokens(num_tokens, x_active_mask, device).nonzero().flatten()
     shared = torch.arange(layout.shared_experts, device=device)
-    hosts = shared * layout.ranks_per_shared + layout.rank % layout.ranks_per_shared
-    counts[hosts, 0] = active.numel()
+    holding = shared * layout.ranks_per_shared + layout.rank % layout.ranks_per_shared
+    counts[holding, 0] = active.numel()
     shared = shared.repeat_interleave(active.numel())
     token = torch.cat([active.repeat(layout.shared_experts), token])
     k = torch.cat([top_k + shared, k])
     return Routing(token, k, torch.cat([shared, expert + layout.shared_experts]), counts)
 
 
-def sent_entries(expert_ids: torch.Tensor, layout: Layout, x_active_mask: torch.Tensor | None) -> torch.Tensor:
-    """bool (Bs, K): entries that go to a MoE rank: active, and not virtual (§2.9, §2.10)."""
+def sent_assignments(expert_ids: torch.Tensor, layout: Layout, x_active_mask: torch.Tensor | None) -> torch.Tensor:
+    """bool (Bs, K): assignments that go to a MoE rank: active, and not virtual (§2.9, §2.10)."""
     sent = expert_ids < layout.num_experts
-    return sent if x_active_mask is None else sent & active_entries(expert_ids, x_active_mask)
+    return sent if x_active_mask is None else sent & active_assignments(expert_ids, x_active_mask)
 
 
-def active_entries(expert_ids: torch.Tensor, x_active_mask: torch.Tensor) -> torch.Tensor:
+def active_assignments(expert_ids: torch.Tensor, x_active_mask: torch.Tensor) -> torch.Tensor:
     """bool (Bs, K): what the mask leaves; the first n tokens for a 1-D mask with n True values (§2.9)."""
     if x_active_mask.dim() == 2:
         return x_active_mask
@@ -124,7 +124,7 @@ def active_entries(expert_ids: torch.Tensor, x_active_mask: torch.Tensor) -> tor
 
 
 def active_tokens(num_tokens: int, x_active_mask: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """bool (Bs,): tokens with any active entry; they go to the shared experts and get an output row."""
+    """bool (Bs,): tokens with any active assignment; they go to the shared experts and get an output row."""
     if x_active_mask is None:
         return torch.ones(num_tokens, dtype=torch.bool, device=device)
     if x_active_mask.dim() == 2:
@@ -199,11 +199,7 @@ def distinct(keys: torch.Tensor, bound: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def prepare_sending(
-    routing: Routing,
-    num_tokens: int,
-    shape: tuple[int, ...],
-    like: torch.Tensor,
-    rows_differ_by_expert: bool = False,
+    routing: Routing, num_tokens: int, shape: tuple[int, ...], like: torch.Tensor, rows_differ_by_expert: bool = False
 ) -> Sending:
     """Work out which rows go where.
 
@@ -213,8 +209,7 @@ def prepare_sending(
         rows_differ_by_expert: a token's rows for two experts of one rank differ (smooth scales), so each must travel.
     """
     per_rank = routing.counts.sum(dim=1)
-    ranks = torch.arange(len(per_rank), device=per_rank.device)
-    destination = torch.repeat_interleave(ranks, per_rank)
+    destination = torch.repeat_interleave(per_rank)
     if rows_differ_by_expert:
         row_counts, token = per_rank, routing.token
         row = torch.arange(len(destination), device=destination.device)
@@ -245,10 +240,8 @@ def exchange(
         allocate: N -> memory (N, …) for the rows received. None for new memory.
     """
     incoming = call.exchange(rows, index, sending.assignments)
-    ranks = torch.arange(len(counts), device=counts.device)
-    lengths = counts.T.flatten()  # of the runs in the order (local expert, source rank)
-    source = torch.repeat_interleave(ranks.repeat(counts.shape[1]), lengths)
-    assignments = incoming.numbers.view(-1, 3)[received_order(counts)]
+    order, source = received_order(counts)
+    assignments = incoming.numbers.view(-1, 3)[order]
     position = torch.tensor(incoming.first, device=source.device)[source] + assignments[:, 2]
     buffer = incoming.buffer
     out = empty((len(position), *buffer.shape[1:]), buffer) if allocate is None else allocate(len(position))
@@ -256,25 +249,26 @@ def exchange(
     return Received(received, source.int(), assignments[:, 0], assignments[:, 1], counts)
 
 
-def received_order(counts: torch.Tensor) -> torch.Tensor:
+def received_order(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions that turn rows ordered by (source, local expert) into the order (local expert, source).
 
     Args:
         counts: int64 (W, L), rows from each source for each local expert.
 
     Returns:
-        int64 (counts.sum(),), positions in the received rows.
+        int64 (counts.sum(),), positions in the received rows; and as many, the source of each in the new order.
 
     Rank 0 sent one row for each expert, rank 1 two rows for expert 0:
 
-    >>> received_order(torch.tensor([[1, 1], [2, 0]])).tolist()
-    [0, 2, 3, 1]
+    >>> received_order(torch.tensor([[1, 1], [2, 0]]))
+    (tensor([0, 2, 3, 1]), tensor([0, 1, 1, 0]))
     """
     starts = (counts.flatten().cumsum(0) - counts.flatten()).view(counts.shape)
     lengths = counts.T.flatten()
     stops = lengths.cumsum(0)
-    shift = torch.repeat_interleave(starts.T.flatten() - (stops - lengths), lengths)
-    return shift + torch.arange(len(shift), device=shift.device)
+    run = torch.repeat_interleave(lengths)  # which (local expert, source rank) each row is of
+    shift = starts.T.flatten() - (stops - lengths)
+    return shift[run] + torch.arange(len(run), device=run.device), run % len(counts)
 
 
 # And back --------------------------------------------------------------------------------------------------------
@@ -303,14 +297,14 @@ def prepare_returning(
     return Returning(stable_order(source, world_size), outgoing)
 
 
-def positions_of(incoming: Incoming, entries: torch.Tensor, num_entries: int) -> torch.Tensor:
-    """int64 (num_entries,): where in the buffer of returned rows that of each entry lies, −1 where there is none.
+def positions_of(incoming: Incoming, assignments: torch.Tensor, num_assignments: int) -> torch.Tensor:
+    """int64 (num_assignments,): where in the buffer of returned rows that of each lies, −1 where there is none.
 
     Args:
-        entries: int64 (N,), which entry each returned row is for, in the order in which they came.
+        assignments: int64 (N,), which one each returned row is for, in the order in which they came.
     """
-    position = torch.full((num_entries,), -1, dtype=torch.int64, device=incoming.buffer.device)
-    position[entries] = incoming.positions()
+    position = torch.full((num_assignments,), -1, dtype=torch.int64, device=incoming.buffer.device)
+    position[assignments] = incoming.positions()
     return position
 
 

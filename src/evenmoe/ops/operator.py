@@ -31,11 +31,12 @@ Combining: TypeAlias = CombineCall[torch.Tensor]
 
 Call: TypeAlias = DistributeCall[torch.Tensor] | UpdateExpertCall[torch.Tensor]
 
-_Call = TypeVar("_Call", bound=DistributeCall[Any])
+_Call = TypeVar("_Call", bound=DistributeCall[torch.Tensor])
+_Given = TypeVar("_Given")
 _Plan = TypeVar("_Plan")
 _KEPT = 1024  # plans of one operator: of 64 ranks in one process with 16 batch sizes each; some kilobytes a plan
 
-CALL_TYPES: dict[str, Callable[..., Any]] = {
+CALL_TYPES: dict[str, Callable[..., Call]] = {
     "update_expert": UpdateExpertCall,
     "dispatch": DispatchCall,
     "combine": CombineCall,
@@ -47,18 +48,19 @@ _KINDS = {
 }
 
 
-def register(name: str, run: Callable[[Any], Outputs], fake: Callable[[Any], Outputs]) -> None:
-    """Register `torch.ops.evenmoe.<name>`; `run` and `fake` get a call object of the operator.
+def register(
+    name: str, call_type: Callable[..., _Given], run: Callable[[_Given], Outputs], fake: Callable[[_Given], Outputs]
+) -> None:
+    """Register `torch.ops.evenmoe.<name>`; `run` and `fake` get a call of that type.
 
     Args:
         run: the operator. Its outputs never alias its inputs.
         fake: the same for fake tensors: outputs of the right shapes and dtypes, without values.
     """
     tensors = [argument.name for argument in OPERATORS[name].of_kind("tensor")]
-    call_type = CALL_TYPES[name]
 
-    def taking(implementation: Callable[[Any], Outputs]) -> Callable[..., Outputs]:
-        def operator(*values: torch.Tensor | None, limits: str, **attributes: Any) -> Outputs:
+    def taking(implementation: Callable[[_Given], Outputs]) -> Callable[..., Outputs]:
+        def operator(*values: torch.Tensor | None, limits: str, **attributes: object) -> Outputs:
             given = dict(zip(tensors, values, strict=True))
             return implementation(call_type(**given, **attributes, limits=resolve_limits(limits)))
 
@@ -69,7 +71,7 @@ def register(name: str, run: Callable[[Any], Outputs], fake: Callable[[Any], Out
 
 
 def perform(name: str, call: Call) -> Any:
-    """Let the registered operator `name` compute a call whose types, and the places of whose tensors, are in doubt.
+    """Let the registered operator `name` compute a call whose types, and the devices of whose tensors, are in doubt.
 
     Raises:
         UnsupportedTypeError, ConstraintError: as `check_types` and `check_devices` do.
@@ -82,7 +84,7 @@ def perform(name: str, call: Call) -> Any:
 def check_types(name: str, call: object) -> dict[str, Any]:
     """The arguments of the registered operator `name`, NumPy's whole numbers as Python's.
 
-    torch refuses wrong types too, but in words about its dispatcher, and without a status.
+    torch raises for wrong types too, but in words about its dispatcher, and without a status.
 
     Raises:
         UnsupportedTypeError: a list, an array or a number where a tensor belongs.
@@ -119,14 +121,14 @@ def _wrong(argument: str, value: object, wanted: str, passed: str) -> EvenmoeErr
 
 
 def check_tensors(**tensors: object) -> None:
-    """Raises UnsupportedTypeError for the first that is no tensor, None included."""
+    """Raise UnsupportedTypeError for the first that is no tensor, None included."""
     for name, value in tensors.items():
         if not isinstance(value, torch.Tensor):
             raise UnsupportedTypeError(name, f"a {type(value).__name__}", "must be a torch.Tensor", "use torch.tensor")
 
 
 def check_devices(tensors: Mapping[str, object]) -> None:
-    """Refuses tensors whose values cannot be read where the call reads them; everything else passes.
+    """Raise for tensors whose values cannot be read where the call reads them; everything else passes.
 
     Raises:
         UnsupportedTypeError: a tensor is not dense, holds no values, or lies on another device than the first.
@@ -163,7 +165,7 @@ def spec_of(tensor: torch.Tensor) -> TensorSpec:
 def specs_of(call: Call) -> Any:
     """The same call with every tensor replaced by its shape and dtype."""
     values = {field.name: getattr(call, field.name) for field in fields(call)}
-    specs: Any = {name: spec_of(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
+    specs = {name: spec_of(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
     return replace(call, **specs)
 
 
@@ -180,7 +182,7 @@ class Prepared(Generic[_Plan]):
         self._prepare = prepare
         self._kept: dict[tuple[object, ...], _Plan] = {}
 
-    def __call__(self, call: Any) -> _Plan:
+    def __call__(self, call: Call) -> _Plan:
         key = tuple([(v.shape, v.dtype) if isinstance(v, torch.Tensor) else v for v in self._values(call)])
         plan = self._kept.get(key)
         if plan is None:
@@ -194,7 +196,7 @@ class Prepared(Generic[_Plan]):
 # The groups of a call: transports for the caller, names and numbers for the registered operator ------------------
 
 
-def find_groups(call: DistributeCall[Any]) -> tuple[Transport, Transport | None]:
+def find_groups(call: DistributeCall[torch.Tensor]) -> tuple[Transport, Transport | None]:
     """The transports behind the names; no TP transport unless there are two peers."""
     ep = find_transport("group_ep", call.group_ep or "", call.ep_rank_id, call.ep_world_size)
     if call.tp_world_size != 2:

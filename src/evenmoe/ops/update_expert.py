@@ -200,4 +200,4 @@ def _resolve_mode(balance_mode: int | str) -> int:
     return modes[balance_mode]
 
 
-register("update_expert", _run, _fake)
+register("update_expert", UpdateExpertCall, _run, _fake)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from evenmoe.contract.layout import Layout
-from evenmoe.ops.exchange import active_tokens, sent_entries
+from evenmoe.ops.exchange import active_tokens, sent_assignments
 from evenmoe.ops.numerics import softmax_of_two, tree_sum
 from evenmoe.ops.operator import Combining
 
@@ -26,7 +26,7 @@ def accumulate(
     expert_ids, scales = call.expert_ids, call.expert_scales
     num_tokens, top_k = expert_ids.shape
     active = active_tokens(num_tokens, call.x_active_mask, expert_ids.device)
-    sent = sent_entries(expert_ids, layout, call.x_active_mask)
+    sent = sent_assignments(expert_ids, layout, call.x_active_mask)
     total = torch.zeros((num_tokens, layout.hidden), dtype=torch.float32, device=rows.device)
     position = torch.where(torch.cat([sent, active[:, None].expand(-1, layout.shared_experts)], dim=1), position, -1)
     weights = torch.cat([scales.float(), scales.new_ones((num_tokens, layout.shared_experts))], dim=1)

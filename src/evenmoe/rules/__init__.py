@@ -1,1 +1,1 @@
-"""How a token picks one replica of its expert."""
+"""Rules: how a token chooses one replica of its expert."""

@@ -14,7 +14,7 @@ _MOST_TOKENS = 2.0**62
 
 
 class SplitPlan:
-    """A placement made ready for splitting: find the hosts of every expert once, split every batch.
+    """A placement made ready for splitting: find the ranks that hold every expert once, split every batch.
 
     Args:
         slot_to_expert: integers (S,), or (L, S) for several layers: the logical expert that each slot holds.

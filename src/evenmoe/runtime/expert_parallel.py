@@ -62,12 +62,12 @@ class _Plan:
 class ExpertParallel:
     """One MoE layer across the ranks of a group: logical top-k in, weighted sums out.
 
-    Inference only: gradients do not cross ranks, so tensors that require them are refused. A deep copy is a layer of
+    Inference only: gradients do not cross ranks, so tensors that require them are an error. A deep copy is a layer of
     its own on the same group; a layer cannot be pickled.
 
     Every dispatch has an identity: the layer, the number of the group's exchange, the table. Ranks that make another
     call than the others (they skip a layer, repeat one, combine in another order) get one RankDisagreementError that
-    says which rank is where, on all ranks; so does a call that is refused or fails on one rank, on all others. The
+    says which rank is where, on all ranks; so does a call that is invalid or fails on one rank, on all others. The
     group is in step then, and the next call that all ranks make is right. Several dispatches may be in flight, of one
     layer or of many, and be combined in any order that is common to all ranks.
 
@@ -159,7 +159,7 @@ class ExpertParallel:
 
         Args:
             x: (T, H), float16, bfloat16, float32 or float64. T may differ between ranks, and be 0.
-            topk_ids: int32 or int64 (T, K), logical experts 0…E−1, or −1 for an entry that is not computed.
+            topk_ids: int32 or int64 (T, K), logical experts 0…E−1, or −1 for an assignment that is not computed.
             topk_weights: any float dtype (T, K), used by `combine` in float32.
 
         Returns:
@@ -216,7 +216,7 @@ class ExpertParallel:
 
         Returns:
             (T, H′), dtype of expert_out: float32 sums, k ascending, every product rounded before it is added, rounded
-            once. A token with no computed entry is zero.
+            once. A token with no computed assignment is zero.
 
         Raises:
             ConstraintError, UnsupportedTypeError: rows that are not one for each dispatched row, or not of a float
@@ -244,8 +244,8 @@ class ExpertParallel:
                 )
             incoming = call.exchange(expert_out, returning.order)
             # Rows return in the order in which `routing` sent the tokens out, so each one's position is known.
-            entries = routing.token * weights.shape[1] + routing.k
-            position = positions_of(incoming, entries, weights.numel()).view(weights.shape)
+            assignments = routing.token * weights.shape[1] + routing.k
+            position = positions_of(incoming, assignments, weights.numel()).view(weights.shape)
             total = expert_out.new_zeros((len(weights), expert_out.shape[1]), dtype=torch.float32)
             add_rows(total, incoming.buffer, position, weights)
             return total.to(expert_out.dtype)

@@ -72,7 +72,7 @@ def layer_key(seed, step, layer):
 
 @compiled
 def draw_counts(chance, num_tokens, seed, step, layer, counts):
-    """Fill `counts` (E, G) with binomial numbers: of `num_tokens` tokens of a rank, each picks expert e by chance.
+    """Fill `counts` (E, G) with binomial numbers: of `num_tokens` tokens of a rank, each goes to expert e by chance.
 
     Args:
         chance: float64 (E, R), R = 1 for the same chance on every rank, else one column per rank.
@@ -142,10 +142,10 @@ def _tabulate(chance, num_tokens, table, guide):
 def share_by_row(counts, num_tokens, first, slots, seed, step, layer, per_slot):
     """Fill `per_slot` int16 or int32 (S, G) by the token rule: row i of a rank's batch takes replica i mod count.
 
-    Which rows pick an expert is drawn without replacement.
+    Which rows go to an expert is drawn without replacement.
 
     Args:
-        counts: int16 or int32 (E, G), rows that pick each expert on every rank, at most `num_tokens`.
+        counts: int16 or int32 (E, G), rows that go to each expert on every rank, at most `num_tokens`.
         num_tokens: rows of a rank's batch.
         first, slots: the replicas, as in `layer_kernels`.
         seed, step, layer: decide the random numbers.
@@ -164,7 +164,7 @@ def share_by_row(counts, num_tokens, first, slots, seed, step, layer, per_slot):
 
 @compiled
 def _draw_rows(counts, num_tokens, key, residues):
-    """Fill int32 (count, G): on every rank, the picking rows by row mod count."""
+    """Fill int32 (count, G): on every rank, the expert's rows by row mod count."""
     taken = np.full(num_tokens, -1, np.int64)
     state = key
     residues[:] = 0

@@ -112,9 +112,9 @@ class RoutedBatches:
         self._tokens = np.empty((streams, chunk), np.int64)
         self._batch: npt.NDArray[np.integer] | None = None
         self.notes: tuple[str, ...] = (
-            "Every pick is the recorded one: rank loads, rows and copies are exact.",
-            f"Requests are dealt to source ranks in the order of the trace, {chunk} tokens of one request at a time; "
-            "after the last request comes the first again.",
+            "Every token-expert assignment is the recorded one: rank loads, rows and copies are exact.",
+            f"Requests are assigned to source ranks in the order of the trace, {chunk} tokens of one request at a "
+            "time; after the last request comes the first again.",
         )
 
     def advance(self) -> None:
@@ -140,8 +140,8 @@ class DrawnBatches:
     """Counts drawn from loads, because no token is known.
 
     Step n of N takes the windows from n × T // N on, up to those of step n + 1 and at least one, added up: a short
-    trace is stretched over the steps and a long one condensed. Each of a source rank's B tokens picks expert e with
-    the chance K × load / total load of the layer, at most 1, independently; so a token picks K experts on average.
+    trace is stretched over the steps and a long one condensed. Each of a source rank's B tokens goes to expert e with
+    the chance K × load / total load of the layer, at most 1, independently; so a token has K experts on average.
     Where the trace knows loads by source rank they give every rank its own chances: source rank g of G takes recorded
     rank g × R // G, or with G < R the sum of the ranks from there to (g + 1) × R // G.
 
@@ -162,10 +162,10 @@ class DrawnBatches:
         self._known = np.asarray(load.any(axis=(1, 3)))  # (T, L)
         by_rank = "" if trace.load_by_rank is None else " of its own"
         self.notes: tuple[str, ...] = (
-            f"The trace has no tokens: every source rank draws its counts of picks from the windows' loads{by_rank}, "
-            "each token picking each expert independently. Rank loads and rows per expert follow from the counts as "
-            "the rule works; by token, the rows that pick an expert are drawn too.",
-            "Rows once per rank are expected values: a rank's tokens are taken to combine their picks independently.",
+            f"The trace has no tokens: every source rank draws its counts of tokens from the windows' loads{by_rank}, "
+            "each token going to each expert independently. Rank loads and rows per expert follow from the counts as "
+            "the rule works; where it goes by row, the rows that go to an expert are drawn too.",
+            "Rows once per rank are expected values: a rank's tokens are taken to combine their experts independently.",
         )
         partly = int((np.asarray(self._known.any(axis=0)) & ~self._known.all(axis=0)).sum())
         if partly:
@@ -186,7 +186,7 @@ class DrawnBatches:
             if len(load) > 1:
                 load = _fit_ranks(load, self._cluster.num_ranks)
             # (L, E, R), as the draws go through it
-            self._chances = np.ascontiguousarray(pick_chances(load, self._top_k).transpose(1, 2, 0))
+            self._chances = np.ascontiguousarray(expert_chances(load, self._top_k).transpose(1, 2, 0))
 
     def _fill_in(self, load: FloatArray, begin: int) -> None:
         """Give the layers of `load` (R, L, E), from window `begin` on, that have no token those of another window."""
@@ -207,13 +207,13 @@ class DrawnBatches:
         )
 
 
-def pick_chances(load: FloatArray, top_k: int) -> FloatArray:
-    """The chance that a token picks each expert: load float64 (…, E) -> float64 (…, E), of sum K where any has load.
+def expert_chances(load: FloatArray, top_k: int) -> FloatArray:
+    """The chance that a token goes to each expert: load float64 (…, E) -> float64 (…, E), of sum K where any has load.
 
     In proportion to the load. An expert whose chance would exceed 1 gets 1, and the others share the rest in
     proportion; with K or fewer experts that have load, all of those get 1.
 
-    >>> pick_chances(np.array([6.0, 1.0, 1.0, 0.0]), 2).tolist()
+    >>> expert_chances(np.array([6.0, 1.0, 1.0, 0.0]), 2).tolist()
     [1.0, 0.5, 0.5, 0.0]
     """
     chances = np.zeros_like(load)

@@ -20,7 +20,7 @@ _MOST = 1e30  # of a figure: a step of 10^12 tokens then takes less than 10^78 Â
 
 @dataclass(frozen=True)
 class CostModel:
-    """Figures of one rank and its links. Everything outside the MoE layers' experts and their wire is left out.
+    """Figures of one rank and its links. Everything outside the MoE layers' experts and their exchanges is left out.
 
     Attributes:
         expert_flops_per_token: FLOP of one expert on one row.
@@ -82,11 +82,11 @@ class CostModel:
         return CostModel(**(sizes | figures))
 
     def layer_time(self, tokens: IntArray, busy: IntArray, sent: FloatArray, received: FloatArray) -> FloatArray:
-        """Microseconds of each layer, float64 (L,): the busiest rank's experts, then the busiest rank's wire.
+        """Microseconds of each layer, float64 (L,): the busiest rank's experts, then the busiest rank's exchanges.
 
         A rank's experts take the longer of computing its rows and reading the weights of the slots that have any. A
-        rank's wire takes the longer of its two links, each of which sends and receives at once; dispatch and combine
-        follow each other.
+        rank's exchanges take the longer of its two links, each of which sends and receives at once; dispatch and
+        combine follow each other.
 
         Args:
             tokens: int64 (L, G), rows that each rank computes.
@@ -106,8 +106,8 @@ class CostModel:
         rows = np.maximum(sent, received)
         per_row = self.dispatch_row_bytes + self.combine_row_bytes
         links = np.array([self.within_bytes_per_s, self.between_bytes_per_s])
-        wire = (rows * (per_row / links)[:, None]).max(axis=(1, 2))
-        return (experts + wire) * MICROSECONDS + 2 * self.latency_us
+        exchange = (rows * (per_row / links)[:, None]).max(axis=(1, 2))
+        return (experts + exchange) * MICROSECONDS + 2 * self.latency_us
 
     def copy_time(self, sent: IntArray, received: IntArray) -> float:
         """Microseconds of copies: experts sent and received, int64 (2, G) within and between nodes; 0.0 for none.

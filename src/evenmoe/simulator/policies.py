@@ -75,7 +75,7 @@ class Policy:
     @property
     def description(self) -> str:
         """One sentence: planner, rule, when it is refreshed."""
-        return f"Expert s mod E in slot s for ever, {self._choice}."
+        return f"The default placement for ever, expert s mod E in slot s, {self._choice}."
 
     @property
     def _choice(self) -> str:

@@ -176,7 +176,7 @@ def _describe_settings(
         ("seed", str(seed), ""),
     ]
     rows += [(name, f"{getattr(costs, field):.6g}", unit) for field, (name, unit) in _COSTS.items()]
-    rows.append(("rows on the wire in step times", "one per rank" if costs.one_row_per_rank else "one per expert", ""))
+    rows.append(("token rows in step times", "one per rank" if costs.one_row_per_rank else "one per expert", ""))
     return tuple(rows)
 
 
@@ -246,7 +246,7 @@ def _find_top_k(trace: Trace, top_k: int | None) -> int:
     if known is None:
         if top_k is None:
             raise MissingArgumentError(
-                "top_k", "not given", "is needed for a trace without tokens", "say how many experts a token picks"
+                "top_k", "not given", "is needed for a trace without tokens", "say how many experts a token has"
             )
         known = _at_least("top_k", top_k, 1)
     elif top_k is not None and top_k != known:

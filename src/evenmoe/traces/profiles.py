@@ -125,10 +125,7 @@ MEASUREMENTS: dict[str, Measurement] = {
         1,
         109,
         TraceParameters(skew=1.1, drift=0.6, locality=0.436, common_factor_share=0.410),
-        {
-            "gini": (0.673, 0.703, 0.05),
-            "skew": (15.266, 14.312, 0.1),
-        },
+        {"gini": (0.673, 0.703, 0.05), "skew": (15.266, 14.312, 0.1)},
     ),
     # 14,042 prompts of MMLU. Only loads: locality is DeepSeek-V2-Lite's.
     "mixtral-8x7b": Measurement(
@@ -153,11 +150,7 @@ MEASUREMENTS: dict[str, Measurement] = {
         6,
         205_000,
         TraceParameters(skew=0.416, drift=1.130, locality=0.222, common_factor_share=0.410),
-        {
-            "gini": (0.254, 0.254, 0.02),
-            "skew": (2.951, 2.45, 0.2),
-            "drift": (0.714, 0.715, 0.02),
-        },
+        {"gini": (0.254, 0.254, 0.02), "skew": (2.951, 2.45, 0.2), "drift": (0.714, 0.715, 0.02)},
     ),
 }
 

@@ -58,12 +58,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
         "digest of the EPLB table",
     ),
     "batch rule of ExpertParallel.dispatch": (LAYER,),
-    "ExpertParallel.combine": (
-        LAYER,
-        DISPATCH,
-        "hidden size of `expert_out`",
-        "dtype of `expert_out`",
-    ),
+    "ExpertParallel.combine": (LAYER, DISPATCH, "hidden size of `expert_out`", "dtype of `expert_out`"),
 }
 _NAMES = tuple(OPERATORS)
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int8", "float8_e4m3fn", "float8_e5m2")
@@ -120,7 +115,7 @@ def check_headers(headers: Words, choices: Mapping[str, Mapping[int, str]]) -> N
     """
     for rank, words in enumerate(headers):
         if words[2]:
-            raise failed_there(rank, _NAMES[words[1]], text_of(words[4 + FIELDS :]), refused=words[2] != FAILED)
+            raise failed_there(rank, _NAMES[words[1]], text_of(words[4 + FIELDS :]), invalid=words[2] != FAILED)
     operators = {rank: _NAMES[words[1]] for rank, words in enumerate(headers)}
     where = {rank: _where(words) for rank, words in enumerate(headers)}
     if len(set(operators.values())) > 1:
@@ -143,10 +138,10 @@ def check_headers(headers: Words, choices: Mapping[str, Mapping[int, str]]) -> N
         )
 
 
-def failed_there(rank: int, operator: str, text: str, refused: bool) -> RankDisagreementError:
-    """The error of the other ranks when one rank's call was refused, or failed in the midst of it."""
+def failed_there(rank: int, operator: str, text: str, invalid: bool) -> RankDisagreementError:
+    """The error of the other ranks when one rank's call was invalid, or failed in the midst of it."""
     how, rule, fix = "failed", "succeed", f"mend what failed on rank {rank}, and repeat the call on all ranks"
-    if refused:
+    if invalid:
         how, rule, fix = "refused", "be accepted", f"correct the arguments of rank {rank}"
     return RankDisagreementError(
         f"the call of {operator} on rank {rank}", f"{how} there ({text})", f"must {rule} on every rank", fix

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ _FEW = 64  # counts for each rank that travel with the first header, however man
 # What the others wait for: the exchange that comes next; not known, since this rank has not understood their headers;
 # nothing more.
 _PENDING, _UNKNOWN, _DONE = range(3)
+_Memory: TypeAlias = Any  # an array where that is possible, else a tensor: they are sliced and filled alike
 _COUNTS = agreement.HEADER + 2  # where counts begin, behind the numbers and the rows of the packet that follows
 
 
@@ -99,7 +100,7 @@ class _Blocks:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Packets:
     """The packets that the others wait for, known to all ranks once they have agreed."""
 
     outgoing: Outgoing
@@ -136,7 +137,7 @@ class GroupCall:
         self.number = self._next = group.number()  # of the exchange that the others wait for
         self._stage = _PENDING
         self._announced: _Announced | None = None
-        self._plan: _Plan | None = None  # once agreed
+        self._packets: _Packets | None = None  # once agreed
         self._rest: torch.Tensor | None = None  # counts that did not fit beside the header
         self._fitting = max(_FEW, _MESSAGE_WORDS // group.world_size)  # counts beside it, on all ranks as many
 
@@ -197,16 +198,16 @@ class GroupCall:
             RankDisagreementError: the call failed on another rank; the same on every rank but that one.
             LostRankError: a rank is gone, or out of step.
         """
-        plan = self._plan
-        assert plan is not None, "the ranks have agreed"
+        packets = self._packets
+        assert packets is not None, "the ranks have agreed"
         if index is None:
             index = torch.arange(len(rows), device=rows.device)
-        assert len(index) == sum(plan.sent.rows), (len(index), plan.sent.rows)
-        shape = plan.outgoing.shape
+        assert len(index) == sum(packets.sent.rows), (len(index), packets.sent.rows)
+        shape = packets.outgoing.shape
         if prod(shape):
-            return self._exchange_packets(plan, self._packed(plan, rows, index, numbers))
-        nothing = rows.new_zeros((len(rows), *plan.wire_shape))
-        incoming = self._exchange_packets(plan, self._packed(plan, nothing, index, numbers))
+            return self._exchange_packets(packets, self._packed(packets, rows, index, numbers))
+        nothing = rows.new_zeros((len(rows), *packets.wire_shape))
+        incoming = self._exchange_packets(packets, self._packed(packets, nothing, index, numbers))
         return replace(incoming, buffer=rows.new_empty((len(incoming.buffer), *shape)))
 
     def fail(self, error: BaseException) -> None:
@@ -233,12 +234,12 @@ class GroupCall:
                 self._next, self._rest = self._next + 1, None
             if self._rest is not None:
                 self._exchange_rest(self._rest)
-            if self._plan is None:
+            if self._packets is None:
                 message = np.zeros((group.world_size, _COUNTS + self._fitting), np.int64)
                 message[:, : agreement.HEADER] = agreement.failed_header(self._next, self._operator, error)
                 group.exchange_counts(torch.from_numpy(message).to(self._device))
             else:
-                self._exchange_packets(self._plan, self._packed(self._plan, error=error))
+                self._exchange_packets(self._packets, self._packed(self._packets, error=error))
             self._stage = _DONE
         except (LostRankError, RankDisagreementError):
             pass  # the caller's own error comes first
@@ -260,7 +261,7 @@ class GroupCall:
             row_bytes = prod(wire_shape) * outgoing.like.element_size()
             numbers, rows = received[:, agreement.HEADER : _COUNTS].T.tolist()
             sent = _Blocks(outgoing.numbers, outgoing.rows, row_bytes)
-            self._plan = _Plan(outgoing, wire_shape, sent, _Blocks(numbers, rows, row_bytes))
+            self._packets = _Packets(outgoing, wire_shape, sent, _Blocks(numbers, rows, row_bytes))
         self._next, self._rest, self._stage, self._fitting = self._next + 1, announced.rest, _PENDING, 0
 
     def _exchange_rest(self, rest: torch.Tensor) -> torch.Tensor:
@@ -270,20 +271,20 @@ class GroupCall:
 
     def _packed(
         self,
-        plan: _Plan,
+        packets: _Packets,
         rows: torch.Tensor | None = None,
         index: torch.Tensor | None = None,
         numbers: torch.Tensor | None = None,
         error: BaseException | None = None,
     ) -> torch.Tensor:
         """The blocks for all ranks, in the group's memory; of a failed call only the heads mean anything."""
-        blocks = plan.sent
-        buffer = self.group.rows_to_send((blocks.total, *plan.wire_shape), plan.outgoing.like)
+        blocks = packets.sent
+        buffer = self.group.rows_to_send((blocks.total, *packets.wire_shape), packets.outgoing.like)
         if rows is not None and len(rows):
             assert index is not None
             whole = torch.zeros(blocks.total, dtype=index.dtype, device=index.device)
-            into: Any = whole
-            which: Any = index
+            into: _Memory = whole
+            which: _Memory = index
             if index.device.type == "cpu":  # slices of arrays cost a third of those of tensors
                 into, which = whole.numpy(), index.numpy()
             taken = 0
@@ -292,7 +293,7 @@ class GroupCall:
                 taken += count
             torch.index_select(rows, 0, whole, out=buffer)
         memory = _bytes(buffer)
-        heads: Any = self._heads(blocks, error).view(np.uint8)
+        heads: _Memory = self._heads(blocks, error).view(np.uint8)
         heads = heads if isinstance(memory, np.ndarray) else torch.from_numpy(heads).to(memory.device)
         ours = None if numbers is None else _bytes(numbers.contiguous())
         taken = 0
@@ -314,9 +315,9 @@ class GroupCall:
             heads[:, _TEXT:] = agreement.text_words(error, _HEAD_WORDS - _TEXT)
         return heads
 
-    def _exchange_packets(self, plan: _Plan, buffer: torch.Tensor) -> Incoming:
-        blocks = plan.received
-        received = self.group.exchange_rows(buffer, plan.sent.lengths, blocks.lengths, into_scratch=True)
+    def _exchange_packets(self, packets: _Packets, buffer: torch.Tensor) -> Incoming:
+        blocks = packets.received
+        received = self.group.exchange_rows(buffer, packets.sent.lengths, blocks.lengths, reuse=True)
         self._stage = _DONE
         memory = _bytes(received)
         heads, numbers = [], []
@@ -329,8 +330,8 @@ class GroupCall:
         if (heads[:, 0] != self._next).any() or (heads[:, 1] != blocks.lengths).any() or heads[:, 2].any():
             self._check_in_step(np.where(heads[:, 1] == blocks.lengths, heads[:, 0], -1))
             rank = int(np.flatnonzero(heads[:, 2])[0])
-            text, refused = agreement.text_of(heads[rank, _TEXT:]), heads[rank, 2] != agreement.FAILED
-            raise agreement.failed_there(rank, self._operator, text, refused)
+            text, invalid = agreement.text_of(heads[rank, _TEXT:]), heads[rank, 2] != agreement.FAILED
+            raise agreement.failed_there(rank, self._operator, text, invalid)
         return Incoming(received, blocks.first, blocks.rows, both[size:].view(torch.int32))
 
     def _check_in_step(self, numbers: agreement.Words) -> None:
@@ -371,12 +372,12 @@ def together(*calls: GroupCall | None) -> Iterator[None]:
             group.end_turn()
 
 
-def _bytes(tensor: torch.Tensor) -> Any:
+def _bytes(tensor: torch.Tensor) -> _Memory:
     """The memory of a contiguous tensor as bytes; as an array where that is possible, since its slices cost less."""
     octets = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
     return octets.numpy() if octets.device.type == "cpu" else octets
 
 
-def _joined(parts: list[Any]) -> torch.Tensor:
+def _joined(parts: list[_Memory]) -> torch.Tensor:
     """Pieces of bytes, one after the other, in new memory."""
     return torch.from_numpy(np.concatenate(parts)) if isinstance(parts[0], np.ndarray) else torch.cat(parts)

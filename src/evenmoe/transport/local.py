@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from evenmoe.errors import LostRankError
-from evenmoe.transport.transport import GroupEnd, Members, Scratch
+from evenmoe.transport.transport import Buffers, GroupEnd, Ints, Members
 
 Exchange = tuple[Members, int]  # its members, and its number among theirs
+Brought = dict[int, Any]  # by rank, what it brought
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Rendezvous:
     def __init__(self, name: str, world_size: int, timeout_s: float) -> None:
         self.name, self.world_size, self.timeout_s = name, world_size, timeout_s
         self._changed = threading.Condition()
-        self._brought: dict[Exchange, dict[int, Any]] = {}  # exchange -> rank -> value
+        self._brought: dict[Exchange, Brought] = {}
         self._readers: dict[Exchange, int] = {}  # exchange -> ranks that have not read it yet
         self._gone: dict[int, _Departure] = {}
 
-    def meet(self, rank: int, exchange: Exchange, value: object, members: Sequence[int]) -> dict[int, Any]:
+    def meet(self, rank: int, exchange: Exchange, value: object, members: Ints) -> Brought:
         """Bring `value` as `rank` and return {rank: value} of all members."""
         deadline = time.monotonic() + self.timeout_s
         with self._changed:
@@ -82,7 +83,7 @@ class Rendezvous:
             self._readers.clear()
             self._gone.clear()
 
-    def _lost(self, rank: int, missing: Sequence[int]) -> LostRankError:
+    def _lost(self, rank: int, missing: Ints) -> LostRankError:
         """Name the ranks that left by themselves; those that left because of others only if there is nobody else."""
         gone = {r: self._gone[r] for r in missing if r in self._gone}
         guilty = [r for r, departure in gone.items() if not departure.because_of]
@@ -102,11 +103,11 @@ class LocalTransport(GroupEnd):
     def __init__(self, rendezvous: Rendezvous, rank: int, on_close: Callable[[], None] | None = None) -> None:
         super().__init__(rendezvous.name, rank, rendezvous.world_size)
         self._rendezvous, self._on_close = rendezvous, on_close
-        self._scratch = Scratch()
+        self._buffers = Buffers()
         self._meeting = False  # not yet counted
         self._last: dict[int, torch.Tensor] = {}  # the counts of the last exchange, by rank
 
-    def rows_to_send(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    def rows_to_send(self, shape: Ints, like: torch.Tensor) -> torch.Tensor:
         return like.new_empty(shape)  # slower ranks may still read those of the last exchange
 
     def last_counts(self) -> torch.Tensor:
@@ -121,18 +122,13 @@ class LocalTransport(GroupEnd):
         self._numbers.clear()
         self._numbers[()] = number
 
-    def _exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None) -> torch.Tensor:
+    def _exchange_counts(self, counts: torch.Tensor, members: Ints | None) -> torch.Tensor:
         # A copy, since the caller may write to its counts while a slower rank still reads them.
         self._meet(counts.clone(), members)
         return self.last_counts()
 
     def _exchange_rows(
-        self,
-        rows: torch.Tensor,
-        send_counts: Sequence[int],
-        recv_counts: Sequence[int],
-        members: Sequence[int] | None,
-        into_scratch: bool,
+        self, rows: torch.Tensor, send_counts: Ints, recv_counts: Ints, members: Ints | None, reuse: bool
     ) -> torch.Tensor:
         assert sum(send_counts) == rows.shape[0], (send_counts, rows.shape)
         parts = []
@@ -140,9 +136,9 @@ class LocalTransport(GroupEnd):
             assert counts[self.rank] == recv_counts[source], (source, counts, recv_counts)
             start = sum(counts[: self.rank])
             parts.append(theirs[start : start + counts[self.rank]])
-        if not into_scratch:
+        if not reuse:
             return torch.cat(parts)
-        received = self._scratch.take("received", (sum(recv_counts), *rows.shape[1:]), rows)
+        received = self._buffers.take("received", (sum(recv_counts), *rows.shape[1:]), rows)
         return torch.cat(parts, out=received)
 
     @property
@@ -154,11 +150,11 @@ class LocalTransport(GroupEnd):
 
     def _end(self) -> None:
         self._rendezvous.leave(self.rank, "closed its transport")
-        self._scratch.clear()
+        self._buffers.clear()
         if self._on_close is not None:
             self._on_close()
 
-    def _meet(self, value: object, members: Sequence[int] | None) -> dict[int, Any]:
+    def _meet(self, value: object, members: Ints | None) -> Brought:
         key = () if members is None else self._key(members)
         self._meeting = True
         brought = self._rendezvous.meet(self.rank, (key, self._numbers[key]), value, members or range(self.world_size))

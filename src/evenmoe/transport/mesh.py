@@ -1,6 +1,6 @@
-"""Idle connections between the processes of a group, from which a survivor learns whose process has ended.
+"""Idle connections between the processes of a group, from which a rank learns whose process has ended.
 
-No backend of torch.distributed says who is gone: gloo's text names a port, and in a cascade a survivor's. The kernel
+No backend of torch.distributed says who is gone: gloo's text names a port, and in a cascade another rank's. The kernel
 closes a process's connections however it ends, so the end of one is sure. A rank that stops by its own decision first
 says why, in a last word, so that its end is not taken for the cause.
 """

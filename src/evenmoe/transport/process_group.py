@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from evenmoe.errors import LostRankError
 from evenmoe.transport.mesh import LastWord, Mesh
-from evenmoe.transport.transport import GroupEnd, Members, Scratch
+from evenmoe.transport.transport import Buffers, GroupEnd, Ints, Members
 
 _GRACE_S = 1.0  # after a failed exchange, for a rank to be seen to have stopped; 0.12 s sufficed in 150 kills
 
@@ -23,7 +23,7 @@ _GRACE_S = 1.0  # after a failed exchange, for a rank to be seen to have stopped
 class ProcessGroupTransport(GroupEnd):
     """One rank's end of a torch.distributed process group; implements `Transport`.
 
-    Rows travel as bytes, since backends differ in the dtypes they take (gloo refuses fp8 in collectives).
+    Rows travel as bytes, since backends differ in the dtypes they take (gloo takes no fp8 in collectives).
 
     Args:
         group: the group.
@@ -45,30 +45,25 @@ class ProcessGroupTransport(GroupEnd):
         self._group: dist.ProcessGroup | None = group
         self._mesh, self._give_up, self._on_close, self._timeout_s = mesh, give_up, on_close, timeout_s
         self._pending: list[dist.Work | None] | None = []  # None while an exchange is being begun
-        self._scratch = Scratch()
+        self._buffers = Buffers()
         self._last_counts = torch.zeros((0, 0), dtype=torch.int64)
 
-    def rows_to_send(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-        return self._scratch.take("sent", shape, like)
+    def rows_to_send(self, shape: Ints, like: torch.Tensor) -> torch.Tensor:
+        return self._buffers.take("sent", shape, like)
 
     def last_counts(self) -> torch.Tensor:
         return self._last_counts
 
-    def _exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None) -> torch.Tensor:
+    def _exchange_counts(self, counts: torch.Tensor, members: Ints | None) -> torch.Tensor:
         each, counts = [1] * self.world_size, counts.contiguous()
         self._last_counts = torch.zeros_like(counts)
         return self._exchange(counts, self._last_counts, each, each, members)
 
     def _exchange_rows(
-        self,
-        rows: torch.Tensor,
-        send_counts: Sequence[int],
-        recv_counts: Sequence[int],
-        members: Sequence[int] | None,
-        into_scratch: bool,
+        self, rows: torch.Tensor, send_counts: Ints, recv_counts: Ints, members: Ints | None, reuse: bool
     ) -> torch.Tensor:
         shape = (sum(recv_counts), *rows.shape[1:])
-        received = self._scratch.take("received", shape, rows) if into_scratch else rows.new_empty(shape)
+        received = self._buffers.take("received", shape, rows) if reuse else rows.new_empty(shape)
         if prod(rows.shape[1:]):
             self._exchange(_as_bytes(rows), _as_bytes(received), list(send_counts), list(recv_counts), members)
         else:
@@ -76,12 +71,7 @@ class ProcessGroupTransport(GroupEnd):
         return received
 
     def _exchange(
-        self,
-        sent: torch.Tensor,
-        received: torch.Tensor,
-        send: list[int],
-        recv: list[int],
-        members: Sequence[int] | None,
+        self, sent: torch.Tensor, received: torch.Tensor, send: list[int], recv: list[int], members: Ints | None
     ) -> torch.Tensor:
         start = time.monotonic()
         failure = self._attempt(sent, received, send, recv, members)
@@ -90,12 +80,7 @@ class ProcessGroupTransport(GroupEnd):
         return received
 
     def _attempt(
-        self,
-        sent: torch.Tensor,
-        received: torch.Tensor,
-        send: list[int],
-        recv: list[int],
-        members: Sequence[int] | None,
+        self, sent: torch.Tensor, received: torch.Tensor, send: list[int], recv: list[int], members: Ints | None
     ) -> str | None:
         """Exchange; return what the backend says when it fails, and nothing that keeps the group alive."""
         number = self.number(members)
@@ -110,7 +95,7 @@ class ProcessGroupTransport(GroupEnd):
         except RuntimeError as error:
             begun, self._pending = self._pending is not None or members is not None, []
             if not begun and not isinstance(error, dist.DistError):
-                raise  # torch refused the call before anything was sent
+                raise  # torch rejected the call before anything was sent
             return _first_line(error)
         except Exception:  # of this rank alone: what has begun is ended all the same, and the error goes on from there
             _wait(self._pending or [])
@@ -122,7 +107,7 @@ class ProcessGroupTransport(GroupEnd):
         return None
 
     def _begin_with(
-        self, members: Sequence[int], sent: torch.Tensor, received: torch.Tensor, send: list[int], recv: list[int]
+        self, members: Ints, sent: torch.Tensor, received: torch.Tensor, send: list[int], recv: list[int]
     ) -> list[dist.Work | None]:
         """Point to point, since the ranks that are gone cannot join a collective of the whole group."""
         outgoing, incoming = _split(sent, send), _split(received, recv)
@@ -171,7 +156,7 @@ class ProcessGroupTransport(GroupEnd):
             self._give_up(group)
 
     def _end(self) -> None:
-        self._scratch.clear()
+        self._buffers.clear()
         if self._on_close is not None:
             self._on_close()
         self._stop(LastWord("closed its transport"))
@@ -199,7 +184,7 @@ def _first_line(error: Exception) -> str:
     return re.sub(r"^\[[^\]]*\] ", "", text).split(". This is typically")[0]
 
 
-def _listed(ranks: Sequence[int]) -> str:
+def _listed(ranks: Ints) -> str:
     return ", ".join(map(str, ranks))
 
 

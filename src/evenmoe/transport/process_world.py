@@ -157,10 +157,7 @@ def _beside(group: dist.ProcessGroup, timeout_s: float) -> ProcessGroupTransport
     ranks = dist.get_process_group_ranks(group)
     try:
         own = dist.new_group(
-            ranks,
-            timeout=timedelta(seconds=timeout_s),
-            backend=dist.get_backend(group),
-            use_local_synchronization=True,
+            ranks, timeout=timedelta(seconds=timeout_s), backend=dist.get_backend(group), use_local_synchronization=True
         )
 
         def gather(value: dict[str, object]) -> list[dict[str, object]]:

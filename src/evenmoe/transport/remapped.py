@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
 
-from evenmoe.transport.transport import Transport
+from evenmoe.transport.transport import Ints, Transport
 
 
 class RemappedTransport:
@@ -16,7 +15,7 @@ class RemappedTransport:
     Only they call; the ranks that are gone need not exist any more.
     """
 
-    def __init__(self, transport: Transport, old_rank_of: Sequence[int]) -> None:
+    def __init__(self, transport: Transport, old_rank_of: Ints) -> None:
         self._transport, self._old_rank_of = transport, list(old_rank_of)
         self._members = sorted(old_rank_of)
         self.name, self.rank = transport.name, self._old_rank_of.index(transport.rank)
@@ -26,7 +25,7 @@ class RemappedTransport:
     def broken(self) -> bool:
         return self._transport.broken
 
-    def number(self, members: Sequence[int] | None = None) -> int:
+    def number(self, members: Ints | None = None) -> int:
         assert members is None, "a remapped group is not narrowed again"
         return self._transport.number(self._members)
 
@@ -46,7 +45,7 @@ class RemappedTransport:
         old = None if ranks is None else tuple(sorted(self._old_rank_of[rank] for rank in ranks))
         self._transport.break_off(reason, old)
 
-    def exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None = None) -> torch.Tensor:
+    def exchange_counts(self, counts: torch.Tensor, members: Ints | None = None) -> torch.Tensor:
         assert members is None, "a remapped group is not narrowed again"
         full = counts.new_zeros((self._transport.world_size, counts.shape[1]))
         full[self._old_rank_of] = counts
@@ -56,30 +55,25 @@ class RemappedTransport:
         return self._transport.last_counts()[self._old_rank_of]
 
     def exchange_rows(
-        self,
-        rows: torch.Tensor,
-        send_counts: Sequence[int],
-        recv_counts: Sequence[int],
-        members: Sequence[int] | None = None,
-        into_scratch: bool = False,
+        self, rows: torch.Tensor, send_counts: Ints, recv_counts: Ints, members: Ints | None = None, reuse: bool = False
     ) -> torch.Tensor:
         assert members is None, "a remapped group is not narrowed again"
         by_old_rank = self._reordered(
             rows, send_counts, sorted(range(len(send_counts)), key=self._old_rank_of.__getitem__)
         )
         received = self._transport.exchange_rows(
-            by_old_rank, self._spread(send_counts), self._spread(recv_counts), self._members, into_scratch
+            by_old_rank, self._spread(send_counts), self._spread(recv_counts), self._members, reuse
         )
         in_old_order = [recv_counts[self._old_rank_of.index(old)] for old in self._members]
         return self._reordered(received, in_old_order, [self._members.index(old) for old in self._old_rank_of])
 
-    def rows_to_send(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    def rows_to_send(self, shape: Ints, like: torch.Tensor) -> torch.Tensor:
         return self._transport.rows_to_send(shape, like)
 
     def close(self) -> None:
         self._transport.close()
 
-    def _spread(self, counts: Sequence[int]) -> list[int]:
+    def _spread(self, counts: Ints) -> list[int]:
         """Counts by new rank -> counts by old rank, zero for ranks that are gone."""
         full = [0] * self._transport.world_size
         for new, old in enumerate(self._old_rank_of):
@@ -87,7 +81,7 @@ class RemappedTransport:
         return full
 
     @staticmethod
-    def _reordered(rows: torch.Tensor, counts: Sequence[int], order: Sequence[int]) -> torch.Tensor:
+    def _reordered(rows: torch.Tensor, counts: Ints, order: Ints) -> torch.Tensor:
         """Blocks of `counts` rows, put into `order`."""
         if list(order) == sorted(order):
             return rows

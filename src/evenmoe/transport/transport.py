@@ -12,13 +12,14 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from math import prod
-from typing import NoReturn, Protocol, runtime_checkable
+from typing import NoReturn, Protocol, TypeAlias, runtime_checkable
 
 import torch
 
 from evenmoe.errors import ConstraintError, LostRankError
 
 Members = tuple[int, ...]
+Ints: TypeAlias = Sequence[int]
 
 
 @runtime_checkable
@@ -46,7 +47,7 @@ class Transport(Protocol):
     @property
     def broken(self) -> bool: ...
 
-    def number(self, members: Sequence[int] | None = None) -> int:
+    def number(self, members: Ints | None = None) -> int:
         """Return how many exchanges have been made with exactly these members, None for all: equal on all of them."""
         ...
 
@@ -84,7 +85,7 @@ class Transport(Protocol):
         """
         ...
 
-    def exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None = None) -> torch.Tensor:
+    def exchange_counts(self, counts: torch.Tensor, members: Ints | None = None) -> torch.Tensor:
         """Send row d of `counts` to rank d; return what every rank sent here.
 
         Args:
@@ -104,12 +105,7 @@ class Transport(Protocol):
         ...
 
     def exchange_rows(
-        self,
-        rows: torch.Tensor,
-        send_counts: Sequence[int],
-        recv_counts: Sequence[int],
-        members: Sequence[int] | None = None,
-        into_scratch: bool = False,
+        self, rows: torch.Tensor, send_counts: Ints, recv_counts: Ints, members: Ints | None = None, reuse: bool = False
     ) -> torch.Tensor:
         """Send the first `send_counts[0]` rows to rank 0, the next to rank 1, and so on; return the rows sent here.
 
@@ -117,7 +113,7 @@ class Transport(Protocol):
             rows: any dtype, (sum(send_counts), …), contiguous. It belongs to the exchange: do not write to it again.
             send_counts, recv_counts: W row counts each; `recv_counts[s]` is what rank s sends here.
             members: ranks that take part, ascending; None for all.
-            into_scratch: the result may lie in memory that the next such exchange of this rank overwrites.
+            reuse: the result may lie in memory that the next such exchange of this rank overwrites.
 
         Returns:
             A tensor (sum(recv_counts), …) of the same dtype, ordered by source rank.
@@ -127,7 +123,7 @@ class Transport(Protocol):
         """
         ...
 
-    def rows_to_send(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    def rows_to_send(self, shape: Ints, like: torch.Tensor) -> torch.Tensor:
         """An uninitialized tensor of `shape`, with dtype and device of `like`, to be filled and given to exchange_rows.
 
         Where the other ranks have read the rows when exchange_rows returns, the next call may give the same memory.
@@ -174,7 +170,7 @@ class GroupEnd(ABC):
         """Whether no exchange may follow, for any reason."""
         return self._closed or self._broken is not None
 
-    def number(self, members: Sequence[int] | None = None) -> int:
+    def number(self, members: Ints | None = None) -> int:
         """Exchanges made so far with exactly these members, None for all ranks."""
         return self._numbers[() if members is None else self._key(members)]
 
@@ -216,7 +212,7 @@ class GroupEnd(ABC):
             self._broken = f"rank {self.rank} {reason}", (self.rank,) if ranks is None else ranks
             self._tell(reason, ranks)
 
-    def exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None = None) -> torch.Tensor:
+    def exchange_counts(self, counts: torch.Tensor, members: Ints | None = None) -> torch.Tensor:
         if self._closed or self._broken is not None:
             self.check_usable()
         try:
@@ -229,23 +225,18 @@ class GroupEnd(ABC):
     def last_counts(self) -> torch.Tensor: ...
 
     def exchange_rows(
-        self,
-        rows: torch.Tensor,
-        send_counts: Sequence[int],
-        recv_counts: Sequence[int],
-        members: Sequence[int] | None = None,
-        into_scratch: bool = False,
+        self, rows: torch.Tensor, send_counts: Ints, recv_counts: Ints, members: Ints | None = None, reuse: bool = False
     ) -> torch.Tensor:
         if self._closed or self._broken is not None:
             self.check_usable()
         try:
-            return self._exchange_rows(rows, send_counts, recv_counts, members, into_scratch)
+            return self._exchange_rows(rows, send_counts, recv_counts, members, reuse)
         except BaseException as error:
             self._note_end(error)
             raise
 
     @abstractmethod
-    def rows_to_send(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor: ...
+    def rows_to_send(self, shape: Ints, like: torch.Tensor) -> torch.Tensor: ...
 
     def close(self) -> None:
         if not self._closed:
@@ -253,16 +244,11 @@ class GroupEnd(ABC):
             self._end()
 
     @abstractmethod
-    def _exchange_counts(self, counts: torch.Tensor, members: Sequence[int] | None) -> torch.Tensor: ...
+    def _exchange_counts(self, counts: torch.Tensor, members: Ints | None) -> torch.Tensor: ...
 
     @abstractmethod
     def _exchange_rows(
-        self,
-        rows: torch.Tensor,
-        send_counts: Sequence[int],
-        recv_counts: Sequence[int],
-        members: Sequence[int] | None,
-        into_scratch: bool,
+        self, rows: torch.Tensor, send_counts: Ints, recv_counts: Ints, members: Ints | None, reuse: bool
     ) -> torch.Tensor: ...
 
     @abstractmethod
@@ -285,15 +271,15 @@ class GroupEnd(ABC):
         elif self._unsure:  # also after an interrupt
             self.break_off(f"failed with {type(error).__name__} in the midst of an exchange")
 
-    def _count(self, members: Sequence[int] | None) -> None:
+    def _count(self, members: Ints | None) -> None:
         """An exchange is done: called at once when it is, before anything that may fail."""
         self._numbers[() if members is None else self._key(members)] += 1
 
-    def _key(self, members: Sequence[int]) -> Members:
+    def _key(self, members: Ints) -> Members:
         return () if len(members) == self.world_size else tuple(members)
 
 
-class Scratch:
+class Buffers:
     """Buffers of one rank's transport, by use; each is as large as the largest tensor taken from it, and kept.
 
     On a CPU a fresh 58 MB result costs 28 ms of page faults, more than the copy into it.
@@ -302,12 +288,12 @@ class Scratch:
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
 
-    def take(self, use: str, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    def take(self, use: str, shape: Ints, like: torch.Tensor) -> torch.Tensor:
         """An uninitialized tensor of `shape`, dtype and device of `like`, valid until the same use is taken again.
 
-        >>> scratch = Scratch()
-        >>> first = scratch.take("sent", (2, 3), torch.zeros(1))
-        >>> scratch.take("sent", (3, 1), torch.zeros(1)).data_ptr() == first.data_ptr()
+        >>> buffers = Buffers()
+        >>> first = buffers.take("sent", (2, 3), torch.zeros(1))
+        >>> buffers.take("sent", (3, 1), torch.zeros(1)).data_ptr() == first.data_ptr()
         True
         """
         if like.device.type != "cpu":  # other devices' allocators keep memory by themselves, and know their streams

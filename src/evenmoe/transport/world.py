@@ -210,9 +210,6 @@ def check_world(ep_size: object, tp_size: object, timeout_s: object) -> tuple[in
         sizes.append(number)
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
         raise ConstraintError(
-            "timeout_s",
-            repr(timeout_s),
-            "must be a number of seconds above 0",
-            "say how long to wait for a rank",
+            "timeout_s", repr(timeout_s), "must be a number of seconds above 0", "say how long to wait for a rank"
         )
     return sizes[0], sizes[1], float(timeout_s)

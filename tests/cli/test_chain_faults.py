@@ -85,7 +85,7 @@ def with_nan(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-SABOTAGE = {
+FAULTS = {
     "every replica is a neighbour": ("update_expert", lambda: wrong_update(other_replica)),
     "one entry goes astray": ("update_expert", lambda: wrong_update(one_other_replica)),
     "rows in another order": ("dispatch", lambda: wrong_dispatch(rows_of_another_order)),
@@ -112,9 +112,9 @@ SABOTAGE = {
 }
 
 
-@pytest.mark.parametrize("bug", SABOTAGE)
+@pytest.mark.parametrize("bug", FAULTS)
 def test_a_bug_is_seen(small_demo, monkeypatch, bug):
-    name, make = SABOTAGE[bug]
+    name, make = FAULTS[bug]
     monkeypatch.setattr(em, name, make())
     done = small_demo("--json")
     assert done.code == 1

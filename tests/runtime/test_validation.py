@@ -1,4 +1,4 @@
-"""What `ExpertParallel` refuses, in which words, and that a refusal on one rank reaches the others at once.
+"""What `ExpertParallel` raises for, in which words, and that an error on one rank reaches the others at once.
 
 The worlds have four ranks whose exchanges would wait a minute for a rank that stays away; a call that hangs would end
 in a LostRankError, so that every RankDisagreementError below came in time.

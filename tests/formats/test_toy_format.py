@@ -1,0 +1,103 @@
+"""A format of one's own, named by its file or added by name, goes through every command that reads or writes files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from evenmoe import formats
+from evenmoe.errors import ConstraintError, FileFormatError
+from evenmoe.formats import FORMATS
+from tests.cli.running import Run, runner
+from tests.formats import toy_format
+
+FILE = f"py:{toy_format.__file__}"
+PLACED = {"toy": "placement", "ranks": 2, "rows": [[0, 1, 2, 3, 0, 1]]}
+LOAD = [[[60, 20, 10, 10]], [[20, 60, 10, 10]]]
+WORLD = ["--ranks", 2, "--slots", 6]
+
+
+@pytest.fixture
+def evenmoe(monkeypatch, capsys) -> Run:
+    return runner(monkeypatch, capsys)
+
+
+@pytest.fixture(params=["a file", "a module", "a name"])
+def names(request, monkeypatch) -> tuple[str, str]:
+    """How the formats of placements and of loads are called."""
+    if request.param == "a file":
+        return f"{FILE}:PLACEMENT", f"{FILE}:LOAD"
+    if request.param == "a module":
+        return "py:tests.formats.toy_format:PLACEMENT", "py:tests.formats.toy_format:LOAD"
+    monkeypatch.setattr(FORMATS, "_things", dict(FORMATS._things))  # those that were added before
+    FORMATS.add("toy-placement", toy_format.PLACEMENT)
+    FORMATS.add("toy-load", toy_format.LOAD)
+    return "toy-placement", "toy-load"
+
+
+@pytest.fixture
+def files(tmp_path) -> tuple[Path, Path]:
+    """A placement and a load."""
+    (tmp_path / "placement").write_text(json.dumps(PLACED))
+    (tmp_path / "load").write_text(json.dumps({"toy": "load", "rows": LOAD}))
+    return tmp_path / "placement", tmp_path / "load"
+
+
+def test_convert(evenmoe, names, files, tmp_path):
+    for source, name, there in ((files[0], names[0], "ascend-map"), (files[1], names[1], "evenmoe-trace")):
+        done = evenmoe("convert", source, tmp_path / "there", "--from", name, "--to", there, "--json")
+        assert json.loads(done.out)["from"] == FORMATS.get(name).name
+        assert evenmoe("convert", tmp_path / "there", tmp_path / "back", "--to", name).code == 0
+        assert json.loads((tmp_path / "back").read_text()) == json.loads(source.read_text())
+
+
+def test_plan(evenmoe, names, files, tmp_path):
+    done = evenmoe("plan", files[1], "--from", names[1], *WORLD, "-o", tmp_path / "p", "--to", names[0], "--json")
+    assert json.loads(done.out)["recorded_windows"] == 2
+    written = json.loads((tmp_path / "p").read_text())
+    assert written["ranks"] == 2
+    assert sorted(set(written["rows"][0])) == [0, 1, 2, 3]
+
+
+def test_simulate(evenmoe, names, files):
+    sizes = ["--top-k", 1, "--hidden", 8, "--expert-bytes", 8, "--expert-flops", 8, "--tokens-per-rank", 16]
+    done = evenmoe("simulate", files[1], "--from", names[1], *WORLD, "--steps", 2, *sizes, "--json")
+    assert json.loads(done.out)["num_experts"] == 4
+
+
+def test_check(evenmoe, names, files):
+    done = evenmoe("check", files[0], "--from", names[0], "--json")
+    assert (done.code, json.loads(done.out)["clean"]) == (0, True)
+    files[0].write_text(json.dumps({**PLACED, "rows": [[0, 1, 2, 2, 0, 1]]}))
+    done = evenmoe("check", files[0], "--from", names[0], "--json", "--experts", 4)
+    assert (done.code, json.loads(done.out)["findings"][0]["kind"]) == (1, "missing-expert")
+
+
+@pytest.mark.parametrize("names", ["a name"], indirect=True)
+def test_an_added_format_is_detected_and_listed(evenmoe, names, files):
+    assert [formats.read(file).format for file in files] == list(names)
+    assert "a toy: rows of slots" in evenmoe("convert", "--list-formats").out
+
+
+def test_an_unknown_format_is_detected_only_when_it_was_added(files):
+    with pytest.raises(FileFormatError, match="a json file of no known format"):
+        formats.read(files[0])
+
+
+def test_a_format_that_only_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(FORMATS, "_things", dict(FORMATS._things))
+    toy = toy_format.LOAD
+    FORMATS.add("toy-load", formats.Format(toy.entry, toy.matches, toy.read))
+    with pytest.raises(ConstraintError, match="`format` is 'toy-load': it must be one that evenmoe writes"):
+        formats.write(tmp_path / "load", LOAD, format="toy-load")
+    FORMATS._things["toy-load"] = formats.Format(toy.entry, toy.matches, None, toy.write)
+    formats.write(tmp_path / "load", LOAD, format="toy-load")
+    with pytest.raises(ConstraintError, match="`format` is 'toy-load': it must be one that evenmoe reads"):
+        formats.read(tmp_path / "load", format="toy-load")
+
+
+def test_what_is_no_format(files):
+    with pytest.raises(ConstraintError, match=r"a str: it must be an evenmoe\.formats\.Format"):
+        formats.read(files[0], format=f"{FILE}:__doc__")
