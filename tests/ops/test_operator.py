@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -12,9 +15,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import evenmoe as em
-from evenmoe.contract.calls import AddRmsNormCall, CombineCall, DispatchCall
+from evenmoe.contract.calls import AddRmsNormCall, CombineCall, DispatchCall, UpdateExpertCall
+from evenmoe.contract.limits import ATLAS_A3, UNLIMITED
+from evenmoe.contract.operators import OPERATORS
+from evenmoe.contract.tensor_spec import TensorSpec
+from evenmoe.errors import ConstraintError
+from evenmoe.ops import operator
 from evenmoe.ops.combine import combining
-from evenmoe.ops.operator import check_types, collective
+from evenmoe.ops.operator import CALL_TYPES, Prepared, check_types, collective
 from evenmoe.ops.update_expert import update_expert
 from evenmoe.transport.call import GroupCall
 from evenmoe.transport.local import LocalTransport
@@ -69,15 +77,15 @@ def calls_on_one_rank(rank: Rank, case: Case) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("operator", ["dispatch", "combine", "combine_add_rms_norm"])
+@pytest.mark.parametrize("name", ["dispatch", "combine", "combine_add_rms_norm"])
 @pytest.mark.parametrize("spec", WORLDS, ids=["virtual experts", "quantised"])
-def test_opcheck_of_the_collectives(operator, spec, monkeypatch):
+def test_opcheck_of_the_collectives(name, spec, monkeypatch):
     # Outputs of several calls are compared, and one output of dispatch is the call's number: here always the first's.
     monkeypatch.setattr(LocalTransport, "_count", lambda self, members: None)
     monkeypatch.setattr(GroupCall, "_next", property(lambda self: 0, lambda self, number: None), raising=False)
     with em.local_world(1) as world:
-        arguments = calls_on_one_rank(world.ranks[0], Case(spec))[operator]
-        torch.library.opcheck(getattr(torch.ops.evenmoe, operator).default, (), arguments, test_utils=CHECKS)
+        arguments = calls_on_one_rank(world.ranks[0], Case(spec))[name]
+        torch.library.opcheck(getattr(torch.ops.evenmoe, name).default, (), arguments, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("pruning", [(None, None, None), PRUNING], ids=["whole", "pruned"])
@@ -101,6 +109,60 @@ def test_update_expert_compiles_without_a_graph_break(mode):
     got, want = (function(IDS, TABLE, 3, 4, mode, *PRUNING) for function in (compiled, update_expert))
     assert_same_bits(got[0], want[0], "ids")
     assert_same_bits(got[1], want[1], "mask")
+
+
+def test_the_table_and_the_calls_have_the_same_arguments():
+    for name, described in OPERATORS.items():
+        taken = {argument.name for argument in described.arguments} - (
+            {"dispatch_number"} if name == "dispatch" else set()
+        )
+        ours = {field.name for field in fields(CALL_TYPES[name])} - {"hccl_buffer_bytes", "generation"}
+        assert ours == taken, name
+
+
+def test_a_call_is_prepared_once_for_all_of_its_shapes():
+    """Values do not matter; a shape, a dtype, an attribute or the limits do. No plan keeps a tensor."""
+    seen = []
+
+    def prepare(call: Any) -> int:
+        assert isinstance(call.expert_ids, TensorSpec)
+        seen.append(call)
+        return len(seen)
+
+    prepared = Prepared("update_expert", prepare)
+    base = {"expert_ids": IDS, "eplb_table": TABLE, "world_size": 4, "limits": ATLAS_A3}
+    changes: list[dict[str, Any]] = [
+        {},
+        {"expert_ids": IDS[:2]},
+        {"expert_ids": IDS.int()},
+        {"world_size": 5},
+        {"limits": UNLIMITED},
+        {"expert_scales": torch.ones(4, 2)},
+    ]
+    for _ in range(2):
+        assert [prepared(UpdateExpertCall(**base | change)) for change in changes] == [1, 2, 3, 4, 5, 6]
+    assert prepared(UpdateExpertCall(**base | {"expert_ids": IDS + 1})) == 1
+    kept = weakref.ref(mine := IDS.clone())
+    prepared(UpdateExpertCall(**base | {"expert_ids": mine, "world_size": 6}))
+    del mine
+    gc.collect()
+    assert kept() is None
+
+
+def test_plans_are_kept_for_a_bounded_number_of_shapes(monkeypatch):
+    monkeypatch.setattr(operator, "_KEPT", 3)
+    seen = []
+    prepared = Prepared("update_expert", lambda call: seen.append(call.world_size) or len(seen))
+    for world_size in (1, 2, 3, 1, 4, 1):
+        prepared(UpdateExpertCall(expert_ids=IDS, eplb_table=TABLE, world_size=world_size))
+    assert seen == [1, 2, 3, 4, 1]
+
+
+def test_a_call_that_is_an_error_is_one_each_time():
+    with em.local_world(1) as world:
+        for _ in range(2):
+            with pytest.raises(ConstraintError, match="`moe_expert_num` is 0"):
+                em.dispatch(torch.ones(2, 3), IDS[:2].int(), ep=world.ranks[0].ep, num_experts=0)
 
 
 FAKE_WORLDS = [

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 import evenmoe as em
+from evenmoe.errors import EvenmoeError
+from evenmoe.runtime import expert_parallel
 from tests.runtime.layers import (
     FLOATS,
     RULES,
@@ -239,3 +241,49 @@ def test_rows_need_not_be_contiguous(spec, data):
         views = world.run(lambda rank: step(rank, spread))
     for rank, (one, other) in enumerate(zip(plain, views, strict=True)):
         assert_same_bits(one, other, f"rank {rank}")
+
+
+WRONG = {
+    "gradients": ("x", lambda x: x.clone().requires_grad_()),
+    "sparse": ("x", lambda x: x.to_sparse()),
+    "on meta": ("x", lambda x: x.to("meta")),
+    "a list": ("x", lambda x: x.tolist()),
+    "an id beyond": ("topk_ids", lambda ids: ids + 1),
+    "ids of 16 bits": ("topk_ids", lambda ids: ids.short()),
+    "weights of another k": ("topk_weights", lambda weights: weights[:, :1]),
+    "gradients of weights": ("topk_weights", lambda weights: weights.clone().requires_grad_()),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_a_layer_knows_of_earlier_calls_lets_nothing_wrong_pass(name):
+    """Right calls and wrong ones of the same shapes in turn: the plan of a shape is kept, no check is skipped."""
+    argument, change = WRONG[name]
+    right = {
+        "x": torch.ones(2, 3),
+        "topk_ids": torch.tensor([[0, 1], [1, 0]]),
+        "topk_weights": torch.full((2, 2), 0.5),
+    }
+    with em.local_world(1) as world:
+        layer = em.ExpertParallel(world.ranks[0].ep, torch.tensor([[1, 0], [1, 1]], dtype=torch.int32), num_slots=2)
+        for _ in range(2):
+            rows = layer.dispatch(**right)
+            assert torch.equal(layer.combine(rows, rows.rows), right["x"])
+            with pytest.raises(EvenmoeError) as caught:
+                layer.dispatch(**right | {argument: change(right[argument])})
+            assert caught.value.argument == argument
+        if "gradients" in name:
+            with torch.no_grad():
+                layer.dispatch(**right | {argument: change(right[argument])})
+
+
+def test_a_layer_keeps_plans_of_a_bounded_number_of_shapes(monkeypatch):
+    monkeypatch.setattr(expert_parallel, "_KEPT", 3)
+    with em.local_world(1) as world:
+        layer = em.ExpertParallel(world.ranks[0].ep, torch.tensor([[1, 0]], dtype=torch.int32), num_slots=1)
+        for tokens in (1, 2, 3, 4, 5, 1, 0):
+            rows = layer.dispatch(
+                torch.ones(tokens, 2), torch.zeros((tokens, 1), dtype=torch.int64), torch.ones(tokens, 1)
+            )
+            assert layer.combine(rows, rows.rows).sum() == 2 * tokens
+            assert len(layer._plans) <= 3
