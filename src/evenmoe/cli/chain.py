@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import evenmoe as em
 from evenmoe.errors import ConstraintError
-from evenmoe.placement import identity_placement
+from evenmoe.placement import default_placement
 from evenmoe.reference.dense import FP32, Experts, dense_add_rms_norm, dense_moe, make_experts
 from evenmoe.traces.trace import Trace
 from evenmoe.transport.process_world import process_world
@@ -194,7 +194,7 @@ def demo_worlds(
     generator = torch.Generator().manual_seed(seed)
     top_k = min(PAGE_TOP_K, ep)
     ids = torch.rand((ep * tp, PAGE_TOKENS, ep), generator=generator).argsort(dim=-1)[..., :top_k]
-    page = identity_placement(1, ep, ep)
+    page = default_placement(1, ep, ep)
     title = f"published demo's world: {ep} EP x {tp} TP ranks, {PAGE_TOKENS} tokens each, H {PAGE_HIDDEN}, K {top_k}"
     yield title, make_layer(page, 0, ids, tp, PAGE_HIDDEN, PAGE_INNER, seed)
     ids = _tokens(trace, layer, identity.num_ranks, seed)
