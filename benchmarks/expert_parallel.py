@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 import evenmoe as em
-from evenmoe.placement import identity_placement
+from evenmoe.placement import default_placement
 
 RANKS, STEPS = 4, 15
 SHAPES = {
@@ -62,7 +62,7 @@ def by_hand(experts: int) -> Step:
 
 
 def expert_parallel(rank: em.Rank, experts: int) -> Step:
-    table = identity_placement(1, experts, RANKS).eplb_table(0)
+    table = default_placement(1, experts, RANKS).eplb_table(0)
     layer = em.ExpertParallel(rank.ep, table, num_slots=experts)
 
     def step(x, ids, weights, marks):

@@ -75,12 +75,12 @@ def measure(case: Case, seeds: int, repeat: int) -> None:
 
 def search(case: Case, load: np.ndarray, yardstick: float, repeat: int) -> None:
     from evenmoe.planner.hierarchical import plan_hierarchical
+    from evenmoe.planner.options import check_shape
     from evenmoe.planner.static import plan_static
 
     if case.groups > 1:
-        spent = milliseconds(
-            lambda: plan_hierarchical(load, case.ranks, case.slots, case.nodes, case.groups, 0), repeat
-        )
+        counts = check_shape(case.experts, case.ranks, case.slots, case.nodes, case.groups)
+        spent = milliseconds(lambda: plan_hierarchical(load, counts), repeat)
     else:
         spent = milliseconds(lambda: plan_static(load, case.ranks, case.slots, 0), repeat)
     print(f"  {'evenmoe, search':22}{spent:9.2f}{spent / yardstick:9.2f}")

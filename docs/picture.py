@@ -12,7 +12,7 @@ import numpy as np
 import evenmoe as em
 from evenmoe.io.output import whole_file
 from evenmoe.metrics import even_rank_loads
-from evenmoe.placement import identity_placement
+from evenmoe.placement import default_placement
 from evenmoe.traces.synthesis import small_trace
 
 RANKS, LAYER = 8, 0
@@ -42,7 +42,7 @@ def bars(x: int, title: str, note: str, loads: np.ndarray, scale: float, colour:
 def main() -> None:
     trace = small_trace()
     load = trace.load.sum(axis=0)
-    identity = identity_placement(trace.num_layers, trace.num_experts, RANKS)
+    identity = default_placement(trace.num_layers, trace.num_experts, RANKS)
     planned = em.plan(load, num_ranks=RANKS, num_slots=trace.num_experts + RANKS)
     before, after = (even_rank_loads(load, placement)[LAYER] for placement in (identity, planned))
     scale = (BASE - TOP) / before.max()

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from numba import njit
 from numba.core.caching import FunctionCache
+from numba.core.dispatcher import Dispatcher
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -35,8 +36,19 @@ def compiled(function: Function) -> Function:
 class _Cache(FunctionCache):
     """A cache whose files may be damaged, and whose disk may fill up, without failing the call.
 
+    Numba watches a function's own file. The kernels that this imports by name from other files are compiled along
+    with it, so their files are watched, too (but not for constants).
+
     Exceptions are caught broadly: a damaged file raises whatever pickle, numba or LLVM make of it.
     """
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        kernels = (value for value in function.__globals__.values() if isinstance(value, Dispatcher))
+        caches = [getattr(kernel, "_cache", None) for kernel in kernels]
+        imported = {file for cache in caches if isinstance(cache, _Cache) for file in cache.files}
+        self.files = imported | {self._cache_file._source_stamp}
+        self._cache_file._source_stamp = tuple(sorted(self.files, key=repr))
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.errors import ConstraintError
-from evenmoe.placement import Placement
+from evenmoe.placement import Placement, held_by_rank
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -177,10 +177,17 @@ def as_load_of(load: npt.ArrayLike, placement: Placement) -> FloatArray:
 
 
 def _shared_evenly(tokens: FloatArray, placement: Placement) -> FloatArray:
-    share = tokens / placement.num_replicas
-    index = np.broadcast_to(placement.slot_to_expert, (*share.shape[:-1], placement.num_slots))
-    per_slot = np.take_along_axis(share, index, axis=-1)
-    return per_slot.reshape(*share.shape[:-1], placement.num_ranks, placement.slots_per_rank).sum(axis=-1)
+    return sum_by_rank(tokens / placement.num_replicas, placement.slot_to_expert, placement.num_ranks)
+
+
+def sum_by_rank(share: FloatArray, slots: npt.NDArray[np.integer], num_ranks: int) -> FloatArray:
+    """Tokens of each rank, (…, L, G), where every slot (L, S) of an expert gets its `share` (…, L, E).
+
+    >>> sum_by_rank(np.array([[3.0, 1.0, 1.0]]), np.array([[0, 1, 0, 2]]), 2).tolist()
+    [[4.0, 4.0]]
+    """
+    per_slot = np.take_along_axis(share, np.broadcast_to(slots, (*share.shape[:-1], slots.shape[1])), axis=-1)
+    return per_slot.reshape(*share.shape[:-1], num_ranks, -1).sum(axis=-1)
 
 
 def peak_over_mean(loads: FloatArray) -> FloatArray:
@@ -216,9 +223,12 @@ def count_copies(previous: Placement, placement: Placement) -> npt.NDArray[np.in
                 f"must have the {name} of the previous placement, {getattr(previous, name)}",
                 "compare placements of one model on one world",
             )
-    layers = placement.num_layers
-    held = np.zeros((layers, placement.num_ranks, placement.num_experts), bool)
-    rows = np.arange(layers)[:, None]
-    held[rows, np.arange(previous.num_slots) // previous.slots_per_rank, previous.slot_to_expert] = True
-    present = held[rows, np.arange(placement.num_slots) // placement.slots_per_rank, placement.slot_to_expert]
-    return (~present).sum(axis=1)
+    held = held_by_rank(previous.slot_to_expert, placement.num_ranks, placement.num_experts)
+    return count_arrivals(held, placement.slot_to_expert)
+
+
+def count_arrivals(held: npt.NDArray[np.bool_], slots: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """Slots (L, S) whose expert their rank does not have among those that it `held` (L, G, E); int64 (L,)."""
+    num_layers, num_ranks, _ = held.shape
+    ranks = np.arange(slots.shape[1]) * num_ranks // slots.shape[1]
+    return (~held[np.arange(num_layers)[:, None], ranks, slots]).sum(axis=1)

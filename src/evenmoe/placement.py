@@ -132,9 +132,7 @@ class Placement:
     @cached_property
     def num_replicas(self) -> IntArray:
         """int32 (L, E): how many slots hold each logical expert."""
-        counts = np.zeros((self.num_layers, self.num_experts), np.int32)
-        np.add.at(counts, (np.arange(self.num_layers)[:, None], self.slot_to_expert), 1)
-        return _frozen(counts)
+        return _frozen(count_replicas(self.slot_to_expert, self.num_experts))
 
     def eplb_table(self, layer: int) -> torch.Tensor:
         """The operator's table of one layer: torch.int32 (E, F), row `e` = [count, slot ids…, 0 padding].
@@ -143,11 +141,18 @@ class Placement:
         """
         import torch  # not at the top: planning and `--help` need no torch
 
-        slots = self.slot_to_expert[layer]
+        return torch.from_numpy(self.eplb_array(layer))
+
+    def eplb_array(self, layer: int) -> IntArray:
+        """As `eplb_table`, for numpy: int32 (E, F).
+
+        >>> Placement([[0, 1, 0, 2]], num_ranks=2).eplb_array(0).tolist()
+        [[2, 0, 2], [1, 1, 0], [1, 3, 0]]
+        """
         table = np.zeros((self.num_experts, 1 + int(self.num_replicas.max())), np.int32)
         table[:, 0] = self.num_replicas[layer]
-        table[slots, 1 + self.replica_index[layer]] = np.arange(self.num_slots, dtype=np.int32)
-        return torch.from_numpy(table)
+        table[self.slot_to_expert[layer], 1 + self.replica_index[layer]] = np.arange(self.num_slots, dtype=np.int32)
+        return table
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Placement):
@@ -172,13 +177,18 @@ class Placement:
         return _rebuild, (self.slot_to_expert, self.num_ranks, self.num_experts, self.replica_index)
 
 
-def identity_placement(num_layers: int, num_experts: int, num_ranks: int) -> Placement:
-    """Slot `s` holds expert `s` in every layer: what a model runs with before anything is balanced.
+def default_placement(num_layers: int, num_experts: int, num_ranks: int, num_slots: int | None = None) -> Placement:
+    """Slot `s` holds expert `s` mod E in every layer: what a model runs with before anything is balanced.
 
-    >>> identity_placement(1, 4, num_ranks=2).slot_to_expert.tolist()
+    `num_slots` is E unless it is given.
+
+    >>> default_placement(1, 4, num_ranks=2).slot_to_expert.tolist()
     [[0, 1, 2, 3]]
+    >>> default_placement(1, 4, num_ranks=2, num_slots=6).slot_to_expert.tolist()
+    [[0, 1, 2, 3, 0, 1]]
     """
-    return Placement(np.tile(np.arange(num_experts, dtype=np.int32), (num_layers, 1)), num_ranks)
+    row = np.arange(num_slots or num_experts, dtype=np.int32) % num_experts
+    return Placement(np.tile(row, (num_layers, 1)), num_ranks, num_experts=num_experts)
 
 
 def layers_of(placement: Placement, layers: Sequence[int] | npt.NDArray[np.int64]) -> Placement:
@@ -193,6 +203,27 @@ def layers_of(placement: Placement, layers: Sequence[int] | npt.NDArray[np.int64
         num_experts=placement.num_experts,
         replica_index=placement.replica_index[layers],
     )
+
+
+def count_replicas(slots: npt.NDArray[np.integer], num_experts: int) -> npt.NDArray[np.int64]:
+    """How many of the slots (L, S) hold each expert, int64 (L, E).
+
+    >>> count_replicas(np.array([[0, 1, 0, 2]]), 3).tolist()
+    [[2, 1, 1]]
+    """
+    of_layer = np.arange(len(slots))[:, None] * num_experts
+    return np.bincount((of_layer + slots).ravel(), minlength=len(slots) * num_experts).reshape(-1, num_experts)
+
+
+def held_by_rank(slots: npt.NDArray[np.integer], num_ranks: int, num_experts: int) -> npt.NDArray[np.bool_]:
+    """Which experts each rank holds in some slot, (L, S) -> bool (L, G, E).
+
+    >>> held_by_rank(np.array([[0, 1, 0, 0]]), 2, 2).tolist()
+    [[[True, True], [True, False]]]
+    """
+    held = np.zeros((len(slots), num_ranks, num_experts), bool)
+    held[np.arange(len(slots))[:, None], np.arange(slots.shape[1]) * num_ranks // slots.shape[1], slots] = True
+    return held
 
 
 def _rebuild(slots: IntArray, num_ranks: int, num_experts: int, order: IntArray) -> Placement:
@@ -227,7 +258,7 @@ def _without_slot(slots: npt.NDArray[np.integer], num_experts: int) -> npt.NDArr
     return np.argwhere(~held)
 
 
-def ascending_replica_index(slots: IntArray) -> npt.NDArray[np.integer]:
+def ascending_replica_index(slots: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
     """Position of each slot among the slots of the same expert, counted from the left."""
     by_expert = np.argsort(slots, axis=1, kind="stable")
     sorted_experts = np.take_along_axis(slots, by_expert, axis=1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evenmoe.cli.chain import compare, expect, make_layer, run_chain
-from evenmoe.placement import identity_placement
+from evenmoe.placement import default_placement
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
@@ -17,7 +17,7 @@ def test_a_residual_that_takes_the_shared_expert_away(scale, tp_size):
     """x = experts + shared − shared: float32 rounds the first sum, and nothing hides that in the second."""
     ep = 4 // tp_size
     ids = torch.tensor([[[rank % ep, (rank + 1) % ep]] * 3 for rank in range(4)])
-    layer = make_layer(identity_placement(1, ep, ep), 0, ids, tp_size, hidden=32, inner=16, seed=0)
+    layer = make_layer(default_placement(1, ep, ep), 0, ids, tp_size, hidden=32, inner=16, seed=0)
     shared = 1000 * layer.shared
     layer = replace(layer, shared=shared, residual=-shared, scales=layer.scales * scale)
     result = compare(layer, run_chain(layer), expect(layer))

@@ -22,7 +22,7 @@ def test_findings_name_layer_rank_and_slot_and_exit_with_1(evenmoe):
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.out.splitlines() if line.startswith("│")]
     assert rows == [
         ["error", "missing-expert", "0", "", "", "no slot for expert 2 in layer 0"],
-        ["error", "twins", "0", "0", "1", "expert 0 in slots 0 and 1 of rank 0 in layer 0"],
+        ["error", "duplicate-replica", "0", "0", "1", "expert 0 in slots 0 and 1 of rank 0 in layer 0"],
     ]
     assert "missing-expert: it must give every expert a slot; a token routed to it has nowhere to go" in done.out
     assert done.out.endswith("2 errors, 0 warnings\n")
@@ -40,8 +40,8 @@ def test_the_json_has_every_finding(evenmoe):
         "num_slots": 4,
         "num_ranks": 2,
     }
-    twins = summary["findings"][1]
-    assert (twins["kind"], twins["layer"], twins["rank"], twins["slot"], twins["expert"]) == ("twins", 0, 0, 1, 0)
+    place = ("kind", "layer", "rank", "slot", "expert")
+    assert [summary["findings"][1][name] for name in place] == ["duplicate-replica", 0, 0, 1, 0]
 
 
 def test_warnings_leave_the_code_at_0(evenmoe, tmp_path):

@@ -14,8 +14,8 @@ from evenmoe.traces.synthesis import small_trace
 from evenmoe.traces.trace import Trace
 from tests.beside import measured_names
 from tests.cli.running import SMALL
-from tests.traces.made_up import trace_file
 from tests.traces.npz import at, npz
+from tests.traces.synthetic import trace_file
 
 PAGE_RANKS, TRACE_TOKENS = 16, SMALL["TRACE_TOKENS"]
 KEYS = [
@@ -176,7 +176,7 @@ def test_text(small_demo):
     assert lines[-1] == "the chain equals the dense model"
 
 
-@pytest.mark.parametrize("name", ["made_up_deepseek_v2_lite", *measured_names("deepseek_v2_lite_esft_law")])
+@pytest.mark.parametrize("name", ["synthetic_deepseek_v2_lite", *measured_names("deepseek_v2_lite_esft_law")])
 def test_a_recorded_trace(small_demo, tmp_path, name):
     """DeepSeek-V2-Lite's routing, made up or of legal texts by the model's own authors."""
     path = trace_file(name, tmp_path)

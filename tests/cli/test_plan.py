@@ -13,7 +13,7 @@ import pytest
 
 from evenmoe import count_copies, plan
 from evenmoe.formats import FORMATS, read, write
-from evenmoe.placement import Placement, identity_placement
+from evenmoe.placement import Placement, default_placement
 from evenmoe.planner.greedy import plan_greedy
 from evenmoe.traces import load_trace, save_trace, synthesize
 from tests.cli.running import Run
@@ -54,7 +54,7 @@ def test_numbers_are_those_of_plain_loops(evenmoe: Run, tmp_path, trace, load):
     said = json.loads(done.out)
     placement = read(out).placement
     assert placement == plan(load, num_ranks=RANKS, num_slots=SLOTS)
-    identity = identity_placement(3, 16, RANKS)
+    identity = default_placement(3, 16, RANKS)
     for name, each in (("default_placement", identity), ("planned", placement)):
         found = said["par"][name]
         assert found["all_tokens"]["mean"] == pytest.approx(par(load.sum(axis=0), each), abs=1e-6)
@@ -100,7 +100,7 @@ def test_every_load_gives_the_same_plan(evenmoe: Run, tmp_path, load, name):
     total = load.sum(axis=0, keepdims=True)
     container = FORMATS.get(name).containers[0]
     source = tmp_path / ("load" if container == "folder" else f"load.{container}")
-    placement = identity_placement(3, 16, RANKS)
+    placement = default_placement(3, 16, RANKS)
     more = ("--num-layers", 3, "--experts", 16) if name == "mindie-csv" else ()  # slots, dump after dump
     write(source, total, format=name, layer_ids=LAYER_IDS, metadata={"placement": placement})
     done = evenmoe(
@@ -231,7 +231,7 @@ def test_pipes(tmp_path):
 
 
 def write_placement(path: Path) -> Path:
-    write(path, identity_placement(3, 16, RANKS), format="evenmoe-placement", layer_ids=(7, 8, 10))
+    write(path, default_placement(3, 16, RANKS), format="evenmoe-placement", layer_ids=(7, 8, 10))
     return path
 
 

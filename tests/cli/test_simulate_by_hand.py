@@ -13,7 +13,7 @@ from evenmoe.simulator.store import load_simulation
 from evenmoe.traces.synthesis import small_trace
 from tests.beside import measured_names
 from tests.simulator.plain_loops import ByHand, Setup, replay
-from tests.traces.made_up import MADE_UP, trace_file
+from tests.traces.synthetic import SYNTHETIC, trace_file
 
 POLICIES = (
     ("identity", "identity", "rank", {}),
@@ -128,8 +128,8 @@ def test_one_slot_a_rank_and_other_links(evenmoe, tmp_path):
 
 # (hidden, intermediate, bytes a weight), which the shape of the trace tells, and the tokens of a chunk.
 RECORDED = {
-    "made_up_gpt_oss_20b": ((2880, 2880, 17 / 32), 4),
-    "made_up_deepseek_v2_lite": ((2048, 1408, 2), 8),
+    "synthetic_gpt_oss_20b": ((2880, 2880, 17 / 32), 4),
+    "synthetic_deepseek_v2_lite": ((2048, 1408, 2), 8),
     "gpt_oss_20b_mmlu_pro_and_other": ((2880, 2880, 17 / 32), 1),
     "deepseek_v2_lite_esft_intent": ((2048, 1408, 2), 8),
     "deepseek_v2_lite_esft_law": ((2048, 1408, 2), 8),
@@ -137,7 +137,7 @@ RECORDED = {
 }
 
 
-@pytest.mark.parametrize("name", [*MADE_UP, *measured_names(*RECORDED)])
+@pytest.mark.parametrize("name", [*SYNTHETIC, *measured_names(*RECORDED)])
 def test_recorded_traces(evenmoe, tmp_path, name):
     """The model, and so the costs, are told by the shape of the trace."""
     (hidden, inner, weight), chunk = RECORDED[name]

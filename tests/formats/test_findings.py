@@ -31,7 +31,7 @@ def test_all_findings_come_not_only_the_first():
     found = places(sglang([0, 0, 1, 3], [0, 1, 1, 9]), num_ranks=2)
     assert found == [
         ("missing-expert", 0, None, None, 2),
-        ("twins", 0, 0, 1, 0),
+        ("duplicate-replica", 0, 0, 1, 0),
         ("expert-range", 1, 1, 3, 9),
         ("missing-expert", 1, None, None, 2),
         ("missing-expert", 1, None, None, 3),
@@ -43,7 +43,7 @@ def test_a_missing_last_expert_needs_the_number_of_experts():
     assert places(sglang([0, 1, 0, 1]), num_ranks=2, num_experts=3) == [("missing-expert", 0, None, None, 2)]
 
 
-def test_twins_name_both_slots_and_do_not_stop_reading():
+def test_duplicate_replicas_name_both_slots_and_do_not_stop_reading():
     text = sglang([0, 1, 2, 2])
     finding = formats.check(text, num_ranks=2).findings[0]
     assert finding.text == "expert 2 in slots 2 and 3 of rank 1 in layer 0"
@@ -57,7 +57,7 @@ def test_twins_name_both_slots_and_do_not_stop_reading():
 def test_replicas_that_the_rank_rule_leaves_idle(ranks, replicas, reached):
     """ceil(W / ceil(W / c)): the published table of the rule, runtime reference §1.3."""
     row = [0] * replicas + list(range(1, 2 * ranks - replicas + 1))
-    per_rank = np.array(row).reshape(2, ranks).T.reshape(-1).tolist()  # two slots a rank, no twins
+    per_rank = np.array(row).reshape(2, ranks).T.reshape(-1).tolist()  # two slots a rank, no duplicate replicas
     idle = [f for f in formats.check(sglang(per_rank), num_ranks=ranks).findings if f.kind == "unreachable"]
     assert len(idle) == (reached < replicas)
     if idle:

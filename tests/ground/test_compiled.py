@@ -40,6 +40,17 @@ def double(x):
 print(double(21), sum(double.stats.cache_hits.values()))
 """
 
+CALLER = """
+from evenmoe.compiled import compiled
+from other import double
+
+@compiled
+def call(x):
+    return double(x)
+
+print(call(21), sum(call.stats.cache_hits.values()))
+"""
+
 
 def python(folder: Path, code: str | Path, *, most_bytes: int | None = None) -> str:
     """What a program prints that finds evenmoe in `folder` and has no home."""
@@ -93,6 +104,18 @@ def test_without_any_place_for_a_cache(installed):
 def test_a_second_process_finds_what_the_first_compiled(kernel):
     assert python(SOURCE.parent, kernel) == "42 0\n"
     assert python(SOURCE.parent, kernel) == "42 1\n"
+
+
+def test_a_kernel_that_is_imported_may_change(kernel):
+    """By hand: 2 · 21, and 3 · 21 once the imported kernel triples; the caller's own file is the same."""
+    shutil.copy(kernel, kernel.with_name("other.py"))
+    kernel.write_text(CALLER)
+    assert python(SOURCE.parent, kernel) == "42 0\n42 0\n"
+    assert python(SOURCE.parent, kernel) == "42 1\n42 1\n"
+    other = kernel.with_name("other.py")
+    other.write_text(KERNEL.replace("2 * x", "3 * x"))
+    assert python(SOURCE.parent, kernel) == "63 0\n63 0\n"
+    assert python(SOURCE.parent, kernel) == "63 1\n63 1\n"
 
 
 @pytest.mark.parametrize("most_bytes", [0, 1, 300, 2000])

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 
 from evenmoe.errors import ConstraintError
-from evenmoe.placement import Placement, identity_placement
+from evenmoe.placement import Placement, default_placement
 from tests.ground.placements import placements
 
 REFUSALS = {
@@ -214,13 +214,18 @@ def test_without_replica_index_slots_ascend(placement):
 
 
 @pytest.mark.parametrize(("layers", "experts", "ranks"), [(1, 1, 1), (3, 6, 2), (2, 8, 8)])
-def test_identity(layers, experts, ranks):
-    placement = identity_placement(layers, experts, ranks)
+def test_default_placement(layers, experts, ranks):
+    placement = default_placement(layers, experts, ranks)
     assert placement.slot_to_expert.tolist() == [list(range(experts))] * layers
     assert placement.num_ranks == ranks
     assert placement.eplb_table(layers - 1).tolist() == [[1, expert] for expert in range(experts)]
 
 
-def test_identity_needs_ranks_that_divide():
+def test_default_placement_with_more_slots_begins_anew():
+    placement = default_placement(2, 3, 2, num_slots=8)
+    assert placement.slot_to_expert.tolist() == [[0, 1, 2, 0, 1, 2, 0, 1]] * 2
+
+
+def test_default_placement_needs_ranks_that_divide():
     with pytest.raises(ConstraintError, match=r"^`num_ranks` is 3: it must divide the 4 slots evenly"):
-        identity_placement(1, 4, 3)
+        default_placement(1, 4, 3)

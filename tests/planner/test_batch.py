@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 import evenmoe as em
 from evenmoe.metrics import peak_over_mean
-from evenmoe.planner import batch_kernels, draft_kernels
-from evenmoe.planner.scenarios import drift_factors, scenarios_of
+from evenmoe.planner.batch import drift_factors, scenarios_of
+from evenmoe.planner.kernels.batch import candidates, evaluate
+from evenmoe.planner.kernels.common import replicate
+from evenmoe.planner.kernels.packing import draft
 from evenmoe.rules.catalogue import RULES
 from tests.effort import effort
 
@@ -109,7 +111,7 @@ def test_any_shape_gives_a_placement(num_ranks, width, data):
     assert (placement.num_replicas >= 1).all()
     if num_ranks * width < num_ranks * num_experts:
         held = placement.slot_to_expert.reshape(2, num_ranks, width)
-        assert all(len(set(rank.tolist())) == width for layer in held for rank in layer)  # no twins
+        assert all(len(set(rank.tolist())) == width for layer in held for rank in layer)  # no expert twice on a rank
     even = em.plan(load, num_ranks=num_ranks, num_slots=num_ranks * width)
     # Under the loads planned for, the even plan is one of the drafts, but drift decides between them.
     assert held_out(load + 1, placement) <= held_out(load + 1, even) * 1.15
@@ -130,7 +132,7 @@ def test_nothing_to_choose():
 
 @st.composite
 def searches(draw):
-    """A rank-by-slot layer, perhaps with twins, and scenarios."""
+    """A rank-by-slot layer, perhaps with an expert twice on a rank, and scenarios."""
     num_ranks, width = draw(st.integers(2, 6)), draw(st.integers(1, 4))
     num_experts = draw(st.integers(width, num_ranks * width))
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
@@ -145,7 +147,7 @@ def searches(draw):
 def test_peaks_are_those_of_the_exact_split(case):
     held, scenarios, _ = case
     num_ranks = len(held)
-    total, peaks, closed, load = batch_kernels.evaluate(held, scenarios, np.ones(len(scenarios)), np.inf)
+    total, peaks, closed, load = evaluate(held, scenarios, np.ones(len(scenarios)), np.inf)
     placement = em.Placement(held.reshape(1, -1), num_ranks, num_experts=scenarios.shape[1])
     exact = RULES.get("batch").rank_loads(scenarios[:, None], placement)[:, 0].max(-1)
     # A peak is accepted once its set of ranks is within 2e-4 of it; nothing is below the exact one but rounding.
@@ -155,7 +157,7 @@ def test_peaks_are_those_of_the_exact_split(case):
     np.testing.assert_allclose(load.sum(1), num_ranks)
     mean_of_closed = (load * closed).sum(1) / closed.sum(1)
     assert (mean_of_closed <= exact + 1e-9).all()  # the proof that the peak cannot be lower
-    assert batch_kernels.evaluate(held, scenarios, np.ones(len(scenarios)), total - 1e-9)[0] == np.inf
+    assert evaluate(held, scenarios, np.ones(len(scenarios)), total - 1e-9)[0] == np.inf
 
 
 @settings(max_examples=100, deadline=None)
@@ -166,13 +168,13 @@ def test_no_move_that_helps_is_screened_out(case):
     num_ranks, width = held.shape
     num_experts = scenarios.shape[1]
     if any(len(set(rank.tolist())) < width for rank in held):
-        return  # with twins the screen is a guess, and only `evaluate` decides
-    total, _, closed, load = batch_kernels.evaluate(held, scenarios, np.ones(len(scenarios)), np.inf)
+        return  # with duplicates the screen is a guess, and only `evaluate` decides
+    total, _, closed, load = evaluate(held, scenarios, np.ones(len(scenarios)), np.inf)
     hot = int(rng.integers(num_ranks))
     moves = np.empty((1000, 5), np.int64)
     floors = np.empty((1000, len(scenarios)))
     kept = np.ones((num_ranks, num_experts), bool)
-    found = batch_kernels.candidates(
+    found = candidates(
         held, np.ascontiguousarray(scenarios.T), closed, load, kept, hot, num_ranks, 0, 0.0, total, moves, floors
     )
     listed = {tuple(move[:4]) for move in moves[:found].tolist()}
@@ -181,7 +183,7 @@ def test_no_move_that_helps_is_screened_out(case):
         trial[rank, theirs] = held[hot, mine]
         if not keeps:
             trial[hot, mine] = held[rank, theirs]
-        assert (batch_kernels.evaluate(trial, scenarios, np.ones(len(scenarios)), np.inf)[1] >= floor - 1e-9).all()
+        assert (evaluate(trial, scenarios, np.ones(len(scenarios)), np.inf)[1] >= floor - 1e-9).all()
     for mine in range(width):
         for rank in set(range(num_ranks)) - {hot}:
             for theirs in range(width):
@@ -193,18 +195,15 @@ def test_no_move_that_helps_is_screened_out(case):
                     trial[rank, theirs] = a
                     if not keeps:
                         trial[hot, mine] = b
-                    if (
-                        batch_kernels.evaluate(trial, scenarios, np.ones(len(scenarios)), np.inf)[0]
-                        < total - 5 * 2.1e-4
-                    ):
+                    if evaluate(trial, scenarios, np.ones(len(scenarios)), np.inf)[0] < total - 5 * 2.1e-4:
                         assert (mine, rank, theirs, keeps) in listed
 
 
 def test_a_draft_links_all_ranks():
     load = np.sort(zipf(1, 64, 2)[0])[::-1] * (8 / 200_000)
-    counts = draft_kernels.count_replicas(load, 72, 8)
+    _, counts = replicate(load, 72, 8)
     held = np.empty((8, 9), np.int64)
-    assert draft_kernels.draft(load, 0.3 * load, np.arange(64), counts, np.zeros(8), 0.2, 1.0, held)
+    assert draft(load, 0.3 * load, np.arange(64), counts, np.zeros(8), 0.2, 1.0, held)
     assert np.bincount(held.reshape(-1), minlength=64).tolist() == counts.tolist()
     linked = {0}
     for _ in range(8):
@@ -214,9 +213,9 @@ def test_a_draft_links_all_ranks():
 
 
 def test_replicas_go_where_they_lower_the_most():
-    assert draft_kernels.count_replicas(np.array([6.0, 2.0, 1.0]), 6, 3).tolist() == [3, 2, 1]
-    assert draft_kernels.count_replicas(np.array([6.0, 2.0, 1.0]), 6, 6).tolist() == [4, 1, 1]
-    assert draft_kernels.count_replicas(np.zeros(2), 4, 2).tolist() == [2, 2]
+    assert replicate(np.array([6.0, 2.0, 1.0]), 6, 3)[1].tolist() == [3, 2, 1]
+    assert replicate(np.array([6.0, 2.0, 1.0]), 6, 6)[1].tolist() == [4, 1, 1]
+    assert replicate(np.zeros(2), 4, 2)[1].tolist() == [2, 2]
 
 
 def test_scenarios():

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import evenmoe as em
 from evenmoe.metrics import peak_over_mean
-from evenmoe.planner import batch_kernels
-from evenmoe.planner.scenarios import JITTER, drift_factors, scenarios_of
+from evenmoe.planner.batch import JITTER, drift_factors, scenarios_of
+from evenmoe.planner.kernels.batch import evaluate
 from evenmoe.rules.catalogue import RULES
 
 Load = npt.NDArray[np.float64]
@@ -133,7 +133,7 @@ def goal(mode: Mode, load: Load, placement: em.Placement) -> Load:
         for layer, slots in enumerate(held):
             order = np.argsort(-load[:, layer].mean(axis=0), kind="stable")
             cases = scenarios_of(load[:, layer, order], placement.num_ranks, *factors)
-            found = batch_kernels.evaluate(np.argsort(order)[slots], cases, np.ones(len(cases)), np.inf)[0]
+            found = evaluate(np.argsort(order)[slots], cases, np.ones(len(cases)), np.inf)[0]
             peaks.append(found / len(cases))
         return np.array(peaks)
     rule = mode.rule if mode.rule == "rank" else "occurrence"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import evenmoe as em
 from evenmoe.metrics import even_rank_loads
-from evenmoe.planner._groups import all_packings, best_packings, count_packings, even_packing
+from evenmoe.planner.hierarchical import all_packings, best_packings, count_packings, even_packing
 
 # As in the optimum tests: what the exhaustive search may leave, and rounding.
 SAME = 2e-9

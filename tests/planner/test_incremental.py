@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import evenmoe as em
 from evenmoe.planner.incremental import plan_incremental
+from evenmoe.planner.options import Shape
 
 
 def random_case(seed: int, layers: int = 3) -> tuple[np.ndarray, em.Placement]:
@@ -21,6 +22,12 @@ def random_case(seed: int, layers: int = 3) -> tuple[np.ndarray, em.Placement]:
     before = rng.lognormal(0, 1.0, (layers, experts)) * 1000
     previous = em.plan(np.rint(before), num_ranks=ranks, num_slots=slots)
     return np.rint(before * rng.lognormal(0, 0.5, before.shape)), previous
+
+
+def improved(load: np.ndarray, previous: em.Placement, max_copies: int | None = None) -> np.ndarray:
+    """The slots of the incremental plan across nodes."""
+    shape = Shape(previous.num_experts, previous.num_ranks, previous.num_slots, 1, 1)
+    return plan_incremental(load, previous.slot_to_expert, shape, max_copies)
 
 
 @settings(max_examples=60, deadline=None)
@@ -47,7 +54,7 @@ def test_budget_is_kept_and_what_stays_keeps_its_slot(seed: int, budget: int) ->
 def test_more_copies_never_make_a_layer_worse(seed: int) -> None:
     load, previous = random_case(seed)
     par = [
-        em.peak_to_average(load, em.Placement(plan_incremental(load, previous, budget), previous.num_ranks))
+        em.peak_to_average(load, em.Placement(improved(load, previous, budget), previous.num_ranks))
         for budget in range(0, previous.num_slots + 1)
     ]
     for fewer, more in itertools.pairwise(par):
@@ -56,7 +63,7 @@ def test_more_copies_never_make_a_layer_worse(seed: int) -> None:
 
 def test_no_copies_returns_the_placement_in_use() -> None:
     load, previous = random_case(7)
-    assert (plan_incremental(load, previous, max_copies=0) == previous.slot_to_expert).all()
+    assert (improved(load, previous, max_copies=0) == previous.slot_to_expert).all()
 
 
 def test_target_is_reached_and_then_nothing_moves() -> None:
@@ -70,7 +77,7 @@ def test_target_is_reached_and_then_nothing_moves() -> None:
 
 
 def best_within(load: np.ndarray, previous: em.Placement, budget: int) -> float:
-    """The best peak-to-average of any twin-free placement within the budget, by trying them all."""
+    """The best peak-to-average within the budget with no expert twice on a rank, by trying all placements."""
     experts, ranks, width = len(load), previous.num_ranks, previous.slots_per_rank
     held = [set(previous.slot_to_expert[0, r * width : (r + 1) * width].tolist()) for r in range(ranks)]
     choices = list(itertools.combinations(range(experts), width))
@@ -97,7 +104,7 @@ def test_against_all_placements_of_small_cases() -> None:
         experts = 5 if seed % 2 else 6
         previous = em.plan([rng.integers(50, 400, experts)], num_ranks=3, num_slots=6)
         load, budget = rng.integers(20, 500, experts).astype(float), int(rng.integers(1, 5))
-        slots = plan_incremental(load[None], previous, budget)
+        slots = improved(load[None], previous, budget)
         reached = em.peak_to_average(load[None], em.Placement(slots, 3, num_experts=experts))[0]
         best = best_within(load, previous, budget)
         assert reached >= best - 1e-12
@@ -113,18 +120,18 @@ def test_awkward_layers(windows: int) -> None:
     load = np.zeros((windows, 3, 4))
     load[:, 1, 2] = 100
     load[:, 2] = [5, 5, 1, 1]
-    slots = plan_incremental(load, previous, max_copies=4)
+    slots = improved(load, previous, max_copies=4)
     assert (np.sort(slots, axis=1) == [0, 1, 2, 3]).all()
     assert (slots[0] == previous.slot_to_expert[0]).all()
     one_rank = em.Placement([[1, 0]], num_ranks=1)
-    assert plan_incremental(np.array([[3.0, 4.0]]), one_rank).tolist() == [[1, 0]]
+    assert improved(np.array([[3.0, 4.0]]), one_rank).tolist() == [[1, 0]]
 
 
-def test_twins_of_the_placement_in_use_can_go() -> None:
+def test_duplicates_on_a_rank_of_the_placement_in_use_can_go() -> None:
     """Both replicas of expert 0 on rank 0 are no use there; one copy makes room for relief elsewhere."""
     previous = em.Placement([[0, 0, 1, 2]], num_ranks=2)
     load = np.array([[10.0, 10.0, 0.0]])
-    slots = plan_incremental(load, previous, max_copies=1)
+    slots = improved(load, previous, max_copies=1)
     assert (em.peak_to_average(load, em.Placement(slots, 2)) <= em.peak_to_average(load, previous)).all()
     assert em.count_copies(previous, em.Placement(slots, 2)).tolist() <= [1]
 
@@ -133,7 +140,7 @@ def test_windows_count_each_on_its_own() -> None:
     """Each rank's experts peak together; the mean over the windows is even and shows nothing."""
     load = np.array([[[9.0, 9.0, 1.0, 1.0]], [[1.0, 1.0, 9.0, 9.0]]])
     previous = em.Placement([[0, 1, 2, 3]], num_ranks=2)
-    slots = plan_incremental(load, previous, max_copies=2)
+    slots = improved(load, previous, max_copies=2)
     assert em.peak_to_average(load, previous).tolist() == [[1.8], [1.8]]
     assert em.peak_to_average(load, em.Placement(slots, 2)).tolist() == [[1.0], [1.0]]
 

@@ -98,3 +98,22 @@ def test_every_kind_of_number_and_load_is_taken() -> None:
     assert em.plan(LOAD, num_ranks=np.int64(4), num_slots=np.uint8(28), seed=np.int32(0)) == plan
     whole = np.rint(LOAD * 1000)
     assert em.plan(whole.astype(int).tolist(), num_ranks=4, num_slots=28) == em.plan(whole, num_ranks=4, num_slots=28)
+
+
+@pytest.mark.parametrize("rule", ["even", "rank", "batch"])
+@pytest.mark.parametrize("windows", [LOAD[None], np.stack([LOAD, LOAD[:, ::-1], LOAD])], ids=["load", "windows"])
+def test_one_placement_is_built_on_the_way(monkeypatch: pytest.MonkeyPatch, windows: np.ndarray, rule: str) -> None:
+    built: list[em.Placement] = []
+    whole = em.Placement.__init__
+
+    def counted(self: em.Placement, *given: Any, **named: Any) -> None:
+        built.append(self)
+        whole(self, *given, **named)
+
+    windows = windows.copy()
+    windows[0, 1] *= 0  # so that the layers have tokens in different windows
+    monkeypatch.setattr(em.Placement, "__init__", counted)
+    for options in ({}, {"previous": USED}, {"previous": USED, "max_copies": 12}):
+        plan = em.plan(windows, **PLAIN, rule=rule, **options)
+        assert built == [plan]
+        built.clear()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import evenmoe as em
 from evenmoe.metrics import peak_over_mean
-from evenmoe.planner import rank_kernels
+from evenmoe.planner.kernels import rank_rule
 from evenmoe.rules import rank
 from evenmoe.rules.catalogue import RULES
 
@@ -86,7 +86,7 @@ def test_any_shape_gives_a_placement(num_ranks, width, data):
     placement = em.plan(load, num_ranks=num_ranks, num_slots=num_ranks * width, rule="rank")
     held = placement.slot_to_expert.reshape(2, num_ranks, width)
     if width < num_experts:
-        assert all(len(set(ranks.tolist())) == width for layer in held for ranks in layer)  # no twins
+        assert all(len(set(ranks.tolist())) == width for layer in held for ranks in layer)  # no expert twice on a rank
     else:
         assert par(load, placement).tolist() == pytest.approx([1.0, 1.0])
     # Slots must be filled, but with replicas that nobody chooses only when they are too few for anybody's next count
@@ -102,8 +102,8 @@ def test_no_move_leaves_a_replica_idle_that_somebody_could_use():
     placement = em.plan(load, num_ranks=5, num_slots=25, rule="rank")
     assert [idle(counts, 5) for counts in placement.num_replicas] == [0, 0]
     counts = np.array([5, 4, 1])  # of 5 ranks' counts 1, 2, 3, 5: the fourth replica is idle, expert 2 could use it
-    assert rank_kernels.wasted(counts, 5, 5) == (1, 1)
-    assert rank_kernels.wasted(np.array([5, 4]), 5, 5) == (1, 2)
+    assert rank_rule.wasted(counts, 5, 5) == (1, 1)
+    assert rank_rule.wasted(np.array([5, 4]), 5, 5) == (1, 2)
 
 
 def test_slots_that_nobody_can_use_are_filled():
@@ -114,14 +114,14 @@ def test_slots_that_nobody_can_use_are_filled():
 
 
 def test_counts_are_reachable_and_go_to_the_heaviest():
-    assert rank_kernels.count_reachable(np.array([9.0, 1.0, 1.0]), 6, 8, 8).tolist() == [4, 1, 1]
-    assert rank_kernels.count_reachable(np.array([9.0, 1.0, 1.0]), 10, 8, 8).tolist() == [8, 1, 1]
-    assert rank_kernels.count_reachable(np.array([9.0, 1.0, 0.9]), 8, 8, 8).tolist() == [4, 2, 2]
+    assert rank_rule.count_reachable(np.array([9.0, 1.0, 1.0]), 6, 8, 8).tolist() == [4, 1, 1]
+    assert rank_rule.count_reachable(np.array([9.0, 1.0, 1.0]), 10, 8, 8).tolist() == [8, 1, 1]
+    assert rank_rule.count_reachable(np.array([9.0, 1.0, 0.9]), 8, 8, 8).tolist() == [4, 2, 2]
 
 
 @pytest.mark.parametrize("count", range(1, 13))
 def test_share_is_the_rules(count):
-    mine = [rank_kernels.share_of(count, replica, 12) for replica in range(count)]
+    mine = [rank_rule.share_of(count, replica, 12) for replica in range(count)]
     assert mine == (rank.ranks_choosing(count, np.arange(count), 12) / 12).tolist()
 
 
@@ -157,7 +157,7 @@ def test_copies_stay_within_the_budget_and_pay(max_copies):
         assert (copies <= max_copies).all()
 
 
-def test_a_placement_with_twins_is_a_start():
+def test_a_placement_with_duplicates_on_a_rank_is_a_start():
     previous = em.Placement([[0, 0, 1, 2, 3, 4]], 3)
     load = [[40.0, 10.0, 10.0, 10.0, 10.0]]
     placement = em.plan(load, num_ranks=3, num_slots=6, rule="rank", previous=previous)

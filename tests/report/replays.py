@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from evenmoe.metrics import even_rank_loads, peak_over_mean
-from evenmoe.placement import Placement, identity_placement
+from evenmoe.placement import Placement, default_placement
 from evenmoe.simulator.result import PolicyResult, Simulation, Traffic
 
 EXPERT_BYTES = 44_040_192  # one expert of DeepSeek-V3 in fp8
@@ -62,7 +62,7 @@ def _loads(rng, steps, layers, experts, tokens):
 
 def _replay(p, name, loads, ranks, nodes):
     steps, layers, experts = loads.shape
-    placements = [identity_placement(layers, experts, ranks)]
+    placements = [default_placement(layers, experts, ranks)]
     refreshes = np.arange(16, steps, 16) if p else np.zeros(0, np.int64)
     if p:
         placements = [_spread(loads[max(0, at - 16) : at + (at == 0)].sum(axis=0), ranks, p) for at in (0, *refreshes)]

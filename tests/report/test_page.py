@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evenmoe.placement import identity_placement
+from evenmoe.placement import default_placement
 from evenmoe.report import write_report
 from evenmoe.simulator.result import PolicyResult, Simulation, Traffic
 from tests.effort import effort
@@ -49,7 +49,7 @@ def write(tmp_path, simulation, **options):
 def idle(steps=2, layers=2, ranks=2, names=("identity", "other")):
     """No tokens at all, no time, no memory: every ratio is 0 / 0."""
     none = np.zeros(steps, np.int64)
-    placement = identity_placement(layers, ranks, ranks)
+    placement = default_placement(layers, ranks, ranks)
     policies = tuple(
         PolicyResult(
             name, "does nothing", "rank", np.ones((steps, layers)), np.zeros((layers, ranks), np.int64),
@@ -196,7 +196,7 @@ def test_a_large_replay_gives_a_small_page_quickly(tmp_path):
     """DeepSeek-V3 on 320 ranks, 1,000 steps, 6 policies: random, so that no run of equal cells makes it smaller."""
     rng = np.random.default_rng(0)
     steps, layers, ranks, experts = 1000, 58, 320, 320
-    placement = identity_placement(layers, experts, ranks)
+    placement = default_placement(layers, experts, ranks)
     wire = rng.integers(0, 9_000_000, (4, steps))
     policies = tuple(
         PolicyResult(

@@ -10,7 +10,7 @@ import pytest
 from tests.beside import measured_names
 from tests.cli.running import runner
 from tests.report.parsed import parse, table
-from tests.traces.made_up import MADE_UP, trace_file
+from tests.traces.synthetic import SYNTHETIC, trace_file
 
 NAMES = measured_names(
     "gpt_oss_20b_mmlu_pro_and_other",
@@ -20,7 +20,7 @@ NAMES = measured_names(
 )
 
 
-@pytest.mark.parametrize("name", [*MADE_UP, *NAMES])
+@pytest.mark.parametrize("name", [*SYNTHETIC, *NAMES])
 def test_a_recorded_trace(tmp_path, monkeypatch, capsys, name):
     trace = trace_file(name, tmp_path)
     evenmoe = runner(monkeypatch, capsys)

@@ -1,4 +1,4 @@
-"""The figures of `profiles.MEASUREMENTS`, of measured traces and of made-up ones."""
+"""The figures of `profiles.MEASUREMENTS`, of measured traces and of synthetic ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def shape_of(model: str, measurement: Measurement) -> ModelShape:
     return ModelShape(model, layers, experts, top_k, 1, 1, num_groups=groups[0], top_groups=groups[1])
 
 
-def made_up(model: str, measurement: Measurement, seed: int) -> Trace:
+def synthetic(model: str, measurement: Measurement, seed: int) -> Trace:
     routing = any(name.startswith("locality") for name in measurement.figures) or measurement.windows == 1
     return synthesize(
         shape_of(model, measurement),
@@ -47,7 +47,7 @@ def made_up(model: str, measurement: Measurement, seed: int) -> Trace:
 
 
 def mean_figures(model: str, measurement: Measurement, seeds: Iterable[int], names: Iterable[str]) -> dict[str, float]:
-    traces = [made_up(model, measurement, seed) for seed in seeds]
+    traces = [synthetic(model, measurement, seed) for seed in seeds]
     return {name: float(np.mean([figure(name, [trace]) for trace in traces])) for name in names}
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from evenmoe.errors import FileFormatError
 from evenmoe.traces.trace import Trace, load_trace
 from tests.beside import measured_names
-from tests.traces.made_up import MADE_UP, trace_file
 from tests.traces.npz import archive, at, npy, npy_claiming, npz
+from tests.traces.synthetic import SYNTHETIC, trace_file
 
 LOAD = np.arange(24).reshape(2, 3, 4)
 ROUTING = np.arange(30).reshape(5, 3, 2) % 4
@@ -222,8 +222,8 @@ def test_no_code_runs(tmp_path):
 
 # Windows, layers, experts and, where tokens are known, tokens and top-k.
 RECORDED = {
-    "made_up_gpt_oss_20b": (9, 24, 32, 4),
-    "made_up_deepseek_v2_lite": (7, 26, 64, 6),
+    "synthetic_gpt_oss_20b": (9, 24, 32, 4),
+    "synthetic_deepseek_v2_lite": (7, 26, 64, 6),
     "deepseek_v2_lite_esft_intent": (127, 26, 64, 6),
     "deepseek_v2_lite_esft_law": (33, 26, 64, 6),
     "deepseek_v2_lite_esft_summary": (13, 26, 64, 6),
@@ -236,7 +236,7 @@ RECORDED = {
 }
 
 
-@pytest.mark.parametrize("name", [*MADE_UP, *measured_names(*RECORDED)])
+@pytest.mark.parametrize("name", [*SYNTHETIC, *measured_names(*RECORDED)])
 def test_recorded_traces(name, tmp_path):
     windows, layers, experts, top_k = RECORDED[name]
     trace = load_trace(trace_file(name, tmp_path))
@@ -253,10 +253,10 @@ def test_recorded_traces(name, tmp_path):
         assert counted.tolist() == trace.load[:, layer].sum(axis=0).tolist()
 
 
-@pytest.mark.parametrize("name", ["made_up", *measured_names("deepseek_v3_layer_extremes_derived")])
+@pytest.mark.parametrize("name", ["synthetic", *measured_names("deepseek_v3_layer_extremes_derived")])
 def test_a_file_of_derived_numbers_is_no_trace(name, tmp_path):
     """The hottest and the coldest expert of every layer are no load of all of them."""
     extremes = npz(layer=np.arange(3, 61), hot_id=np.zeros(58, int), hot_count=np.ones(58, int), total=np.ones(58, int))
-    path = at(tmp_path / "made_up.npz", extremes) if name == "made_up" else trace_file(name, tmp_path)
+    path = at(tmp_path / "synthetic.npz", extremes) if name == "synthetic" else trace_file(name, tmp_path)
     with pytest.raises(FileFormatError, match="it must hold `load`; record loads first"):
         load_trace(path)

@@ -16,8 +16,8 @@ from evenmoe.errors import FileFormatError
 from evenmoe.io.npz import npz_bytes
 from evenmoe.traces import Trace, load_trace, save_trace
 from tests.beside import measured_names
-from tests.traces.made_up import trace_file
 from tests.traces.npz import at, npz
+from tests.traces.synthetic import trace_file
 
 LOAD = np.arange(24).reshape(2, 3, 4)
 ROUTING = np.arange(30).reshape(5, 3, 2) % 4
@@ -243,10 +243,10 @@ def test_archives_refuse_objects():
 
 
 # Requests and the layers' own numbers.
-RECORDED = {"made_up_deepseek_v2_lite": (7, range(1, 27)), "deepseek_v4_flash_decode": (6, range(3, 43))}
+RECORDED = {"synthetic_deepseek_v2_lite": (7, range(1, 27)), "deepseek_v4_flash_decode": (6, range(3, 43))}
 
 
-@pytest.mark.parametrize("name", ["made_up_deepseek_v2_lite", *measured_names("deepseek_v4_flash_decode")])
+@pytest.mark.parametrize("name", ["synthetic_deepseek_v2_lite", *measured_names("deepseek_v4_flash_decode")])
 def test_requests_and_layers_as_recorded(name, tmp_path):
     trace = load_trace(trace_file(name, tmp_path))
     requests, layers = RECORDED[name]

@@ -48,7 +48,7 @@ class DemoCommand(Command):
 
         import evenmoe as em
         from evenmoe.cli import chain
-        from evenmoe.placement import identity_placement
+        from evenmoe.placement import default_placement
         from evenmoe.traces.synthesis import small_trace
         from evenmoe.traces.trace import load_trace
 
@@ -61,7 +61,7 @@ class DemoCommand(Command):
         ranks = _fitting_ranks(trace, processes or self.ranks, exact=bool(processes))
         total, num_slots = trace.load.sum(axis=0), trace.num_experts + ranks
         with _progress(console, "planning"):
-            identity = identity_placement(trace.num_layers, trace.num_experts, ranks)
+            identity = default_placement(trace.num_layers, trace.num_experts, ranks)
             placement = em.plan(total, num_ranks=ranks, num_slots=num_slots, seed=self.seed)
         before, after = (em.peak_to_average(total, each) for each in (identity, placement))
         steps: list[_Step] = []

@@ -252,6 +252,7 @@ class _Outcome:
             "num_slots": placement.num_slots,
             "num_nodes": options.num_nodes(placement.num_ranks),
             "num_groups": options.groups,
+            "planner": options.planner,
             "rule": options.rule,
             "assignments_per_layer": self.assignments if isfinite(self.assignments) else None,
             "par": {
@@ -364,12 +365,12 @@ def _gaps(windows: FloatArray, numbers: Sequence[int]) -> list[str]:
 def _compare(windows: FloatArray, placement: Placement, previous: Placement | None, rule: str) -> list[_Row]:
     """The default placement, where the experts divide by the ranks; the previous one; the plan."""
     from evenmoe.metrics import mean_over_windows, peak_over_mean
-    from evenmoe.placement import identity_placement
+    from evenmoe.placement import default_placement
 
     layers, experts = windows.shape[1:]
     compared: list[tuple[str, Placement]] = []
     if experts % placement.num_ranks == 0:
-        compared.append(("default placement", identity_placement(layers, experts, placement.num_ranks)))
+        compared.append(("default placement", default_placement(layers, experts, placement.num_ranks)))
     if previous is not None:
         compared.append(("previous", previous))
     compared.append(("planned", placement))

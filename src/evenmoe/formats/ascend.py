@@ -43,8 +43,8 @@ def _read_map(document: Document, options: ReadOptions) -> RawPlacement:
     entries = _objects(document, document.fields.get("layer_list"), "`layer_list`")
     findings: list[Finding] = []
     layers: dict[int, list[IntArray]] = {}
-    for place, entry in enumerate(entries):
-        number = document.integer(entry.get("layer_id"), f"`layer_list[{place}].layer_id`")
+    for position, entry in enumerate(entries):
+        number = document.integer(entry.get("layer_id"), f"`layer_list[{position}].layer_id`")
         if number in layers:
             raise document.error(f"with `layer_id` {number} twice", "must name every layer once", "correct the ids")
         layers[number] = _devices(document, entry, number, findings)
@@ -96,8 +96,8 @@ def _objects(document: Document, value: Value, where: str) -> list[Mapping[str, 
 def _devices(document: Document, entry: Mapping[str, Value], layer: int, findings: list[Finding]) -> list[IntArray]:
     listed = _objects(document, entry.get("device_list"), f"`device_list` of layer {layer}")
     devices: dict[int, IntArray] = {}
-    for place, device in enumerate(listed):
-        number = document.integer(device.get("device_id", place), f"`device_id` of layer {layer}")
+    for position, device in enumerate(listed):
+        number = document.integer(device.get("device_id", position), f"`device_id` of layer {layer}")
         if number in devices:
             raise document.error(
                 f"with device {number} twice in layer {layer}", "must name every device once", "correct the ids"
@@ -125,7 +125,7 @@ def _numbering(listed: list[int], numbers: list[int], count: int) -> list[Findin
     for number, expected in zip(listed, sorted(listed), strict=True):
         if number != expected:
             text = f"layer {number} where layer {expected} should be listed"
-            rule = "must list its layers in the order of their ids, for vllm-ascend reads them by place"
+            rule = "must list its layers in the order of their ids, for vllm-ascend reads them by position"
             fix = "sort `layer_list` by `layer_id`"
             found.append(Finding("error", "layer-order", text, rule, fix, layer=number, fatal=True))
             break

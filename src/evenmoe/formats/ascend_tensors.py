@@ -67,14 +67,14 @@ def _read_slot_map(document: Document, options: ReadOptions) -> RawPlacement:
 def _write_slot_map(value: Placement, options: WriteOptions) -> bytes:
     slots = slots_of(value, options).reshape(value.num_layers, value.num_ranks, value.slots_per_rank)
     table = np.full((value.num_layers, value.num_ranks, value.num_experts), -1, np.int32)
-    layer, rank, place = np.indices(slots.shape)
-    table[layer, rank, slots] = place
-    twins = np.argwhere(table[layer, rank, slots] != place)
-    if len(twins):
-        layer, rank, place = twins[0].tolist()
+    layer, rank, position = np.indices(slots.shape)
+    table[layer, rank, slots] = position
+    doubled = np.argwhere(table[layer, rank, slots] != position)
+    if len(doubled):
+        layer, rank, position = doubled[0].tolist()
         raise ConstraintError(
             "value",
-            f"a placement with expert {slots[layer, rank, place]} twice on rank {rank} in layer {layer}",
+            f"a placement with expert {slots[layer, rank, position]} twice on rank {rank} in layer {layer}",
             "must hold an expert at most once on a rank for slot-map",
             "give one of the slots to another expert, or use another format",
         )
@@ -148,18 +148,10 @@ def _read_eplb_table(document: Document, options: ReadOptions) -> RawPlacement:
 
 
 def _write_eplb_table(value: Placement, options: WriteOptions) -> bytes:
-    tables = np.stack([_table(value, layer) for layer in range(value.num_layers)])
+    tables = np.stack([value.eplb_array(layer) for layer in range(value.num_layers)])
     if options.container == "npz":
         return arrays_bytes({"eplb_table": tables}, "npz")
     return array_bytes(tables, options.container)
-
-
-def _table(value: Placement, layer: int) -> np.ndarray:
-    # As `Placement.eplb_table`, without torch.
-    table = np.zeros((value.num_experts, 1 + int(value.num_replicas.max())), np.int32)
-    table[:, 0] = value.num_replicas[layer]
-    table[value.slot_to_expert[layer], 1 + value.replica_index[layer]] = np.arange(value.num_slots)
-    return table
 
 
 def _layers(document: Document) -> list[IntArray]:

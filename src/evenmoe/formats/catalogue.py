@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from evenmoe.registry import Registry
 
 if TYPE_CHECKING:
-    from evenmoe.formats.contents import Raw, ReadOptions
+    from evenmoe.formats.contents import Kind, Raw, ReadOptions
     from evenmoe.formats.document import Document
-
-Kind = Literal["placement", "load"]
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from evenmoe.formats.catalogue import Kind
 from evenmoe.io import Value
 from evenmoe.placement import Placement
 from evenmoe.traces.trace import Trace
 
+Kind = Literal["placement", "load"]
 Load = npt.NDArray[Value]  # int64 or float64
 IntArray = npt.NDArray[np.int64]
 

@@ -209,7 +209,7 @@ def _duplicates(slots: IntArray, ranks: IntArray, layer: int) -> Iterator[Findin
         expert, rank = int(slots[first]), int(ranks[first])
         yield Finding(
             "error",
-            "twins",
+            "duplicate-replica",
             f"expert {expert} in slots {first} and {second} of rank {rank} in layer {layer}",
             "should hold an expert once on a rank",
             "one of the slots balances nothing: give it to another expert",
@@ -223,7 +223,7 @@ def _duplicates(slots: IntArray, ranks: IntArray, layer: int) -> Iterator[Findin
 def _unreachable(
     slots: IntArray, ranks: IntArray, layer: int, num_ranks: int, replica_index: IntArray | None
 ) -> Iterator[Finding]:
-    """Replicas that Ascend's mode 0 never picks: source rank r goes to replica r // ceil(W / c) of c."""
+    """Replicas that Ascend's mode 0 never chooses: source rank r goes to replica r // ceil(W / c) of c."""
     experts, inverse, counts = np.unique(slots, return_inverse=True, return_counts=True)
     for which in np.flatnonzero(counts > 1).tolist():
         count = int(counts[which])

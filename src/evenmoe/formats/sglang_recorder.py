@@ -2,7 +2,7 @@
 
 Modes per_pass and per_token: {"records": [...], "last_physical_to_logical_map": (L, P)}.
 A per_pass record has `global_physical_count` (L, P); a per_token record `topk_ids_of_layer` (L, tokens, 8), slots, -1
-where a model picks fewer than the 8 that the recorder's code fixes. Either counts the tokens of the record's own
+where a model chooses fewer than the 8 that the recorder's code fixes. Either counts the tokens of the record's own
 `rank` alone, in spite of the name, and every rank writes files of its own: in a folder of them, the ranks of a
 `forward_pass_id` are summed. Each pass is a window. A rank may have several files, each with the map of its time.
 

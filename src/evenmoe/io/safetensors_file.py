@@ -1,4 +1,4 @@
-"""safetensors: a JSON header of dtypes, shapes and places, then the bytes; every place checked against the file."""
+"""safetensors: a JSON header of dtypes, shapes and spans, then the bytes; every span checked against the file."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def parse_safetensors(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise DamagedFileError("with metadata that is no object of text")
     body = memoryview(data)[8 + length :]
-    places: list[tuple[int, int]] = []
-    tensors = {name: _tensor(name, entry, body, places) for name, entry in header.items()}
+    spans: list[tuple[int, int]] = []
+    tensors = {name: _tensor(name, entry, body, spans) for name, entry in header.items()}
     end = 0
-    for start, stop in sorted(places):  # tensors that share bytes are how a small file becomes a huge one
+    for start, stop in sorted(spans):  # tensors that share bytes are how a small file becomes a huge one
         if start != end:
             raise DamagedFileError(f"with a gap or an overlap at byte {start} of the data")
         end = stop
@@ -50,7 +50,7 @@ def parse_safetensors(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str
     return tensors, metadata
 
 
-def _tensor(name: str, entry: Value, body: memoryview, places: list[tuple[int, int]]) -> np.ndarray:
+def _tensor(name: str, entry: Value, body: memoryview, spans: list[tuple[int, int]]) -> np.ndarray:
     fields = entry if isinstance(entry, dict) else {}
     shape: Value = fields.get("shape")
     offsets: Value = fields.get("data_offsets")
@@ -68,7 +68,7 @@ def _tensor(name: str, entry: Value, body: memoryview, places: list[tuple[int, i
         raise DamagedFileError(f"with {name[:60]!r} of shape {shape.tolist()} in bytes {span}, which does not fit")
     if shape.size > 8 or (shape < 0).any():
         raise DamagedFileError(f"with {name[:60]!r} of shape {shape.tolist()}")
-    places.append((span[0], span[1]))
+    spans.append((span[0], span[1]))
     values = np.frombuffer(body[span[0] : span[1]], np.dtype(_DTYPES[dtype]).newbyteorder("<")).reshape(shape)
     return _widened(values) if dtype == "BF16" else values
 

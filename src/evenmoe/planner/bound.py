@@ -6,10 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.metrics import FloatArray, as_load, within_range
-from evenmoe.planner._bound import lower_bounds, scratch
-from evenmoe.planner._exact import improve
-from evenmoe.planner._groups import MOST_PACKINGS, all_packings, best_packings, count_packings
-from evenmoe.planner.hierarchical import group_members
+from evenmoe.planner.hierarchical import MOST_PACKINGS, all_packings, best_packings, count_packings, group_members
+from evenmoe.planner.kernels.bound import least_state, lower_bounds, search_exhaustively
 from evenmoe.planner.options import Shape, check_shape
 
 # The exhaustive search sharpens the bound of layers up to this size, for a millisecond each: it proves the optimum
@@ -42,20 +40,21 @@ def lower_bound(
     least, s = S − Σ b the replicas to spare, and x the shares at b.
 
     1. *Mean.* The busiest rank has at least the mean: T ≥ Σ load / G.
-    2. *Lightest company.* A replica shares its rank with w − 1 other experts. With t replicas more, an expert weighs at
-       least x / (1 + t) there, so the company weighs at least λ, the least of Σ x / (1 + t) over w − 1 experts and
-       Σ t ≤ s: the lightest x (exchange), each spare replica where it saves most (x / (1 + t) is convex in t). Hence
-       each replica is within T − λ, which gives new b ≥ load / (T − λ). Repeat; contradiction when b > G or s < 0.
+    2. *Lightest co-located experts.* A replica shares its rank with w − 1 other experts. With t replicas more, an
+       expert weighs at least x / (1 + t) there, so these weigh at least λ, the least of Σ x / (1 + t) over w − 1
+       experts and Σ t ≤ s: the lightest x (exchange), each spare replica where it saves most (x / (1 + t) is convex in
+       t). Hence each replica is within T − λ, which gives new b ≥ load / (T − λ). Repeat; contradiction when b > G or
+       s < 0.
     3. *Lightest replicas.* Any n replicas weigh at least as much as the n − s lightest at b: p replicas of an expert
        with b + t weigh q x, where q = b p / (b + t) ≤ b and q ≥ p − t; and Σ t ≤ s. An expert with c replicas is on c
        ranks, beside c (w − 1) other replicas: load + their weight ≤ c T, else c is excluded and b rises.
-    4. *Crowding.* Spare replicas make at most s experts lighter. Leave out the experts with most replicas, and n of the
-       m heaviest replicas remain as they were. If two of these cannot share a rank (2 × the lightest > T), they need n
-       ranks, so n ≤ G, and with the lightest company (3) they weigh at most n T. With two slots a rank, also the
-       heaviest of n companions, beside at least the lightest of the n, is within T.
+    4. *Too many for the ranks.* Spare replicas make at most s experts lighter. Leave out the experts with most
+       replicas, and n of the m heaviest replicas remain as they were. If two of these cannot share a rank (2 × the
+       lightest > T), they need n ranks, so n ≤ G, and with the lightest beside them (3) they weigh at most n T. With
+       two slots a rank, also the heaviest of the n beside them, with at least the lightest of the n, is within T.
        At most Σ b of these s experts plus s replicas are lighter: the u ranks that have none of them hold u w replicas
        as they were, so the u w lightest weigh at most u T.
-    5. *Crowding out.* With c replicas the heaviest expert leaves T − load / c − the lightest w − 2 beside it. An expert
+    5. *Exclusion.* With c replicas the heaviest expert leaves T − load / c − the lightest w − 2 beside it. An expert
        too heavy for that even when split by spare replicas is altogether on the other G − c ranks, which take
        (G − c) T; what s spare replicas can free of that is at most what the best of them free, taken in fractions.
     6. *Everywhere.* An expert with b = G is on every rank: what is left is the problem without it, with w − 1 slots and
@@ -90,17 +89,17 @@ def _floors(load: FloatArray, num_ranks: int, num_slots: int) -> FloatArray:
     width = num_slots // num_ranks
     loads = -np.sort(-load, axis=1)
     floors = np.full(len(loads), np.inf)
-    lower_bounds(loads, num_ranks, width, scratch(load.shape[1], num_slots), floors)
+    lower_bounds(loads, num_ranks, width, least_state(load.shape[1], num_slots), floors)
     if num_slots <= SMALL_SLOTS and 1 < width < load.shape[1]:
         slots = np.empty((num_ranks, width), np.int64)
         for row in np.flatnonzero(floors > 0):
-            _, floors[row] = improve(loads[row], floors[row], np.inf, NODES, slots)
+            _, floors[row] = search_exhaustively(loads[row], floors[row], np.inf, NODES, slots)
     return floors
 
 
 def _node_floors(load: FloatArray, shape: Shape) -> FloatArray:
     """As `_floors`, with groups kept inside nodes."""
-    node_ranks, node_slots = shape.num_ranks // shape.num_nodes, shape.num_slots // shape.num_nodes
+    node_ranks, node_slots = shape.node_ranks, shape.node_slots
     totals = load.reshape(len(load), shape.num_groups, -1).sum(axis=2)
     if count_packings(shape.num_groups, shape.num_nodes) > MOST_PACKINGS:
         lightest = np.sort(totals, axis=1)[:, : shape.num_groups // shape.num_nodes - 1].sum(axis=1)

@@ -11,9 +11,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from evenmoe.compiled import compiled
 from evenmoe.metrics import as_load, within_range
 from evenmoe.placement import Placement
+from evenmoe.planner.kernels.common import replicate
+from evenmoe.planner.kernels.packing import pack_evenly
 from evenmoe.planner.options import check_shape
 
 
@@ -43,54 +44,14 @@ def plan_greedy(
     """
     tokens = within_range(as_load(load))
     tokens = tokens.sum(axis=0) if tokens.ndim == 3 else tokens
-    num_layers, num_experts = tokens.shape
-    shape = check_shape(num_experts, num_ranks, num_slots, num_nodes, num_groups)
-    if not shape.is_hierarchical:
-        num_nodes = num_groups = 1
-    size = num_experts // num_groups
-    slots = np.empty((num_layers, num_slots), np.int32)
-    for layer in range(num_layers):
-        groups = pack(tokens[layer].reshape(num_groups, size).sum(axis=1), num_nodes)
+    shape = check_shape(tokens.shape[1], num_ranks, num_slots, num_nodes, num_groups)
+    size = shape.num_experts // shape.num_groups
+    slots = np.empty((len(tokens), shape.num_nodes, shape.node_slots), np.int32)
+    for layer, row in enumerate(tokens):
+        groups = pack_evenly(row.reshape(-1, size).sum(axis=1), shape.num_nodes)
         for node, members in enumerate(np.sort(groups, axis=1)):
             experts = (members[:, None] * size + np.arange(size)).ravel()
-            owner, share = replicate(tokens[layer, experts], num_slots // num_nodes)
-            packed = pack(share, num_ranks // num_nodes)
-            slots[layer].reshape(num_nodes, -1)[node] = experts[owner[packed]].ravel()
-    return Placement(slots, num_ranks, num_experts=num_experts)
-
-
-@compiled
-def replicate(load, num_slots):
-    """The expert of each replica, int64 (S,), and the load of each replica, float64 (S,); the first E are 0…E−1."""
-    num_experts = load.size
-    counts = np.ones(num_experts, np.int64)
-    owner = np.empty(num_slots, np.int64)
-    for slot in range(num_slots):
-        if slot < num_experts:
-            owner[slot] = slot
-            continue
-        best = 0
-        for expert in range(1, num_experts):
-            if load[expert] / counts[expert] > load[best] / counts[best]:
-                best = expert
-        owner[slot] = best
-        counts[best] += 1
-    return owner, load[owner] / counts[owner]
-
-
-@compiled
-def pack(weights, num_bins):
-    """Which items each bin gets, int64 (bins, items / bins): heaviest first, to the lightest bin that has room."""
-    width = weights.size // num_bins
-    held = np.empty((num_bins, width), np.int64)
-    used = np.zeros(num_bins, np.int64)
-    total = np.zeros(num_bins)
-    for item in np.argsort(-weights, kind="mergesort"):
-        best = -1
-        for place in range(num_bins):
-            if used[place] < width and (best < 0 or total[place] < total[best]):
-                best = place
-        held[best, used[best]] = item
-        used[best] += 1
-        total[best] += weights[item]
-    return held
+            owner, counts = replicate(row[experts], shape.node_slots, shape.node_slots)
+            packed = pack_evenly(row[experts][owner] / counts[owner], shape.node_ranks)
+            slots[layer, node] = experts[owner[packed]].ravel()
+    return Placement(slots.reshape(len(tokens), -1), shape.num_ranks, num_experts=shape.num_experts)

@@ -25,8 +25,16 @@ class Shape(NamedTuple):
 
     @property
     def is_hierarchical(self) -> bool:
-        """One group has nowhere to be pinned, and one node holds every group: both mean the global problem."""
-        return self.num_groups > 1 and self.num_nodes > 1
+        """Whether groups are kept inside nodes."""
+        return self.num_nodes > 1
+
+    @property
+    def node_ranks(self) -> int:
+        return self.num_ranks // self.num_nodes
+
+    @property
+    def node_slots(self) -> int:
+        return self.num_slots // self.num_nodes
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class PlanOptions:
     seed: int = 0
 
     def checked(self, num_layers: int, num_experts: int) -> tuple[PlanOptions, Shape]:
-        """These options with whole numbers as ints, and their counts.
+        """These options with the seed and the limit as ints, and their counts.
 
         Raises:
             ConstraintError: counts that cannot work (the text names the nearest that do), or options that do not go
@@ -57,9 +65,7 @@ class PlanOptions:
             check_placement(self.previous, num_layers, shape)
         max_copies = None if self.max_copies is None else whole_number("max_copies", self.max_copies, 0)
         self._check_goals()
-        _, num_ranks, num_slots, num_nodes, num_groups = shape
-        counts = {"num_ranks": num_ranks, "num_slots": num_slots, "num_nodes": num_nodes, "num_groups": num_groups}
-        return replace(self, **counts, seed=seed, max_copies=max_copies), shape
+        return replace(self, seed=seed, max_copies=max_copies), shape
 
     def _check_goals(self) -> None:
         for name, value in (("max_copies", self.max_copies), ("target_par", self.target_par)):
@@ -105,6 +111,9 @@ def check_shape(
 ) -> Shape:
     """The counts as a `Shape`, if a placement of that shape exists.
 
+    One group has nowhere to be pinned, and one node holds every group: in both cases the shape has one of either, the
+    problem across nodes.
+
     Raises:
         ConstraintError: counts that cannot work; the text names the nearest ones that do.
 
@@ -127,8 +136,9 @@ evenly over 32 ranks; the nearest that works is 256.
             f"must divide the {ranks} ranks evenly",
             _nearest([n for n in range(1, ranks + 1) if ranks % n == 0], nodes),
         )
-    shape = Shape(num_experts, ranks, slots, nodes, groups)
-    if shape.is_hierarchical and (groups % nodes or num_experts % groups):
+    if nodes == 1 or groups == 1:
+        return Shape(num_experts, ranks, slots, 1, 1)
+    if groups % nodes or num_experts % groups:
         fitting = [n for n in range(nodes, num_experts + 1, nodes) if num_experts % n == 0]
         fix = (
             _nearest(fitting, groups)
@@ -141,7 +151,7 @@ evenly over 32 ranks; the nearest that works is 256.
             f"must be a multiple of the {nodes} nodes and divide the {num_experts} experts evenly",
             fix,
         )
-    return shape
+    return Shape(num_experts, ranks, slots, nodes, groups)
 
 
 def _check_slots(num_experts: int, ranks: int, slots: int) -> None:
@@ -194,8 +204,7 @@ def check_placement(
         )
     if not shape.is_hierarchical:
         return
-    group_size, node_slots = shape.num_experts // shape.num_groups, shape.num_slots // shape.num_nodes
-    node = np.arange(shape.num_slots) // node_slots
+    group_size, node = shape.num_experts // shape.num_groups, np.arange(shape.num_slots) // shape.node_slots
     held = np.zeros((num_layers, shape.num_groups, shape.num_nodes), bool)
     held[np.arange(num_layers)[:, None], placement.slot_to_expert // group_size, node] = True
     torn, per_node = np.argwhere(held.sum(axis=2) > 1), held.sum(axis=1)

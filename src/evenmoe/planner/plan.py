@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.metrics import FloatArray, as_load, within_range
-from evenmoe.placement import Placement, layers_of
+from evenmoe.placement import Placement
 from evenmoe.planner.options import PlanOptions, Shape
+from evenmoe.planner.slots import Slots
 from evenmoe.rules.catalogue import RULES
 from evenmoe.rules.rule import Rule
 
@@ -67,10 +68,11 @@ def plan(
     options = PlanOptions(num_ranks, num_slots, num_nodes, num_groups, previous, max_copies, target_par, rule, seed)
     tokens = _without_empty(within_range(as_load(load)))
     options, shape = options.checked(*tokens.shape[-2:])
-    assumed = RULES.get(rule).plan_for
-    if tokens.ndim == 3 and previous is not None:
-        return _plan_each_history(tokens, shape, assumed, previous, options.max_copies, target_par, options.seed)
-    return _plan(tokens, shape, assumed, previous, options.max_copies, target_par, options.seed)
+    if previous is None:
+        slots = _plan_anew(tokens, shape, options)
+    else:
+        slots = _plan_each_history(tokens, shape, options, Slots(previous.slot_to_expert, previous.replica_index))
+    return Placement(slots.experts, shape.num_ranks, num_experts=shape.num_experts, replica_index=slots.given_index)
 
 
 def _without_empty(tokens: FloatArray) -> FloatArray:
@@ -81,62 +83,53 @@ def _without_empty(tokens: FloatArray) -> FloatArray:
     return tokens[recorded] if recorded.any() else tokens[:1]
 
 
-def _plan_each_history(
-    tokens: FloatArray,
-    shape: Shape,
-    rule: str,
-    previous: Placement,
-    max_copies: int | None,
-    target_par: float | None,
-    seed: int,
-) -> Placement:
+# The planners are imported where they are called: each brings compiled kernels, and importing numba takes 0.3 s.
+
+
+def _plan_anew(tokens: FloatArray, shape: Shape, options: PlanOptions) -> Slots:
+    assumed = RULES.get(options.rule).plan_for
+    if assumed != "even":
+        from evenmoe.planner.rule_aware import plan_for_rule
+
+        return plan_for_rule(tokens, shape, assumed, options.seed)
+    if shape.is_hierarchical:
+        from evenmoe.planner.hierarchical import plan_hierarchical
+
+        return Slots(plan_hierarchical(tokens, shape, options.seed))
+    if tokens.ndim == 3:
+        from evenmoe.planner.windows import plan_windows
+
+        return Slots(plan_windows(tokens, shape.num_ranks, shape.num_slots, options.seed))
+    from evenmoe.planner.static import plan_static
+
+    return Slots(plan_static(tokens, shape.num_ranks, shape.num_slots, options.seed))
+
+
+def _improve_used(tokens: FloatArray, shape: Shape, options: PlanOptions, used: Slots) -> Slots:
+    assumed = RULES.get(options.rule).plan_for
+    if assumed != "even":
+        from evenmoe.planner.rule_aware import improve_for_rule
+
+        return improve_for_rule(tokens, shape, assumed, used, options.max_copies, options.seed)
+    from evenmoe.planner.incremental import plan_incremental
+
+    limits = (options.max_copies, options.target_par, options.seed)
+    return Slots(plan_incremental(tokens, used.experts, shape, *limits))
+
+
+def _plan_each_history(tokens: FloatArray, shape: Shape, options: PlanOptions, used: Slots) -> Slots:
     """Plan layers with tokens in the same windows together, from those windows alone.
 
     The means over windows that decide about copies would otherwise count a window without tokens as an even one.
     """
+    if tokens.ndim == 2:
+        return _improve_used(tokens, shape, options, used)
     seen = tokens.any(axis=2).T
     seen[~seen.any(axis=1)] = True
     histories, which = np.unique(seen, axis=0, return_inverse=True)
-    if len(histories) == 1:
-        return _plan(tokens, shape, rule, previous, max_copies, target_par, seed)
-    slots, order = np.empty_like(previous.slot_to_expert), np.empty_like(previous.replica_index)
+    experts, index = np.empty_like(used.experts), np.empty_like(used.experts)
     for number, windows in enumerate(histories):
         layers = np.flatnonzero(which.reshape(-1) == number)
-        in_use = layers_of(previous, layers)
-        part = _plan(tokens[windows][:, layers], shape, rule, in_use, max_copies, target_par, seed)
-        slots[layers], order[layers] = part.slot_to_expert, part.replica_index
-    return Placement(slots, shape.num_ranks, num_experts=shape.num_experts, replica_index=order)
-
-
-def _plan(
-    tokens: FloatArray,
-    shape: Shape,
-    rule: str,
-    previous: Placement | None,
-    max_copies: int | None,
-    target_par: float | None,
-    seed: int,
-) -> Placement:
-    """The planner that the checked arguments call for."""
-    if rule in ("rank", "batch"):
-        from evenmoe.planner.rule_aware import plan_for_rule
-
-        return plan_for_rule(tokens, shape, rule, previous, max_copies, seed)
-    if previous is not None:
-        from evenmoe.planner.incremental import plan_incremental
-
-        nodes = (shape.num_nodes, shape.num_groups) if shape.is_hierarchical else (1, 1)
-        slots = plan_incremental(tokens, previous, max_copies, target_par, seed, *nodes)
-    elif shape.is_hierarchical:
-        from evenmoe.planner.hierarchical import plan_hierarchical
-
-        slots = plan_hierarchical(tokens, shape.num_ranks, shape.num_slots, shape.num_nodes, shape.num_groups, seed)
-    elif tokens.ndim == 3:
-        from evenmoe.planner.windows import plan_windows
-
-        slots = plan_windows(tokens, shape.num_ranks, shape.num_slots, seed)
-    else:
-        from evenmoe.planner.static import plan_static
-
-        slots = plan_static(tokens, shape.num_ranks, shape.num_slots, seed)
-    return Placement(slots, shape.num_ranks, num_experts=shape.num_experts)
+        part = _improve_used(tokens[windows][:, layers], shape, options, used.of_layers(layers))
+        experts[layers], index[layers] = part.experts, part.replica_index
+    return Slots(experts, index)

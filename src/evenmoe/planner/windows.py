@@ -7,9 +7,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from evenmoe.metrics import FloatArray, peak_to_average
-from evenmoe.placement import IntArray, Placement
-from evenmoe.planner._soft_peak import new_layer, search
+from evenmoe.metrics import FloatArray
+from evenmoe.placement import IntArray
+from evenmoe.planner.kernels.common import random_state
+from evenmoe.planner.kernels.soft_peak import search, soft_peak_state
+from evenmoe.planner.slots import even_par, named, take
 from evenmoe.planner.static import plan_peaks, plan_static
 
 # Random changes a layer: at most BY_SLOTS / slots, 800 on 40 slots; at most EFFORT / (windows ×
@@ -21,30 +23,30 @@ BY_SLOTS, EFFORT, PATIENCE = 32_000, 5_000_000, 10
 # Cross-validation makes each of its plans with a twentieth of that, and looks at this many layers and folds.
 TRIAL, LAYERS, FOLDS = 20, 8, 5
 # exp(700) is the end of float64.
-HOTTEST = 600.0
+LARGEST_POWER = 600.0
 
 
-class Strength(NamedTuple):
-    """How strongly a plan is kept from fitting the windows that it was made from.
+class Regularization(NamedTuple):
+    """What keeps a plan from fitting the windows that it was made from.
 
-    sharpness: of the soft peak, per mean rank load: at 0 all ranks of all windows count alike, at infinity only the
-        busiest of each window does.
-    independence: the part of every expert's variance that is taken for its own. Experts that rose and fell together
-        by chance look like a risk, and opposite ones like a hedge; at 0 that is believed, at 1 nothing of it.
+    beta: the inverse temperature of the soft peak, per mean rank load: at 0 all ranks of all windows count alike, at
+        infinity only the busiest of each window does.
+    shrinkage: the weight with which the covariance of experts is shrunk to its diagonal. Experts that rose and fell
+        together by chance look like a risk, and opposite ones like a hedge; at 0 that is believed, at 1 nothing of it.
     """
 
-    sharpness: float
-    independence: float
+    beta: float
+    shrinkage: float
 
 
 # What to use unless the history clearly shows another to be better, and what to try. On requests of gpt-oss-20b, topics
 # of Mixtral-8x7B, samples of DeepSeek-V2-Lite and synthetic factors, held-out peaks differ by less than 1 % from
-# sharpness 1.5 to 3 and independence 0 to 0.5. Sharpness 40 without independence costs up to 3.4 %, and independence 1
+# beta 1.5 to 3 and shrinkage 0 to 0.5. Beta 40 without shrinkage costs up to 3.4 %, and shrinkage 1
 # costs 8 to 20 % where experts move together; where each moves for itself, 0.8 gains 1 %.
-USUAL = Strength(3.0, 0.2)
-INDEPENDENCES = (0.8, 1.0)
-SHARPNESSES = (1.5, 8.0)
-# Standard errors by which another strength must win: the best of several noisy figures looks better than it is.
+USUAL = Regularization(3.0, 0.2)
+SHRINKAGES = (0.8, 1.0)
+BETAS = (1.5, 8.0)
+# Standard errors by which another must win: the best of several noisy figures looks better than it is.
 MARGIN = 2.0
 # Below, a fold would be planned from two windows, of which any two experts look perfectly linked.
 FEWEST = 4
@@ -54,8 +56,8 @@ def plan_windows(load: FloatArray, num_ranks: int, num_slots: int, seed: int = 0
     """The slots of a placement for the next window, planned from past ones, every replica taking an even share.
 
     Every window counts the same, whatever its total: the aim is the mean over windows of the peak-to-average load. A
-    search for the smallest such mean overfits; this one smooths it and shrinks the correlations between experts, with a
-    strength chosen by cross-validation over blocks of windows (`choose_strength`). A layer with one window, or of
+    search for the smallest such mean overfits; this one smooths it and shrinks the correlations between experts, as
+    strongly as cross-validation over blocks of windows says (`choose_regularization`). A layer with one window, or of
     windows that are equal up to a factor, gets the static plan.
 
     Args:
@@ -68,7 +70,7 @@ def plan_windows(load: FloatArray, num_ranks: int, num_slots: int, seed: int = 0
         int32 (L, S), the expert of each slot.
 
     Experts 0 and 1 are busy together, and so are 2 and 3. All four are equal on average, but only ranks that take one
-    of each pair stay level:
+    of each pair stay even:
 
     >>> slots = plan_windows(np.array([[[8.0, 8, 2, 2]], [[2, 2, 8, 8]]] * 2), num_ranks=2, num_slots=4)
     >>> [sorted(rank) for rank in (slots.reshape(2, 2) // 2).tolist()]
@@ -78,9 +80,8 @@ def plan_windows(load: FloatArray, num_ranks: int, num_slots: int, seed: int = 0
         return plan_static(load[0], num_ranks, num_slots, seed)
     history = History(load, num_ranks)
     order = history.sort()
-    strength = choose_strength(history, num_slots, seed)
-    slots = plan_history(history, num_slots, strength, most_tries(len(load), num_slots), seed)
-    slots = np.take_along_axis(order, slots, axis=1).astype(np.int32)
+    chosen = choose_regularization(history, num_slots, seed)
+    slots = named(plan_history(history, num_slots, chosen, most_tries(len(load), num_slots), seed), order)
     alike = np.flatnonzero(~history.varies)
     slots[alike] = plan_static(load[history.seen.argmax(axis=0)[alike], alike], num_ranks, num_slots, seed)
     return slots
@@ -96,7 +97,7 @@ class History:
     def __init__(self, load: FloatArray, num_ranks: int) -> None:
         peak = load.max(axis=2, keepdims=True)
         self.seen = peak[:, :, 0] > 0
-        # By the hottest expert first: the sum of loads near the end of float64 is infinite.
+        # By the busiest expert first: the sum of loads near the end of float64 is infinite.
         shares = np.divide(load, peak, out=np.zeros_like(load), where=peak > 0)
         # Sorted, since the last bit of a sum depends on the order of the experts.
         self.windows = shares * (num_ranks / np.maximum(np.sort(shares, axis=2).sum(axis=2, keepdims=True), 1))
@@ -116,9 +117,9 @@ class History:
         order = np.empty(self.mean.shape, np.int64)
         for layer in range(len(order)):
             order[layer] = np.lexsort(-np.vstack([self.windows[::-1, layer], self.mean[layer]]))
-        self.windows = np.take_along_axis(self.windows, order[None], axis=2)
-        self.mean = np.take_along_axis(self.mean, order, axis=1)
-        self.variance = np.take_along_axis(self.variance, order, axis=1)
+        self.windows, self.mean, self.variance = (
+            take(each, order) for each in (self.windows, self.mean, self.variance)
+        )
         return order
 
     def layer(self, layer: int) -> FloatArray:
@@ -130,29 +131,30 @@ class History:
         return History(self.windows[windows][:, layers], self.num_ranks)
 
 
-def plan_history(history: History, num_slots: int, strength: Strength, tries: int, seed: int) -> npt.NDArray[np.int64]:
+def plan_history(
+    history: History, num_slots: int, regularization: Regularization, tries: int, seed: int
+) -> npt.NDArray[np.int64]:
     """Slots int64 (L, S) by local search, from a quick plan for every expert's mean load + standard deviation."""
-    mean, variance, num_ranks = history.mean, history.variance, history.num_ranks
+    mean, variance, num_ranks, shrinkage = history.mean, history.variance, history.num_ranks, regularization.shrinkage
     risk = mean + np.sqrt(variance)
     # Any peak is enough: the search below looks at other loads than a longer search for these would.
     slots = plan_peaks(risk, num_ranks, num_slots, seed, np.full(len(risk), np.inf))[0].astype(np.int64)
     for layer in np.flatnonzero(history.varies).tolist():
-        noise = strength.independence * variance[layer]
-        windows = mean[layer] + np.sqrt(1 - strength.independence) * (history.layer(layer) - mean[layer])
-        if strength.independence == 1:
+        noise = shrinkage * variance[layer]
+        windows = mean[layer] + np.sqrt(1 - shrinkage) * (history.layer(layer) - mean[layer])
+        if shrinkage == 1:
             windows = windows[:1]  # they are all the mean
-        sharpness = _finite(windows, noise, strength.sharpness, num_slots // num_ranks)
-        random = np.array([(seed * 0x9E3779B97F4A7C15 + layer * 0x2545F4914F6CDD1D + 1) % 2**64 or 1], np.uint64)
-        new = new_layer(windows, noise, num_ranks, num_slots)
-        search(new, sharpness, tries, PATIENCE * num_slots, random, slots[layer])
+        beta = _finite(windows, noise, regularization.beta, num_slots // num_ranks)
+        state = soft_peak_state(windows, noise, num_ranks, num_slots)
+        search(state, beta, tries, PATIENCE * num_slots, random_state(seed, layer, 1), slots[layer])
     return slots
 
 
-def choose_strength(history: History, num_slots: int, seed: int = 0) -> Strength:
-    """The strength whose plans did best on windows that they were not made from.
+def choose_regularization(history: History, num_slots: int, seed: int = 0) -> Regularization:
+    """The regularization whose plans did best on windows that they were not made from.
 
-    Blocks of consecutive windows are held out in turn, since neighbours in time are alike. A strength replaces the
-    usual one if its mean held-out peak, over at most eight layers, is lower by two standard errors of the difference
+    Blocks of consecutive windows are held out in turn, since neighbors in time are alike. Another replaces the usual
+    one if its mean held-out peak, over at most eight layers, is lower by two standard errors of the difference
     over windows. Where a window has no load in a layer, there is nothing to judge.
     """
     num_windows = len(history.windows)
@@ -164,17 +166,16 @@ def choose_strength(history: History, num_slots: int, seed: int = 0) -> Strength
     fold = np.arange(num_windows) * FOLDS // num_windows if num_windows > FOLDS else np.arange(num_windows)
     tries = most_tries(num_windows, num_slots) // TRIAL
 
-    def held_out(strength: Strength) -> FloatArray:
+    def held_out(regularization: Regularization) -> FloatArray:
         peaks = np.empty((num_windows, layers.size))
         for block in range(fold[-1] + 1):
             past, rest = history.part(fold != block, layers), history.part(fold == block, layers)
-            slots = plan_history(past, num_slots, strength, tries, seed)
-            placement = Placement(slots, history.num_ranks, num_experts=history.windows.shape[2])
-            peaks[fold == block] = peak_to_average(rest.windows, placement)
+            slots = plan_history(past, num_slots, regularization, tries, seed)
+            peaks[fold == block] = even_par(rest.windows, slots, history.num_ranks)
         return peaks[judged].mean(axis=1, where=seen[judged])
 
     best, least = USUAL, held_out(USUAL)
-    for field, values in (("independence", INDEPENDENCES), ("sharpness", SHARPNESSES)):
+    for field, values in (("shrinkage", SHRINKAGES), ("beta", BETAS)):
         for value in values:
             candidate = best._replace(**{field: value})
             peaks = held_out(candidate)
@@ -189,13 +190,13 @@ def most_tries(num_windows: int, num_slots: int) -> int:
     return min(BY_SLOTS // num_slots, int(EFFORT / (num_windows * num_slots**1.5)))
 
 
-def _finite(windows: FloatArray, noise: FloatArray, sharpness: float, width: int) -> float:
-    """The given sharpness, halved until no choice of `width` experts is too hot for a rank.
+def _finite(windows: FloatArray, noise: FloatArray, beta: float, width: int) -> float:
+    """The given beta, halved until no choice of `width` experts overflows on a rank.
 
     It ends: an expert's load is at most the number of ranks, and its variance that number squared.
     """
     while True:
-        power = sharpness * windows + 0.5 * sharpness**2 * noise
-        if np.partition(power, -width, axis=1)[:, -width:].sum(axis=1).max() < HOTTEST:
-            return sharpness
-        sharpness /= 2
+        power = beta * windows + 0.5 * beta**2 * noise
+        if np.partition(power, -width, axis=1)[:, -width:].sum(axis=1).max() < LARGEST_POWER:
+            return beta
+        beta /= 2

@@ -13,9 +13,8 @@ from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.metrics import FloatArray
 from evenmoe.simulator.batches import Batches, Cluster, new_batches, recorded_part
 from evenmoe.simulator.costs import CostModel
-from evenmoe.simulator.policies import DEFAULT
+from evenmoe.simulator.policies import DEFAULT, check_policy, parse_policies
 from evenmoe.simulator.policy_state import PolicyState
-from evenmoe.simulator.policy_text import check_policy, parse_policies
 from evenmoe.simulator.result import Simulation
 from evenmoe.traces.trace import Trace
 

@@ -28,7 +28,7 @@ _HIGHEST = {"skew": (8.0, "8"), "drift": (8.0, "8"), "locality": (0.99, "0.99"),
 
 #: Live requests that are drawn one by one where only counts are made. With more, each stands for several: it is moved
 #: towards the mean of all, so that the windows' mean and variance are those of all the requests.
-_MOST_PLACES = 64
+_MOST_STREAMS = 64
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,18 @@ class _Traffic:
     """Which request every token is of.
 
     Attributes:
-        live: int64 (T, requests), the request in every window's places.
+        live: int64 (T, requests), the request in every window's streams.
         num_requests: requests altogether.
-        edges: int64 (requests + 1,), where each place's tokens begin in a window.
-        parts: float64 (R, requests), tokens of a place that source rank r owns.
-        requests_per_place: at least 1.
+        edges: int64 (requests + 1,), where each stream's tokens begin in a window.
+        parts: float64 (R, requests), tokens of a stream that source rank r owns.
+        requests_per_stream: at least 1.
     """
 
     live: IntArray
     num_requests: int
     edges: IntArray
     parts: FloatArray
-    requests_per_place: float = 1.0
+    requests_per_stream: float = 1.0
 
 
 def synthesize(
@@ -99,25 +99,13 @@ def synthesize(
         ConstraintError: an unknown model, a number out of range, or arrays larger than a trace file may hold.
 
     How well it fits. Each parameter was matched to one statistic of `statistics` at the measured number and mean length
-    of requests; medians over layers, measured / synthetic (all figures and files are in `profiles.MEASUREMENTS`):
-
-        parameter   statistic        gpt-oss-20b    DeepSeek-V2-Lite  V4-Flash      Mixtral-8x7B   OLMoE
-        skew        gini             0.383 / 0.382  0.257 / 0.256     0.691 / 0.690  0.073 / 0.073  0.254 / 0.254
-                    skew (not fit)   2.42 / 2.42*   2.60 / 2.69       15.4 / 13.5    1.22 / 1.21    2.95 / 2.45
-        drift       drift            0.908 / 0.908  0.515 / 0.519     1.23 / 1.18    0.182 / 0.182  0.714 / 0.715
-        locality    locality, lag 1  1.39 / 1.39    1.95 / 1.94       2.12 / 2.17    none recorded  none recorded
-                    lag 4 (not fit)  1.14 / 1.10    1.25 / 1.22       1.43 / 1.37
-                    lag 8 (not fit)  1.13 / 1.04    1.20 / 1.08       1.33 / 1.16
-        common_     1 factor         0.258 / 0.258  three tasks only  six requests   0.324 / 0.327  six domains
-        factor_     4 (not fit)      0.494 / 0.513                                   0.587 / 0.579
-        share       16 (not fit)     0.790 / 0.756                                   0.822 / 0.768
-
-    (*) gpt-oss-20b's busiest experts are cut off at a fitted ceiling. DeepSeek-V3's skew and drift come from one prompt
+    of requests; `profiles.MEASUREMENTS` has the files, and what was measured beside what is synthesized, fitted or not.
+    gpt-oss-20b's busiest experts are cut off at a fitted ceiling. DeepSeek-V3's skew and drift come from one prompt
     of 109 tokens (gini 0.673 / 0.703, skew 15.3 / 14.3), and 1,027 steps of 116 tokens have skew 12.3 / 10.2.
     What the fit never saw: a placement for 8 ranks and 40 slots planned on the sum of every other gpt-oss-20b request
-    has a peak-to-average load of 1.69 / 1.77 on the requests between, planned on windows 1.40 / 1.50, the identity
-    1.85 / 2.02. What is missing: words that prompts share, so real requests of one task are more alike than these;
-    slow changes within a request; experts that are chosen together by single tokens.
+    has a peak-to-average load of 1.69 / 1.77 on the requests between, planned on windows 1.40 / 1.50, the default
+    placement 1.85 / 2.02. What is missing: words that prompts share, so real requests of one task are more alike than
+    these; slow changes within a request; experts that are chosen together by single tokens.
 
     Two windows on DeepSeek-V2-Lite's first three MoE layers: each of 100 tokens takes 6 of 64 experts.
 
@@ -146,9 +134,9 @@ def synthesize(
     _check_range("seed", seed, 0, 1 << 63, "a seed")
     if source_ranks is not None:
         _check_range("source_ranks", source_ranks, 1, tokens_per_window, "at most one for each token of a window")
-    places = requests if routing else min(requests, _MOST_PLACES)
-    traffic = _traffic(num_windows, tokens_per_window, places, request_windows, source_ranks or 1)
-    traffic = replace(traffic, requests_per_place=requests / places)
+    streams = requests if routing else min(requests, _MOST_STREAMS)
+    traffic = _traffic(num_windows, tokens_per_window, streams, request_windows, source_ranks or 1)
+    traffic = replace(traffic, requests_per_stream=requests / streams)
     _check_size(shape, num_windows, source_ranks or 1, num_windows * tokens_per_window if routing else 0)
     starts = chosen = None
     if routing:
@@ -207,9 +195,9 @@ def _check_size(shape: ModelShape, windows: int, ranks: int, tokens: int) -> Non
 
 
 def _traffic(num_windows: int, tokens: int, requests: int, request_windows: int, ranks: int) -> _Traffic:
-    place = np.arange(requests)
-    # Places take turns, so that requests end one after the other.
-    begun = (np.arange(num_windows)[:, None] + place * request_windows // requests) // request_windows
+    stream = np.arange(requests)
+    # Streams take turns, so that requests end one after the other.
+    begun = (np.arange(num_windows)[:, None] + stream * request_windows // requests) // request_windows
     first = np.cumsum(begun[-1] + 1) - (begun[-1] + 1)
     edges = np.arange(requests + 1) * tokens // requests
     owned = np.arange(ranks + 1) * tokens // ranks
@@ -230,10 +218,10 @@ def _draw_loads(shape: ModelShape, traffic: _Traffic, parameters: TraceParameter
         rng = np.random.default_rng((seed, 1, layer))
         popularity, sticky = layer_popularity(shape.num_experts, factors, parameters, rng)
         picked = pick_probability(popularity, shape.top_k)
-        if traffic.requests_per_place > 1:
+        if traffic.requests_per_stream > 1:
             center = picked.mean(axis=0)
-            picked = center + (picked - center) / np.sqrt(traffic.requests_per_place)
-        wider = overdispersion(sticky, traffic.edges[-1] / (traffic.live.shape[1] * traffic.requests_per_place))
+            picked = center + (picked - center) / np.sqrt(traffic.requests_per_stream)
+        wider = overdispersion(sticky, traffic.edges[-1] / (traffic.live.shape[1] * traffic.requests_per_stream))
         for first in range(0, windows, step):
             block = picked[traffic.live[first : first + step]]
             mean = traffic.parts @ block
@@ -252,7 +240,7 @@ def _draw_loads(shape: ModelShape, traffic: _Traffic, parameters: TraceParameter
 def _draw_routing(
     shape: ModelShape, traffic: _Traffic, parameters: TraceParameters, seed: int
 ) -> npt.NDArray[np.uint16]:
-    """(tokens, L, K), window by window, in each window place by place."""
+    """(tokens, L, K), window by window, in each window stream by stream."""
     starts = _run_starts(traffic)
     chosen = np.empty((int(starts[-1]), shape.num_layers, shape.top_k), np.uint16)
     factors = request_factors(traffic.num_requests, parameters, np.random.default_rng((seed, 0)))

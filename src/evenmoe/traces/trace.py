@@ -119,9 +119,9 @@ def load_trace(path: str | Path) -> Trace:
         return read_trace(file, path.stem, str(path))
 
 
-def read_trace(file: BinaryIO, name: str, place: str) -> Trace:
-    """As `load_trace`, from an open seekable file; `place` is what errors call it."""
-    make_error = partial(FileFormatError, place)
+def read_trace(file: BinaryIO, name: str, source: str) -> Trace:
+    """As `load_trace`, from an open seekable file; `source` is what errors call it."""
+    make_error = partial(FileFormatError, source)
     try:
         with zipfile.ZipFile(file) as archive:
             arrays = {name: array for name in ARRAYS if (array := read_integers(archive, name, make_error)) is not None}
@@ -155,9 +155,9 @@ def save_trace(path: str | Path, trace: Trace) -> None:
         file.write(data)
 
 
-def trace_bytes(trace: Trace, place: str) -> bytes:
-    """The file that `save_trace` writes; `place` is what errors call it."""
-    make_error = partial(FileFormatError, place)
+def trace_bytes(trace: Trace, source: str) -> bytes:
+    """The file that `save_trace` writes; `source` is what errors call it."""
+    make_error = partial(FileFormatError, source)
     arrays = {name: np.asarray(array) for name in ARRAYS if (array := getattr(trace, name)) is not None}
     checked = checked_trace(trace.name, arrays, trace.metadata, make_error)
     stored = {
@@ -261,9 +261,9 @@ def _check_routing(
         in_order = np.sort(routing[start : start + _TOKENS_AT_ONCE], axis=2)
         twice = in_order[:, :, 1:] == in_order[:, :, :-1]
         if twice.any():
-            token, layer, place = np.argwhere(twice)[0]
+            token, layer, k = np.argwhere(twice)[0]
             raise make_error(
-                f"`routing` with expert {in_order[token, layer, place]} twice for token {start + token}, layer {layer}",
+                f"`routing` with expert {in_order[token, layer, k]} twice for token {start + token}, layer {layer}",
                 "must hold distinct experts per token and layer",
                 "record the top-k as the model chose them",
             )

@@ -90,7 +90,7 @@ def test_no_room(tmp_path, room, script, most_bytes, reason, new):
     done = forked(tmp_path, ["cann", "--out", out], start)
     assert (done.code, done.out) == (2, "")
     assert done.err == (
-        f"evenmoe: `out` is {out}: it must be a directory that can be written ({reason}); use another DIR.\n"
+        f"evenmoe: `--out` is {out}: it must be a directory that can be written ({reason}); use another DIR.\n"
     )
     assert names(room) == before
 

@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 
 import evenmoe as em
 from evenmoe.planner import windows
-from evenmoe.planner._soft_peak import new_layer, search
+from evenmoe.planner.kernels.soft_peak import search, soft_peak_state
 from evenmoe.planner.windows import (
+    BETAS,
     FOLDS,
-    INDEPENDENCES,
     MARGIN,
-    SHARPNESSES,
+    SHRINKAGES,
     TRIAL,
     USUAL,
     History,
-    Strength,
-    choose_strength,
+    Regularization,
+    choose_regularization,
     most_tries,
     plan_history,
     plan_windows,
@@ -112,12 +112,12 @@ def test_loads_at_the_ends_of_float64(unit: float) -> None:
     assert np.array_equal(plan_windows(load * unit, 2, 4), plan_windows(load, 2, 4))
 
 
-def soft_peak(windows: Load, noise: Load, slots: tuple[tuple[int, ...], ...], sharpness: float) -> float:
-    """The sum over windows of log Σ exp(sharpness × load + sharpness² × variance / 2) over ranks, by its definition."""
+def soft_peak(windows: Load, noise: Load, slots: tuple[tuple[int, ...], ...], beta: float) -> float:
+    """The sum over windows of log Σ exp(beta × load + beta² × variance / 2) over ranks, by its definition."""
     counts = np.bincount(np.concatenate(slots), minlength=len(noise))
     power = np.stack(
         [
-            sum(sharpness * windows[:, e] / counts[e] + sharpness**2 * noise[e] / counts[e] ** 2 / 2 for e in rank)
+            sum(beta * windows[:, e] / counts[e] + beta**2 * noise[e] / counts[e] ** 2 / 2 for e in rank)
             for rank in slots
         ]
     )
@@ -129,15 +129,15 @@ def soft_peak(windows: Load, noise: Load, slots: tuple[tuple[int, ...], ...], sh
 )
 @pytest.mark.parametrize("seed", range(4))
 def test_tiny_cases_are_solved(num_experts: int, num_ranks: int, width: int, seed: int) -> None:
-    load = np.random.default_rng(seed).lognormal(0, 1, (3, 1, num_experts))  # 3 windows: the usual strength
+    load = np.random.default_rng(seed).lognormal(0, 1, (3, 1, num_experts))  # 3 windows: the usual regularization
     history = History(load, num_ranks)
     slots = plan_history(history, num_ranks * width, USUAL, most_tries(3, num_ranks * width), seed=0)[0]
     windows = load[:, 0] * num_ranks / load[:, 0].sum(axis=1, keepdims=True)
     mean, variance = windows.mean(axis=0), windows.var(axis=0, ddof=1)
-    smooth = mean + np.sqrt(1 - USUAL.independence) * (windows - mean)
+    smooth = mean + np.sqrt(1 - USUAL.shrinkage) * (windows - mean)
 
     def value(ranks: tuple[tuple[int, ...], ...]) -> float:
-        return soft_peak(smooth, USUAL.independence * variance, ranks, USUAL.sharpness)
+        return soft_peak(smooth, USUAL.shrinkage * variance, ranks, USUAL.beta)
 
     experts = set(range(num_experts))
     ranks = itertools.combinations(range(num_experts), width)
@@ -150,7 +150,7 @@ def test_tiny_cases_are_solved(num_experts: int, num_ranks: int, width: int, see
 def test_the_search_ends_when_nothing_helps() -> None:
     windows = np.array([[1.0, 0.5, 0.3, 0.2]])
     slots = np.arange(4)
-    search(new_layer(windows, np.zeros(4), 2, 4), 3.0, 10**15, 50, np.array([1], np.uint64), slots)
+    search(soft_peak_state(windows, np.zeros(4), 2, 4), 3.0, 10**15, 50, np.array([1], np.uint64), slots)
     assert sorted(map(sorted, slots.reshape(2, 2).tolist())) == [[0, 3], [1, 2]]
 
 
@@ -164,13 +164,13 @@ def test_held_out_windows_gain_over_a_plan_for_the_mean() -> None:
     assert from_windows < from_mean - 0.15
 
 
-def test_the_strength_is_changed_where_the_history_is_clear(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_regularization_is_changed_where_the_history_is_clear(monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts that move together: believing none of it costs 16 % held out, 18 standard errors."""
     together = History(comoving(0, 40), 8)
-    assert choose_strength(together, 40) == USUAL
-    monkeypatch.setattr(windows, "USUAL", USUAL._replace(independence=1.0))
-    monkeypatch.setattr(windows, "INDEPENDENCES", (0.2,))
-    assert choose_strength(together, 40).independence == 0.2
+    assert choose_regularization(together, 40) == USUAL
+    monkeypatch.setattr(windows, "USUAL", USUAL._replace(shrinkage=1.0))
+    monkeypatch.setattr(windows, "SHRINKAGES", (0.2,))
+    assert choose_regularization(together, 40).shrinkage == 0.2
 
 
 def test_equal_windows_are_planned_as_one() -> None:
@@ -192,10 +192,10 @@ def test_more_slots_do_not_make_the_plan_worse() -> None:
 
 
 @pytest.mark.parametrize("seed", [22, 83, 96, 119])
-def test_strengths_are_judged_where_a_layer_has_load(seed):
+def test_regularizations_are_judged_where_a_layer_has_load(seed):
     """Of two layers the second has no load in half of the windows; plain loops over the windows that it has.
 
-    The seeds are those of the first 120 in which counting the other windows as even ones chooses another strength.
+    The seeds are those of the first 120 in which counting the other windows as even ones chooses another.
     """
     rng = np.random.default_rng(seed)
     number = int(rng.integers(6, 10))
@@ -205,19 +205,19 @@ def test_strengths_are_judged_where_a_layer_has_load(seed):
     layers = np.arange(2)
     fold = np.arange(number) * FOLDS // number
 
-    def held_out(strength: Strength) -> np.ndarray:
+    def held_out(regularization: Regularization) -> np.ndarray:
         peaks = []
         for window in range(number):
             past = history.part(fold != fold[window], layers)
-            slots = plan_history(past, 8, strength, most_tries(number, 8) // TRIAL, 0)
+            slots = plan_history(past, 8, regularization, most_tries(number, 8) // TRIAL, 0)
             ranks = load[window, layers[:, None], slots].reshape(2, 2, 4).sum(axis=2)
             peaks.append([max(row) / (sum(row) / 2) for row in ranks.tolist() if sum(row)])
         return np.array([sum(row) / len(row) for row in peaks])
 
     best = USUAL
-    for field, values in (("independence", INDEPENDENCES), ("sharpness", SHARPNESSES)):
+    for field, values in (("shrinkage", SHRINKAGES), ("beta", BETAS)):
         for value in values:
             gain = held_out(best) - held_out(best._replace(**{field: value}))
             if gain.mean() > MARGIN * gain.std(ddof=1) / np.sqrt(number):
                 best = best._replace(**{field: value})
-    assert choose_strength(history, 8) == best
+    assert choose_regularization(history, 8) == best

@@ -1,7 +1,6 @@
 """A walk from a placement in use to better ones, a move at a time: serial, compiled, arrays in and arrays out.
 
-Loads are shares of the mean rank's, so 1.0 is a rank with its fair part; T windows are looked at together. One family
-in one file, because numba's cache does not see an edit in another.
+Loads are shares of the mean rank's, so 1.0 is a rank with its fair part; T windows are looked at together.
 
 Letters: T windows, E experts, S slots, G ranks, K slots per rank.
 """
@@ -30,11 +29,13 @@ class Walk(NamedTuple):
     weights: npt.NDArray[np.float64]  # (T, E) load of each expert
     share: npt.NDArray[np.float64]  # (T, E) load of each of its replicas
     load: npt.NDArray[np.float64]  # (T, G) load of each rank
-    excess: npt.NDArray[np.float64]  # (G,) scratch: squared load over the level, all windows together
+    excess: npt.NDArray[np.float64]  # (G,) scratch: squared load over the threshold, all windows together
     slots: npt.NDArray[np.int64]  # (S,) expert of each slot
     counts: npt.NDArray[np.int64]  # (E,) replicas
-    hosts: npt.NDArray[np.int64]  # (E, G) ranks of each expert, the first `counts` of a row
-    held: npt.NDArray[np.int8]  # (G, E) replicas on each rank: 0 or 1, unless the placement in use has twins
+    ranks_of: npt.NDArray[np.int64]  # (E, G) ranks of each expert, the first `counts` of a row
+    held: npt.NDArray[
+        np.int8
+    ]  # (G, E) replicas on each rank: 0 or 1, unless the placement in use repeats an expert on a rank
     before: npt.NDArray[np.bool_]  # (G, E) what the placement in use holds
     slot_share: npt.NDArray[np.float64]  # (T, S) `share` by slot
     lightest: npt.NDArray[np.float64]  # (T, G) least `slot_share` of each rank
@@ -47,13 +48,13 @@ class Walk(NamedTuple):
 
 
 @compiled
-def walk_layers(weights, num_ranks, node_ranks, target, level, budget, slots, peaks):
+def walk_layers(weights, num_ranks, node_ranks, target, threshold, budget, slots, peaks):
     """Improve every row of `slots` (L, S) in place by few copies; fill `peaks` (L,), mean peak over the windows.
 
     A walk ends when its peak is at most `target` (L,), when it would need more than `budget` copies, or when no move
-    lowers the excess over `level` (L, T). It takes the same moves under every budget, and its best place is kept, so
-    that a larger budget never gives a worse placement. `weights` is (L, T, E). Experts stay in their node, `node_ranks`
-    ranks in a row.
+    lowers the excess over `threshold` (L, T). It takes the same moves under every budget, and its best place is kept,
+    so that a larger budget never gives a worse placement. `weights` is (L, T, E). Experts stay in their node,
+    `node_ranks` ranks in a row.
     """
     walk = _new_walk(weights.shape[1], weights.shape[2], num_ranks, slots.shape[1])
     for layer in range(len(slots)):
@@ -61,7 +62,7 @@ def walk_layers(weights, num_ranks, node_ranks, target, level, budget, slots, pe
         best = _peak(walk)
         used = 0
         while best > target[layer]:
-            if not _find_move(walk, level[layer], node_ranks):
+            if not _find_move(walk, threshold[layer], node_ranks):
                 break
             used += _copies(walk, walk.move)
             if used > budget:
@@ -109,7 +110,7 @@ def _begin(walk, weights, slots):
     walk.arrived[:] = False
     for slot in range(len(slots)):
         expert, rank = slots[slot], slot // width
-        walk.hosts[expert, walk.counts[expert]] = rank
+        walk.ranks_of[expert, walk.counts[expert]] = rank
         walk.counts[expert] += 1
         walk.held[rank, expert] += 1
         walk.before[rank, expert] = True
@@ -130,8 +131,8 @@ def _peak(walk):
 
 
 @compiled
-def _excess(load, level):
-    over = load - level
+def _excess(load, threshold):
+    over = load - threshold
     return over * over if over > 0.0 else 0.0
 
 
@@ -141,24 +142,24 @@ def _price(copies):
 
 
 @compiled
-def _find_move(walk, level, node_ranks):
+def _find_move(walk, threshold, node_ranks):
     """Write the move with the largest drop of squared excess per copy to `walk.move`; False if none drops it."""
     width = len(walk.gain)
     for rank in range(walk.load.shape[1]):
         walk.excess[rank] = 0.0
         for window in range(len(walk.load)):
-            walk.excess[rank] += _excess(walk.load[window, rank], level[window])
+            walk.excess[rank] += _excess(walk.load[window, rank], threshold[window])
             walk.lightest[window, rank] = walk.slot_share[window, rank * width]
             for slot in range(rank * width + 1, (rank + 1) * width):
                 walk.lightest[window, rank] = min(walk.lightest[window, rank], walk.slot_share[window, slot])
     if walk.excess.max() < NOISE:
         return False
-    best = _find_swap(walk, level, node_ranks)
-    return _find_replacement(walk, level, node_ranks, best) > 0.0
+    best = _find_swap(walk, threshold, node_ranks)
+    return _find_replacement(walk, threshold, node_ranks, best) > 0.0
 
 
 @compiled
-def _find_swap(walk, level, node_ranks):
+def _find_swap(walk, threshold, node_ranks):
     """Exchange an expert of the busiest rank with another rank's; return the drop per copy, 0.0 for none.
 
     The rank that promises most comes first, then those that promise more than was found. One function, because
@@ -168,7 +169,7 @@ def _find_swap(walk, level, node_ranks):
     before, arrived, gain, cost, promise = walk.before, walk.arrived, walk.gain, walk.cost, walk.change
     width, num_windows, hot = len(gain), len(load), excess.argmax()
     node = hot // node_ranks * node_ranks
-    first = _promises(load, excess, level, hot, node, node_ranks, promise)
+    first = _promises(load, excess, threshold, hot, node, node_ranks, promise)
     best = 0.0
     for turn in range(node - 1, node + node_ranks):
         rank = turn if turn >= node else first
@@ -190,15 +191,15 @@ def _find_swap(walk, level, node_ranks):
             for window in range(num_windows):  # to swap with the lightest there, or to halve the difference
                 here, there = load[window, hot], load[window, rank]
                 shift = min(share[window, slot] - walk.lightest[window, rank], (here - there) / 2)
-                most -= _excess(here - shift, level[window]) + _excess(there + shift, level[window])
+                most -= _excess(here - shift, threshold[window]) + _excess(there + shift, threshold[window])
             if most <= least or held[rank, mine]:
                 continue
             for j in range(width):
                 gain[j] = top
             for window in range(num_windows):
-                # What is over the level on either rank after the swap. No branch: several slots go at a time.
-                kept = load[window, hot] - level[window] - share[window, slot]
-                after = load[window, rank] - level[window] + share[window, slot]
+                # What is over the threshold on either rank after the swap. No branch: several slots go at a time.
+                kept = load[window, hot] - threshold[window] - share[window, slot]
+                after = load[window, rank] - threshold[window] + share[window, slot]
                 for j in range(width):
                     here, there = kept + share[window, start + j], after - share[window, start + j]
                     here = here if here > 0.0 else 0.0
@@ -213,7 +214,7 @@ def _find_swap(walk, level, node_ranks):
 
 
 @compiled
-def _promises(load, excess, level, hot, node, node_ranks, promise):
+def _promises(load, excess, threshold, hot, node, node_ranks, promise):
     """Fill `promise` with what no swap of `hot` with a rank can surpass; return the rank with most, emptiest first."""
     first, emptiest = hot, 0.0
     promise[hot] = -1.0
@@ -223,7 +224,7 @@ def _promises(load, excess, level, hot, node, node_ranks, promise):
         total = 0.0
         promise[rank] = excess[hot] + excess[rank]
         for window in range(len(load)):  # the squares are convex, so two halves are least
-            promise[rank] -= 2 * _excess((load[window, hot] + load[window, rank]) / 2, level[window])
+            promise[rank] -= 2 * _excess((load[window, hot] + load[window, rank]) / 2, threshold[window])
             total += load[window, rank]
         if promise[rank] > promise[first] or (promise[rank] == promise[first] and total < emptiest):
             first, emptiest = rank, total
@@ -231,13 +232,13 @@ def _promises(load, excess, level, hot, node, node_ranks, promise):
 
 
 @compiled
-def _find_replacement(walk, level, node_ranks, best):
+def _find_replacement(walk, threshold, node_ranks, best):
     """Relieve the busiest rank by one replica more of an expert there, or one less; return the drop per copy.
 
     Where both experts have replicas on a rank, the gain there is more than the sum of their gains that counts here, so
     what is found can be a little less than the best. One function for the same reason as above.
     """
-    load, weights, share, counts, hosts = walk.load, walk.weights, walk.share, walk.counts, walk.hosts
+    load, weights, share, counts, ranks_of = walk.load, walk.weights, walk.share, walk.counts, walk.ranks_of
     excess, slots, width, more = walk.excess, walk.slots, len(walk.gain), walk.gain
     hot, most = excess.argmax(), 0.0
     node = hot // node_ranks * node_ranks
@@ -247,26 +248,26 @@ def _find_replacement(walk, level, node_ranks, best):
         for window in range(len(load)):
             down = share[window, expert] / (counts[expert] + 1)
             for h in range(counts[expert]):
-                here = load[window, hosts[expert, h]]
-                more[i] += _excess(here, level[window]) - _excess(here - down, level[window])
+                here = load[window, ranks_of[expert, h]]
+                more[i] += _excess(here, threshold[window]) - _excess(here - down, threshold[window])
         most = max(most, more[i])
     anything = FREE if walk.dirty.max() > 0 else 1.0
     for gone in range(len(counts)):
         count = counts[gone]
-        if count < 2 or hosts[gone, 0] // node_ranks != node // node_ranks:
+        if count < 2 or ranks_of[gone, 0] // node_ranks != node // node_ranks:
             continue
         fewer = 0.0  # without the replica the others carry more
         for window in range(len(load)):
             up = share[window, gone] / (count - 1)
             for h in range(count):
-                here = load[window, hosts[gone, h]]
-                fewer += _excess(here, level[window]) - _excess(here + up, level[window])
+                here = load[window, ranks_of[gone, h]]
+                fewer += _excess(here, threshold[window]) - _excess(here + up, threshold[window])
         for h in range(count):
-            rank = hosts[gone, h]
+            rank = ranks_of[gone, h]
             fixed = fewer + excess[rank]
             for window in range(len(load)):
                 here, up = load[window, rank], share[window, gone] / (count - 1)
-                fixed -= _excess(here, level[window]) - _excess(here + up, level[window])
+                fixed -= _excess(here, threshold[window]) - _excess(here + up, threshold[window])
             if fixed + (most if rank != hot else 0.0) <= max(best * anything, NOISE):
                 continue
             fresh = walk.before[rank, gone]
@@ -279,7 +280,7 @@ def _find_replacement(walk, level, node_ranks, best):
                     continue
                 for window in range(len(load)):
                     shift = weights[window, expert] / (counts[expert] + 1) - share[window, gone]
-                    gain -= _excess(load[window, rank] + shift, level[window])
+                    gain -= _excess(load[window, rank] + shift, threshold[window])
                 if gain > max(best * price, NOISE):
                     best = gain / price
                     walk.move[0], walk.move[1], walk.move[2] = REPLACE, _slot_of(slots, gone, rank, width), expert
@@ -303,12 +304,12 @@ def _changes(walk, window, slot, expert):
     count = walk.counts[gone]
     up = walk.share[window, gone] / (count - 1)
     for i in range(count):
-        walk.change[walk.hosts[gone, i]] += up
+        walk.change[walk.ranks_of[gone, i]] += up
     walk.change[rank] -= walk.weights[window, gone] / (count - 1)
     count = walk.counts[expert]
     down = walk.share[window, expert] / (count + 1)
     for i in range(count):
-        walk.change[walk.hosts[expert, i]] -= down
+        walk.change[walk.ranks_of[expert, i]] -= down
     walk.change[rank] += walk.weights[window, expert] / (count + 1)
 
 
@@ -342,7 +343,7 @@ def _apply(walk):
                 walk.load[window, r] += walk.change[r]
         _leave(walk, mine, rank)
         walk.counts[mine] -= 1
-        walk.hosts[other, walk.counts[other]] = rank
+        walk.ranks_of[other, walk.counts[other]] = rank
         walk.counts[other] += 1
         walk.held[rank, mine] -= 1
         walk.held[rank, other] += 1
@@ -363,9 +364,9 @@ def _apply(walk):
         walk.slot_share[window, slot] -= shift
         walk.slot_share[window, other] += shift
     _leave(walk, mine, rank)
-    walk.hosts[mine, walk.counts[mine] - 1] = there
+    walk.ranks_of[mine, walk.counts[mine] - 1] = there
     _leave(walk, theirs, there)
-    walk.hosts[theirs, walk.counts[theirs] - 1] = rank
+    walk.ranks_of[theirs, walk.counts[theirs] - 1] = rank
     for expert, off, on in ((mine, rank, there), (theirs, there, rank)):
         walk.held[off, expert] -= 1
         walk.held[on, expert] += 1
@@ -385,9 +386,9 @@ def _mark(walk, slot):
 
 @compiled
 def _leave(walk, expert, rank):
-    """Take `rank` out of the expert's hosts; the last one takes its place in the list."""
+    """Take `rank` out of the expert's ranks; the last one takes its place in the list."""
     last = walk.counts[expert] - 1
     for i in range(last):
-        if walk.hosts[expert, i] == rank:
-            walk.hosts[expert, i] = walk.hosts[expert, last]
+        if walk.ranks_of[expert, i] == rank:
+            walk.ranks_of[expert, i] = walk.ranks_of[expert, last]
             return

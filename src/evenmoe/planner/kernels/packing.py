@@ -1,4 +1,4 @@
-"""Replica counts and a first packing, one layer at a time: serial, compiled, arrays in and arrays out."""
+"""First placements of a layer: replica counts, and replicas packed heaviest first onto the lightest rank."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.compiled import compiled
+from evenmoe.planner.kernels.common import lightest
 
 
 class Bins(NamedTuple):
@@ -32,15 +33,15 @@ def pack_layers(load, order, slots):
     share = np.empty(num_experts, np.float64)
     queue = np.empty(num_experts, np.int64)
     for row in range(load.shape[0]):
-        sort_ties(load[row], order[row])
+        _sort_ties(load[row], order[row])
         for position in range(num_experts):
             loads[position] = load[row, order[row, position]]
-        replicate(loads, num_ranks * width - num_experts, num_ranks, queue, counts, share)
-        pack(queue, counts, share, Bins(slots[row], np.zeros(num_ranks, np.int64), np.zeros(num_ranks)))
+        _replicate(loads, num_ranks * width - num_experts, num_ranks, queue, counts, share)
+        _pack(queue, counts, share, Bins(slots[row], np.zeros(num_ranks, np.int64), np.zeros(num_ranks)))
 
 
 @compiled
-def sort_ties(load, order):
+def _sort_ties(load, order):
     """Put experts of equal load in ascending order."""
     for end in range(1, order.size):
         expert = order[end]
@@ -52,7 +53,7 @@ def sort_ties(load, order):
 
 
 @compiled
-def replicate(loads, spare, most, queue, counts, share):
+def _replicate(loads, spare, most, queue, counts, share):
     """Give each of the `spare` replicas to the largest load per replica, at most `most` to one expert.
 
     That makes the largest load per replica as small as it can be (D'Hondt's divisors; a replica anywhere else leaves
@@ -86,67 +87,67 @@ def replicate(loads, spare, most, queue, counts, share):
 
 
 @compiled
-def pack(queue, counts, share, bins):
+def _pack(queue, counts, share, bins):
     """Heaviest replica first, onto the lightest ranks that have a free slot; an expert's replicas at once, apart."""
     num_ranks, width = bins.held.shape
     heap = np.empty(num_ranks, np.int64)  # ranks with a free slot, a binary heap on (load, rank)
     taken = np.empty(num_ranks, np.int64)
-    free = refill(heap, bins)
+    free = _refill(heap, bins)
     for place in range(queue.size):
         expert = queue[place]
         if counts[expert] == 1 and free > 0:
             rank = heap[0]
-            append(rank, expert, share[expert], bins)
+            _append(rank, expert, share[expert], bins)
             if bins.used[rank] == width:
                 free -= 1
                 heap[0] = heap[free]
-            sift_down(heap, free, bins.load)
+            _sift_down(heap, free, bins.load)
             continue
         apart = min(counts[expert], free)
         for i in range(apart):
             taken[i] = heap[0]
             free -= 1
             heap[0] = heap[free]
-            sift_down(heap, free, bins.load)
+            _sift_down(heap, free, bins.load)
         for i in range(apart):
-            append(taken[i], expert, share[expert], bins)
+            _append(taken[i], expert, share[expert], bins)
             if bins.used[taken[i]] < width:
-                sift_up(heap, free, taken[i], bins.load)
+                _sift_up(heap, free, taken[i], bins.load)
                 free += 1
         for _ in range(counts[expert] - apart):
-            make_room(expert, share, bins)
-            free = refill(heap, bins)
+            _make_room(expert, share, bins)
+            free = _refill(heap, bins)
 
 
 @compiled
-def refill(heap, bins):
+def _refill(heap, bins):
     """Fill the heap with all ranks that have a free slot; return how many."""
     num_ranks, width = bins.held.shape
     free = 0
     for rank in range(num_ranks):
         if bins.used[rank] < width:
-            sift_up(heap, free, rank, bins.load)
+            _sift_up(heap, free, rank, bins.load)
             free += 1
     return free
 
 
 @compiled
-def append(rank, expert, share, bins):
+def _append(rank, expert, share, bins):
     bins.held[rank, bins.used[rank]] = expert
     bins.used[rank] += 1
     bins.load[rank] += share
 
 
 @compiled
-def sift_down(heap, size, load):
+def _sift_down(heap, size, load):
     """Restore the heap below its root."""
     rank = heap[0]
     place = 0
     while 2 * place + 1 < size:
         child = 2 * place + 1
-        if child + 1 < size and lighter(heap[child + 1], heap[child], load):
+        if child + 1 < size and _lighter(heap[child + 1], heap[child], load):
             child += 1
-        if not lighter(heap[child], rank, load):
+        if not _lighter(heap[child], rank, load):
             break
         heap[place] = heap[child]
         place = child
@@ -154,25 +155,25 @@ def sift_down(heap, size, load):
 
 
 @compiled
-def sift_up(heap, size, rank, load):
+def _sift_up(heap, size, rank, load):
     """Add `rank` to a heap of `size`."""
     place = size
-    while place > 0 and lighter(rank, heap[(place - 1) // 2], load):
+    while place > 0 and _lighter(rank, heap[(place - 1) // 2], load):
         heap[place] = heap[(place - 1) // 2]
         place = (place - 1) // 2
     heap[place] = rank
 
 
 @compiled
-def lighter(rank, other, load):
+def _lighter(rank, other, load):
     return load[rank] < load[other] or (load[rank] == load[other] and rank < other)
 
 
 @compiled
-def make_room(expert, share, bins):
-    """Place `expert` although every rank with a free slot holds it: move another expert out of a full rank.
+def _make_room(expert, share, bins):
+    """Place `expert` although every rank with a free slot _holds it: move another expert out of a full rank.
 
-    One can always be moved: a full rank without `expert` holds more experts than a rank with a free slot, so one of
+    One can always be moved: a full rank without `expert` _holds more experts than a rank with a free slot, so one of
     its experts is missing there. The lightest such rank is taken, and of its experts the one nearest in share.
     """
     num_ranks, width = bins.held.shape
@@ -181,23 +182,97 @@ def make_room(expert, share, bins):
         if bins.used[rank] < width:
             if target < 0 or bins.load[rank] < bins.load[target]:
                 target = rank
-        elif (full < 0 or bins.load[rank] < bins.load[full]) and not holds(rank, expert, bins):
+        elif (full < 0 or bins.load[rank] < bins.load[full]) and not _holds(rank, expert, bins):
             full = rank
     nearest = -1
     for slot in range(width):
-        if not holds(target, bins.held[full, slot], bins):
+        if not _holds(target, bins.held[full, slot], bins):
             miss = abs(share[bins.held[full, slot]] - share[expert])
             if nearest < 0 or miss < abs(share[bins.held[full, nearest]] - share[expert]):
                 nearest = slot
     moved = bins.held[full, nearest]
     bins.held[full, nearest] = expert
     bins.load[full] += share[expert] - share[moved]
-    append(target, moved, share[moved], bins)
+    _append(target, moved, share[moved], bins)
 
 
 @compiled
-def holds(rank, expert, bins):
+def _holds(rank, expert, bins):
     for slot in range(bins.used[rank]):  # noqa: SIM110 (any() of a generator is not for compiled code)
         if bins.held[rank, slot] == expert:
             return True
     return False
+
+
+@compiled
+def pack_evenly(weights, num_bins):
+    """Which items each bin gets, int64 (bins, items / bins): heaviest first, to the lightest bin that has room."""
+    width = weights.size // num_bins
+    held = np.empty((num_bins, width), np.int64)
+    used = np.zeros(num_bins, np.int64)
+    total = np.zeros(num_bins)
+    barred = np.zeros(num_bins, np.bool_)
+    for item in np.argsort(-weights, kind="mergesort"):
+        best = lightest(total, used, width, barred)
+        held[best, used[best]] = item
+        used[best] += 1
+        total[best] += weights[item]
+    return held
+
+
+@compiled
+def draft(load, spread, order, counts, priority, slack, regularization, held):
+    """Fill `held` (G, n) with a placement whose replicas link as many ranks as they can; returns whether it came out.
+
+    Replicated experts come first, heaviest first. Each takes one rank that is linked already and then fresh ones, so
+    that G − 1 extra replicas link all G ranks into one tree; the ranks in two experts pass load from one to the other.
+    Single experts follow, heaviest first, each to the rank that is least loaded counting `slack` mean rank loads for
+    every link, since a rank can pass on only what its single experts leave free, and `regularization` standard
+    deviations of its single experts as if they varied independently.
+
+    Args:
+        load: float64 (E,), mean rank load 1.
+        spread: float64 (E,), standard deviation of each.
+        order: int64 (E,), experts by falling load.
+        counts: int64 (E,), replicas, adding up to G · n, at most G each.
+        priority: float64 (G,) in 0…1, decides between ranks with equally many links.
+        held: int64 (G, n), filled.
+    """
+    num_ranks, width = held.shape
+    used = np.zeros(num_ranks, np.int64)
+    has = np.zeros(num_ranks, np.bool_)
+    keys = np.empty(num_ranks)
+    turn = 0
+    for expert in order:
+        if counts[expert] == 1:
+            continue
+        has[:] = False
+        for replica in range(counts[expert]):
+            for rank in range(num_ranks):
+                # The first replica prefers a linked rank, the others a fresh one; then few links, then the priority.
+                keys[rank] = used[rank] + priority[(rank + turn) % num_ranks]
+                if replica == 0 and used[rank] == 0:
+                    keys[rank] += width + 1
+            rank = lightest(keys, used, width, has)
+            if rank < 0:
+                return False
+            held[rank, used[rank]] = expert
+            used[rank] += 1
+            has[rank] = True
+        turn += 7  # so that one priority serves all experts
+    total = np.empty(num_ranks)
+    for rank in range(num_ranks):
+        total[rank] = slack * abs(used[rank] - 1)
+    variance = np.zeros(num_ranks)
+    has[:] = False
+    for expert in order:
+        if counts[expert] == 1:
+            more = spread[expert] ** 2
+            for rank in range(num_ranks):
+                keys[rank] = total[rank] + regularization * np.sqrt(variance[rank] + more)
+            rank = lightest(keys, used, width, has)
+            held[rank, used[rank]] = expert
+            used[rank] += 1
+            total[rank] += load[expert]
+            variance[rank] += more
+    return True

@@ -1,7 +1,7 @@
 """The compiled part of planning for the `batch` rule: peaks after the best splits, and moves worth trying.
 
 Loads are in units of the mean rank load, so 1.0 is the peak that nothing can beat. N scenarios, E experts, G ranks with
-n slots each. A set of ranks is *closed* if the experts with tokens on it have no host outside it: however a batch is
+n slots each. A set of ranks is *closed* if no other rank holds the experts with tokens on it: however a batch is
 split, its busiest rank has at least the set's mean. The best split's peak is the largest such mean (max-flow min-cut),
 and the ranks that the busiest ones can still send tokens to are a set that attains it.
 """
@@ -11,24 +11,25 @@ from __future__ import annotations
 import numpy as np
 
 from evenmoe.compiled import compiled
+from evenmoe.planner.kernels.common import held_experts
 
 # A peak counts as the best once no rank that the busiest can send to is emptier by more than this.
 _TOLERANCE = 2e-4
-# Sweeps of water-filling before levelling, and rounds of that at most: a split that needs more stays above its best.
+# Sweeps of water-filling before chains are leveled, and rounds of that at most: a split that needs more stays above.
 _SWEEPS = 3
 _ROUNDS = 100
 
 
 @compiled
-def _hosts(held, num_experts):
-    """The experts with a choice of rank, as rows of hosts.
+def _edges(held, num_experts):
+    """The experts with a choice of rank, as rows of edges: one edge for each rank that holds the expert.
 
     Returns:
         home: int64 (E,), the first rank that holds each expert.
         row_of: int64 (E,), the row of each expert, or −1 if one rank holds it.
-        first: int64 (R + 1,), the hosts of row r are first[r] … first[r + 1] − 1.
-        rank_of, row_of_host: int64 (H,), the rank and the row of each host.
-        first_at: int64 (G + 1,) and at: int64 (H,), the hosts on each rank.
+        first: int64 (R + 1,), the edges of row r are first[r] … first[r + 1] − 1.
+        rank_of, row_of_edge: int64 (H,), the rank and the row of each edge.
+        first_at: int64 (G + 1,) and at: int64 (H,), the edges at each rank.
     """
     num_ranks, width = held.shape
     count = np.zeros(num_experts, np.int64)
@@ -50,57 +51,57 @@ def _hosts(held, num_experts):
             first[rows + 1] = first[rows] + count[expert]
             rows += 1
     rank_of = np.empty(first[rows], np.int64)
-    row_of_host = np.empty(first[rows], np.int64)
+    row_of_edge = np.empty(first[rows], np.int64)
     first_at = np.zeros(num_ranks + 1, np.int64)
     at = np.empty(first[rows], np.int64)
     filled = first.copy()
-    hosts = 0
+    size = 0
     for rank in range(num_ranks):
         for slot in range(width):
             row = row_of[held[rank, slot]]
             if row >= 0 and (filled[row] == first[row] or rank_of[filled[row] - 1] != rank):
-                host = filled[row]
-                rank_of[host] = rank
-                row_of_host[host] = row
-                at[hosts] = host
+                edge = filled[row]
+                rank_of[edge] = rank
+                row_of_edge[edge] = row
+                at[size] = edge
                 filled[row] += 1
-                hosts += 1
-        first_at[rank + 1] = hosts
-    return home, row_of, first[: rows + 1], rank_of, row_of_host, first_at, at
+                size += 1
+        first_at[rank + 1] = size
+    return home, row_of, first[: rows + 1], rank_of, row_of_edge, first_at, at
 
 
 @compiled
-def _pour(begin, end, rank_of, flow, load):
-    """Take one expert's tokens away and pour them back onto its hosts up to a common level."""
+def _fill(begin, end, rank_of, flow, load):
+    """Water-filling: give one expert's tokens anew to the ranks that hold it, up to a common water level."""
     tokens = 0.0
     total = 0.0
-    for host in range(begin, end):
-        tokens += flow[host]
-        load[rank_of[host]] -= flow[host]
-        total += load[rank_of[host]]
+    for edge in range(begin, end):
+        tokens += flow[edge]
+        load[rank_of[edge]] -= flow[edge]
+        total += load[rank_of[edge]]
     count = end - begin
     level = (total + tokens) / count
     while True:
         kept = 0
         total = tokens
-        for host in range(begin, end):
-            if load[rank_of[host]] < level:
+        for edge in range(begin, end):
+            if load[rank_of[edge]] < level:
                 kept += 1
-                total += load[rank_of[host]]
+                total += load[rank_of[edge]]
         if kept >= count or kept == 0:
             break
         count = kept
         level = total / count
-    for host in range(begin, end):
-        flow[host] = max(level - load[rank_of[host]], 0.0)
-        load[rank_of[host]] += flow[host]
+    for edge in range(begin, end):
+        flow[edge] = max(level - load[rank_of[edge]], 0.0)
+        load[rank_of[edge]] += flow[edge]
 
 
 @compiled
-def _spread(first, rank_of, row_of_host, first_at, at, flow, load, closed, queue, via):
+def _spread(first, rank_of, row_of_edge, first_at, at, flow, load, closed, queue, via):
     """Mark in `closed` the ranks that the busiest can send tokens to; returns how many they are.
 
-    `queue` lists them, nearest first; via[rank] is the host that gives and the host that takes on the last step to it.
+    `queue` lists them, nearest first; via[rank] is the edge that gives and the edge that takes on the last step to it.
     """
     seen = np.zeros(first.size, np.bool_)
     peak = load.max()
@@ -117,7 +118,7 @@ def _spread(first, rank_of, row_of_host, first_at, at, flow, load, closed, queue
         head += 1
         for i in range(first_at[rank], first_at[rank + 1]):
             give = at[i]
-            row = row_of_host[give]
+            row = row_of_edge[give]
             if seen[row] or flow[give] < 1e-7:
                 continue
             seen[row] = True
@@ -132,16 +133,16 @@ def _spread(first, rank_of, row_of_host, first_at, at, flow, load, closed, queue
 
 
 @compiled
-def _settle(first, rank_of, row_of_host, first_at, at, flow, load, closed, queue, via):
+def _settle(first, rank_of, row_of_edge, first_at, at, flow, load, closed, queue, via):
     """Lower the peak of one scenario to its best, starting from any split; returns it."""
     for _ in range(_SWEEPS):
         for row in range(first.size - 1):
-            _pour(first[row], first[row + 1], rank_of, flow, load)
+            _fill(first[row], first[row + 1], rank_of, flow, load)
         if load.max() < 1.0 + _TOLERANCE:
             closed[:] = True
             return max(load.max(), 1.0)
     for _ in range(_ROUNDS):
-        size = _spread(first, rank_of, row_of_host, first_at, at, flow, load, closed, queue, via)
+        size = _spread(first, rank_of, row_of_edge, first_at, at, flow, load, closed, queue, via)
         goal = 0.0
         low = load[queue[0]]
         for i in range(size):
@@ -160,7 +161,7 @@ def _settle(first, rank_of, row_of_host, first_at, at, flow, load, closed, queue
                 load[rank] -= amount
                 load[rank_of[give]] += amount
         for row in range(first.size - 1):
-            _pour(first[row], first[row + 1], rank_of, flow, load)
+            _fill(first[row], first[row + 1], rank_of, flow, load)
     return load.max()
 
 
@@ -178,11 +179,11 @@ def evaluate(held, tokens, floors, limit):
         total: the sum of the peaks, or infinity if stopped.
         peaks: float64 (N,).
         closed: bool (N, G), a set of ranks whose mean is the peak; all of them where the peak is 1.
-        load: float64 (N, G), rank loads after the split; those below the peak are not minimised.
+        load: float64 (N, G), rank loads after the split; those below the peak are not minimized.
     """
     num_scenarios = tokens.shape[0]
     num_ranks = held.shape[0]
-    home, row_of, first, rank_of, row_of_host, first_at, at = _hosts(held, tokens.shape[1])
+    home, row_of, first, rank_of, row_of_edge, first_at, at = _edges(held, tokens.shape[1])
     load = np.zeros((num_scenarios, num_ranks))
     closed = np.ones((num_scenarios, num_ranks), np.bool_)
     peaks = np.ones(num_scenarios)
@@ -198,7 +199,7 @@ def evaluate(held, tokens, floors, limit):
             here[home[expert]] += tokens[scenario, expert]
             if row_of[expert] >= 0:
                 flow[first[row_of[expert]]] = tokens[scenario, expert]
-        peaks[scenario] = _settle(first, rank_of, row_of_host, first_at, at, flow, here, closed[scenario], queue, via)
+        peaks[scenario] = _settle(first, rank_of, row_of_edge, first_at, at, flow, here, closed[scenario], queue, via)
         total += peaks[scenario]
         to_come -= floors[scenario]
         if total + to_come > limit:
@@ -211,36 +212,36 @@ def _cut(held, tokens, closed, load):
     """What a move's bound is made of.
 
     Returns:
-        hosts: int64 (E,), the ranks that hold each expert.
+        holders: int64 (E,), how many ranks hold each expert.
         outside: int64 (E, N), how many of them are not in the scenario's closed set.
         fixed: float64 (G, N), tokens of experts that only this rank holds.
         cut: float64 (2, N), load and size of the closed set.
     """
     num_experts, num_scenarios = tokens.shape
     num_ranks, width = held.shape
-    hosts = np.zeros(num_experts, np.int64)
+    holders = np.zeros(num_experts, np.int64)
     outside = np.zeros((num_experts, num_scenarios), np.int64)
     fixed = np.zeros((num_ranks, num_scenarios))
     cut = np.zeros((2, num_scenarios))
     for rank in range(num_ranks):
         for slot in range(width):
-            hosts[held[rank, slot]] += 1
+            holders[held[rank, slot]] += 1
             for s in range(num_scenarios):
                 outside[held[rank, slot], s] += not closed[s, rank]
     for rank in range(num_ranks):
         for slot in range(width):
-            if hosts[held[rank, slot]] == 1:
+            if holders[held[rank, slot]] == 1:
                 for s in range(num_scenarios):
                     fixed[rank, s] += tokens[held[rank, slot], s]
         for s in range(num_scenarios):
             if closed[s, rank]:
                 cut[0, s] += load[s, rank]
                 cut[1, s] += 1.0
-    return hosts, outside, fixed, cut
+    return holders, outside, fixed, cut
 
 
 @compiled
-def _bound_of_swap(a, b, i, j, tokens, closed, hosts, outside, fixed, cut, limit, floors):
+def _bound_of_swap(a, b, i, j, tokens, closed, holders, outside, fixed, cut, limit, floors):
     """Lower bound on the sum of the peaks when rank i gives expert a to rank j for expert b; stops above `limit`.
 
     Fills `floors` (N,), the bounds of the scenarios."""
@@ -248,10 +249,10 @@ def _bound_of_swap(a, b, i, j, tokens, closed, hosts, outside, fixed, cut, limit
     for s in range(cut.shape[1]):
         inside = cut[0, s]
         of_i, of_j = fixed[i, s], fixed[j, s]
-        if hosts[a] == 1:
+        if holders[a] == 1:
             of_i -= tokens[a, s]
             of_j += tokens[a, s]
-        if hosts[b] == 1:
+        if holders[b] == 1:
             of_i += tokens[b, s]
             of_j -= tokens[b, s]
         if closed[s, i] and not closed[s, j]:
@@ -268,16 +269,16 @@ def _bound_of_swap(a, b, i, j, tokens, closed, hosts, outside, fixed, cut, limit
 
 
 @compiled
-def _bound_of_change(a, b, i, j, tokens, closed, hosts, outside, fixed, cut, limit, floors):
+def _bound_of_change(a, b, i, j, tokens, closed, holders, outside, fixed, cut, limit, floors):
     """As `_bound_of_swap` when rank j holds expert a, which rank i holds too, in the place of b."""
     total = float(cut.shape[1])
     for s in range(cut.shape[1]):
         inside = cut[0, s]
         of_i = fixed[i, s]
-        if hosts[a] == 1:
+        if holders[a] == 1:
             of_i -= tokens[a, s]
         if closed[s, j]:
-            inside -= tokens[b, s] if outside[b, s] == 0 and hosts[b] == 1 else 0.0
+            inside -= tokens[b, s] if outside[b, s] == 0 and holders[b] == 1 else 0.0
         else:
             inside -= tokens[a, s] if outside[a, s] == 0 else 0.0
             inside += tokens[b, s] if outside[b, s] == 1 else 0.0
@@ -309,12 +310,9 @@ def candidates(held, tokens, closed, load, kept, hot, node_ranks, copies, price,
     Returns:
         The number of moves found.
     """
-    num_ranks, width = held.shape
-    hosts, outside, fixed, cut = _cut(held, tokens, closed, load)
-    has = np.zeros((num_ranks, hosts.size), np.bool_)
-    for rank in range(num_ranks):
-        for slot in range(width):
-            has[rank, held[rank, slot]] = True
+    width = held.shape[1]
+    holders, outside, fixed, cut = _cut(held, tokens, closed, load)
+    has = held_experts(held, holders.size)
     bounds = np.full(moves.shape[0], limit)
     here = np.empty(tokens.shape[1])
     node = hot // node_ranks * node_ranks
@@ -332,17 +330,19 @@ def candidates(held, tokens, closed, load, kept, hot, node_ranks, copies, price,
                         cost += np.int64(kept[hot, a]) - np.int64(kept[hot, b])
                         if has[hot, b]:
                             continue
-                    elif hosts[b] == 1:
+                    elif holders[b] == 1:
                         continue
                     if cost > copies:
                         continue
                     fee = price * max(cost, 0)
                     below = bounds[-1] - fee
                     if keeps == 0:
-                        bound = _bound_of_swap(a, b, hot, rank, tokens, closed, hosts, outside, fixed, cut, below, here)
+                        bound = _bound_of_swap(
+                            a, b, hot, rank, tokens, closed, holders, outside, fixed, cut, below, here
+                        )
                     else:
                         bound = _bound_of_change(
-                            a, b, hot, rank, tokens, closed, hosts, outside, fixed, cut, below, here
+                            a, b, hot, rank, tokens, closed, holders, outside, fixed, cut, below, here
                         )
                     if bound >= below:
                         continue

@@ -1,7 +1,6 @@
 """Local search from a placement, one layer at a time: serial, compiled, arrays in and arrays out.
 
-Experts are positions in descending order of load, so the result cannot depend on their names. One family in one
-file, because numba's cache does not see an edit in another.
+Experts are positions in descending order of load, so the result cannot depend on their names.
 """
 
 from __future__ import annotations
@@ -12,21 +11,22 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.compiled import compiled
+from evenmoe.planner.kernels.common import draw
 
 
-class Layer(NamedTuple):
+class SwapState(NamedTuple):
     """One layer under way: who is where, and how much every rank carries."""
 
     held: npt.NDArray[np.int64]  # (G, width) experts of each rank, heaviest replica first
     share: npt.NDArray[np.float64]  # (G, width) tokens per replica, in step with `held`
     load: npt.NDArray[np.float64]  # (G,) tokens per rank
     counts: npt.NDArray[np.int64]  # (E,) replicas per expert
-    line: npt.NDArray[np.int64]  # (G,) ranks, lightest first; `even_out` keeps it
+    line: npt.NDArray[np.int64]  # (G,) ranks, lightest first; `_even_out` keeps it
 
 
-def scratch(num_experts: int, num_ranks: int, width: int) -> Layer:
+def swap_state(num_experts: int, num_ranks: int, width: int) -> SwapState:
     """The arrays that `even_layers` and `refine` work in."""
-    return Layer(
+    return SwapState(
         np.empty((num_ranks, width), np.int64),
         np.empty((num_ranks, width), np.float64),
         np.empty(num_ranks, np.float64),
@@ -43,15 +43,15 @@ def even_layers(loads, tolerance, layer, slots, peaks):
     """
     num_rows, num_ranks, _ = slots.shape
     for row in range(num_rows):
-        load_layer(loads[row], slots[row], layer)
+        _load_layer(loads[row], slots[row], layer)
         least = 0.0
         for expert in range(loads.shape[1]):
             least += loads[row, expert] / num_ranks
         for rank in range(num_ranks):
             least = max(least, layer.share[rank, 0])
-        even_out(least * (1 + tolerance), layer)
-        peaks[row] = peak_of(layer)
-        store(layer, slots[row])
+        _even_out(least * (1 + tolerance), layer)
+        peaks[row] = _peak_of(layer)
+        _store(layer, slots[row])
 
 
 @compiled
@@ -63,35 +63,35 @@ def refine(loads, goal, tries, random, layer, slots):
     `random` uint64 (1,) is the state of the generator, not 0.
     """
     num_ranks, width = slots.shape
-    load_layer(loads, slots, layer)
-    even_out(goal, layer)
-    peak = peak_of(layer)
-    store(layer, slots)
+    _load_layer(loads, slots, layer)
+    _even_out(goal, layer)
+    peak = _peak_of(layer)
+    _store(layer, slots)
     for _ in range(tries):
         if peak <= goal:
             break
         for _ in range(1 + draw(random, 2)):
             if loads.size < num_ranks * width and draw(random, 4) > 0:
-                change_count(loads, random, layer)
+                _change_count(loads, random, layer)
             else:
-                change_places(random, layer)
-        even_out(goal, layer)
-        if peak_of(layer) <= peak:
-            peak = peak_of(layer)
-            store(layer, slots)
+                _change_places(random, layer)
+        _even_out(goal, layer)
+        if _peak_of(layer) <= peak:
+            peak = _peak_of(layer)
+            _store(layer, slots)
         else:
-            load_layer(loads, slots, layer)
+            _load_layer(loads, slots, layer)
     return peak
 
 
 @compiled
-def peak_of(layer):
-    """Tokens of the busiest rank, after `even_out`."""
+def _peak_of(layer):
+    """Tokens of the busiest rank, after `_even_out`."""
     return layer.load[layer.line[layer.line.size - 1]]
 
 
 @compiled
-def store(layer, slots):
+def _store(layer, slots):
     num_ranks, width = slots.shape
     for rank in range(num_ranks):
         for slot in range(width):
@@ -99,7 +99,7 @@ def store(layer, slots):
 
 
 @compiled
-def load_layer(loads, slots, layer):
+def _load_layer(loads, slots, layer):
     """Fill `layer` from the experts in `slots` (G, width)."""
     num_ranks, width = slots.shape
     for expert in range(loads.size):
@@ -115,11 +115,11 @@ def load_layer(loads, slots, layer):
             share = loads[expert] / layer.counts[expert]
             layer.load[rank] += share
             layer.share[rank, slot] = np.inf
-            put(rank, slot, expert, share, slot + 1, layer)
+            _put(rank, slot, expert, share, slot + 1, layer)
 
 
 @compiled
-def holds(rank, expert, layer):
+def _holds(rank, expert, layer):
     for slot in range(layer.held.shape[1]):  # noqa: SIM110 (any() of a generator is not for compiled code)
         if layer.held[rank, slot] == expert:
             return True
@@ -127,8 +127,8 @@ def holds(rank, expert, layer):
 
 
 @compiled
-def put(rank, slot, expert, share, width, layer):
-    """Replace what `slot` holds and keep the rank's first `width` slots in descending order of share."""
+def _put(rank, slot, expert, share, width, layer):
+    """Replace what `slot` _holds and keep the rank's first `width` slots in descending order of share."""
     held, shares = layer.held, layer.share
     while slot > 0 and shares[rank, slot - 1] < share:
         held[rank, slot], shares[rank, slot] = held[rank, slot - 1], shares[rank, slot - 1]
@@ -140,7 +140,7 @@ def put(rank, slot, expert, share, width, layer):
 
 
 @compiled
-def even_out(goal, layer):
+def _even_out(goal, layer):
     """Swap replicas between the busiest rank and another, until it is within `goal` or no swap helps.
 
     First choice: a swap that brings the busiest rank just within `goal` and keeps the other within it, trying the
@@ -148,7 +148,7 @@ def even_out(goal, layer):
     """
     num_ranks = layer.load.size
     for size in range(1, num_ranks):
-        move_back(size, layer)
+        _move_back(size, layer)
     while True:
         busiest = layer.line[num_ranks - 1]
         over = layer.load[busiest] - goal
@@ -159,44 +159,44 @@ def even_out(goal, layer):
             other = layer.line[candidate]
             if goal - layer.load[other] < over:
                 break
-            mine, theirs = least_step(busiest, other, over, goal - layer.load[other], layer)
+            mine, theirs = _least_step(busiest, other, over, goal - layer.load[other], layer)
             if mine >= 0:
                 place = candidate
                 break
         if mine < 0:
-            place, mine, theirs = lowest_peak(busiest, layer)
+            place, mine, theirs = _lowest_peak(busiest, layer)
             if mine < 0:
                 return
-        swap(busiest, mine, layer.line[place], theirs, layer)
-        move_in_line(place, layer)
+        _swap(busiest, mine, layer.line[place], theirs, layer)
+        _move_in_line(place, layer)
         place = num_ranks - 1
         while layer.line[place] != busiest:
             place -= 1
-        move_in_line(place, layer)
+        _move_in_line(place, layer)
 
 
 @compiled
-def swap(rank, slot, other, other_slot, layer):
+def _swap(rank, slot, other, other_slot, layer):
     mine, theirs = layer.held[rank, slot], layer.held[other, other_slot]
     my_share, their_share = layer.share[rank, slot], layer.share[other, other_slot]
     width = layer.held.shape[1]
-    put(rank, slot, theirs, their_share, width, layer)
-    put(other, other_slot, mine, my_share, width, layer)
+    _put(rank, slot, theirs, their_share, width, layer)
+    _put(other, other_slot, mine, my_share, width, layer)
     layer.load[rank] -= my_share - their_share
     layer.load[other] += my_share - their_share
 
 
 @compiled
-def may_swap(rank, slot, other, other_slot, layer):
+def _may_swap(rank, slot, other, other_slot, layer):
     """Whether neither rank would hold two replicas of one expert."""
     mine, theirs = layer.held[rank, slot], layer.held[other, other_slot]
-    return (layer.counts[mine] == 1 or not holds(other, mine, layer)) and (
-        layer.counts[theirs] == 1 or not holds(rank, theirs, layer)
+    return (layer.counts[mine] == 1 or not _holds(other, mine, layer)) and (
+        layer.counts[theirs] == 1 or not _holds(rank, theirs, layer)
     )
 
 
 @compiled
-def least_step(busiest, other, least, most, layer):
+def _least_step(busiest, other, least, most, layer):
     """The pair of slots whose shares differ least, by `least` to `most` tokens; (-1, -1) if there is none."""
     width = layer.held.shape[1]
     mine = theirs = -1
@@ -208,13 +208,13 @@ def least_step(busiest, other, least, most, layer):
         if at == width:
             break
         step = layer.share[busiest, slot] - layer.share[other, at]
-        if step <= most and may_swap(busiest, slot, other, at, layer):
+        if step <= most and _may_swap(busiest, slot, other, at, layer):
             most, mine, theirs = step, slot, at
     return mine, theirs
 
 
 @compiled
-def lowest_peak(busiest, layer):
+def _lowest_peak(busiest, layer):
     """The swap after which the busier of the two ranks is least busy: (place in line, slot, slot), or -1s."""
     num_ranks, width = layer.held.shape
     found = (-1, -1, -1)
@@ -233,7 +233,7 @@ def lowest_peak(busiest, layer):
                 at += 1
             for theirs in range(max(at - 1, 0), min(at + 1, width)):
                 miss = abs(limit - layer.share[other, theirs])
-                if miss < off and may_swap(busiest, slot, other, theirs, layer):
+                if miss < off and _may_swap(busiest, slot, other, theirs, layer):
                     off = miss
                     found = (place, slot, theirs)
         peak = min(peak, (top + layer.load[other]) / 2 + off)
@@ -241,7 +241,7 @@ def lowest_peak(busiest, layer):
 
 
 @compiled
-def move_back(place, layer):
+def _move_back(place, layer):
     """Move one rank towards the lighter end of the line, to where it belongs; return its place."""
     line, load = layer.line, layer.load
     rank = line[place]
@@ -253,10 +253,10 @@ def move_back(place, layer):
 
 
 @compiled
-def move_in_line(place, layer):
+def _move_in_line(place, layer):
     """The load of one rank changed: keep the line ascending."""
     line, load = layer.line, layer.load
-    place = move_back(place, layer)
+    place = _move_back(place, layer)
     rank = line[place]
     while place + 1 < line.size and load[line[place + 1]] < load[rank]:
         line[place] = line[place + 1]
@@ -265,28 +265,17 @@ def move_in_line(place, layer):
 
 
 @compiled
-def draw(random, limit):
-    """A number below `limit`, and the next state of the xorshift generator (Marsaglia 2003, 64 bits)."""
-    state = random[0]
-    state ^= state << np.uint64(13)
-    state ^= state >> np.uint64(7)
-    state ^= state << np.uint64(17)
-    random[0] = state
-    return np.int64(((state >> np.uint64(33)) * np.uint64(limit)) >> np.uint64(31))
-
-
-@compiled
-def change_places(random, layer):
+def _change_places(random, layer):
     """Swap two slots at random."""
     num_ranks, width = layer.held.shape
     rank, other = draw(random, num_ranks), draw(random, num_ranks)
     slot, other_slot = draw(random, width), draw(random, width)
-    if rank != other and may_swap(rank, slot, other, other_slot, layer):
-        swap(rank, slot, other, other_slot, layer)
+    if rank != other and _may_swap(rank, slot, other, other_slot, layer):
+        _swap(rank, slot, other, other_slot, layer)
 
 
 @compiled
-def change_count(loads, random, layer):
+def _change_count(loads, random, layer):
     """Take a replica from one expert and give its slot to another, half the time one of the busiest rank."""
     num_ranks, width = layer.held.shape
     at = draw(random, num_ranks * width)
@@ -295,25 +284,25 @@ def change_count(loads, random, layer):
     rank, slot = at // width, at % width
     any_expert = draw(random, loads.size)
     expert = layer.held[layer.line[num_ranks - 1], draw(random, width)] if draw(random, 2) else any_expert
-    if layer.counts[expert] < num_ranks and not holds(rank, expert, layer):
+    if layer.counts[expert] < num_ranks and not _holds(rank, expert, layer):
         loser = layer.held[rank, slot]
         layer.counts[loser] -= 1
         layer.counts[expert] += 1
         share = loads[expert] / layer.counts[expert]
         layer.load[rank] += share - layer.share[rank, slot]
-        put(rank, slot, expert, share, width, layer)
-        update_share(loser, loads, layer)
-        update_share(expert, loads, layer)
+        _put(rank, slot, expert, share, width, layer)
+        _update_share(loser, loads, layer)
+        _update_share(expert, loads, layer)
 
 
 @compiled
-def update_share(expert, loads, layer):
-    """The number of replicas of `expert` changed: bring every rank that holds it up to date."""
+def _update_share(expert, loads, layer):
+    """The number of replicas of `expert` changed: bring every rank that _holds it up to date."""
     num_ranks, width = layer.held.shape
     share = loads[expert] / layer.counts[expert]
     for rank in range(num_ranks):
         for slot in range(width):
             if layer.held[rank, slot] == expert:
                 layer.load[rank] += share - layer.share[rank, slot]
-                put(rank, slot, expert, share, width, layer)
+                _put(rank, slot, expert, share, width, layer)
                 break

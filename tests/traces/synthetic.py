@@ -1,4 +1,4 @@
-"""Made-up files with all that measured ones have, the twins of those that lie beside the checkout."""
+"""Synthetic files with all that measured ones have, the twins of those that lie beside the checkout."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from evenmoe.traces import synthesize
 from tests.beside import TRACES
 
 #: name -> the arguments of `synthesize`; as many windows as requests, one of which each window holds.
-MADE_UP = {
-    "made_up_gpt_oss_20b": {"model": "gpt-oss-20b", "num_windows": 9, "tokens_per_window": 40, "requests": 1},
-    "made_up_deepseek_v2_lite": {"model": "deepseek-v2-lite", "num_windows": 7, "tokens_per_window": 60, "requests": 1},
+SYNTHETIC = {
+    "synthetic_gpt_oss_20b": {"model": "gpt-oss-20b", "num_windows": 9, "tokens_per_window": 40, "requests": 1},
+    "synthetic_deepseek_v2_lite": {
+        "model": "deepseek-v2-lite",
+        "num_windows": 7,
+        "tokens_per_window": 60,
+        "requests": 1,
+    },
 }
 
 
 def trace_file(name: str, folder: Path) -> Path:
-    """The measured trace of that name, or the made-up one, written into `folder` with what recorders add besides."""
-    if name not in MADE_UP:
+    """The measured trace of that name, or the synthetic one, written into `folder` with what recorders add besides."""
+    if name not in SYNTHETIC:
         return TRACES / f"{name}.npz"
-    trace = synthesize(**MADE_UP[name], routing=True, seed=3)
+    trace = synthesize(**SYNTHETIC[name], routing=True, seed=3)
     assert trace.routing is not None
     np.savez_compressed(
         folder / f"{name}.npz",

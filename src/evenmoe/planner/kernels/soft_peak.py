@@ -1,14 +1,12 @@
 """Local search on the soft peak of several windows, one layer at a time: serial, compiled, arrays in and arrays out.
 
-A rank is as hot as exp(sharpness × its load); the soft peak of a window is log(sum of the ranks' heat) / sharpness.
+The soft peak of a window is log(Σ exp(beta × load)) / beta, summed over ranks; beta is the inverse temperature.
 Smoothing is what keeps the search from fitting the windows it saw: every rank of every window has a say, where the
-true peak hears one rank a window. Heat is a product over a rank's slots, so a swap is judged by two dot products over
-the windows, and independent noise of every expert's load enters as a factor exp(sharpness² × variance / 2).
+true peak hears one rank a window. A rank's exp(beta × load) is a product over its slots, so a swap is judged by two dot
+products over the windows, and independent noise of every expert's load enters as a factor exp(beta² × variance / 2).
 
-Moves are judged by the change of sum over windows of (heat / current heat), which is never below the change of the sum
-of logarithms: log(1 + x) ≤ x. So whatever is taken for an improvement is one, and every descent ends.
-
-One family in one file, because numba's cache does not see an edit in another.
+Moves are judged by the change of the sum over windows of (Σ / current Σ), which is never below the change of the sum of
+logarithms: log(1 + x) ≤ x. So whatever is taken for an improvement is one, and every descent ends.
 """
 
 from __future__ import annotations
@@ -20,15 +18,16 @@ import numpy.typing as npt
 
 from evenmoe.compiled import compiled
 from evenmoe.metrics import FloatArray
+from evenmoe.planner.kernels.common import draw
 
-# What counts as an improvement, per window, relative to the heat: above the rounding of a sum over 10⁶ windows.
+# What counts as an improvement, per window, relative to its sum: above the rounding of a sum over 10⁶ windows.
 LEAST = 1e-9
 # Random changes between two descents, and the part of them that change a replica count. Two and one in three find
 # plans 0.1-0.2 % worse in the same time on 40 slots, and the same on 288.
 CHANGES, PART = 3, 3
 
 
-class Layer(NamedTuple):
+class SoftPeak(NamedTuple):
     """One layer under way. Axes: T windows, E experts, S slots, G ranks."""
 
     windows: FloatArray  # (T, E) load in units of the mean rank load
@@ -36,12 +35,12 @@ class Layer(NamedTuple):
     slots: npt.NDArray[np.int64]  # (S,) experts
     counts: npt.NDArray[np.int64]  # (E,) replicas
     held: npt.NDArray[np.bool_]  # (G, E)
-    factor: FloatArray  # (T, E) heat factor of one replica
+    factor: FloatArray  # (T, E) factor of one replica in exp(beta × load)
     more: FloatArray  # (T, E) factor with one replica more / factor
     less: FloatArray  # (T, E) factor with one replica less / factor, where there are two
-    heat: FloatArray  # (T, G) product of the factors of a rank
-    total: FloatArray  # (T,) sum of heat over ranks
-    part: FloatArray  # (T, G) heat / total
+    exp_load: FloatArray  # (T, G) product of the factors of a rank
+    total: FloatArray  # (T,) its sum over ranks
+    part: FloatArray  # (T, G) exp_load / total
     weight: FloatArray  # (G,) sum of part over windows
     enter: FloatArray  # (T, S) factor of the slot's expert
     leave: FloatArray  # (T, S) its inverse
@@ -49,11 +48,11 @@ class Layer(NamedTuple):
     stale: npt.NDArray[np.bool_]  # (G,) ranks with swaps to look for
 
 
-def new_layer(windows: FloatArray, noise: FloatArray, num_ranks: int, num_slots: int) -> Layer:
+def soft_peak_state(windows: FloatArray, noise: FloatArray, num_ranks: int, num_slots: int) -> SoftPeak:
     """A layer for `search`; not compiled, which saves a second of compiling."""
     num_windows, num_experts = windows.shape
     by_expert, by_rank, by_slot = (num_windows, num_experts), (num_windows, num_ranks), (num_windows, num_slots)
-    return Layer(
+    return SoftPeak(
         windows=windows,
         noise=noise,
         slots=np.zeros(num_slots, np.int64),
@@ -62,7 +61,7 @@ def new_layer(windows: FloatArray, noise: FloatArray, num_ranks: int, num_slots:
         factor=np.empty(by_expert),
         more=np.empty(by_expert),
         less=np.ones(by_expert),
-        heat=np.empty(by_rank),
+        exp_load=np.empty(by_rank),
         total=np.empty(num_windows),
         part=np.empty(by_rank),
         weight=np.empty(num_ranks),
@@ -74,19 +73,19 @@ def new_layer(windows: FloatArray, noise: FloatArray, num_ranks: int, num_slots:
 
 
 @compiled
-def search(layer, sharpness, tries, patience, random, slots):
-    """Improve `slots` (S,), no twins on a rank, by descents from at most `tries` random changes.
+def search(layer, beta, tries, patience, random, slots):
+    """Improve `slots` (S,), no two of one expert on a rank, by descents from at most `tries` random changes.
 
     It ends early after `patience` tries in a row without a better plan. `layer` is a new one, `random` uint64 (1,) the
-    state of the generator, not 0. The caller keeps the power of any rank's heat below 600, so that no exp overflows.
+    state of the generator, not 0. The caller keeps beta × load of any rank below 600, so that no exp overflows.
     """
     layer.slots[:] = slots
-    count(slots, layer.counts)
+    _count(slots, layer.counts)
     for expert in range(layer.counts.size):
-        set_factors(expert, sharpness, layer)
-    settle(layer)
-    descend(sharpness, layer)
-    peak = sum_of_logs(layer.total)
+        _set_factors(expert, beta, layer)
+    _settle(layer)
+    _descend(beta, layer)
+    peak = _sum_of_logs(layer.total)
     slots[:] = layer.slots
     counts = layer.counts.copy()
     waited = 0
@@ -95,12 +94,12 @@ def search(layer, sharpness, tries, patience, random, slots):
             return
         for _ in range(CHANGES):
             if draw(random, PART) == 0:
-                change_count(sharpness, random, layer)
+                _change_count(beta, random, layer)
             else:
-                change_places(random, layer)
-        refresh(layer)
-        descend(sharpness, layer)
-        reached = sum_of_logs(layer.total)
+                _change_places(random, layer)
+        _refresh(layer)
+        _descend(beta, layer)
+        reached = _sum_of_logs(layer.total)
         waited += 1
         if reached < peak - LEAST * layer.total.size:
             waited = 0
@@ -112,26 +111,26 @@ def search(layer, sharpness, tries, patience, random, slots):
         for expert in range(counts.size):
             if counts[expert] != layer.counts[expert]:
                 layer.counts[expert] = counts[expert]
-                set_factors(expert, sharpness, layer)
-        settle(layer)
+                _set_factors(expert, beta, layer)
+        _settle(layer)
         layer.stale[:] = False
 
 
 @compiled
-def count(slots, counts):
+def _count(slots, counts):
     counts[:] = 0
     for slot in range(slots.size):
         counts[slots[slot]] += 1
 
 
 @compiled
-def set_factors(expert, sharpness, layer):
-    """The replica count of `expert` changed. A rank's mean load, 1, is taken off, so that no heat overflows early."""
+def _set_factors(expert, beta, layer):
+    """The replica count of `expert` changed. A rank's mean load, 1, is taken off, so that nothing overflows early."""
     n = layer.counts[expert]
-    shift = sharpness * layer.held.shape[0] / layer.slots.size
-    spread = 0.5 * sharpness * sharpness * layer.noise[expert]
+    shift = beta * layer.held.shape[0] / layer.slots.size
+    spread = 0.5 * beta * beta * layer.noise[expert]
     for t in range(layer.total.size):
-        load = sharpness * layer.windows[t, expert]
+        load = beta * layer.windows[t, expert]
         power = load / n + spread / (n * n)
         layer.factor[t, expert] = np.exp(power - shift)
         layer.more[t, expert] = np.exp(load / (n + 1) + spread / ((n + 1) * (n + 1)) - power)
@@ -140,7 +139,7 @@ def set_factors(expert, sharpness, layer):
 
 
 @compiled
-def settle(layer):
+def _settle(layer):
     """Bring everything in step with `slots` and the factors."""
     num_ranks = layer.held.shape[0]
     width = layer.slots.size // num_ranks
@@ -148,38 +147,38 @@ def settle(layer):
     for slot in range(layer.slots.size):
         layer.held[slot // width, layer.slots[slot]] = True
     for rank in range(num_ranks):
-        set_heat(rank, layer)
-    refresh(layer)
+        _set_exp_load(rank, layer)
+    _refresh(layer)
 
 
 @compiled
-def set_heat(rank, layer):
+def _set_exp_load(rank, layer):
     """The experts of `rank`, or their factors, changed."""
     width = layer.slots.size // layer.held.shape[0]
     for t in range(layer.total.size):
-        heat = 1.0
+        exp_load = 1.0
         for slot in range(rank * width, rank * width + width):
             expert = layer.slots[slot]
-            heat *= layer.factor[t, expert]
+            exp_load *= layer.factor[t, expert]
             layer.enter[t, slot] = layer.factor[t, expert]
             layer.leave[t, slot] = 1.0 / layer.factor[t, expert]
-        layer.heat[t, rank] = heat
+        layer.exp_load[t, rank] = exp_load
 
 
 @compiled
-def refresh(layer):
-    """Some heat changed: bring what depends on its sum over ranks in step."""
+def _refresh(layer):
+    """Some `exp_load` changed: bring what depends on its sum over ranks in step."""
     num_ranks = layer.held.shape[0]
     width = layer.slots.size // num_ranks
     layer.weight[:] = 0.0
     for t in range(layer.total.size):
         total = 0.0
         for rank in range(num_ranks):
-            total += layer.heat[t, rank]
+            total += layer.exp_load[t, rank]
         layer.total[t] = total
         scale = 1.0 / total
         for rank in range(num_ranks):
-            part = layer.heat[t, rank] * scale
+            part = layer.exp_load[t, rank] * scale
             layer.part[t, rank] = part
             layer.weight[rank] += part
             for slot in range(rank * width, rank * width + width):
@@ -187,8 +186,8 @@ def refresh(layer):
 
 
 @compiled
-def descend(sharpness, layer):
-    """Swap and convert until neither helps. Conversions are looked for on the ranks that a swap or change touched."""
+def _descend(beta, layer):
+    """Swap and _convert until neither helps. Conversions are looked for on the ranks that a swap or change touched."""
     num_ranks = layer.held.shape[0]
     width = layer.slots.size // num_ranks
     touched = np.zeros(num_ranks, np.bool_)
@@ -202,24 +201,24 @@ def descend(sharpness, layer):
             layer.stale[rank] = False
             slot = rank * width
             while slot < rank * width + width:
-                other = best_swap(slot, layer)
+                other = _best_swap(slot, layer)
                 if other < 0:
                     slot += 1
                     continue
-                swap(slot, other, layer)
-                refresh(layer)
+                _swap(slot, other, layer)
+                _refresh(layer)
             rank = 0
         if layer.slots.size == layer.counts.size:
             return
-        slot, expert = best_conversion(touched, layer)
+        slot, expert = _best_conversion(touched, layer)
         if slot < 0:
             return
-        convert(slot, expert, sharpness, layer)
-        refresh(layer)
+        _convert(slot, expert, beta, layer)
+        _refresh(layer)
 
 
 @compiled
-def best_swap(slot, layer):
+def _best_swap(slot, layer):
     """The slot to swap with, -1 if no swap helps."""
     num_slots = layer.slots.size
     num_ranks = layer.held.shape[0]
@@ -234,13 +233,13 @@ def best_swap(slot, layer):
     for other in range(num_slots):
         other_rank = other // width
         gain = change[other] - layer.weight[rank] - layer.weight[other_rank]
-        if gain < least and may_swap(slot, other, layer):
+        if gain < least and _may_swap(slot, other, layer):
             best, least = other, gain
     return best
 
 
 @compiled
-def may_swap(slot, other, layer):
+def _may_swap(slot, other, layer):
     """Whether the slots are on different ranks and neither rank would hold two replicas of one expert."""
     width = layer.slots.size // layer.held.shape[0]
     rank, other_rank = slot // width, other // width
@@ -252,7 +251,7 @@ def may_swap(slot, other, layer):
 
 
 @compiled
-def swap(slot, other, layer):
+def _swap(slot, other, layer):
     width = layer.slots.size // layer.held.shape[0]
     rank, other_rank = slot // width, other // width
     mine, theirs = layer.slots[slot], layer.slots[other]
@@ -260,23 +259,23 @@ def swap(slot, other, layer):
     layer.held[rank, mine], layer.held[rank, theirs] = False, True
     layer.held[other_rank, theirs], layer.held[other_rank, mine] = False, True
     for changed in (rank, other_rank):
-        set_heat(changed, layer)
+        _set_exp_load(changed, layer)
         layer.stale[changed] = True
 
 
 @compiled
-def best_conversion(ranks, layer):
+def _best_conversion(ranks, layer):
     """The slot on one of `ranks` and the expert to put there, so that an expert with several replicas loses one."""
     num_ranks, num_experts = layer.held.shape
     width = layer.slots.size // num_ranks
     change, lost, gained = np.empty(num_experts), np.zeros(num_experts), np.zeros(num_experts)
-    sum_over_hosts(lost, gained, layer)
+    _sum_over_ranks(lost, gained, layer)
     best, chosen, least = -1, -1, -LEAST * layer.total.size
     for slot in range(layer.slots.size):
         rank, expert = slot // width, layer.slots[slot]
         if not ranks[rank] or layer.counts[expert] == 1:
             continue
-        kept = lost[expert]  # its other hosts get hotter, its own rank is counted below
+        kept = lost[expert]  # its other ranks get busier, its own rank is counted below
         for t in range(layer.total.size):
             kept -= layer.part[t, rank] * layer.less[t, expert]
         for other in range(num_experts):
@@ -292,7 +291,7 @@ def best_conversion(ranks, layer):
 
 
 @compiled
-def sum_over_hosts(lost, gained, layer):
+def _sum_over_ranks(lost, gained, layer):
     """Fill `lost` and `gained`: the change of all ranks that hold an expert, if it had one replica less or more."""
     width = layer.slots.size // layer.held.shape[0]
     for slot in range(layer.slots.size):
@@ -307,7 +306,7 @@ def sum_over_hosts(lost, gained, layer):
 
 
 @compiled
-def convert(slot, expert, sharpness, layer):
+def _convert(slot, expert, beta, layer):
     """Put another replica of `expert` into `slot`, whose own expert has several."""
     num_ranks = layer.held.shape[0]
     rank = slot * num_ranks // layer.slots.size
@@ -316,45 +315,34 @@ def convert(slot, expert, sharpness, layer):
     layer.held[rank, loser], layer.held[rank, expert] = False, True
     layer.counts[loser] -= 1
     layer.counts[expert] += 1
-    set_factors(loser, sharpness, layer)
-    set_factors(expert, sharpness, layer)
-    for host in range(num_ranks):
-        if host == rank or layer.held[host, loser] or layer.held[host, expert]:
-            set_heat(host, layer)
-            layer.stale[host] = True
+    _set_factors(loser, beta, layer)
+    _set_factors(expert, beta, layer)
+    for other in range(num_ranks):
+        if other == rank or layer.held[other, loser] or layer.held[other, expert]:
+            _set_exp_load(other, layer)
+            layer.stale[other] = True
 
 
 @compiled
-def change_places(random, layer):
+def _change_places(random, layer):
     """Swap two slots at random, if they may be."""
     slot, other = draw(random, layer.slots.size), draw(random, layer.slots.size)
-    if may_swap(slot, other, layer):
-        swap(slot, other, layer)
+    if _may_swap(slot, other, layer):
+        _swap(slot, other, layer)
 
 
 @compiled
-def change_count(sharpness, random, layer):
+def _change_count(beta, random, layer):
     """Give a random slot to a random expert, if its own expert has several replicas and the rank lacks the other."""
     num_ranks, num_experts = layer.held.shape
     slot, expert = draw(random, layer.slots.size), draw(random, num_experts)
     if layer.counts[layer.slots[slot]] > 1 and not layer.held[slot * num_ranks // layer.slots.size, expert]:
-        convert(slot, expert, sharpness, layer)
+        _convert(slot, expert, beta, layer)
 
 
 @compiled
-def sum_of_logs(values):
+def _sum_of_logs(values):
     total = 0.0
     for value in values:
         total += np.log(value)
     return total
-
-
-@compiled
-def draw(random, limit):
-    """A number below `limit`, and the next state of the xorshift generator (Marsaglia 2003, 64 bits)."""
-    state = random[0]
-    state ^= state << np.uint64(13)
-    state ^= state >> np.uint64(7)
-    state ^= state << np.uint64(17)
-    random[0] = state
-    return np.int64(((state >> np.uint64(33)) * np.uint64(limit)) >> np.uint64(31))

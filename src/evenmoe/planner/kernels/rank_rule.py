@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from evenmoe.compiled import compiled
+from evenmoe.planner.kernels.common import held_experts, lightest
 
 # The weight of the squared rank loads beside the peaks: enough to leave a tie of several busiest ranks.
 _SQUARES = 0.01
@@ -101,10 +102,7 @@ def pack(weight, counts, held, index, world):
     has = np.zeros((num_ranks, weight.size), np.bool_)
     for piece in np.argsort(-heavy, kind="mergesort"):
         expert = pieces[piece, 0]
-        best = -1
-        for rank in range(num_ranks):
-            if used[rank] < width and not has[rank, expert] and (best < 0 or load[rank] < load[best]):
-                best = rank
+        best = lightest(load, used, width, has[:, expert])
         if best < 0:
             best = _make_room(expert, held, index, used, has)
             for rank in range(num_ranks):
@@ -200,7 +198,7 @@ def _busiest_three(loads, others):
 
 
 @compiled
-def replicate(held, index, counts, a, rank, slot):
+def _add_replica(held, index, counts, a, rank, slot):
     """Replace what a slot holds by one more replica of expert `a`; the other replicas close up."""
     b, gone = held[rank, slot], index[rank, slot]
     held[rank, slot], index[rank, slot] = a, counts[a]
@@ -286,11 +284,11 @@ def _best_replica(hot, held, index, counts, tokens, loads, goal, kept, copies, p
     num_ranks, width = held.shape
     node = hot // node_ranks * node_ranks
     replica_at = np.full((num_ranks, counts.size), -1, np.int64)
-    twins = np.zeros(counts.size, np.bool_)  # twice on a rank, as a placement in use may be; they can be exchanged
+    doubled = np.zeros(counts.size, np.bool_)  # twice on a rank, as a placement in use may be; they can be exchanged
     for rank in range(num_ranks):
         for slot in range(width):
             expert = held[rank, slot]
-            twins[expert] |= replica_at[rank, expert] >= 0
+            doubled[expert] |= replica_at[rank, expert] >= 0
             replica_at[rank, expert] = index[rank, slot]
     idle, _ = wasted(counts, node_ranks, world)
     best = (0.0, -1, -1, -1, 0)
@@ -302,7 +300,7 @@ def _best_replica(hot, held, index, counts, tokens, loads, goal, kept, copies, p
             for theirs in range(width):
                 b = held[rank, theirs]
                 cost = np.int64(kept[rank, b]) - np.int64(kept[rank, a])
-                if replica_at[rank, a] >= 0 or counts[b] == 1 or cost > copies or twins[a] or twins[b]:
+                if replica_at[rank, a] >= 0 or counts[b] == 1 or cost > copies or doubled[a] or doubled[b]:
                     continue
                 change = _goal_with_replica(a, b, rank, replica_at, counts, tokens, loads, world) - goal
                 if change + price * max(cost, 0) < best[0] and not _wastes(a, b, counts, node_ranks, world, idle):
@@ -315,16 +313,16 @@ def _step(held, index, counts, tokens, loads, has, kept, copies, price, world, n
     """Make the best move of a busiest rank, in place, for at most `copies` more; returns its copies, or 99 for none."""
     num_windows, num_ranks = loads.shape
     goal = loads_and_goal(held, index, counts, tokens, loads, world)
-    blame = np.zeros(num_ranks)
+    over = np.zeros(num_ranks)
     for window in range(num_windows):
         peak = loads[window].max()
         for rank in range(num_ranks):
             if loads[window, rank] > peak - 1e-9:
-                blame[rank] += loads[window, rank] - 1.0
+                over[rank] += loads[window, rank] - 1.0
     fee = price * num_windows
-    while blame.max() > 5e-4:
-        hot = np.argmax(blame)
-        blame[hot] = 0.0
+    while over.max() > 5e-4:
+        hot = np.argmax(over)
+        over[hot] = 0.0
         swap = _best_exchange(hot, held, index, counts, tokens, loads, has, kept, copies, fee, world, node_ranks)
         exchange = swap[0] < -_GAIN * num_windows
         if not exchange:  # only then, since a new replica takes longer to judge
@@ -337,7 +335,7 @@ def _step(held, index, counts, tokens, loads, has, kept, copies, price, world, n
             held[hot, mine], held[rank, theirs] = b, a
             index[hot, mine], index[rank, theirs] = index[rank, theirs], index[hot, mine]
         else:
-            replicate(held, index, counts, a, rank, theirs)
+            _add_replica(held, index, counts, a, rank, theirs)
         for changed in (hot, rank):
             has[changed, a] = (held[changed] == a).any()
             has[changed, b] = (held[changed] == b).any()
@@ -359,14 +357,10 @@ def improve(held, index, counts, tokens, kept, copies, price, world, node_ranks)
         world: ranks that the tokens come from. node_ranks: experts stay in their node, so many ranks in a row.
     """
     num_windows = tokens.shape[0]
-    num_ranks, width = held.shape
-    loads = np.empty((num_windows, num_ranks))
-    has = np.zeros((num_ranks, counts.size), np.bool_)
-    for rank in range(num_ranks):
-        for slot in range(width):
-            has[rank, held[rank, slot]] = True
+    loads = np.empty((num_windows, held.shape[0]))
+    has = held_experts(held, counts.size)
     loads_and_goal(held, index, counts, tokens, loads, world)
-    best, best_held, best_index, best_counts = mean_peak(loads), held.copy(), index.copy(), counts.copy()
+    best, best_held, best_index, best_counts = _mean_peak(loads), held.copy(), index.copy(), counts.copy()
     opened = spent = 0
     for _ in range(_MOVES):
         cost = _step(held, index, counts, tokens, loads, has, kept, opened - spent, price, world, node_ranks)
@@ -377,15 +371,15 @@ def improve(held, index, counts, tokens, kept, copies, price, world, node_ranks)
             break
         spent += cost
         loads_and_goal(held, index, counts, tokens, loads, world)
-        if mean_peak(loads) < best:
-            best = mean_peak(loads)
+        if _mean_peak(loads) < best:
+            best = _mean_peak(loads)
             best_held[:], best_index[:], best_counts[:] = held, index, counts
     held[:], index[:], counts[:] = best_held, best_index, best_counts
     return best
 
 
 @compiled
-def mean_peak(loads):
+def _mean_peak(loads):
     """The mean over the windows of the largest rank load."""
     total = 0.0
     for window in range(loads.shape[0]):

@@ -1,0 +1,1 @@
+"""What the planners compile: serial, arrays in and arrays out, without the interpreter's lock."""

@@ -1,0 +1,121 @@
+"""Plans as arrays, while they are made: relabeled by load, judged, and laid over the placement in use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from evenmoe.metrics import FloatArray, peak_over_mean, sum_by_rank, within_range
+from evenmoe.placement import IntArray, ascending_replica_index, count_replicas, held_by_rank
+
+Indices = npt.NDArray[np.int64]
+Integers = npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What a placement is made of: the expert of each slot (L, S), and as which of its replicas, if that matters."""
+
+    experts: Integers
+    given_index: Integers | None = None
+
+    @cached_property
+    def replica_index(self) -> Integers:
+        """(L, S): the position of each slot in its expert's row of the EPLB table; ascending unless it was given."""
+        return ascending_replica_index(self.experts) if self.given_index is None else self.given_index
+
+    def of_layers(self, layers: Indices) -> Slots:
+        """The slots of these layers alone."""
+        return Slots(self.experts[layers], self.replica_index[layers])
+
+
+def by_load(load: FloatArray) -> Indices:
+    """int64 (L, E): experts in descending order of mean load, so that no plan depends on what they are called."""
+    return np.argsort(-(load.mean(axis=0) if load.ndim == 3 else load), axis=1, kind="stable")
+
+
+def take(load: FloatArray, order: Indices) -> FloatArray:
+    """The load, (L, E) or (T, L, E), with the experts in this order (L, E)."""
+    return np.take_along_axis(load, np.broadcast_to(order, load.shape), axis=-1)
+
+
+def named(slots: Integers, order: Indices) -> IntArray:
+    """Slots of positions in `order` (L, E) -> slots of experts, int32 (L, S).
+
+    >>> named(np.array([[0, 1, 2, 0]]), np.array([[2, 0, 1]])).tolist()
+    [[2, 0, 1, 2]]
+    """
+    return np.take_along_axis(order, slots, axis=1).astype(np.int32)
+
+
+def positions(slots: Integers, order: Indices) -> Indices:
+    """The reverse of `named`, int64 (L, S)."""
+    return np.take_along_axis(np.argsort(order, axis=1), slots, axis=1)
+
+
+def normalized(windows: FloatArray, num_ranks: int) -> FloatArray:
+    """Windows (T, E) of one layer, none without load, in mean rank loads.
+
+    >>> normalized(np.array([[6.0, 2.0]]), 2).tolist()
+    [[1.5, 0.5]]
+    """
+    return np.ascontiguousarray(windows * (num_ranks / windows.sum(axis=1, keepdims=True)))
+
+
+def even_par(windows: FloatArray, slots: Integers, num_ranks: int) -> FloatArray:
+    """As `peak_to_average` for windows (T, L, E) and slots (L, S): float64 (T, L)."""
+    tokens = within_range(windows.reshape(-1, windows.shape[-1])).reshape(windows.shape)
+    return peak_over_mean(sum_by_rank(tokens / count_replicas(slots, windows.shape[-1]), slots, num_ranks))
+
+
+def lay_over(new: Slots, used: Integers, num_ranks: int, num_nodes: int = 1) -> Slots:
+    """Nodes are alike, and the ranks of one, so each of `new` is put where most of its experts are already.
+
+    >>> lay_over(Slots(np.array([[2, 3, 0, 1]])), np.array([[0, 1, 2, 3]]), 2).experts.tolist()
+    [[0, 1, 2, 3]]
+    """
+    num_layers, num_slots = used.shape
+    width, node_ranks = num_slots // num_ranks, num_ranks // num_nodes
+    ranks = np.empty((num_layers, num_ranks), np.int64)  # the rank of `new` that each rank gets
+    for layer, held in enumerate(held_by_rank(used, num_ranks, int(used.max()) + 1)):
+        common = held[:, new.experts[layer].reshape(num_ranks, width)].sum(axis=2)
+        common = common.reshape(num_nodes, node_ranks, num_nodes, node_ranks)
+        for node, taken in _best_pairs(common.sum(axis=(1, 3))):
+            for rank, other in _best_pairs(common[node, :, taken]):
+                ranks[layer, node * node_ranks + rank] = taken * node_ranks + other
+    slots = (ranks[:, :, None] * width + np.arange(width)).reshape(num_layers, -1)
+    return Slots(*(np.take_along_axis(each, slots, axis=1) for each in (new.experts, new.replica_index)))
+
+
+def _best_pairs(common: Indices) -> list[tuple[int, int]]:
+    """Every row with a column of its own, those that have most in common first.
+
+    >>> _best_pairs(np.array([[1, 5], [3, 4]]))
+    [(0, 1), (1, 0)]
+    """
+    rows, columns = np.nonzero(common)
+    order = np.argsort(-common[rows, columns], kind="stable")
+    column_of, row_of = [-1] * len(common), [-1] * len(common)
+    for row, column in zip(rows[order].tolist(), columns[order].tolist(), strict=True):
+        if column_of[row] < 0 and row_of[column] < 0:
+            column_of[row], row_of[column] = column, row
+    left = iter([column for column, row in enumerate(row_of) if row < 0])
+    return [(row, next(left) if column < 0 else column) for row, column in enumerate(column_of)]
+
+
+def swap_back(new: Slots, used: Integers, num_ranks: int) -> Slots:
+    """The same slots with every expert that stays on its rank swapped into the slot where it was in `used` (L, S)."""
+    slots, index = new.experts.copy(), new.replica_index.copy()
+    width = slots.shape[1] // num_ranks
+    for layer, before in enumerate(used):
+        for slot in np.flatnonzero(slots[layer] != before):
+            rank = slice(slot // width * width, (slot // width + 1) * width)
+            there = np.flatnonzero((slots[layer, rank] == before[slot]) & (slots[layer, rank] != before[rank]))
+            if there.size:
+                pair, swapped = [slot, rank.start + there[0]], [rank.start + there[0], slot]
+                slots[layer, pair] = slots[layer, swapped]
+                index[layer, pair] = index[layer, swapped]
+    return Slots(slots, index)
