@@ -43,4 +43,4 @@ def test_the_examples_of_extending_run(monkeypatch, capsys, tmp_path):
             done = run(*shlex.split(line)[1:])
             assert done.code == 0, done.err
             commands += 1
-    assert commands == 2
+    assert commands == 5

@@ -32,7 +32,7 @@ class Counting(Toy):
         for token, k in torch.cartesian_prod(*map(torch.arange, expert_ids.shape)).tolist():
             expert = int(expert_ids[token, k])
             chosen[token, k] = eplb_table[expert, 1 + seen[expert] % eplb_table[expert, 0]]
-            seen[expert] += int(counted[token, k])
+            seen[expert] += counted is None or bool(counted[token, k])
         return chosen
 
 

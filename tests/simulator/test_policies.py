@@ -7,8 +7,7 @@ import pytest
 
 from evenmoe.errors import ConstraintError
 from evenmoe.simulator.batches import Cluster
-from evenmoe.simulator.policies import DEFAULT, Oracle, Policy, Refreshed, Static
-from evenmoe.simulator.policy_text import parse_policies
+from evenmoe.simulator.policies import DEFAULT, Oracle, Policy, Refreshed, Static, parse_policies
 
 CLUSTER = Cluster(8, 2, 16)
 

@@ -7,7 +7,7 @@ import sys
 import traceback
 from contextlib import suppress
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
@@ -58,7 +58,7 @@ class _Commands(TyperGroup):
             raise ConstraintError("evenmoe", cmd_name, f"is now called {new}", f"write evenmoe {new}")
         return import_module(f"evenmoe.cli.{cmd_name}").command if cmd_name in COMMANDS else None
 
-    def format_commands(self, ctx: object, formatter: Any) -> None:  # of click or of typer, by typer's version
+    def format_commands(self, ctx, formatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 

@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Layer:
+class DemoLayer:
     """One layer's work for a world: what every rank starts with.
 
     Attributes:
@@ -89,7 +89,7 @@ class Comparison:
 
 def make_layer(
     placement: em.Placement, layer: int, topk_ids: torch.Tensor, tp_size: int, hidden: int, inner: int, seed: int
-) -> Layer:
+) -> DemoLayer:
     """Random tokens and weights around the given routing: topk_ids integers (W·tp, B, K), logical experts."""
     generator = torch.Generator().manual_seed(seed)
     ranks, tokens, top_k = topk_ids.shape
@@ -97,7 +97,7 @@ def make_layer(
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).bfloat16()
 
-    return Layer(
+    return DemoLayer(
         ep_size=placement.num_ranks,
         tp_size=tp_size,
         table=placement.eplb_table(layer),
@@ -113,7 +113,7 @@ def make_layer(
     )
 
 
-def with_placement(layer: Layer, placement: em.Placement, index: int) -> Layer:
+def with_placement(layer: DemoLayer, placement: em.Placement, index: int) -> DemoLayer:
     """The same tokens and experts, spread over slots by another placement's layer `index`."""
     return replace(
         layer,
@@ -123,7 +123,7 @@ def with_placement(layer: Layer, placement: em.Placement, index: int) -> Layer:
     )
 
 
-def expect(layer: Layer) -> Expected:
+def expect(layer: DemoLayer) -> Expected:
     """The dense model's values and what rounding may move them by; the placement plays no part."""
     x, topk_ids, scales = (t.flatten(0, 1) for t in (layer.x, layer.topk_ids, layer.scales))
     total, bound = dense_moe(x, topk_ids, scales, layer.experts, shards=layer.tp_size)
@@ -133,12 +133,12 @@ def expect(layer: Layer) -> Expected:
     return Expected(*dense_add_rms_norm(total, bound, layer.residual.reshape(-1, hidden), layer.gamma, NORM_EPS))
 
 
-def run_chain(layer: Layer) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+def run_chain(layer: DemoLayer) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
     """Run the chain; (y, x, rows computed) of every rank, y and x bfloat16 (B, 1, H)."""
     return run_world(layer.ep_size, layer.tp_size, lambda rank: _one_rank(layer, rank))
 
 
-def compare(layer: Layer, results: list[tuple[torch.Tensor, torch.Tensor, int]], expected: Expected) -> Comparison:
+def compare(layer: DemoLayer, results: list[tuple[torch.Tensor, torch.Tensor, int]], expected: Expected) -> Comparison:
     """Every value of x and y of every rank against the dense model."""
     y = torch.cat([r[0] for r in results]).double().flatten(0, 1)
     x = torch.cat([r[1] for r in results]).double().flatten(0, 1)
@@ -152,7 +152,7 @@ def compare(layer: Layer, results: list[tuple[torch.Tensor, torch.Tensor, int]],
     )
 
 
-def _one_rank(layer: Layer, rank: Rank) -> tuple[torch.Tensor, torch.Tensor, int]:
+def _one_rank(layer: DemoLayer, rank: Rank) -> tuple[torch.Tensor, torch.Tensor, int]:
     """The chain as a model would call it; returns y, x and the rows that this rank computed."""
     i = rank.index
     tp = rank.tp if layer.tp_size > 1 else None
@@ -187,7 +187,7 @@ def _one_rank(layer: Layer, rank: Rank) -> tuple[torch.Tensor, torch.Tensor, int
 
 def demo_worlds(
     trace: Trace, identity: em.Placement, placement: em.Placement, layer: int, processes: int, seed: int
-) -> Iterator[tuple[str, Layer]]:
+) -> Iterator[tuple[str, DemoLayer]]:
     """The published demo's world, then the trace's most unbalanced layer before and after planning."""
     tp = PAGE_TP if not processes or (processes >= 4 and processes % 2 == 0) else 1
     ep = processes // tp if processes else PAGE_EP

@@ -252,6 +252,7 @@ class _Outcome:
             "num_slots": placement.num_slots,
             "num_nodes": options.num_nodes(placement.num_ranks),
             "num_groups": options.groups,
+            "planner": options.planner,
             "rule": options.rule,
             "assignments_per_layer": self.assignments if isfinite(self.assignments) else None,
             "par": {

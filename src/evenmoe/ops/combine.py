@@ -27,6 +27,7 @@ from evenmoe.ops.operator import (
     Prepared,
     active_ranks,
     collective,
+    common_sizes,
     find_groups,
     in_order,
     parts_of,
@@ -35,7 +36,7 @@ from evenmoe.ops.operator import (
     specs_of,
 )
 from evenmoe.ops.weighted_sum import accumulate
-from evenmoe.transport.agreement import UNKNOWN, Header, digest, dtype_code
+from evenmoe.transport.agreement import UNKNOWN, Header, dtype_code
 from evenmoe.transport.call import GroupCall, Outgoing, together
 from evenmoe.transport.process_world import Group
 
@@ -161,21 +162,10 @@ def prepare(check: Check, call: CombineCall[TensorSpec], elastic_info: list[int]
     layout = check(call)
     if elastic_info is not None:
         layout = scale_down(layout, elastic_info)
-    sizes = {
+    sizes = common_sizes(call, layout) | {
         "hidden size of `expert_out`": layout.hidden,
         "dtype of `expert_out`": dtype_code(call.expand_x.dtype),
-        "top-k of `expert_ids`": layout.top_k,
-        "`num_experts`": call.moe_expert_num,
-        "`shared_expert_num`": layout.shared_experts,
-        "`shared_expert_rank_num`": layout.shared_ranks,
         "`comm_quant_mode`": call.comm_quant_mode,
-        "tokens per rank times ranks (`global_bs`)": layout.global_bs,
-        "`zero_expert_num`": call.zero_expert_num,
-        "`copy_expert_num`": call.copy_expert_num,
-        "`const_expert_num`": call.const_expert_num,
-        "presence of `x_active_mask`": call.x_active_mask is not None,
-        "tensor-parallel world size": call.tp_world_size,
-        "digest of `elastic_info`": digest((layout.num_experts, *layout.active_ranks)),
     }
     peer_sizes = {**sizes, "expert parallel rank": layout.rank}
     return CombinePlan(layout, Header("combine", sizes), Header("tensor-parallel step of combine", peer_sizes))
@@ -202,9 +192,11 @@ def combine_and_sum(
             plan = prepare(check, specs_of(call), call.elastic_info.tolist())
             across.narrow(active_ranks(ep, plan.layout))
         layout = plan.layout
+        sent = sent_assignments(call.expert_ids, layout, call.x_active_mask)
         if call.check_values:
-            sent = sent_assignments(call.expert_ids, layout, call.x_active_mask)
-            check_physical_ids(call.expert_ids, sent, layout.num_experts + call.virtual_experts, layout.num_experts)
+            check_physical_ids(call.expert_ids, sent, layout.num_experts + call.virtual_experts)
+        active = active_tokens(layout.num_tokens, call.x_active_mask, sent.device)
+        due = torch.cat([sent, active[:, None].expand(-1, layout.shared_experts)], dim=1)  # rows that must return
         num_rows = _own_rows(layout, call)
         assist_info = call.assist_info_for_combine[: 3 * num_rows].reshape(num_rows, 3).long()
         if call.check_values:
@@ -212,8 +204,8 @@ def combine_and_sum(
         rows = call.expand_x[:num_rows]
         if beside is not None:
             rows = _add_peer_rows(rows, beside, plan, call)
-        rows, position = _return_rows(rows, assist_info, across, plan, call)
-    return accumulate(layout, rows, position, call)
+        rows, position = _return_rows(rows, assist_info, across, plan, call, due)
+    return accumulate(layout, rows, position, call), active
 
 
 def _own_rows(layout: Layout, call: Combining) -> int:
@@ -278,13 +270,18 @@ def _add_peer_rows(rows: torch.Tensor, part: GroupCall, plan: CombinePlan, call:
 
 
 def _return_rows(
-    rows: torch.Tensor, assist_info: torch.Tensor, part: GroupCall, plan: CombinePlan, call: Combining
+    rows: torch.Tensor,
+    assist_info: torch.Tensor,
+    part: GroupCall,
+    plan: CombinePlan,
+    call: Combining,
+    due: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows to the ranks in their assist info.
 
     Returns:
         rows (N, H) received, in the dtype of expand_x; int64 (Bs, K + Sn), the row of every assignment, −1 where none
-        was sent.
+        is `due`.
     """
     layout, world_size, packed = plan.layout, part.group.world_size, call.comm_quant_mode == BLOCK_INT8
     source, token, k = assist_info.unbind(dim=1)
@@ -297,23 +294,20 @@ def _return_rows(
     incoming = part.exchange(travelling, returning.order, sent.int())
     assignments = incoming.numbers.long()
     if call.check_values:
-        _check_returned(assignments, layout, call)
-    position = positions_of(incoming, assignments, layout.num_tokens * each).view(layout.num_tokens, each)
+        _check_returned(assignments, due.flatten())
+    position = positions_of(incoming, assignments, due.numel()).view(due.shape)
     received = unpack_blocks(incoming.buffer, layout.hidden, rows.dtype) if packed else incoming.buffer
-    return received, position
+    return received, torch.where(due, position, -1)
 
 
-def _check_returned(assignments: torch.Tensor, layout: Layout, call: Combining) -> None:
-    """Exactly one row has returned for every assignment that was sent out."""
-    expected = sent_assignments(call.expert_ids, layout, call.x_active_mask)
-    active = active_tokens(layout.num_tokens, call.x_active_mask, assignments.device)
-    expected = torch.cat([expected, active[:, None].expand(-1, layout.shared_experts)], dim=1).flatten()
-    in_range = bool(((assignments >= 0) & (assignments < expected.numel())).all())
-    received = torch.bincount(assignments, minlength=expected.numel()) if in_range else assignments
-    if not in_range or not torch.equal(received, expected.long()):
+def _check_returned(assignments: torch.Tensor, due: torch.Tensor) -> None:
+    """Exactly one row has returned for every assignment that was sent out; `due` is bool (Bs·(K + Sn),)."""
+    in_range = bool(((assignments >= 0) & (assignments < due.numel())).all())
+    received = torch.bincount(assignments, minlength=due.numel()) if in_range else assignments
+    if not in_range or not torch.equal(received, due.long()):
         raise ConstraintError(
             "expert_ids",
-            f"such that {int(expected.sum())} rows are due here, while {len(assignments)} came, not one for each",
+            f"such that {int(due.sum())} rows are due here, while {len(assignments)} came, not one for each",
             "must be the ids that dispatch was called with, with the same mask",
             "pass the expert_ids, x_active_mask and assist_info_for_combine of one dispatch",
         )

@@ -23,6 +23,7 @@ from evenmoe.ops.operator import (
     Prepared,
     active_ranks,
     collective,
+    common_sizes,
     find_groups,
     in_order,
     parts_of,
@@ -30,7 +31,7 @@ from evenmoe.ops.operator import (
     register,
     specs_of,
 )
-from evenmoe.transport.agreement import UNKNOWN, Header, digest, dtype_code
+from evenmoe.transport.agreement import UNKNOWN, Header, dtype_code
 from evenmoe.transport.call import GroupCall, Outgoing, together
 from evenmoe.transport.process_world import Group
 
@@ -135,22 +136,11 @@ def prepare(call: DispatchCall[TensorSpec], elastic_info: list[int] | None = Non
     layout = check_dispatch_call(call)
     if elastic_info is not None:
         layout = scale_down(layout, elastic_info, smooth_scales=call.scales is not None)
-    sizes = {
+    sizes = common_sizes(call, layout) | {
         "hidden size of `x`": layout.hidden,
         "dtype of `x`": dtype_code(call.x.dtype),
-        "top-k of `expert_ids`": layout.top_k,
-        "`num_experts`": call.moe_expert_num,
-        "`shared_expert_num`": layout.shared_experts,
-        "`shared_expert_rank_num`": layout.shared_ranks,
         "`quant_mode`": call.quant_mode,
-        "tokens per rank times ranks (`global_bs`)": layout.global_bs,
-        "`zero_expert_num`": call.zero_expert_num,
-        "`copy_expert_num`": call.copy_expert_num,
-        "`const_expert_num`": call.const_expert_num,
         "presence of `scales`": call.scales is not None,
-        "presence of `x_active_mask`": call.x_active_mask is not None,
-        "tensor-parallel world size": call.tp_world_size,
-        "digest of `elastic_info`": digest((layout.num_experts, *layout.active_ranks)),
     }
     outputs = infer_dispatch(layout, call.x.dtype, call.quant_mode).values()
     return DispatchPlan(
@@ -174,7 +164,7 @@ def _run(call: Dispatching) -> tuple[torch.Tensor, ...]:
         layout = plan.layout
         if call.check_values:
             sent = sent_assignments(call.expert_ids, layout, call.x_active_mask)
-            check_physical_ids(call.expert_ids, sent, layout.num_experts + call.virtual_experts, layout.num_experts)
+            check_physical_ids(call.expert_ids, sent, layout.num_experts + call.virtual_experts)
         number = torch.tensor([across.number, UNKNOWN if beside is None else beside.number])
         outputs, received = _exchange_across(across, plan, call, local=tp is None)
         peer = None if beside is None else _exchange_with_peer(received, beside, layout)

@@ -132,14 +132,13 @@ def active_tokens(num_tokens: int, x_active_mask: torch.Tensor | None, device: t
     return torch.arange(num_tokens, device=device) < x_active_mask.sum()
 
 
-def check_physical_ids(expert_ids: torch.Tensor, considered: torch.Tensor, num_ids: int, num_physical: int) -> None:
+def check_physical_ids(expert_ids: torch.Tensor, sent: torch.Tensor, num_ids: int) -> None:
     """Ids within 0…num_ids−1, and no physical expert twice in one token.
 
     Args:
         expert_ids: integers (Bs, K).
-        considered: bool (Bs, K); padding that a mask takes out may hold anything but an id out of range.
+        sent: bool (Bs, K), from `sent_assignments`; all others (virtual experts, padding) may repeat an id.
         num_ids: physical and virtual experts.
-        num_physical: M; virtual experts (M and above) may repeat.
 
     Raises:
         ConstraintError: naming the first token and k.
@@ -157,7 +156,7 @@ def check_physical_ids(expert_ids: torch.Tensor, considered: torch.Tensor, num_i
         )
     # Everything that may repeat gets a negative id of its own column.
     column = torch.arange(expert_ids.shape[1], device=expert_ids.device)
-    compared = torch.where(considered & (expert_ids < num_physical), expert_ids, -1 - column)
+    compared = torch.where(sent, expert_ids, -1 - column)
     ordered = compared.sort(dim=1).values
     repeated = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
     if repeated.any():

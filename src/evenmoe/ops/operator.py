@@ -20,6 +20,7 @@ from evenmoe.contract.limits import resolve_limits
 from evenmoe.contract.operators import OPERATORS, schema
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError, UnsupportedTypeError
+from evenmoe.transport.agreement import digest
 from evenmoe.transport.call import GroupCall, together
 from evenmoe.transport.process_world import transport_of
 from evenmoe.transport.remapped import RemappedTransport
@@ -191,6 +192,23 @@ class Prepared(Generic[_Plan]):
                 self._kept.clear()
             self._kept[key] = plan
         return plan
+
+
+def common_sizes(call: DistributeCall[TensorSpec], layout: Layout) -> dict[str, int]:
+    """What all ranks must agree on in dispatch and combine alike."""
+    return {
+        "top-k of `expert_ids`": layout.top_k,
+        "`num_experts`": call.moe_expert_num,
+        "`shared_expert_num`": layout.shared_experts,
+        "`shared_expert_rank_num`": layout.shared_ranks,
+        "tokens per rank times ranks (`global_bs`)": layout.global_bs,
+        "`zero_expert_num`": call.zero_expert_num,
+        "`copy_expert_num`": call.copy_expert_num,
+        "`const_expert_num`": call.const_expert_num,
+        "presence of `x_active_mask`": call.x_active_mask is not None,
+        "tensor-parallel world size": call.tp_world_size,
+        "digest of `elastic_info`": digest((layout.num_experts, *layout.active_ranks)),
+    }
 
 
 # The groups of a call: transports for the caller, names and numbers for the registered operator ------------------

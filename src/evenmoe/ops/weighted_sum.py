@@ -8,27 +8,20 @@ from __future__ import annotations
 import torch
 
 from evenmoe.contract.layout import Layout
-from evenmoe.ops.exchange import active_tokens, sent_assignments
 from evenmoe.ops.numerics import softmax_of_two, tree_sum
 from evenmoe.ops.operator import Combining
 
 
-def accumulate(
-    layout: Layout, rows: torch.Tensor, position: torch.Tensor, call: Combining
-) -> tuple[torch.Tensor, torch.Tensor]:
+def accumulate(layout: Layout, rows: torch.Tensor, position: torch.Tensor, call: Combining) -> torch.Tensor:
     """§3.4 up to the final rounding: weighted rows in ascending k, then shared experts, then shared_expert_x.
 
-    Each product is rounded to float32 before it is added; assignments without a row add nothing.
+    Each product is rounded to float32 before it is added; assignments without a row, at position −1, add nothing.
 
     Returns:
-        float32 (Bs, H) sums; bool (Bs,) active tokens, whose sums count.
+        float32 (Bs, H) sums, of which those of active tokens count.
     """
-    expert_ids, scales = call.expert_ids, call.expert_scales
-    num_tokens, top_k = expert_ids.shape
-    active = active_tokens(num_tokens, call.x_active_mask, expert_ids.device)
-    sent = sent_assignments(expert_ids, layout, call.x_active_mask)
+    scales, num_tokens, top_k = call.expert_scales, layout.num_tokens, layout.top_k
     total = torch.zeros((num_tokens, layout.hidden), dtype=torch.float32, device=rows.device)
-    position = torch.where(torch.cat([sent, active[:, None].expand(-1, layout.shared_experts)], dim=1), position, -1)
     weights = torch.cat([scales.float(), scales.new_ones((num_tokens, layout.shared_experts))], dim=1)
     if call.virtual_experts:  # their terms stand between those of the rows, by k
         for k in range(top_k):
@@ -38,7 +31,7 @@ def accumulate(
     add_rows(total, rows, position, weights)
     if call.shared_expert_x is not None:
         total += call.shared_expert_x.reshape(num_tokens, layout.hidden).float()
-    return total, active
+    return total
 
 
 def add_rows(total: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, weights: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from evenmoe.errors import ConstraintError
 from evenmoe.metrics import FloatArray
 from evenmoe.placement import Placement
-from evenmoe.rules.rule import Chooser, Rule
+from evenmoe.rules.rule import Chooser, Counts, Mask, Rule
 from evenmoe.rules.split_batch import SplitPlan
 from evenmoe.rules.table import as_arrays, check_mask, counted_entries, number_assignments, raise_at
 
@@ -63,9 +63,7 @@ class BatchChooser(Chooser):
             )
         self._split = SplitPlan(held, world_size, num_experts=len(eplb_table))
 
-    def __call__(
-        self, expert_ids: torch.Tensor, counted: torch.Tensor | None = None, counts_by_rank: IntArray | None = None
-    ) -> torch.Tensor:
+    def __call__(self, expert_ids: torch.Tensor, counted: Mask = None, counts_by_rank: Counts = None) -> torch.Tensor:
         """See `Chooser`; `counts_by_rank` must be given."""
         assert counts_by_rank is not None
         quotas = self._split.split(counts_by_rank.sum(axis=0))

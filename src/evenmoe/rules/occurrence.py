@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
-from evenmoe.rules.rule import Chooser, EvenRule
+from evenmoe.rules.rule import Chooser, Counts, EvenRule, Mask
 from evenmoe.rules.table import as_arrays, check_mask, number_assignments, raise_at
 
 if TYPE_CHECKING:
@@ -30,12 +27,7 @@ class OccurrenceRule(EvenRule):
 class OccurrenceChooser(Chooser):
     finds_wrong_ids = True
 
-    def __call__(
-        self,
-        expert_ids: torch.Tensor,
-        counted: torch.Tensor | None = None,
-        counts_by_rank: npt.NDArray[np.int64] | None = None,
-    ) -> torch.Tensor:
+    def __call__(self, expert_ids: torch.Tensor, counted: Mask = None, counts_by_rank: Counts = None) -> torch.Tensor:
         """See `Chooser`; raises ConstraintError for an id without a row on the CPU."""
         return choose(expert_ids, self._table, self._rank, counted)
 

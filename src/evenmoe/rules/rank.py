@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from evenmoe.metrics import FloatArray
 from evenmoe.placement import Placement
-from evenmoe.rules.rule import Chooser, Rule
+from evenmoe.rules.rule import Chooser, Counts, Mask, Rule
 from evenmoe.rules.table import check_ids, replicas_at
 
 if TYPE_CHECKING:
@@ -91,12 +91,7 @@ class LookupChooser(Chooser):
         self._slots, self._num_experts = slots, num_experts
         self._by_dtype: dict[torch.dtype, torch.Tensor] = {}  # of the ids, which the output shares
 
-    def __call__(
-        self,
-        expert_ids: torch.Tensor,
-        counted: torch.Tensor | None = None,
-        counts_by_rank: npt.NDArray[np.int64] | None = None,
-    ) -> torch.Tensor:
+    def __call__(self, expert_ids: torch.Tensor, counted: Mask = None, counts_by_rank: Counts = None) -> torch.Tensor:
         """See `Chooser`; raises ConstraintError for an id without a row on the CPU."""
         return self._look_up(expert_ids, expert_ids)
 

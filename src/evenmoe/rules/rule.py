@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 IntArray = npt.NDArray[np.int64]
+Mask: TypeAlias = "torch.Tensor | None"
+Counts: TypeAlias = IntArray | None
 
 _SAMPLE = 840  # tokens of a rank from which shares are measured: a multiple of every number of replicas up to 8
 
@@ -58,8 +60,8 @@ class Rule:
         *,
         rank: int,
         world_size: int,
-        counted: torch.Tensor | None = None,
-        counts_by_rank: IntArray | None = None,
+        counted: Mask = None,
+        counts_by_rank: Counts = None,
     ) -> torch.Tensor:
         """The slot that each of a rank's token-expert assignments goes to.
 
@@ -150,12 +152,7 @@ class Chooser:
     def __init__(self, rule: Rule, eplb_table: torch.Tensor, rank: int, world_size: int) -> None:
         self._rule, self._table, self._rank, self._world_size = rule, eplb_table, rank, world_size
 
-    def __call__(
-        self,
-        expert_ids: torch.Tensor,
-        counted: torch.Tensor | None = None,
-        counts_by_rank: IntArray | None = None,
-    ) -> torch.Tensor:
+    def __call__(self, expert_ids: torch.Tensor, counted: Mask = None, counts_by_rank: Counts = None) -> torch.Tensor:
         """Slots of a batch's assignments; the arguments are those of `Rule.choose`.
 
         Raises:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 from evenmoe.rules.rank import LookupChooser
-from evenmoe.rules.rule import Chooser, EvenRule
+from evenmoe.rules.rule import Chooser, Counts, EvenRule, Mask
 from evenmoe.rules.table import replicas_at
 
 if TYPE_CHECKING:
@@ -43,12 +40,7 @@ class TokenChooser(LookupChooser):
         self._period = math.lcm(*set(eplb_table[:, 0].tolist()))
         self._row_offsets = eplb_table.new_empty((0, 1))
 
-    def __call__(
-        self,
-        expert_ids: torch.Tensor,
-        counted: torch.Tensor | None = None,
-        counts_by_rank: npt.NDArray[np.int64] | None = None,
-    ) -> torch.Tensor:
+    def __call__(self, expert_ids: torch.Tensor, counted: Mask = None, counts_by_rank: Counts = None) -> torch.Tensor:
         """See `Chooser`."""
         self._grow(expert_ids)
         return self._look_up(expert_ids, expert_ids + self._row_offsets)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +10,7 @@ import numpy.typing as npt
 from evenmoe.errors import ConstraintError
 from evenmoe.metrics import FloatArray
 from evenmoe.placement import Placement
+from evenmoe.traces.models import find_model
 
 IntArray = npt.NDArray[np.int64]
 
@@ -64,7 +64,7 @@ class CostModel:
                 raise ConstraintError(field.name, value, f"must be finite and {rule}", "state it in its unit")
 
     @staticmethod
-    def for_expert(hidden: int, expert_bytes: float, expert_flops_per_token: float, **figures: Any) -> CostModel:
+    def for_expert(hidden: int, expert_bytes: float, expert_flops_per_token: float, **figures: float) -> CostModel:
         """The model for experts of this size: rows of `hidden` bf16 numbers, copies of all weights.
 
         `figures` are further attributes, which come before these.
@@ -72,14 +72,27 @@ class CostModel:
         >>> CostModel.for_expert(7168, 88_080_384, 88_080_384).dispatch_row_bytes
         14336.0
         """
-        sizes: dict[str, Any] = {
-            "expert_flops_per_token": float(expert_flops_per_token),
-            "expert_bytes": float(expert_bytes),
-            "dispatch_row_bytes": 2.0 * hidden,
-            "combine_row_bytes": 2.0 * hidden,
-            "copy_bytes": float(figures.get("expert_bytes", expert_bytes)),
-        }
-        return CostModel(**(sizes | figures))
+        model = CostModel(
+            expert_flops_per_token=float(expert_flops_per_token),
+            expert_bytes=float(expert_bytes),
+            dispatch_row_bytes=2.0 * hidden,
+            combine_row_bytes=2.0 * hidden,
+            copy_bytes=float(figures.get("expert_bytes", expert_bytes)),
+        )
+        return replace(model, **figures)
+
+    @staticmethod
+    def for_model(name: str, **figures: float) -> CostModel:
+        """The model for the experts of a known one (`evenmoe.traces.models`); `figures` as in `for_expert`.
+
+        Raises:
+            ConstraintError: a name that is not known.
+
+        >>> CostModel.for_model("deepseek-v3") == CostModel.for_expert(7168, 44_040_192, 88_080_384)
+        True
+        """
+        shape = find_model(name)
+        return CostModel.for_expert(shape.hidden, shape.expert_bytes, shape.expert_flops_per_token, **figures)
 
     def layer_time(self, tokens: IntArray, busy: IntArray, sent: FloatArray, received: FloatArray) -> FloatArray:
         """Microseconds of each layer, float64 (L,): the busiest rank's experts, then the busiest rank's exchanges.

@@ -15,12 +15,14 @@ are over.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
+from evenmoe.errors import ConstraintError
 from evenmoe.metrics import FloatArray
 from evenmoe.placement import Placement
 from evenmoe.planner.options import PlanOptions
@@ -28,9 +30,7 @@ from evenmoe.planner.planners import PLANNERS, plan_with, takes
 from evenmoe.rules.catalogue import RULES
 from evenmoe.rules.rule import Rule
 from evenmoe.simulator.batches import Cluster
-
-if TYPE_CHECKING:
-    from evenmoe.simulator.policy_text import PolicyText
+from evenmoe.simulator.policy_text import PolicyText
 
 DEFAULT = (
     "identity",
@@ -135,18 +135,13 @@ class Planned(Policy):
             window=text.number("window"),
             num_groups=groups,
             pieces=text.number("pieces"),
-            planner=text.planner,
+            planner=text.planner(),
             plan_for=text.rule_name("plan-for", plan_for),
-            **cls._own_keys(text, slots),
         )
 
     @classmethod
     def _default_rules(cls, text: PolicyText) -> tuple[str, str]:
         return "rank", text.given.get("rule", "rank")
-
-    @classmethod
-    def _own_keys(cls, text: PolicyText, slots: int) -> dict[str, Any]:
-        return {}
 
     def plan(self, cluster: Cluster, past: FloatArray, previous: Placement | None, seed: int) -> Placement:
         """See `Policy.plan`; the steps are added up to `pieces` windows, as equal in number as they can be."""
@@ -246,20 +241,22 @@ class Refreshed(Planned):
         return ("rule", "slots", *(key for key, taken in optional.items() if taken))
 
     @classmethod
-    def _own_keys(cls, text: PolicyText, slots: int) -> dict[str, Any]:
-        taken = cls.keys(text.planner)
+    def read(cls, text: PolicyText, cluster: Cluster, num_experts: int) -> Policy:
+        """See `Policy.read`."""
+        policy, taken = super().read(text, cluster, num_experts), cls.keys(text.kind)
         start = text.word("start", ("first", "previous", "scratch"), "first" if "start" in taken else "scratch")
         limits = [key for key in ("max-copies", "target-par") if key in text.given]
         if start == "scratch" and limits:
             text.fail(f"has {limits[0]} with start=scratch", "leave out one of them: a limit needs a placement to keep")
         # Keeping up with a drift of 15 % takes DeepSeek-V3's layers 28 to 35 copies of 288 slots to a PAR of 1.01.
         bounded = start != "scratch" and "max-copies" in taken
-        return {
-            "max_copies": text.number("max-copies", max(1, slots // 8)) if bounded else None,
-            "target_par": text.real("target-par") if "target-par" in text.given else None,
-            "refresh": text.number("refresh"),
-            "start": start,
-        }
+        return replace(
+            policy,
+            max_copies=text.number("max-copies", max(1, policy.num_slots // 8)) if bounded else None,
+            target_par=text.real("target-par") if "target-par" in text.given else None,
+            refresh=text.number("refresh"),
+            start=start,
+        )
 
     @property
     def description(self) -> str:
@@ -277,3 +274,66 @@ class Refreshed(Planned):
     def starts_anew(self, has_planned: bool) -> bool:
         """See `Policy.starts_anew`."""
         return self.start == "scratch" or (self.start == "first" and not has_planned)
+
+
+_SCHEDULES: dict[str, type[Policy]] = {"identity": Policy, "static": Static, "oracle": Oracle}
+
+
+def parse_policies(
+    texts: Sequence[str],
+    cluster: Cluster,
+    *,
+    num_experts: int,
+    num_slots: int,
+    num_groups: int = 1,
+    refresh: int,
+    window: int,
+) -> tuple[Policy, ...]:
+    """The policies of a run, the first identity in front (added where there is none).
+
+    Args:
+        texts: as given to `--policy`.
+        num_slots, num_groups, refresh, window: where a policy does not say.
+
+    Raises:
+        ConstraintError: names the policy, the key and what it may be.
+
+    >>> counts = {"num_experts": 3, "num_slots": 6, "refresh": 9, "window": 5}
+    >>> first, second = parse_policies(["greedy:rule=token"], Cluster(2), **counts)
+    >>> first.name, first.num_slots, second.rule.name, second.refresh
+    ('identity', 4, 'token', 9)
+    """
+    defaults = {"slots": num_slots, "groups": num_groups, "refresh": refresh, "window": window, "pieces": 1}
+    policies = [_read(PolicyText(text, defaults), cluster, num_experts) for text in texts]
+    baseline = next((policy for policy in policies if type(policy) is Policy), None)
+    if baseline is None:
+        baseline = Policy.read(PolicyText("identity", defaults), cluster, num_experts)
+    policies = [baseline, *(policy for policy in policies if policy is not baseline)]
+    names = [policy.name for policy in policies]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConstraintError("policy", repr(name), "must be given once", "change an option, or leave one out")
+    return tuple(policies)
+
+
+def check_policy(policy: Policy, cluster: Cluster, num_experts: int) -> None:
+    """Plan one layer of equal loads, so that what the planner refuses is refused before the replay begins.
+
+    Raises:
+        ConstraintError: names the policy and what its planner says.
+    """
+    first = None if policy.starts_anew(has_planned=True) else policy.first_placement(cluster, 1, num_experts)
+    try:
+        policy.plan(cluster, np.ones((1, 1, num_experts)), first, 0)
+    except ConstraintError as error:
+        rule = f"must be one that can be planned, and {error.argument} {error.rule}"
+        raise ConstraintError("policy", repr(policy.name), rule, error.fix) from error
+
+
+def _read(text: PolicyText, cluster: Cluster, num_experts: int) -> Policy:
+    schedule = _SCHEDULES.get(text.kind, Refreshed)
+    if schedule is Refreshed and not text.kind.startswith("py:") and text.kind not in PLANNERS:
+        names = ("identity", "static", *PLANNERS, "oracle")
+        text.fail(f"begins with {text.kind!r}, which is no policy", f"use one of {', '.join(names)}")
+    text.read_options(schedule.keys(text.kind))
+    return schedule.read(text, cluster, num_experts)

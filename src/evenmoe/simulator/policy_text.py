@@ -1,15 +1,9 @@
-"""The grammar of policies, which the module `policies` tells of: NAME[:key=value,...].
-
-A name is identity, static, oracle, or that of a planner (`evenmoe.planner.planners`), whose policy is `Refreshed`; a
-user's own planner is py:module:function or py:file.py:function.
-"""
+"""A policy as it is written: NAME[:key=value,...], where the name may be py:module:function or py:file.py:function."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
-
-import numpy as np
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn, TypeVar
 
 from evenmoe.errors import ConstraintError
 from evenmoe.planner.planners import PLANNERS
@@ -17,91 +11,42 @@ from evenmoe.registry import Registry
 from evenmoe.rules.catalogue import RULES
 from evenmoe.rules.rule import Rule
 from evenmoe.simulator.batches import Cluster
-from evenmoe.simulator.policies import Oracle, Policy, Refreshed, Static
+
+Thing = TypeVar("Thing")
 
 _LEAST = {"slots": 1, "groups": 1, "refresh": 1, "window": 1, "pieces": 1, "max-copies": 0}
-_SCHEDULES: dict[str, type[Policy]] = {"identity": Policy, "static": Static, "oracle": Oracle}
-
-
-def parse_policies(
-    texts: Sequence[str],
-    cluster: Cluster,
-    *,
-    num_experts: int,
-    num_slots: int,
-    num_groups: int = 1,
-    refresh: int,
-    window: int,
-) -> tuple[Policy, ...]:
-    """The policies of a run, the first identity in front (added where there is none).
-
-    Args:
-        texts: as given to `--policy`.
-        num_slots, num_groups, refresh, window: where a policy does not say.
-
-    Raises:
-        ConstraintError: names the policy, the key and what it may be.
-
-    >>> counts = {"num_experts": 3, "num_slots": 6, "refresh": 9, "window": 5}
-    >>> first, second = parse_policies(["greedy:rule=token"], Cluster(2), **counts)
-    >>> first.name, first.num_slots, second.rule.name, second.refresh
-    ('identity', 4, 'token', 9)
-    """
-    defaults = {"slots": num_slots, "groups": num_groups, "refresh": refresh, "window": window, "pieces": 1}
-    read = [PolicyText(text, defaults) for text in texts]
-    policies = [text.policy.read(text, cluster, num_experts) for text in read]
-    baseline = next((policy for policy in policies if type(policy) is Policy), None)
-    if baseline is None:
-        baseline = Policy.read(PolicyText("identity", defaults), cluster, num_experts)
-    policies = [baseline, *(policy for policy in policies if policy is not baseline)]
-    names = [policy.name for policy in policies]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConstraintError("policy", repr(name), "must be given once", "change an option, or leave one out")
-    return tuple(policies)
-
-
-def check_policy(policy: Policy, cluster: Cluster, num_experts: int) -> None:
-    """Plan one layer of equal loads, so that what the planner refuses is refused before the replay begins.
-
-    Raises:
-        ConstraintError: names the policy and what its planner says.
-    """
-    first = None if policy.starts_anew(has_planned=True) else policy.first_placement(cluster, 1, num_experts)
-    try:
-        policy.plan(cluster, np.ones((1, 1, num_experts)), first, 0)
-    except ConstraintError as error:
-        rule = f"must be one that can be planned, and {error.argument} {error.rule}"
-        raise ConstraintError("policy", repr(policy.name), rule, error.fix) from error
 
 
 class PolicyText:
     """A policy as written: its kind, what is given of its keys, and the defaults of the run."""
 
-    def __init__(self, text: str, defaults: dict[str, int]) -> None:
+    def __init__(self, text: str, defaults: Mapping[str, int]) -> None:
         self.whole, self._defaults = text, defaults
-        self.given: dict[str, str] = {}
         of_kind = 3 if text.startswith("py:") else 1
         parts = text.split(":", of_kind)
-        kind, options = ":".join(parts[:of_kind]), (parts[of_kind:] or [None])[0]
-        self.policy = _SCHEDULES.get(kind, Refreshed)
-        if self.policy is Refreshed and not kind.startswith("py:") and kind not in PLANNERS:
-            names = ("identity", "static", *PLANNERS, "oracle")
-            self.fail(f"begins with {kind!r}, which is no policy", f"use one of {', '.join(names)}")
-        keys = self.policy.keys(kind)
-        if options == "":
+        self.kind, self._options = ":".join(parts[:of_kind]), (parts[of_kind:] or [None])[0]
+        self.given: dict[str, str] = {}
+
+    def read_options(self, keys: Sequence[str]) -> None:
+        """Fill `given` with what stands behind the kind, which takes these keys."""
+        if self._options == "":
             self.fail("ends in a colon", "write key=value behind it, or leave it out")
-        for part in options.split(",") if options else ():
+        for part in self._options.split(",") if self._options else ():
             key, equals, value = part.partition("=")
             if key not in keys:
-                self.fail(f"has {key!r}, which {kind} does not take", f"use {', '.join(keys)}")
+                self.fail(f"has {key!r}, which {self.kind} does not take", f"use {', '.join(keys)}")
             if not equals or not value:
                 self.fail(f"gives {key!r} no value", f"write {key}=value")
             if key in self.given:
                 self.fail(f"gives {key!r} twice", "give it once")
             self.given[key] = value
-        self.planner = kind if self.policy is Refreshed else self.given.get("planner", "evenmoe")
+
+    def planner(self) -> str:
+        """The name of the planner: the kind itself, or what is given for it."""
+        if self.kind in PLANNERS or self.kind.startswith("py:"):
+            return self.kind
         self._named(PLANNERS, "planner", "evenmoe")
+        return self.given.get("planner", "evenmoe")
 
     def rule(self, key: str, default: str) -> Rule:
         return self._named(RULES, key, default)
@@ -134,7 +79,7 @@ class PolicyText:
             self.fail(f"has {key}={self.given[key]}", f"use a {what}, {least} or more")
         return number
 
-    def _named(self, registry: Registry[Any], key: str, default: str) -> Any:
+    def _named(self, registry: Registry[Thing], key: str, default: str) -> Thing:
         value = self.given.get(key, default)
         try:
             return registry.get(value)

@@ -12,10 +12,8 @@ import math
 import zipfile
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from evenmoe.errors import ConstraintError, FileFormatError
 from evenmoe.io.output import whole_file
@@ -48,7 +46,7 @@ def save_simulation(path: str | Path, simulation: Simulation) -> None:
     Raises:
         OSError: the file cannot be written; `filename` names it, and what was there has not changed.
     """
-    arrays: dict[str, npt.NDArray[Any]] = {name: getattr(simulation, name) for name in _ARRAYS}
+    arrays: dict[str, np.ndarray] = {name: getattr(simulation, name) for name in _ARRAYS}
     policies = []
     for number, policy in enumerate(simulation.policies):
         found = {name: getattr(policy, name) for name in _POLICY_ARRAYS}
@@ -149,9 +147,9 @@ def _read(archive: zipfile.ZipFile, path: Path) -> Simulation:
 
 
 def _policy(
-    archive: zipfile.ZipFile, path: Path, number: int, entry: dict[str, Any], sizes: dict[str, int]
+    archive: zipfile.ZipFile, path: Path, number: int, entry: dict[str, object], sizes: dict[str, int]
 ) -> PolicyResult:
-    def arrays(wanted: dict[str, tuple[str, str]], prefix: str = "") -> dict[str, npt.NDArray[Any]]:
+    def arrays(wanted: dict[str, tuple[str, str]], prefix: str = "") -> dict[str, np.ndarray]:
         sizes_here = dict(sizes)  # the slots may differ between policies
         return {
             name: _array(archive, path, f"{number}/{prefix}{name}", dtype, sizes_here, axes)
@@ -196,9 +194,7 @@ def _shape(archive: zipfile.ZipFile, path: Path, name: str, axes: int) -> tuple[
     return shape
 
 
-def _array(
-    archive: zipfile.ZipFile, path: Path, name: str, dtype: str, sizes: dict[str, int], axes: str
-) -> npt.NDArray[Any]:
+def _array(archive: zipfile.ZipFile, path: Path, name: str, dtype: str, sizes: dict[str, int], axes: str) -> np.ndarray:
     """One array; a letter of `axes` that `sizes` does not know is free, and known from then on."""
     info = archive.NameToInfo.get(f"{name}.npy")
     if info is None:
@@ -230,21 +226,21 @@ def _array(
     return array
 
 
-def _text(path: Path, entry: dict[str, Any], key: str) -> str:
+def _text(path: Path, entry: dict[str, object], key: str) -> str:
     value = entry.get(key)
     if not isinstance(value, str):
         raise _refuse(path, f"with `{key}` {value!r}", "must be text", _AGAIN)
     return value
 
 
-def _texts(path: Path, entry: dict[str, Any], key: str) -> list[str]:
+def _texts(path: Path, entry: dict[str, object], key: str) -> list[str]:
     value = entry.get(key)
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise _refuse(path, f"with `{key}` {value!r}", "must be a list of texts", _AGAIN)
     return value
 
 
-def _rows(path: Path, head: dict[str, Any], key: str) -> list[list[str]]:
+def _rows(path: Path, head: dict[str, object], key: str) -> list[list[str]]:
     value = head.get(key)
     if not isinstance(value, list) or not all(
         isinstance(row, list) and len(row) == 3 and all(isinstance(text, str) for text in row) for row in value
@@ -253,7 +249,7 @@ def _rows(path: Path, head: dict[str, Any], key: str) -> list[list[str]]:
     return value
 
 
-def _whole(path: Path, entry: dict[str, Any], key: str, least: int = 1) -> int:
+def _whole(path: Path, entry: dict[str, object], key: str, least: int = 1) -> int:
     value = entry.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < _MOST_COUNTED:
         raise _refuse(path, f"with `{key}` {value!r}", f"must be a whole number, {least} or more, below 2**62", _AGAIN)

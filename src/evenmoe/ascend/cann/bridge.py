@@ -18,6 +18,9 @@ from evenmoe.ascend.cann.runtime import NUM_DEVICES, Communicator, Communicators
 from evenmoe.ascend.cann.tensors import DTYPES, describe_tensor
 from evenmoe.ascend.executor import stage_one as stage_one_of_operator
 from evenmoe.ascend.status import AclError, acl_error, check_not_null, null_pointer
+from evenmoe.ops.combine import combine
+from evenmoe.ops.dispatch import dispatch
+from evenmoe.transport.world import local_world
 
 Result = int | str | Sequence[int | str] | None
 Answer = tuple[int, str | None, Sequence[int | str]]
@@ -84,15 +87,19 @@ shutdown = _aclnn(_end_everything)
 
 
 def _warm_up() -> None:
-    """Call one operator, since torch imports 800 modules at the first call.
+    """Call the operators once, since torch imports 800 modules at the first call, and numba compiles the sums.
 
-    That is 2 s of CPU time, on an idle machine. It belongs into aclInit, not under the timeout of the first
-    synchronization, nor into 16 streams' threads at once.
+    That is some seconds of CPU time. It belongs into aclInit, not under the timeout of the first synchronization: a
+    program that gave up there would end while its streams' threads still compile, which LLVM answers with an abort.
     """
     ids, table = torch.zeros((1, 1), dtype=torch.int32), torch.tensor([[1, 0]], dtype=torch.int32)
     attributes = {"local_rank_id": 0, "world_size": 2, "balance_mode": 0}
     given = {"expert_ids": ids, "eplb_table": table, **attributes, "balanced_expert_ids": ids.clone()}
     stage_one_of_operator("MoeEPLBUpdateExpert", given).run()
+    with local_world(1) as world, torch.inference_mode():
+        group = world.ranks[0].ep
+        dispatched = dispatch(torch.zeros((1, 1), dtype=torch.bfloat16), ids, ep=group, num_experts=1)
+        combine(dispatched.expand_x, ids, dispatched, torch.ones((1, 1)), ep=group)
 
 
 def _init() -> None:
