@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     shape = find_model("deepseek-v3")
     num_nodes = max(1, options.ranks // RANKS_PER_NODE)
-    costs = CostModel.for_expert(shape.hidden, shape.expert_bytes, shape.expert_flops_per_token)
+    costs = CostModel.for_model(shape.name)
     started = time.process_time()
     trace = synthesize(
         shape,

@@ -55,7 +55,7 @@ def test_convert(evenmoe, names, files, tmp_path):
 
 def test_plan(evenmoe, names, files, tmp_path):
     done = evenmoe("plan", files[1], "--from", names[1], *WORLD, "-o", tmp_path / "p", "--to", names[0], "--json")
-    assert json.loads(done.out)["recorded_windows"] == 2
+    assert json.loads(done.out)["num_windows"] == 2
     written = json.loads((tmp_path / "p").read_text())
     assert written["ranks"] == 2
     assert sorted(set(written["rows"][0])) == [0, 1, 2, 3]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from evenmoe.formats.contents import Finding, IntArray, RawLoad, RawPlacement
+from evenmoe.formats.contents import Finding, IntArray, Load, RawLoad, RawPlacement
 
 _INT32 = 2**31 - 1
 
@@ -89,6 +89,19 @@ def _tokens(count: float) -> str:
     if count == np.inf:
         return "more than 1.8e308"
     return f"{count:.0f}" if count < 2.0**63 else f"{count:.6g}"
+
+
+def without_empty_windows(load: Load) -> tuple[Load, int]:
+    """The windows (T, L, E) in which anything was recorded, and how many others there were; one is kept in any case.
+
+    >>> load, empty = without_empty_windows(np.array([[[6, 2]], [[0, 0]]]))
+    >>> load.tolist(), empty
+    ([[[6, 2]]], 1)
+    """
+    recorded = (load != 0).any(axis=(1, 2))
+    if not recorded.any():
+        recorded[0] = True
+    return (load, 0) if recorded.all() else (load[recorded], int((~recorded).sum()))
 
 
 def number_gaps(layer_ids: tuple[int, ...] | None) -> Iterator[Finding]:

@@ -19,6 +19,7 @@ from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.formats.catalogue import FORMATS, Format
 from evenmoe.formats.contents import Contents, IntArray, Load, Raw, RawLoad, RawPlacement, ReadOptions, WriteOptions
 from evenmoe.formats.document import Document
+from evenmoe.formats.values import to_logical
 from evenmoe.placement import Placement, layers_of
 
 #: In `metadata` of a placement: its rows are every hidden layer, and which of them are dense is not known.
@@ -180,6 +181,64 @@ def mtp_numbers(options: WriteOptions) -> list[int]:
             "(--layers first:end)",
         )
     return [options.num_hidden_layers + i for i in range(len(options.mtp_slots))]
+
+
+def by_placement(document: Document, raw: RawLoad, options: ReadOptions) -> RawLoad:
+    """The load converted from the slots of `options.placement` to logical experts, where there is one.
+
+    Raises FileFormatError where the counts cannot be those of its slots.
+    """
+    placement = options.placement
+    if placement is None:
+        return raw
+    leave_out = "leave placement (--map) out"
+    trace = raw.trace
+    if trace is not None and (trace.routing is not None or trace.load_by_rank is not None):
+        raise document.error(
+            "a trace with routing or loads by rank, which name experts",
+            "must count slots alone to take a placement (--map)",
+            leave_out,
+        )
+    if raw.has_own_map:
+        raise document.error("a load that holds the map of its own slots", "must be read by that", leave_out)
+    width = raw.load.shape[2]
+    if width != placement.num_slots:
+        raise document.error(
+            f"a load with {width} counts per layer",
+            f"must have one for each of the {placement.num_slots} slots of its placement",
+            f"pass the placement that was in use when it was recorded, or {leave_out} if it counts logical experts",
+        )
+    held = _layers_of(document, placement, raw.load.shape[1], raw.layer_ids, options.placement_layers)
+    load = to_logical(document, raw.load, held.slot_to_expert.astype(np.int64), held.num_experts)
+    if trace is not None:
+        trace = dataclasses.replace(trace, load=load)
+    return dataclasses.replace(raw, load=load, placement=held, trace=trace)
+
+
+def _layers_of(
+    document: Document,
+    placement: Placement,
+    rows: int,
+    layer_ids: tuple[int, ...] | None,
+    placement_layers: tuple[int, ...] | None,
+) -> Placement:
+    """The rows of the placement that are the load's layers, found by number where both are numbered."""
+    fix = "give the placement that was in use when it was recorded"
+    if layer_ids is None or placement_layers is None:
+        if rows != placement.num_layers:
+            raise document.error(
+                f"a load with {rows} layers", f"must have the {placement.num_layers} layers of its placement", fix
+            )
+        return placement
+    absent = sorted(set(layer_ids) - set(placement_layers))
+    if absent:
+        raise document.error(
+            f"a load with layer {absent[0]}",
+            f"must have layers of its placement, which are {placement_layers[0]} to {placement_layers[-1]}",
+            fix,
+        )
+    chosen = [placement_layers.index(number) for number in layer_ids]
+    return layers_of(placement, chosen)
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -15,16 +15,16 @@ from evenmoe.errors import ConstraintError, FileFormatError
 from evenmoe.formats.catalogue import ENTRIES, FORMATS, Entry, Format
 from evenmoe.formats.contents import Contents, Finding, Raw, RawLoad, RawPlacement, ReadOptions
 from evenmoe.formats.document import Document, open_document
-from evenmoe.formats.findings import inspect_load, inspect_placement
+from evenmoe.formats.findings import inspect_load, inspect_placement, without_empty_windows
 from evenmoe.formats.layer_numbers import (
     MTP_LAYERS,
     apart_from_mtp,
+    by_placement,
     check_hidden_layers,
     choose_rows,
     number_rows,
     row_numbers,
 )
-from evenmoe.formats.values import by_placement, without_empty_windows
 from evenmoe.io import DamagedFileError
 from evenmoe.placement import Placement, layers_of
 

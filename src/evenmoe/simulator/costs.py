@@ -10,6 +10,7 @@ import numpy.typing as npt
 from evenmoe.errors import ConstraintError
 from evenmoe.metrics import FloatArray
 from evenmoe.placement import Placement
+from evenmoe.traces.models import find_model
 
 IntArray = npt.NDArray[np.int64]
 
@@ -79,6 +80,19 @@ class CostModel:
             copy_bytes=float(figures.get("expert_bytes", expert_bytes)),
         )
         return replace(model, **figures)
+
+    @staticmethod
+    def for_model(name: str, **figures: float) -> CostModel:
+        """The model for the experts of a known one (`evenmoe.traces.models`); `figures` as in `for_expert`.
+
+        Raises:
+            ConstraintError: a name that is not known.
+
+        >>> CostModel.for_model("deepseek-v3") == CostModel.for_expert(7168, 44_040_192, 88_080_384)
+        True
+        """
+        shape = find_model(name)
+        return CostModel.for_expert(shape.hidden, shape.expert_bytes, shape.expert_flops_per_token, **figures)
 
     def layer_time(self, tokens: IntArray, busy: IntArray, sent: FloatArray, received: FloatArray) -> FloatArray:
         """Microseconds of each layer, float64 (L,): the busiest rank's experts, then the busiest rank's exchanges.

@@ -66,7 +66,7 @@ def simulate(
         num_ranks: G, every one of which is a source rank and holds experts.
         num_nodes: nodes that share the ranks evenly, in rank order.
         tokens_per_rank: B, tokens of one source rank in one step.
-        costs: what times are made from.
+        costs: what times are made from: `CostModel.for_model` of a known model, or figures of your own.
         num_slots: S of policies that do not say. Default: one slot per rank more than the experts need.
         num_groups: expert groups of policies that do not say, kept inside nodes; 1 plans across nodes.
         num_steps: N. Default: with tokens as many as the trace fills once, else 100.
