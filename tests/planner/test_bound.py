@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evenmoe as em
-from evenmoe.planner.kernels.bound import least_state, lower_bounds
+from evenmoe.planner.kernels.bound import lower_bounds
 
 # lower_bound takes a billionth off for rounding; its bisection stops a ten-billionth early.
 EXACT = 2e-9
@@ -105,7 +105,7 @@ def test_counts_rise_only() -> None:
     # A share that shrinks with its count can become the lightest company; the tests once went back and forth for ever.
     loads = np.array([[23.74, 21.57, 19.16, 16.91, 16.81, 16.45, 11.05]])
     peaks = np.array([np.inf])
-    lower_bounds(loads, 4, 3, least_state(7, 12), peaks)
+    lower_bounds(loads, 4, 3, peaks)
     assert peaks[0] == pytest.approx(loads.sum() / 4)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from evenmoe.errors import ConstraintError
 from evenmoe.planner.greedy import plan_greedy
-from tests.simulator.dull import Setup, greedy
+from tests.simulator.plain_loops import Setup, greedy
 
 
 @settings(deadline=None)

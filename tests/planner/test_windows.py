@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import evenmoe as em
 from evenmoe.planner import windows
-from evenmoe.planner.kernels.soft_peak import search, soft_peak_state
+from evenmoe.planner.kernels.soft_peak import search
 from evenmoe.planner.windows import (
     BETAS,
     FOLDS,
@@ -26,6 +26,7 @@ from evenmoe.planner.windows import (
     most_tries,
     plan_history,
     plan_windows,
+    soft_peak_state,
 )
 
 Load = npt.NDArray[np.float64]

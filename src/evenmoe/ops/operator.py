@@ -271,7 +271,7 @@ def collective(
         )
     ep = transport_of(group if ep is None else ep, "ep")
     tp = None if tp is None else transport_of(tp, "tp")
-    parts = parts_of(operator, ep, tp, given["elastic_info"] is not None, rows)
+    parts = parts_of(operator, ep, tp, arguments["elastic_info"] is not None, rows)
     with together(*in_order(operator, *parts)):
         arguments["moe_expert_num"] = arguments.pop("num_experts")
         if arguments["moe_expert_num"] is None:

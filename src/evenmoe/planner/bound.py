@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from evenmoe.metrics import FloatArray, as_load, within_range
 from evenmoe.planner.hierarchical import MOST_PACKINGS, all_packings, best_packings, count_packings, group_members
-from evenmoe.planner.kernels.bound import least_state, lower_bounds, search_exhaustively
+from evenmoe.planner.kernels.bound import lower_bounds, search_exhaustively
 from evenmoe.planner.options import Shape, check_shape
 
 # The exhaustive search sharpens the bound of layers up to this size, for a millisecond each: it proves the optimum
@@ -89,7 +89,7 @@ def _floors(load: FloatArray, num_ranks: int, num_slots: int) -> FloatArray:
     width = num_slots // num_ranks
     loads = -np.sort(-load, axis=1)
     floors = np.full(len(loads), np.inf)
-    lower_bounds(loads, num_ranks, width, least_state(load.shape[1], num_slots), floors)
+    lower_bounds(loads, num_ranks, width, floors)
     if num_slots <= SMALL_SLOTS and 1 < width < load.shape[1]:
         slots = np.empty((num_ranks, width), np.int64)
         for row in np.flatnonzero(floors > 0):

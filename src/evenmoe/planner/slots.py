@@ -32,6 +32,11 @@ class Slots:
         return Slots(self.experts[layers], self.replica_index[layers])
 
 
+def random_state(seed: int, stream: int, more: int = 0) -> npt.NDArray[np.uint64]:
+    """A state for the searches' random numbers, uint64 (1,), far from that of the next seed and stream."""
+    return np.array([(seed * 0x9E3779B97F4A7C15 + stream * 0x2545F4914F6CDD1D + more) % 2**64 or 1], np.uint64)
+
+
 def by_load(load: FloatArray) -> Indices:
     """int64 (L, E): experts in descending order of mean load, so that no plan depends on what they are called."""
     return np.argsort(-(load.mean(axis=0) if load.ndim == 3 else load), axis=1, kind="stable")

@@ -7,11 +7,10 @@ import numpy.typing as npt
 
 from evenmoe.metrics import FloatArray
 from evenmoe.placement import IntArray
-from evenmoe.planner.kernels.bound import least_state, lower_bounds, search_exhaustively
-from evenmoe.planner.kernels.common import random_state
+from evenmoe.planner.kernels.bound import lower_bounds, search_exhaustively
 from evenmoe.planner.kernels.packing import pack_layers
-from evenmoe.planner.kernels.swaps import even_layers, refine, swap_state
-from evenmoe.planner.slots import named
+from evenmoe.planner.kernels.swaps import even_layers, refine
+from evenmoe.planner.slots import named, random_state
 
 # The quick search stops this near the bound: 0.03 % of a rank's time, at two thirds of the time of 0.01 %.
 NEAR = 3e-4
@@ -70,7 +69,7 @@ def plan_peaks(
     pack_layers(np.ascontiguousarray(load), order, slots)
     loads = np.take_along_axis(load, order, axis=1)
     peaks = np.empty(num_layers)
-    even_layers(loads, NEAR, swap_state(num_experts, num_ranks, width), slots, peaks)
+    even_layers(loads, NEAR, slots, peaks)
     wanted = mean if enough is None else np.maximum(mean, enough)
     far = EXACT if num_slots <= PROVABLE else FAR
     for layer in np.flatnonzero(peaks > wanted * (1 + far)):
@@ -86,12 +85,12 @@ def _search_on(
     """Improve `slots` (G, width) of one difficult layer in place; return the tokens of its busiest rank."""
     num_ranks, width = slots.shape
     floor = np.array([peak / (1 + far)])
-    lower_bounds(loads[None], num_ranks, width, least_state(loads.size, slots.size), floor)
+    lower_bounds(loads[None], num_ranks, width, floor)
     if floor[0] >= peak / (1 + far):
         return peak
     tries = 20 if exhaust and slots.size <= PROVABLE else min(max(EFFORT // slots.size, 50), 400)
     goal = max(floor[0], wanted) * (1 + NEAR)
-    peak = float(refine(loads, goal, tries, random_state(seed, 1), swap_state(loads.size, *slots.shape), slots))
+    peak = float(refine(loads, goal, tries, random_state(seed, 1), slots))
     if exhaust and slots.size <= SMALL and peak > wanted * (1 + far):
         nodes = 3_000_000 if slots.size <= PROVABLE else 300_000
         peak = float(search_exhaustively(loads, floor[0], peak, nodes, slots)[0])

@@ -9,9 +9,8 @@ import numpy.typing as npt
 
 from evenmoe.metrics import FloatArray
 from evenmoe.placement import IntArray
-from evenmoe.planner.kernels.common import random_state
-from evenmoe.planner.kernels.soft_peak import search, soft_peak_state
-from evenmoe.planner.slots import even_par, named, take
+from evenmoe.planner.kernels.soft_peak import SoftPeak, search
+from evenmoe.planner.slots import even_par, named, random_state, take
 from evenmoe.planner.static import plan_peaks, plan_static
 
 # Random changes a layer: at most BY_SLOTS / slots, 800 on 40 slots; at most EFFORT / (windows ×
@@ -148,6 +147,30 @@ def plan_history(
         state = soft_peak_state(windows, noise, num_ranks, num_slots)
         search(state, beta, tries, PATIENCE * num_slots, random_state(seed, layer, 1), slots[layer])
     return slots
+
+
+def soft_peak_state(windows: FloatArray, noise: FloatArray, num_ranks: int, num_slots: int) -> SoftPeak:
+    """A layer for `search`; not compiled, which saves a second of compiling."""
+    num_windows, num_experts = windows.shape
+    by_expert, by_rank, by_slot = (num_windows, num_experts), (num_windows, num_ranks), (num_windows, num_slots)
+    return SoftPeak(
+        windows=windows,
+        noise=noise,
+        slots=np.zeros(num_slots, np.int64),
+        counts=np.zeros(num_experts, np.int64),
+        held=np.zeros((num_ranks, num_experts), np.bool_),
+        factor=np.empty(by_expert),
+        more=np.empty(by_expert),
+        less=np.ones(by_expert),
+        exp_load=np.empty(by_rank),
+        total=np.empty(num_windows),
+        part=np.empty(by_rank),
+        weight=np.empty(num_ranks),
+        enter=np.empty(by_slot),
+        leave=np.empty(by_slot),
+        rest=np.empty(by_slot),
+        stale=np.ones(num_ranks, np.bool_),
+    )
 
 
 def choose_regularization(history: History, num_slots: int, seed: int = 0) -> Regularization:

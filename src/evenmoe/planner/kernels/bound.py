@@ -27,23 +27,20 @@ class Least(NamedTuple):
     touched: npt.NDArray[np.int64]  # (E + 1,) no n experts have more replicas than this
 
 
-def least_state(num_experts: int, num_slots: int) -> Least:
-    """The arrays that `lower_bounds` works in."""
-    return Least(
+@compiled
+def lower_bounds(loads, num_ranks, width, peaks):
+    """Replace `peaks` (L,) by tokens that the busiest rank of no placement of the row (L, E) can undercut.
+
+    Rows of `loads` descend. `peaks` comes with the highest value of interest: a row whose bound is as high keeps it.
+    """
+    num_experts, num_slots = loads.shape[1], num_ranks * width
+    least = Least(
         np.zeros(num_experts, np.int64),
         np.zeros(num_experts, np.int64),
         np.zeros(num_slots),
         np.zeros(num_slots + 1),
         np.zeros(num_experts + 1, np.int64),
     )
-
-
-@compiled
-def lower_bounds(loads, num_ranks, width, least, peaks):
-    """Replace `peaks` (L,) by tokens that the busiest rank of no placement of the row (L, E) can undercut.
-
-    Rows of `loads` descend. `peaks` comes with the highest value of interest: a row whose bound is as high keeps it.
-    """
     for row in range(loads.shape[0]):
         low, high = 0.0, peaks[row]
         for expert in range(loads.shape[1]):

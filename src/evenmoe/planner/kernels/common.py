@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from evenmoe.compiled import compiled
-
-
-def random_state(seed: int, stream: int, more: int = 0) -> npt.NDArray[np.uint64]:
-    """A state for `draw`, uint64 (1,), far from that of the next seed and stream."""
-    return np.array([(seed * 0x9E3779B97F4A7C15 + stream * 0x2545F4914F6CDD1D + more) % 2**64 or 1], np.uint64)
 
 
 @compiled

@@ -48,30 +48,6 @@ class SoftPeak(NamedTuple):
     stale: npt.NDArray[np.bool_]  # (G,) ranks with swaps to look for
 
 
-def soft_peak_state(windows: FloatArray, noise: FloatArray, num_ranks: int, num_slots: int) -> SoftPeak:
-    """A layer for `search`; not compiled, which saves a second of compiling."""
-    num_windows, num_experts = windows.shape
-    by_expert, by_rank, by_slot = (num_windows, num_experts), (num_windows, num_ranks), (num_windows, num_slots)
-    return SoftPeak(
-        windows=windows,
-        noise=noise,
-        slots=np.zeros(num_slots, np.int64),
-        counts=np.zeros(num_experts, np.int64),
-        held=np.zeros((num_ranks, num_experts), np.bool_),
-        factor=np.empty(by_expert),
-        more=np.empty(by_expert),
-        less=np.ones(by_expert),
-        exp_load=np.empty(by_rank),
-        total=np.empty(num_windows),
-        part=np.empty(by_rank),
-        weight=np.empty(num_ranks),
-        enter=np.empty(by_slot),
-        leave=np.empty(by_slot),
-        rest=np.empty(by_slot),
-        stale=np.ones(num_ranks, np.bool_),
-    )
-
-
 @compiled
 def search(layer, beta, tries, patience, random, slots):
     """Improve `slots` (S,), no two of one expert on a rank, by descents from at most `tries` random changes.

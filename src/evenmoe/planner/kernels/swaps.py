@@ -24,8 +24,8 @@ class SwapState(NamedTuple):
     line: npt.NDArray[np.int64]  # (G,) ranks, lightest first; `_even_out` keeps it
 
 
-def swap_state(num_experts: int, num_ranks: int, width: int) -> SwapState:
-    """The arrays that `even_layers` and `refine` work in."""
+@compiled
+def _new_state(num_experts, num_ranks, width):
     return SwapState(
         np.empty((num_ranks, width), np.int64),
         np.empty((num_ranks, width), np.float64),
@@ -36,12 +36,13 @@ def swap_state(num_experts: int, num_ranks: int, width: int) -> SwapState:
 
 
 @compiled
-def even_layers(loads, tolerance, layer, slots, peaks):
+def even_layers(loads, tolerance, slots, peaks):
     """Even out every row of `slots` (L, G, width) under `loads` (L, E), descending; fill `peaks` (L,), tokens.
 
     A layer is finished once its busiest rank is within `tolerance` of the mean or of the heaviest replica.
     """
-    num_rows, num_ranks, _ = slots.shape
+    num_rows, num_ranks, width = slots.shape
+    layer = _new_state(loads.shape[1], num_ranks, width)
     for row in range(num_rows):
         _load_layer(loads[row], slots[row], layer)
         least = 0.0
@@ -55,7 +56,7 @@ def even_layers(loads, tolerance, layer, slots, peaks):
 
 
 @compiled
-def refine(loads, goal, tries, random, layer, slots):
+def refine(loads, goal, tries, random, slots):
     """Search on from `slots` (S,), a placement of one row, until its peak is within `goal` tokens; return the peak.
 
     Iterated local search: change one or two replicas at random, even the ranks out, keep what is no worse. On few
@@ -63,6 +64,7 @@ def refine(loads, goal, tries, random, layer, slots):
     `random` uint64 (1,) is the state of the generator, not 0.
     """
     num_ranks, width = slots.shape
+    layer = _new_state(loads.size, num_ranks, width)
     _load_layer(loads, slots, layer)
     _even_out(goal, layer)
     peak = _peak_of(layer)
