@@ -22,7 +22,7 @@ Planner = Callable[..., "Placement"]
 
 PLANNERS: Registry[Planner] = Registry(
     "planner",
-    {"evenmoe": "evenmoe.planner.plan:plan", "greedy": "evenmoe.planner.greedy:plan_greedy"},
+    {"evenmoe": "evenmoe.planner.plan:plan", "greedy": "evenmoe.planner.static:plan_greedy"},
     callable,
     "a function that is called as evenmoe.plan is",
     "evenmoe.planners",
