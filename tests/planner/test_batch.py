@@ -13,7 +13,7 @@ from evenmoe.planner.batch import drift_factors, scenarios_of
 from evenmoe.planner.kernels.batch import candidates, evaluate
 from evenmoe.planner.kernels.common import replicate
 from evenmoe.planner.kernels.packing import draft
-from evenmoe.rules.catalogue import RULES
+from evenmoe.rules import RULES
 from tests.effort import effort
 
 
