@@ -15,7 +15,7 @@ import numpy as np
 
 import evenmoe as em
 from evenmoe.metrics import peak_over_mean
-from evenmoe.rules.catalogue import RULES
+from evenmoe.rules import RULES
 
 SHAPES = ((256, 264, 8), (256, 288, 32), (128, 144, 16), (256, 320, 32), (384, 416, 32))
 DRIFTS, SEEDS, LAYERS = (0.0, 0.15, 0.3, 0.6), (1, 2, 3), 8

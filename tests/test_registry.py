@@ -11,7 +11,7 @@ from evenmoe.registry import Registry
 
 
 def numbers(group: str = "evenmoe.numbers") -> Registry[float]:
-    return Registry("number", {"pi": "math:pi", "e": "math:e"}, lambda n: isinstance(n, float), "a float", group)
+    return Registry("number", {"pi": "math:pi", "e": "math:e"}, "builtins:float", "a float", group)
 
 
 def test_a_file_is_imported_once(tmp_path):

@@ -66,7 +66,7 @@ FLOORS = (
     ("metrics", "quantities"),
     ("placement",),
     ("errors",),
-    ("lazy", "compiled", ""),  # "" is evenmoe itself, whose names are imported when first used
+    ("compiled", ""),  # "" is evenmoe itself, whose names are imported when first used
 )
 
 RUN = 6  # lines that make a duplicate

@@ -5,9 +5,11 @@ The public face is this list. A name is imported when first used, so `import eve
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
+from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING
-
-from evenmoe.lazy import lazy_names
 
 if TYPE_CHECKING:
     from evenmoe import errors as errors
@@ -69,4 +71,27 @@ _HOME = {
 }
 
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604  # pyright: ignore[reportUnsupportedDunderAll]
-__getattr__, __dir__ = lazy_names(__name__, _HOME)
+
+
+def import_name(package: str, home: Mapping[str, str], name: str) -> object:
+    """A package's `__getattr__` (PEP 562): import a name from the module that `home` names, when it is first used.
+
+    A name may also be that of a module of the package itself.
+
+    >>> import_name("evenmoe", {"Placement": "evenmoe.placement"}, "Placement").__name__
+    'Placement'
+    """
+    if name not in home:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    module = import_module(home[name])
+    value = module if home[name] == f"{package}.{name}" else getattr(module, name)
+    setattr(sys.modules[package], name, value)
+    return value
+
+
+def known_names(package: str, home: Mapping[str, str]) -> list[str]:
+    """A package's `__dir__`: what it has, and what it would import."""
+    return sorted({*vars(sys.modules[package]), *home})
+
+
+__getattr__, __dir__ = partial(import_name, __name__, _HOME), partial(known_names, __name__, _HOME)

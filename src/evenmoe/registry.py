@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from importlib import import_module, util
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -24,12 +25,12 @@ class Registry(Generic[Thing]):
     Args:
         kind: what the things are, in the singular, as arguments and options call them: "rule".
         own: {name: "module:attribute"}, in the order in which they are listed.
-        accepts: whether an object is such a thing.
-        wanted: what `accepts` wants, for messages: "an evenmoe.rules.rule.Rule".
+        type: "module:class" of which they are instances; imported with the first of them.
+        wanted: what such an object is, for messages: "an evenmoe.rules.rule.Rule".
         group: of the entry points.
 
     >>> from math import pi
-    >>> numbers = Registry("number", {"pi": "math:pi"}, lambda thing: isinstance(thing, float), "a float", "no.group")
+    >>> numbers = Registry("number", {"pi": "math:pi"}, "builtins:float", "a float", "no.group")
     >>> numbers.get("pi") == numbers.get("py:math:pi") == numbers.get(pi)
     True
     >>> numbers.add("half", 0.5)
@@ -41,10 +42,8 @@ class Registry(Generic[Thing]):
 one of them.
     """
 
-    def __init__(
-        self, kind: str, own: Mapping[str, str], accepts: Callable[[object], bool], wanted: str, group: str
-    ) -> None:
-        self._kind, self._accepts, self._wanted, self._group = kind, accepts, wanted, group
+    def __init__(self, kind: str, own: Mapping[str, str], type: str, wanted: str, group: str) -> None:
+        self._kind, self._type_name, self._wanted, self._group = kind, type, wanted, group
         self._places = dict(own)
         self._things: dict[str, Thing] = {}
         self._looked_for_packages = False
@@ -94,8 +93,13 @@ one of them.
             for entry in entry_points(group=self._group):
                 self._places.setdefault(entry.name, f"{entry.module}:{entry.attr}")
 
+    @cached_property
+    def _type(self) -> type:
+        module, _, name = self._type_name.partition(":")
+        return getattr(import_module(module), name)
+
     def _checked(self, name: str, thing: object) -> Thing:
-        if not self._accepts(thing):
+        if not isinstance(thing, self._type):
             raise ConstraintError(
                 self._kind, f"{name}, a {type(thing).__name__}", f"must be {self._wanted}", "pass one, or its name"
             )

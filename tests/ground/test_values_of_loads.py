@@ -13,7 +13,7 @@ from evenmoe import formats
 from evenmoe.errors import ConstraintError, EvenmoeError
 from evenmoe.metrics import even_rank_loads
 from evenmoe.placement import Placement
-from evenmoe.rules.catalogue import RULES
+from evenmoe.rules import RULES
 
 LOAD = [[6.0, 1.0, 1.0, 4.0]]  # exact in bfloat16 and in float8
 PLACEMENT = Placement([[0, 1, 2, 3]], 2)

@@ -15,7 +15,7 @@ import evenmoe as em
 from evenmoe.metrics import peak_over_mean
 from evenmoe.planner.batch import JITTER, drift_factors, scenarios_of
 from evenmoe.planner.kernels.batch import evaluate
-from evenmoe.rules.catalogue import RULES
+from evenmoe.rules import RULES
 
 Load = npt.NDArray[np.float64]
 RANKS, SLOTS, EXPERTS, LAYERS = 8, 40, 32, 2

@@ -9,8 +9,9 @@ import pytest
 
 import evenmoe as em
 from evenmoe.errors import ConstraintError
+from evenmoe.planner import PLANNERS
 from evenmoe.planner.options import PlanOptions
-from evenmoe.planner.planners import PLANNERS, plan_with
+from evenmoe.planner.plan import plan_with
 from tests.planner import toy_planner
 
 LOAD = np.random.default_rng(0).lognormal(3, 1, (2, 24))

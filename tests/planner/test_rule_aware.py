@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 import evenmoe as em
 from evenmoe.metrics import peak_over_mean
 from evenmoe.planner.kernels import rank_rule
-from evenmoe.rules import rank
-from evenmoe.rules.catalogue import RULES
+from evenmoe.rules import RULES, rank
 
 
 def par(load, placement):

@@ -11,8 +11,7 @@ from evenmoe.errors import ConstraintError
 from evenmoe.metrics import even_rank_loads
 from evenmoe.reference import update_expert as reference_rules
 from evenmoe.reference.update_expert import update_expert
-from evenmoe.rules import rank
-from evenmoe.rules.catalogue import RULES
+from evenmoe.rules import RULES, rank
 
 
 def placement_with(count, num_ranks, seed=0):

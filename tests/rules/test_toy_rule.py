@@ -11,7 +11,7 @@ import torch
 
 import evenmoe as em
 from evenmoe.errors import ConstraintError, EvenmoeError
-from evenmoe.rules.catalogue import RULES
+from evenmoe.rules import RULES
 from evenmoe.rules.rule import Rule
 from evenmoe.simulator.costs import CostModel
 from evenmoe.simulator.replay import simulate

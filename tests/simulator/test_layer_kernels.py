@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evenmoe as em
-from evenmoe.rules.catalogue import RULES
+from evenmoe.rules import RULES
 from evenmoe.simulator import batch_kernels, layer_kernels
 from tests.simulator.plain_loops import choose
 

@@ -21,7 +21,7 @@ from typer.models import OptionInfo
 
 from evenmoe.errors import ConstraintError, EvenmoeError
 from evenmoe.formats.catalogue import FORMATS, Format
-from evenmoe.rules.catalogue import RULES
+from evenmoe.rules import RULES
 
 if TYPE_CHECKING:
     from evenmoe.formats.contents import ReadOptions

@@ -16,9 +16,9 @@ from evenmoe.cli.options import FileOptions, Rule, WorldOptions, completed, find
 from evenmoe.cli.streams import print_json, print_notes, table_console
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.formats.catalogue import ENTRIES
-from evenmoe.planner.planners import PLANNERS, plan_with
+from evenmoe.planner import PLANNERS
 from evenmoe.quantities import par
-from evenmoe.rules.catalogue import RULES
+from evenmoe.rules import RULES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,10 +73,11 @@ class PlanCommand(FileOptions, WorldOptions):
 
     def run(self) -> int:
         """Read, plan, write, show."""
-        import evenmoe as em
         from evenmoe.formats.writing import write
         from evenmoe.metrics import as_load, within_range
+        from evenmoe.planner.bound import lower_bound
         from evenmoe.planner.options import PlanOptions
+        from evenmoe.planner.plan import plan_with
 
         self._check_target()
         contents = self._read_load()
@@ -107,7 +108,7 @@ class PlanCommand(FileOptions, WorldOptions):
         if self.out is not None:
             metadata = dict(contents.metadata)
             notes += write(self.out, placement, format=self.to, layer_ids=contents.layer_ids, metadata=metadata)
-        bound = em.lower_bound(load.sum(axis=0), **world) if RULES.get(self.rule).shares_evenly else None
+        bound = lower_bound(load.sum(axis=0), **world) if RULES.get(self.rule).shares_evenly else None
         rows = _compare(windows, placement, previous, self.rule)
         found = _Outcome(self, contents, windows, len(goal), numbers, placement, previous, rows, bound)
         file = sys.stderr if self.out == "-" else sys.stdout

@@ -16,8 +16,8 @@ from evenmoe.cli.options import FileOptions, WorldOptions, completed, make_comma
 from evenmoe.cli.report import summary_table
 from evenmoe.cli.streams import print_json
 from evenmoe.errors import ConstraintError, MissingArgumentError
-from evenmoe.planner.planners import PLANNERS
-from evenmoe.rules.catalogue import RULES
+from evenmoe.planner import PLANNERS
+from evenmoe.rules import RULES
 from evenmoe.traces.models import MODELS, ModelShape
 
 if TYPE_CHECKING:

@@ -5,9 +5,10 @@ A name is imported when first used, so that the command line's help needs no num
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
-from evenmoe.lazy import lazy_names
+from evenmoe import import_name, known_names
 
 if TYPE_CHECKING:
     from evenmoe.formats.catalogue import FORMATS as FORMATS
@@ -45,4 +46,4 @@ _HOME = {
 }
 
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
-__getattr__, __dir__ = lazy_names(__name__, _HOME)
+__getattr__, __dir__ = partial(import_name, __name__, _HOME), partial(known_names, __name__, _HOME)

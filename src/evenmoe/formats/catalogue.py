@@ -258,7 +258,7 @@ ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _OWN}
 FORMATS: Registry[Format] = Registry(
     "format",
     {entry.name: entry.object for entry in _OWN},
-    lambda thing: isinstance(thing, Format),
+    "evenmoe.formats.catalogue:Format",
     "an evenmoe.formats.Format",
     "evenmoe.formats",
 )

@@ -13,7 +13,7 @@ from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.contract.update_expert import check_update_expert_call
 from evenmoe.errors import ConstraintError
 from evenmoe.ops.operator import Prepared, check_types, register
-from evenmoe.rules.catalogue import RULES
+from evenmoe.rules import RULES
 from evenmoe.rules.rule import Rule
 from evenmoe.rules.table import check_ids, check_table
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from evenmoe.errors import ConstraintError
 from evenmoe.placement import Placement
-from evenmoe.rules.catalogue import RULES
+from evenmoe.rules import RULES
 from evenmoe.rules.rule import Rule
 
 

@@ -1,16 +1,24 @@
-"""`plan`: the one entry to every planner."""
+"""`plan`, evenmoe's own planner, and `plan_with`, the one entry to all of them."""
 
 from __future__ import annotations
+
+from dataclasses import fields
+from inspect import Parameter, signature
 
 import numpy as np
 import numpy.typing as npt
 
-from evenmoe.metrics import FloatArray, as_load, within_range
+from evenmoe.errors import ConstraintError
+from evenmoe.metrics import FloatArray, as_load, count_copies, within_range
 from evenmoe.placement import Placement
-from evenmoe.planner.options import PlanOptions, Shape
+from evenmoe.planner import PLANNERS, Planner
+from evenmoe.planner.options import PlanOptions, Shape, check_placement
 from evenmoe.planner.slots import Slots
-from evenmoe.rules.catalogue import RULES
+from evenmoe.rules import RULES
 from evenmoe.rules.rule import Rule
+
+# What a planner need not look at: its plan is another than it could be, but none that breaks what was asked for.
+_HINTS = ("rule", "seed")
 
 
 def plan(
@@ -133,3 +141,50 @@ def _plan_each_history(tokens: FloatArray, shape: Shape, options: PlanOptions, u
         part = _improve_used(tokens[windows][:, layers], shape, options, used.of_layers(layers))
         experts[layers], index[layers] = part.experts, part.replica_index
     return Slots(experts, index)
+
+
+def takes(planner: Planner, option: str) -> bool:
+    """Whether the planner's signature has this option of `evenmoe.plan`.
+
+    >>> takes(PLANNERS.get("evenmoe"), "previous"), takes(PLANNERS.get("greedy"), "previous")
+    (True, False)
+    """
+    parameters = signature(planner).parameters
+    return option in parameters or any(each.kind is Parameter.VAR_KEYWORD for each in parameters.values())
+
+
+def plan_with(planner: str | Planner, load: npt.ArrayLike, options: PlanOptions) -> Placement:
+    """Plan with the planner of that name, or with this function, and check what it returns.
+
+    Args:
+        planner: a name in `PLANNERS`, py:module:function, or a function that is called as `evenmoe.plan` is.
+        load: tokens per logical expert, (L, E), or windows (T, L, E).
+        options: all are given to the planner that it takes. One that it does not take is an error where the plan would
+            break it; the rule and the seed are left out.
+
+    Raises:
+        ConstraintError: no such planner, options that cannot work or that it does not take, or a plan that is no
+            placement of the counts asked for, tears a group, or makes more copies than were allowed.
+
+    >>> plan_with("greedy", [[6, 1, 1]], PlanOptions(num_ranks=2, num_slots=4)).slot_to_expert.tolist()
+    [[0, 1, 0, 2]]
+    """
+    tokens = as_load(load)
+    options, shape = options.checked(*tokens.shape[-2:])
+    found, name = PLANNERS.get(planner), planner if isinstance(planner, str) else repr(planner)
+    given = {field.name: getattr(options, field.name) for field in fields(options)}
+    for option in [option for option in given if not takes(found, option)]:
+        value = given.pop(option)
+        needless = not shape.is_hierarchical if option in ("num_nodes", "num_groups") else value is None
+        if not needless and option not in _HINTS:
+            raise ConstraintError(
+                "planner", f"{name}, which takes no `{option}`", f"must take it to plan with {value}", "leave it out"
+            )
+    placement = found(tokens, **given)
+    check_placement(placement, tokens.shape[-2], shape, "planner", f"{name}, whose plan is ", "correct the planner")
+    if options.previous is not None and options.max_copies is not None:
+        copies = int(count_copies(options.previous, placement).max())
+        if copies > options.max_copies:
+            made = f"{name}, whose plan makes {copies} copies in one layer"
+            raise ConstraintError("planner", made, f"must make at most {options.max_copies}", "correct the planner")
+    return placement

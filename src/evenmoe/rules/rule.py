@@ -24,7 +24,7 @@ _SAMPLE = 840  # tokens of a rank from which shares are measured: a multiple of 
 class Rule:
     """One rule; a subclass with a name, a description and `choose` is complete, and everything else follows from that.
 
-    Operators, `ExpertParallel`, planner, simulator and command line find rules in `evenmoe.rules.catalogue.RULES`.
+    Operators, `ExpertParallel`, planner, simulator and command line find rules in `evenmoe.rules.RULES`.
 
     Attributes:
         name: what it is called wherever a rule can be given.
@@ -114,7 +114,7 @@ class Rule:
         Raises:
             ConstraintError: a load of another model, or no load.
 
-        >>> from evenmoe.rules.catalogue import RULES
+        >>> from evenmoe.rules import RULES
         >>> placement = Placement([[0, 1, 0, 2]], num_ranks=2)
         >>> [RULES.get(name).slot_loads([[6, 1, 3]], placement).tolist() for name in ("even", "batch")]
         [[[3.0, 1.0, 3.0, 3.0]], [[4.0, 1.0, 2.0, 3.0]]]

@@ -16,7 +16,7 @@ from evenmoe.errors import ConstraintError, UnsupportedTypeError
 from evenmoe.ops.exchange import Routing, exchange, positions_of, prepare_returning, prepare_sending, route
 from evenmoe.ops.operator import check_devices, check_tensors
 from evenmoe.ops.weighted_sum import add_rows
-from evenmoe.rules.catalogue import RULES
+from evenmoe.rules import RULES
 from evenmoe.rules.rule import Rule
 from evenmoe.rules.table import check_table_of_slots, counted_entries
 from evenmoe.transport.agreement import LAYER, Header, digest, dtype_code
@@ -80,7 +80,7 @@ class ExpertParallel:
         num_slots: S, a multiple of W.
         rule: which replica a token uses, a `evenmoe.rules.rule.Rule` or its name: "rank", "token", "occurrence",
             "batch" (the split of the whole batch that minimizes the busiest rank's load; the counts it needs travel
-            instead of the usual ones), or one of your own (`evenmoe.rules.catalogue`).
+            instead of the usual ones), or one of your own (`evenmoe.rules`).
         check_values: look at ids at every step. False saves the pass; a wrong value is then undefined.
         layer: a number of the layer, 0 or more, the same on all ranks, for messages and to tell layers apart. None for
             the next number of the group, which agrees if all ranks make their layers in the same order.

@@ -8,7 +8,7 @@
     evenmoe   evenmoe's plan at every refresh; the first one made anew, the others from the placement in use
     oracle    planned on each step itself, which nobody can; its copies cost nothing
 
-Any other planner (`evenmoe.planner.planners`), a user's own as py:module:function included, is a policy as greedy and
+Any other planner (`evenmoe.planner`), a user's own as py:module:function included, is a policy as greedy and
 evenmoe are. A policy that plans starts with the default placement, in its own number of slots, and sees only steps that
 are over.
 """
@@ -25,9 +25,10 @@ import numpy as np
 from evenmoe.errors import ConstraintError
 from evenmoe.metrics import FloatArray
 from evenmoe.placement import Placement
+from evenmoe.planner import PLANNERS
 from evenmoe.planner.options import PlanOptions
-from evenmoe.planner.planners import PLANNERS, plan_with, takes
-from evenmoe.rules.catalogue import RULES
+from evenmoe.planner.plan import plan_with, takes
+from evenmoe.rules import RULES
 from evenmoe.rules.rule import Rule
 from evenmoe.simulator.batches import Cluster
 from evenmoe.simulator.policy_text import PolicyText

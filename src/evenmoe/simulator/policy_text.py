@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
 from evenmoe.errors import ConstraintError
-from evenmoe.planner.planners import PLANNERS
+from evenmoe.planner import PLANNERS
 from evenmoe.registry import Registry
-from evenmoe.rules.catalogue import RULES
+from evenmoe.rules import RULES
 from evenmoe.rules.rule import Rule
 from evenmoe.simulator.batches import Cluster
 
