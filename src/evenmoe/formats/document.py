@@ -16,6 +16,7 @@ import numpy as np
 from evenmoe.errors import FileFormatError
 from evenmoe.formats.contents import Finding
 from evenmoe.io import DamagedFileError, Value
+from evenmoe.io.text import parse_csv, parse_json, parse_json_lines
 
 _LARGEST_BYTES = {"pt": 1 << 33, "npz": 1 << 32, "npy": 1 << 32, "safetensors": 1 << 32}
 _LARGEST_TEXT_BYTES = 1 << 28  # 256 MiB: a hundred times the largest of these text files that we know of
@@ -226,8 +227,6 @@ def _parse_text(data: bytes) -> tuple[str, Value]:
     line = start.split(b"\n", 1)[0]
     numeric = not line.strip().translate(None, b"0123456789.+-eE, ")
     if numeric or (b":" not in line and line[:1] not in (b"#", b"%", b"-")):  # what YAML may begin with
-        from evenmoe.io.csv_text import parse_csv
-
         return "csv", parse_csv(data)
     from evenmoe.io.yaml_text import parse_yaml
 
@@ -235,8 +234,6 @@ def _parse_text(data: bytes) -> tuple[str, Value]:
 
 
 def _parse_json(data: bytes) -> tuple[str, Value]:
-    from evenmoe.io.json_text import parse_json, parse_json_lines
-
     try:
         return "json", parse_json(data)
     except DamagedFileError as error:
