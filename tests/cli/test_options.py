@@ -9,6 +9,7 @@ from dataclasses import fields
 from importlib import import_module
 
 import pytest
+import shellingham
 
 from evenmoe.cli import COMMANDS
 from evenmoe.cli.options import Command, in_flags
@@ -87,8 +88,10 @@ def test_a_shell_completes(typed, offered):
     assert done.stdout.split() == offered
 
 
-def test_the_script_of_a_shell(evenmoe):
-    done = evenmoe("--show-completion", "zsh")
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_script_of_a_shell(evenmoe, monkeypatch, shell):
+    monkeypatch.setattr(shellingham, "detect_shell", lambda: (shell, shell))  # CI is not started from one
+    done = evenmoe("--show-completion")
     assert done.code == 0
     assert "_EVENMOE_COMPLETE" in done.out
 
