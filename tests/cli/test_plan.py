@@ -14,7 +14,7 @@ import pytest
 from evenmoe import count_copies, plan
 from evenmoe.formats import FORMATS, read, write
 from evenmoe.placement import Placement, default_placement
-from evenmoe.planner.static import plan_greedy
+from evenmoe.planner.greedy import plan_greedy
 from evenmoe.traces import load_trace, save_trace, synthesize
 from tests.cli.running import Run
 

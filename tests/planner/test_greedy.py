@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evenmoe.errors import ConstraintError
-from evenmoe.planner.static import plan_greedy
+from evenmoe.planner.greedy import plan_greedy
 from tests.simulator.plain_loops import Setup, greedy
 
 

@@ -17,7 +17,7 @@ Planner = Callable[..., "Placement"]
 #: evenmoe's own, the published greedy one, those of packages (entry points `evenmoe.planners`), and the user's.
 PLANNERS: Registry[Planner] = Registry(
     "planner",
-    {"evenmoe": "evenmoe.planner.plan:plan", "greedy": "evenmoe.planner.static:plan_greedy"},
+    {"evenmoe": "evenmoe.planner.plan:plan", "greedy": "evenmoe.planner.greedy:plan_greedy"},
     "collections.abc:Callable",
     "a function that is called as evenmoe.plan is",
     "evenmoe.planners",
