@@ -15,6 +15,7 @@ from evenmoe import count_copies, plan
 from evenmoe.formats import FORMATS, read, write
 from evenmoe.placement import Placement, default_placement
 from evenmoe.planner.greedy import plan_greedy
+from evenmoe.rules import RULES
 from evenmoe.traces import load_trace, save_trace, synthesize
 from tests.cli.running import Run
 
@@ -257,7 +258,7 @@ def test_mistakes(evenmoe: Run, tmp_path, trace):
         ((trace, *world, "--max-copies", 1), "`--max-copies` is 1: it needs `--previous`"),
         (
             (trace, *world, "--rule", "best"),
-            "`--rule` is 'best': it must be one of even, rank, token, occurrence, batch",
+            f"`--rule` is 'best': it must be one of {', '.join(RULES)}",
         ),
         ((trace, *world, "--first-layer", 3), "layer 1 as its first: it must begin with layer 3, as --first-layer"),
         ((trace, "--ranks", 4, "--slots", 18), "`--slots` is 18"),

@@ -46,7 +46,7 @@ COUNT = (
 SLOT = ("must hold slot ids, 0 or more, in the counted columns", "build it with Placement.eplb_table")
 MODE = (
     'must be 0 or "rank", 1 or "token", or "occurrence"',
-    'use evenmoe.ExpertParallel for "batch", which needs the counts of all ranks',
+    'use evenmoe.ExpertParallel for a rule without a balance_mode, such as "batch"',
 )
 WRONG_TABLES = [
     (with_entry(TABLE, (1, 0), 0), ("0 in row 1, column 0", *COUNT)),

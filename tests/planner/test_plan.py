@@ -9,6 +9,7 @@ import pytest
 
 import evenmoe as em
 from evenmoe.errors import ConstraintError
+from evenmoe.rules import RULES
 
 LOAD = np.random.default_rng(0).lognormal(3, 1, (2, 24))
 USED = em.plan(LOAD, num_ranks=4, num_slots=28)
@@ -39,7 +40,7 @@ PLAIN = {"num_ranks": 4, "num_slots": 28}
         ({"num_nodes": 0}, "num_nodes", "at least 1"),
         ({"num_groups": -1}, "num_groups", "at least 1"),
         ({"seed": -1}, "seed", "at least 0"),
-        ({"rule": "random"}, "rule", "'random': it must be one of even, rank, token, occurrence, batch"),
+        ({"rule": "random"}, "rule", f"'random': it must be one of {', '.join(RULES)}"),
         ({"previous": [[0, 1]]}, "previous", "of type list: it must be a Placement"),
         ({"previous": em.plan(LOAD, num_ranks=4, num_slots=32)}, "previous", "32 slots, 4 ranks: .* 28 slots, 4 ranks"),
         ({"previous": USED, "max_copies": -1}, "max_copies", "at least 0"),

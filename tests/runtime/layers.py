@@ -9,12 +9,13 @@ import torch
 from hypothesis import strategies as st
 
 import evenmoe as em
+from evenmoe import rules
 from evenmoe.placement import Placement
-from evenmoe.rules import catalogue
 from evenmoe.transport.world import Rank
 from tests.ground.placements import random_placement
+from tests.rules.twins import TWINS
 
-RULES = tuple(rule for rule in catalogue.RULES if rule != "even")  # by which a rank can choose
+RULES = tuple(rule for rule in rules.RULES if rule != "even")  # by which a rank can choose
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -177,20 +178,10 @@ def expected_sums(layer: Layer) -> list[torch.Tensor]:
 
 
 def expected_slots(layer: Layer, rule: str) -> dict[tuple[int, int, int], int]:
-    """{(rank, token, k): slot} under a rule that needs no counts of other ranks (specification §1.4, rules/)."""
-    ranks, slots = layer.spec.ranks, {}
+    """{(rank, token, k): slot} under a rule that needs no counts of other ranks."""
+    slots = {}
     for rank, ids in enumerate(layer.ids):
-        seen = [0] * layer.spec.experts
-        for token, k in np.ndindex(*ids.shape):
-            expert = int(ids[token, k])
-            if expert < 0:
-                continue
-            count, *replicas = layer.table[expert].tolist()
-            replica = {
-                "rank": rank // -(-ranks // count),
-                "token": token % count,
-                "occurrence": (seen[expert] + rank + expert) % count,
-            }[rule]
-            seen[expert] += 1
-            slots[rank, token, k] = replicas[replica]
+        counted = ids >= 0
+        chosen = TWINS[rule](torch.where(counted, ids, 0), layer.table, rank, layer.spec.ranks, counted)
+        slots |= {(rank, token, k): int(chosen[token, k]) for token, k in counted.nonzero().tolist()}
     return slots

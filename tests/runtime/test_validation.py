@@ -17,8 +17,9 @@ import torch
 import evenmoe as em
 from evenmoe.errors import ConstraintError, EvenmoeError, LostRankError, RankDisagreementError, UnsupportedTypeError
 from evenmoe.placement import Placement
+from evenmoe.rules import RULES
 from evenmoe.transport.world import Rank
-from tests.runtime.layers import RULES
+from tests.runtime.layers import RULES as RANK_RULES
 
 WRONG_RANK = 2
 PLACEMENT = Placement([[0, 1, 0, 2, 3, 1, 4, 0]], 4)
@@ -384,8 +385,7 @@ CONSTRUCTION = {
     ),
     "an unknown rule": (
         lambda ep: em.ExpertParallel(ep, table([1, 0]), num_slots=2, rule="best"),
-        "`rule` is 'best': it must be one of even, rank, token, occurrence, batch, or py:module:attribute; choose one "
-        "of them.",
+        f"`rule` is 'best': it must be one of {', '.join(RULES)}, or py:module:attribute; choose one of them.",
     ),
     "a rule for plans only": (
         lambda ep: em.ExpertParallel(ep, table([1, 0]), num_slots=2, rule="even"),
@@ -493,7 +493,7 @@ def test_a_rank_that_fails_alone_wakes_the_others():
         assert world.run(alone) == [True, None, True, True]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RANK_RULES)
 def test_the_table_may_be_written_to_again(rule):
     """Whoever made it may keep it up to date in place; the object goes on with what it was given."""
 
@@ -507,7 +507,7 @@ def test_the_table_may_be_written_to_again(rule):
         assert all(world.run(step))
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RANK_RULES)
 def test_unchecked_values_still_refuse_shapes(rule):
     def step(rank):
         ep = em.ExpertParallel(rank.ep, PLACEMENT.eplb_table(0), num_slots=8, rule=rule, check_values=False)

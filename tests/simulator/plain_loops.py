@@ -125,6 +125,7 @@ def choose(placement: em.Placement, layer: int, batch: list[list[list[int]]], ru
                 elif rule == "even":
                     slot = slots[(everywhere[expert] + expert) % len(slots)]
                 else:
+                    assert rule == "batch", rule
                     slot = line[expert][everywhere[expert]]
                 here[expert] += 1
                 everywhere[expert] += 1

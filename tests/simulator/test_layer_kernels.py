@@ -14,9 +14,11 @@ from evenmoe.rules import RULES
 from evenmoe.simulator import batch_kernels, layer_kernels
 from tests.simulator.plain_loops import choose
 
+COMPILED = [name for name in RULES if RULES.get(name).kernel is not None]  # of another, the simulator calls `choose`
+
 
 def test_the_rules_have_the_numbers_of_the_kernels():
-    for name in RULES:
+    for name in COMPILED:
         assert RULES.get(name).kernel == getattr(layer_kernels, name.upper())
 
 
@@ -47,7 +49,7 @@ def table(placement):
 
 
 @settings(deadline=None)
-@given(worlds(), st.sampled_from(list(RULES)))
+@given(worlds(), st.sampled_from(COMPILED))
 def test_picks_and_counts_give_the_same_shares_as_plain_loops(world, rule):
     placement, picks = world
     first, slots = table(placement)

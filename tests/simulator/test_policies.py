@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from evenmoe.errors import ConstraintError
+from evenmoe.rules import RULES
 from evenmoe.simulator.batches import Cluster
 from evenmoe.simulator.policies import DEFAULT, Oracle, Policy, Refreshed, Static, parse_policies
 
@@ -65,7 +66,7 @@ def test_identity_comes_first_and_once():
         ("greedy:", "ends in a colon"),
         ("greedy:rule", "gives 'rule' no value"),
         ("greedy:rule=", "gives 'rule' no value"),
-        ("greedy:rule=best", "use one of even, rank, token, occurrence, batch"),
+        ("greedy:rule=best", f"use one of {', '.join(RULES)}"),
         ("greedy:rule=rank,rule=token", "gives 'rule' twice"),
         ("greedy:speed=1", "use rule, slots, groups, refresh, window"),
         ("greedy:max-copies=1", "which greedy does not take"),

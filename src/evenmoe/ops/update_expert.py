@@ -195,7 +195,7 @@ def _resolve_mode(balance_mode: int | str) -> int:
             "balance_mode",
             repr(balance_mode),
             f"must be {', '.join(names[:-1])}, or {names[-1]}",
-            'use evenmoe.ExpertParallel for "batch", which needs the counts of all ranks',
+            'use evenmoe.ExpertParallel for a rule without a balance_mode, such as "batch"',
         )
     return modes[balance_mode]
 

@@ -1,4 +1,4 @@
-"""The counting rules: compiled and vectorised against the reference, bit for bit, and against what they promise."""
+"""Every rule against its plain loop, bit for bit, and the counting rules against what they promise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import evenmoe as em
 from evenmoe.errors import ConstraintError
 from evenmoe.reference import update_expert as reference
-from evenmoe.rules import batch, occurrence
+from evenmoe.rules import RULES, batch, occurrence
+from tests.rules.twins import TWINS
 
 
 @st.composite
@@ -49,6 +50,21 @@ def same(result, expected):
     assert result.dtype == expected.dtype
     assert result.shape == expected.shape
     assert result.tolist() == expected.tolist()
+
+
+def test_every_rule_of_one_rank_has_a_twin():
+    assert set(TWINS) == {name for name in RULES if name != "even" and not RULES.get(name).needs_counts}
+
+
+@pytest.mark.parametrize("name", TWINS)
+@settings(max_examples=100, deadline=None)
+@given(layer=layers())
+def test_a_rule_is_its_twin(name, layer):
+    table, num_slots, assignments, masks = layer
+    world = len(assignments)
+    for rank, (ids, mask) in enumerate(zip(assignments, masks, strict=True)):
+        chooser = RULES.get(name).prepare(table, num_slots, rank, world)
+        same(chooser(ids, mask), TWINS[name](ids, table, rank, world, mask))
 
 
 @settings(max_examples=150, deadline=None)
