@@ -93,7 +93,7 @@ REPLAY += ["--expert-bytes", 8, "--expert-flops", 8]
 PLACES = {
     "reading": (["check", "{load}"], "evenmoe.formats.document:read_bytes"),
     "comparing": (["diff", FIRST, SECOND, "--ranks", 2], "evenmoe.formats.difference:diff"),
-    "planning": (["plan", "{load}", "--ranks", 2, "--slots", 6], "evenmoe.cli.plan:plan_with"),
+    "planning": (["plan", "{load}", "--ranks", 2, "--slots", 6], "evenmoe.planner.plan:plan_with"),
     "replaying": (REPLAY, "evenmoe.simulator.replay:_Run.advance"),
     "replaying in a thread": (REPLAY, "evenmoe.simulator.replay:_Run._count"),
     "ranks that wait": (["demo", "--trace", "{load}", "--ranks", 2], "evenmoe.cli.chain:_one_rank"),

@@ -99,7 +99,7 @@ def test_whatever_the_terminal_can_show(room, arguments, name, encoding):
 def test_what_stands_for_what_ascii_has_not(tmp_path):
     """By hand: dots, arrows and signs by what looks like them, letters without their accents, others by number."""
     text = "größe … → \u00d7 \u2212 µs é 10⁻³ ∞ \u00a0| ⠋ 中 \udcff"
-    program = f"from evenmoe.cli.streams import prepare_streams; prepare_streams(); print({text!r})"
+    program = f"from evenmoe.cli import prepare_streams; prepare_streams(); print({text!r})"
     done = subprocess.run(
         [sys.executable, "-c", program],
         check=True,

@@ -337,7 +337,7 @@ def test_a_standard_output_that_is_full_or_closed(room, arguments):
 def test_a_file_does_not_take_the_number_of_a_closed_stream(room):
     """Else what a C library prints to standard error would go into the file."""
     program = (
-        "import os, sys; from evenmoe.cli.streams import prepare_streams; prepare_streams(); "
+        "import os, sys; from evenmoe.cli import prepare_streams; prepare_streams(); "
         "print([os.path.realpath(f'/proc/self/fd/{n}') for n in range(3)], file=open('found', 'w'))"
     )
     close = lambda: [os.close(number) for number in range(3)]  # noqa: E731

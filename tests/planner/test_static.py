@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evenmoe as em
-from evenmoe.planner.static import FAR, plan_static
+from evenmoe.planner.even import FAR, plan_static
 
 Load = npt.NDArray[np.float64]
 

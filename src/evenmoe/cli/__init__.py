@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
+import io
+import os
 import sys
 import traceback
+import unicodedata
 from contextlib import suppress
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 from typer import Context, Option
 from typer.core import TyperGroup
 
 from evenmoe import __version__
-from evenmoe.cli.streams import prepare_streams, silence
 from evenmoe.errors import ConstraintError, EvenmoeError
 from evenmoe.io.output import STANDARD_OUTPUT
 
@@ -45,6 +48,9 @@ COMMANDS = {
     "cann": "Write the C headers and libraries of CANN for this CPU.",
 }
 _RENAMED = {"synthesise": "synthesize"}
+_HANDLER = "evenmoe.plain"
+#: What stands for the characters of our texts that Unicode itself does not reduce to ASCII.
+_PLAIN = {"–": "-", "—": "-", "−": "-", "×": "x", "→": "->", "µ": "u", "∞": "inf"}  # noqa: RUF001 (the field's signs)
 
 
 class _Commands(TyperGroup):
@@ -83,6 +89,25 @@ def _common(
         raise typer.Exit
 
 
+def prepare_streams() -> None:
+    """Let every text be printed, whatever the encoding, and let no file take the number of a closed stream.
+
+    A descriptor that was closed when the process started would be given to the next file that is opened, and messages
+    of C libraries would go into it. It is opened so that its use fails, as it would have failed closed.
+    """
+    for number, (name, flags) in enumerate([("stdin", os.O_WRONLY), ("stdout", os.O_RDONLY), ("stderr", os.O_WRONLY)]):
+        if getattr(sys, name) is None:
+            with suppress(OSError):
+                os.fstat(number)
+                continue  # open, and not Python's
+            if os.open(os.devnull, flags) == number:  # the lowest that is free
+                setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+    codecs.register_error(_HANDLER, _in_plain_text)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_HANDLER)
+
+
 def main() -> None:
     """Run a command.
 
@@ -109,6 +134,12 @@ def main() -> None:
     except Exception as error:
         code = _say(_internal(error), _INTERNAL)
     sys.exit(code)
+
+
+def silence(stream: TextIO) -> None:
+    """Let what a stream still holds go nowhere: Python would try once more to write it when it ends."""
+    with suppress(OSError):  # in a test it may be no file at all
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _run() -> int:
@@ -142,3 +173,25 @@ def _internal(error: Exception) -> str:
     what = " ".join(f"{type(error).__name__}: {error}".split())
     where = f"{place.filename.rpartition('evenmoe/')[2]}, line {place.lineno}"
     return f"a mistake in evenmoe, please report it with the command: {what} ({where})"
+
+
+def _in_plain_text(error: UnicodeError) -> tuple[str | bytes, int]:
+    r"""For what a terminal's encoding has no character for.
+
+    >>> "1…3 × 10⁻² é \udcff".encode("ascii", _HANDLER) if not prepare_streams() else None
+    b'1...3 x 10-2 e \\udcff'
+    """
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_plain, error.object[error.start : error.end])), error.end
+
+
+def _plain(character: str) -> str:
+    reduced = "".join(
+        _PLAIN.get(part, part) for part in unicodedata.normalize("NFKD", character) if not unicodedata.combining(part)
+    )
+    if character in _PLAIN or (reduced and reduced.isascii()):
+        return _PLAIN.get(character, reduced)
+    if unicodedata.category(character) == "So":  # frames and spinners
+        return "*"
+    return character.encode("ascii", "backslashreplace").decode()

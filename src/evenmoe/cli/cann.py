@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from evenmoe.cli.options import Command, make_command, out_option
-from evenmoe.cli.streams import print_json
+from evenmoe.cli.options import Command, make_command, out_option, print_json
 
 
 @dataclass(frozen=True, kw_only=True)

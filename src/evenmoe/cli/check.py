@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument
 
-from evenmoe.cli.options import PlacementFileOptions, make_command
-from evenmoe.cli.streams import print_json, print_notes, sizes_text, table_console
+from evenmoe.cli.options import PlacementFileOptions, make_command, print_json, print_notes, sizes_text, table_console
 
 if TYPE_CHECKING:
     from evenmoe.formats.reading import Checked

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import typer
 from typer import Argument, Option
 
-from evenmoe.cli.options import PlacementFileOptions, completed, make_command
-from evenmoe.cli.streams import print_json, print_notes, sizes_text
+from evenmoe.cli.options import PlacementFileOptions, completed, make_command, print_json, print_notes, sizes_text
 from evenmoe.formats.catalogue import ENTRIES, FORMATS
 
 if TYPE_CHECKING:

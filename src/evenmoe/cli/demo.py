@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from evenmoe.cli.options import Command, make_command
-from evenmoe.cli.streams import print_json
+from evenmoe.cli.options import Command, make_command, print_json
 from evenmoe.errors import ConstraintError
 from evenmoe.quantities import par
 

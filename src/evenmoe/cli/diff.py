@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from typer import Argument, Option
 
-from evenmoe.cli.options import PlacementFileOptions, make_command
-from evenmoe.cli.streams import print_json, print_notes, table_console
+from evenmoe.cli.options import PlacementFileOptions, make_command, print_json, print_notes, table_console
 
 if TYPE_CHECKING:
     from evenmoe.formats.difference import Difference

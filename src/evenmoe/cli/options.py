@@ -1,4 +1,4 @@
-"""How a command is made of a dataclass, and the options that several commands have in common.
+"""How a command is made of a dataclass, and what commands have in common: options, and how they print.
 
 A command is a frozen dataclass: its fields are the arguments and options, its docstring is the help, and `run` does the
 work. `make_command` turns it into what typer runs. A module of a command imports what is heavy inside its functions, so
@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
+import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, ClassVar, TextIO, get_args, get_type_hints
 
 import typer
 from typer import Option
@@ -24,8 +27,11 @@ from evenmoe.formats.catalogue import FORMATS, Format
 from evenmoe.rules import RULES
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from evenmoe.formats.contents import ReadOptions
 
+SCHEMA = 1  #: version of what `--json` prints, described in docs/json.md; a key that changes its meaning raises it
 _RANKS_PER_NODE = 8  # of nearly every server with more than one accelerator
 
 
@@ -254,3 +260,41 @@ def in_flags(error: EvenmoeError, words: Mapping[str, str]) -> EvenmoeError:
 
     argument = words.get(error.argument, error.argument)
     return type(error)(argument, in_backticks(error.value), translated(error.rule), translated(error.fix))
+
+
+def print_json(found: Mapping[str, object], file: TextIO | None = None) -> None:
+    """Print the object of `--json` on one line, its schema's version first; on standard output by default.
+
+    JSON has neither infinity nor nan: a number that is not finite becomes null.
+
+    >>> print_json({"copies": 3, "break_even_steps": math.inf})
+    {"schema": 1, "copies": 3, "break_even_steps": null}
+    """
+    print(json.dumps(_finite({"schema": SCHEMA, **found}), allow_nan=False), file=file)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print what was dropped or assumed, on standard error."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def sizes_text(sizes: Mapping[str, int]) -> str:
+    """Return {"num_layers": 2, ...} as words; empty windows only where there are any."""
+    shown = {name: value for name, value in sizes.items() if value or name != "num_empty_windows"}
+    return ", ".join(f"{value} {name.removeprefix('num_').replace('_', ' ')}" for name, value in shown.items())
+
+
+def table_console(file: TextIO, width: int = 160) -> Console:
+    """Return a console as wide as the terminal; elsewhere so wide that a row stays on one line."""
+    from rich.console import Console
+
+    return Console(file=file) if file.isatty() else Console(file=file, width=width)

@@ -12,8 +12,18 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from typer import Argument, Option
 
-from evenmoe.cli.options import FileOptions, Rule, WorldOptions, completed, find_format, make_command, out_option
-from evenmoe.cli.streams import print_json, print_notes, table_console
+from evenmoe.cli.options import (
+    FileOptions,
+    Rule,
+    WorldOptions,
+    completed,
+    find_format,
+    make_command,
+    out_option,
+    print_json,
+    print_notes,
+    table_console,
+)
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.formats.catalogue import ENTRIES
 from evenmoe.planner import PLANNERS

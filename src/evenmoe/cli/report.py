@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from evenmoe.cli.options import Command, make_command, out_option
-from evenmoe.cli.streams import print_json
+from evenmoe.cli.options import Command, make_command, out_option, print_json
 from evenmoe.errors import ConstraintError
 
 if TYPE_CHECKING:

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from typer import Argument, Option
 
-from evenmoe.cli.options import FileOptions, WorldOptions, completed, make_command, out_option
+from evenmoe.cli.options import FileOptions, WorldOptions, completed, make_command, out_option, print_json
 from evenmoe.cli.report import summary_table
-from evenmoe.cli.streams import print_json
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.planner import PLANNERS
 from evenmoe.rules import RULES

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import typer
 from typer import Option
 
-from evenmoe.cli.options import Command, completed, make_command, out_option
-from evenmoe.cli.streams import print_json
+from evenmoe.cli.options import Command, completed, make_command, out_option, print_json
 from evenmoe.traces.models import MODELS
 
 if TYPE_CHECKING:

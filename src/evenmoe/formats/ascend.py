@@ -26,7 +26,7 @@ from evenmoe.formats.document import Document, missing_ranks, parse_document, re
 from evenmoe.formats.layer_numbers import MTP_LAYERS
 from evenmoe.formats.values import slots_of, whole_counts
 from evenmoe.io import Value
-from evenmoe.io.json_text import json_bytes
+from evenmoe.io.text import json_bytes
 from evenmoe.placement import Placement
 
 _RANK_FILE = re.compile(r"(decode|prefill)_([0-9]{1,6})\.csv")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +18,12 @@ import numpy as np
 from evenmoe.errors import FileFormatError
 from evenmoe.formats.contents import Finding
 from evenmoe.io import DamagedFileError, Value
+from evenmoe.io.text import parse_csv, parse_json, parse_json_lines
 
 _LARGEST_BYTES = {"pt": 1 << 33, "npz": 1 << 32, "npy": 1 << 32, "safetensors": 1 << 32}
 _LARGEST_TEXT_BYTES = 1 << 28  # 256 MiB: a hundred times the largest of these text files that we know of
 _LARGEST_PIPE_BYTES = 1 << 30  # a pipe does not say how much it holds
+_MOST_ENTRIES = 1 << 17  # a record of a long detail dump is one entry
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _MOST_TOKENS = 2.0**53
 
@@ -202,16 +206,45 @@ def _parse(data: bytes) -> tuple[str, Value]:
 
 
 def _parse_zip(data: bytes) -> tuple[str, Value]:
-    from evenmoe.io.npz import Arrays, open_zip
-
-    names = open_zip(data).namelist()
+    archive = _open_zip(data)
+    names = archive.namelist()
     if any(name.endswith("data.pkl") for name in names):
         from evenmoe.io.torch_file import parse_torch
 
-        return "pt", parse_torch(data)
+        return "pt", parse_torch(data, archive)
     if names and all(name.endswith(".npy") for name in names):
-        return "npz", Arrays(data)
+        from evenmoe.io.npz import Arrays
+
+        return "npz", Arrays(archive, len(data))
     raise DamagedFileError(f"a zip of {len(names)} entries that is neither .npz nor .pt")
+
+
+def _open_zip(data: bytes) -> zipfile.ZipFile:
+    """The archive, its directory checked before anything is unpacked: plain, distinct entries that do not overlap."""
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(data))
+    except Exception as error:  # damaged directories raise BadZipFile, struct.error, NotImplementedError, …
+        raise DamagedFileError(f"a damaged zip ({str(error)[:80] or type(error).__name__})") from None
+    entries = archive.infolist()
+    if len(entries) > _MOST_ENTRIES:
+        raise DamagedFileError(f"a zip of {len(entries)} entries, more than {_MOST_ENTRIES}")
+    if archive.comment:
+        raise DamagedFileError("a zip with a comment, in which a second directory may hide")
+    names = {entry.filename for entry in entries}
+    if len(names) != len(entries):
+        raise DamagedFileError("a zip that names one entry twice")
+    end = 0
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        name = repr(entry.filename[:60])
+        if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise DamagedFileError(f"a zip whose entry {name} is encrypted or oddly compressed")
+        # A local header has at least 30 bytes. Entries that share bytes are how a small file becomes a huge one.
+        if entry.header_offset < end or entry.header_offset + 30 + entry.compress_size > len(data):
+            raise DamagedFileError(f"a zip whose entry {name} overlaps another or the end")
+        if entry.compress_type == zipfile.ZIP_STORED and entry.compress_size != entry.file_size:
+            raise DamagedFileError(f"a zip whose entry {name} has two sizes")
+        end = entry.header_offset + 30 + entry.compress_size
+    return archive
 
 
 def _parse_text(data: bytes) -> tuple[str, Value]:
@@ -226,8 +259,6 @@ def _parse_text(data: bytes) -> tuple[str, Value]:
     line = start.split(b"\n", 1)[0]
     numeric = not line.strip().translate(None, b"0123456789.+-eE, ")
     if numeric or (b":" not in line and line[:1] not in (b"#", b"%", b"-")):  # what YAML may begin with
-        from evenmoe.io.csv_text import parse_csv
-
         return "csv", parse_csv(data)
     from evenmoe.io.yaml_text import parse_yaml
 
@@ -235,8 +266,6 @@ def _parse_text(data: bytes) -> tuple[str, Value]:
 
 
 def _parse_json(data: bytes) -> tuple[str, Value]:
-    from evenmoe.io.json_text import parse_json, parse_json_lines
-
     try:
         return "json", parse_json(data)
     except DamagedFileError as error:

@@ -24,8 +24,8 @@ from evenmoe.formats.contents import Load, RawLoad, RawPlacement, ReadOptions, W
 from evenmoe.formats.document import Document
 from evenmoe.formats.layer_numbers import HIDDEN_LAYERS, MTP_LAYERS
 from evenmoe.formats.values import whole_counts
-from evenmoe.io.json_text import json_bytes
 from evenmoe.io.npz import not_one_text
+from evenmoe.io.text import json_bytes
 from evenmoe.placement import Placement, ascending_replica_index
 from evenmoe.traces.trace import ARRAYS, MOST_TOKENS, Trace, checked_trace, parse_metadata, trace_bytes
 

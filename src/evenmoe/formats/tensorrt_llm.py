@@ -27,8 +27,8 @@ from evenmoe.formats.findings import number_gaps
 from evenmoe.formats.layer_numbers import mtp_numbers
 from evenmoe.formats.values import numbered_rows, slots_of, smallest_counts, whole_counts
 from evenmoe.io import ALLOWANCE_BYTES
-from evenmoe.io.json_text import json_bytes
 from evenmoe.io.safetensors_file import safetensors_bytes
+from evenmoe.io.text import json_bytes
 from evenmoe.placement import Placement
 
 _META = "meta_info.json"

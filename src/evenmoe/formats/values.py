@@ -12,6 +12,7 @@ from evenmoe.formats.contents import IntArray, Load, WriteOptions
 from evenmoe.formats.document import Document
 from evenmoe.io import ALLOWANCE_BYTES, Value
 from evenmoe.io.npz import npy_bytes, npz_bytes
+from evenmoe.io.text import json_bytes
 from evenmoe.placement import Placement
 
 _LAYER_IN_NAME = re.compile(r"(?:.*\.)?layers\.([0-9]{1,6})(?:\..*)?")
@@ -170,8 +171,6 @@ def named_bytes(content: dict[str, Value], container: str) -> bytes:
     """Named arrays, numbers and texts as a .pt dictionary, or as a JSON object."""
     if container == "pt":
         return _torch_bytes(content)
-    from evenmoe.io.json_text import json_bytes
-
     return json_bytes(content)
 
 

@@ -21,8 +21,8 @@ from evenmoe.formats.contents import Finding, Load, RawLoad, RawPlacement, ReadO
 from evenmoe.formats.document import Document
 from evenmoe.formats.values import layer_number, numbered_rows, one_window, slot_rows, slots_of, to_logical
 from evenmoe.io import Value
-from evenmoe.io.json_text import json_bytes
 from evenmoe.io.safetensors_file import safetensors_bytes
+from evenmoe.io.text import json_bytes
 from evenmoe.placement import Placement
 
 _RECORD, _INSIDE = "eplb_initial_mapping", "initial_global_assignments"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from evenmoe.io import DamagedFileError, Value
-from evenmoe.io.json_text import parse_json
+from evenmoe.io.text import parse_json
 
 _DTYPES = {
     "F64": np.float64,

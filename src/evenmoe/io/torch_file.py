@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from evenmoe.io import ALLOWANCE_BYTES, DamagedFileError, Value
-from evenmoe.io.npz import open_zip
 
 _DEEPEST = 16
 _ITEM_BYTES = {
@@ -40,9 +39,17 @@ _NUMBERS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
 _TEXTS = {"BINUNICODE", "SHORT_BINUNICODE"}
 
 
-def parse_torch(data: bytes) -> Value:
-    """Dictionaries, lists and scalars of the file; its tensors as numpy arrays. Raises `DamagedFileError`."""
-    _check(data)
+def parse_torch(data: bytes, archive: zipfile.ZipFile) -> Value:
+    """Dictionaries, lists and scalars of the file; its tensors as numpy arrays.
+
+    Args:
+        data: the file.
+        archive: of the same bytes, its directory checked.
+
+    Raises:
+        DamagedFileError: naming what is wrong.
+    """
+    _check(archive, len(data))
     import torch  # not at the top: the other files need no torch
 
     try:
@@ -55,8 +62,7 @@ def parse_torch(data: bytes) -> Value:
     return _plain(value, torch.Tensor, {}, 0)
 
 
-def _check(data: bytes) -> None:
-    archive = open_zip(data)
+def _check(archive: zipfile.ZipFile, file_bytes: int) -> None:
     entries = {entry.filename: entry for entry in archive.infolist()}
     pickles = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
     root = pickles[0].removesuffix("data.pkl") if len(pickles) == 1 else None
@@ -74,7 +80,7 @@ def _check(data: bytes) -> None:
         entry = entries.get(f"{root}data/{key}")
         return None if entry is None else entry.file_size
 
-    _check_pickle(pickle, record_bytes, len(data))
+    _check_pickle(pickle, record_bytes, file_bytes)
 
 
 def _plain(value: Value, tensor: type, seen: dict[int, Value], depth: int) -> Value:

@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 
 from evenmoe.io import ALLOWANCE_BYTES, DamagedFileError, Value
-from evenmoe.io.json_text import Rows
+from evenmoe.io.text import Rows
 
 _INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,18})")
 _REAL = re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?")

@@ -10,12 +10,12 @@ import numpy.typing as npt
 
 from evenmoe.metrics import FloatArray
 from evenmoe.placement import held_by_rank
+from evenmoe.planner.even import plan_static
 from evenmoe.planner.kernels.batch import candidates, evaluate
 from evenmoe.planner.kernels.common import replicate
 from evenmoe.planner.kernels.packing import draft
 from evenmoe.planner.options import Shape
 from evenmoe.planner.slots import Slots, normalized
-from evenmoe.planner.static import plan_static
 
 Held = npt.NDArray[np.int64]  # (G, n): the expert in each slot of each rank
 Judged = tuple[float, FloatArray, npt.NDArray[np.bool_], FloatArray]  # as `evaluate` returns it

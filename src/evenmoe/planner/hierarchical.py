@@ -14,10 +14,10 @@ import numpy as np
 
 from evenmoe.metrics import FloatArray
 from evenmoe.placement import IntArray
+from evenmoe.planner.even import plan_peaks, plan_windows
 from evenmoe.planner.kernels.packing import pack_evenly
 from evenmoe.planner.options import Shape
 from evenmoe.planner.slots import Indices
-from evenmoe.planner.static import plan_peaks
 
 # (layers (n,), node sets (n,), tokens (n,) below which a node need not be pressed) -> tokens (n,) of the busiest rank
 Evaluate = Callable[[Indices, Indices, FloatArray], FloatArray]
@@ -49,8 +49,6 @@ def plan_hierarchical(load: FloatArray, shape: Shape, seed: int = 0) -> IntArray
     """
     members, inner = pack_groups(load, shape, seed)
     if load.ndim == 3:
-        from evenmoe.planner.windows import plan_windows
-
         inner = plan_windows(take_nodes(load, members), shape.node_ranks, shape.node_slots, seed)
     elif inner is None:
         inner = plan_peaks(take_nodes(load, members), shape.node_ranks, shape.node_slots, seed)[0]

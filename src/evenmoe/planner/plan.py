@@ -105,13 +105,10 @@ def _plan_anew(tokens: FloatArray, shape: Shape, options: PlanOptions) -> Slots:
         from evenmoe.planner.hierarchical import plan_hierarchical
 
         return Slots(plan_hierarchical(tokens, shape, options.seed))
-    if tokens.ndim == 3:
-        from evenmoe.planner.windows import plan_windows
+    from evenmoe.planner.even import plan_static, plan_windows
 
-        return Slots(plan_windows(tokens, shape.num_ranks, shape.num_slots, options.seed))
-    from evenmoe.planner.static import plan_static
-
-    return Slots(plan_static(tokens, shape.num_ranks, shape.num_slots, options.seed))
+    plan_even = plan_windows if tokens.ndim == 3 else plan_static
+    return Slots(plan_even(tokens, shape.num_ranks, shape.num_slots, options.seed))
 
 
 def _improve_used(tokens: FloatArray, shape: Shape, options: PlanOptions, used: Slots) -> Slots:

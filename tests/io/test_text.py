@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from evenmoe.io import DamagedFileError
-from evenmoe.io.csv_text import parse_numbers
+from evenmoe.io.text import parse_numbers
 
 
 @pytest.mark.parametrize("count", [1, 2, 20_000, 100_000])
