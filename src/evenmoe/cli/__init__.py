@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Annotated, TextIO
 
 import typer
-from typer import Context, Option
+from typer import Option
 from typer.core import TyperGroup
 
 from evenmoe import __version__
@@ -59,7 +59,7 @@ class _Commands(TyperGroup):
     def list_commands(self, ctx: object) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: Context, cmd_name: str):
+    def get_command(self, ctx, cmd_name: str):
         if cmd_name in _RENAMED and not ctx.resilient_parsing:  # a shell completes nothing behind the old word
             new = _RENAMED[cmd_name]
             raise ConstraintError("evenmoe", cmd_name, f"is now called {new}", f"write evenmoe {new}")
