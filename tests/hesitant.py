@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from evenmoe.transport.local import LocalTransport
+from evenmoe.transport.world import LocalTransport
 
 
 class Hesitant(LocalTransport):

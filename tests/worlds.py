@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import evenmoe as em
 from evenmoe.reference.combine import combine as reference_combine
-from evenmoe.reference.combine_add_rms_norm import combine_add_rms_norm as reference_norm
+from evenmoe.reference.combine import combine_add_rms_norm as reference_norm
 from evenmoe.reference.dispatch import dispatch as reference_dispatch
 from evenmoe.transport.world import Rank
 

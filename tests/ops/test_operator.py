@@ -25,8 +25,7 @@ from evenmoe.ops.combine import combining
 from evenmoe.ops.operator import CALL_TYPES, Prepared, check_types, collective
 from evenmoe.ops.update_expert import update_expert
 from evenmoe.transport.call import GroupCall
-from evenmoe.transport.local import LocalTransport
-from evenmoe.transport.world import Rank
+from evenmoe.transport.world import LocalTransport, Rank
 from tests.worlds import CONST_EXPERTS, Case, Spec, assert_same_bits, outputs_of, run_rank
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import evenmoe as em
 from evenmoe.ops.update_expert import prepare
-from evenmoe.reference.rules import occurrence as reference_occurrence
+from evenmoe.reference.update_expert import occurrence as reference_occurrence
 from evenmoe.reference.update_expert import update_expert as reference
 from tests.worlds import DTYPES, assert_same_bits, strided
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from evenmoe.ops.sum_kernels import WIDTH
-from evenmoe.ops.weighted_sum import add_rows
+from evenmoe.ops.weighted_sum import WIDTH, add_rows
 from tests.worlds import assert_same_bits
 
 

@@ -11,8 +11,7 @@ import evenmoe as em
 from evenmoe.metrics import peak_over_mean
 from evenmoe.planner.batch import drift_factors, scenarios_of
 from evenmoe.planner.kernels.batch import candidates, evaluate
-from evenmoe.planner.kernels.common import replicate
-from evenmoe.planner.kernels.packing import draft
+from evenmoe.planner.kernels.packing import draft, replicate
 from evenmoe.rules import RULES
 from tests.effort import effort
 

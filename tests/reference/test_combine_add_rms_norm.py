@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from evenmoe.reference.combine_add_rms_norm import combine_add_rms_norm
+from evenmoe.reference.combine import combine_add_rms_norm
 from evenmoe.reference.dispatch import dispatch
 
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from evenmoe.reference.combine import accumulate, combine
-from evenmoe.reference.combine_add_rms_norm import combine_add_rms_norm
+from evenmoe.reference.combine import accumulate, combine, combine_add_rms_norm
 from evenmoe.reference.dispatch import dispatch
 from evenmoe.reference.update_expert import update_expert
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evenmoe.reference.combine import combine
-from evenmoe.reference.combine_add_rms_norm import combine_add_rms_norm
+from evenmoe.reference.combine import combine, combine_add_rms_norm
 from evenmoe.reference.dispatch import dispatch
 
 # ep 4, rank 0 shared, 6 experts; old rank 2 dies: 3 ranks, 4 experts, old ranks 0, 1, 3 become 0, 1, 2

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import evenmoe as em
 from evenmoe.errors import ConstraintError
-from evenmoe.reference import rules as reference
+from evenmoe.reference import update_expert as reference
 from evenmoe.rules import batch, occurrence
 
 

@@ -9,7 +9,7 @@ import torch
 import evenmoe as em
 from evenmoe.errors import ConstraintError
 from evenmoe.metrics import even_rank_loads
-from evenmoe.reference import rules as reference_rules
+from evenmoe.reference import update_expert as reference_rules
 from evenmoe.reference.update_expert import update_expert
 from evenmoe.rules import RULES, rank
 from evenmoe.rules.rule import Rule

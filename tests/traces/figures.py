@@ -1,4 +1,4 @@
-"""The figures of `profiles.MEASUREMENTS`, of measured traces and of synthetic ones."""
+"""The figures of `sampling.MEASUREMENTS`, of measured traces and of synthetic ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from evenmoe.traces.models import MODELS, ModelShape
-from evenmoe.traces.profiles import Measurement
+from evenmoe.traces.sampling import Measurement
 from evenmoe.traces.statistics import common_factor_share, drift, gini, locality, skew
 from evenmoe.traces.synthesis import synthesize
 from evenmoe.traces.trace import Trace, load_trace

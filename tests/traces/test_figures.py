@@ -10,7 +10,7 @@ import pytest
 import evenmoe as em
 from evenmoe.placement import default_placement
 from evenmoe.traces import Trace, load_trace, save_trace, synthesize
-from evenmoe.traces.profiles import MEASUREMENTS
+from evenmoe.traces.sampling import MEASUREMENTS
 from tests.beside import TRACES, measured_names
 from tests.traces.figures import figure, mean_figures, measured_traces, synthetic
 

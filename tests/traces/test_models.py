@@ -7,7 +7,7 @@ import pytest
 from evenmoe.errors import ConstraintError
 from evenmoe.traces import MODELS, find_model
 from evenmoe.traces.models import ALIASES
-from evenmoe.traces.profiles import MEASUREMENTS, NEAREST, parameters_of
+from evenmoe.traces.sampling import MEASUREMENTS, NEAREST, parameters_of
 
 # Parameters of all routed experts in billions, from the models' own announcements: nearly all of the total that each
 # states, the rest being attention, dense layers, shared experts and embeddings.

@@ -12,8 +12,8 @@ import torch
 
 import evenmoe as em
 from evenmoe.errors import LostRankError, RankDisagreementError
-from evenmoe.transport.local import LocalTransport
 from evenmoe.transport.process_group import ProcessGroupTransport
+from evenmoe.transport.world import LocalTransport
 from tests.transport.campaign_plans import Plan
 from tests.transport.fault_campaign import Tally, plans, run_campaign
 

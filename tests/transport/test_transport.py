@@ -18,10 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evenmoe as em
-from evenmoe.transport.local import LocalTransport
-from evenmoe.transport.remapped import RemappedTransport
+from evenmoe.transport.process_group import RemappedTransport
 from evenmoe.transport.transport import Transport
-from evenmoe.transport.world import Rank
+from evenmoe.transport.world import LocalTransport, Rank
 from tests.hesitant import hesitate
 
 DTYPES = ["uint8", "int8", "bool", "int32", "int64", "float16", "bfloat16", "float32", "float64"]

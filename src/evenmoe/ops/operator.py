@@ -22,8 +22,8 @@ from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError, UnsupportedTypeError
 from evenmoe.transport.agreement import digest
 from evenmoe.transport.call import GroupCall, together
+from evenmoe.transport.process_group import RemappedTransport
 from evenmoe.transport.process_world import transport_of
-from evenmoe.transport.remapped import RemappedTransport
 from evenmoe.transport.transport import Transport, find_transport
 
 Outputs: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]

@@ -12,8 +12,7 @@ from evenmoe.metrics import FloatArray
 from evenmoe.placement import held_by_rank
 from evenmoe.planner.even import plan_static
 from evenmoe.planner.kernels.batch import candidates, evaluate
-from evenmoe.planner.kernels.common import replicate
-from evenmoe.planner.kernels.packing import draft
+from evenmoe.planner.kernels.packing import draft, replicate
 from evenmoe.planner.options import Shape
 from evenmoe.planner.slots import Slots, normalized
 

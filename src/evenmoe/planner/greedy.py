@@ -13,8 +13,7 @@ import numpy.typing as npt
 
 from evenmoe.metrics import as_load, within_range
 from evenmoe.placement import Placement
-from evenmoe.planner.kernels.common import replicate
-from evenmoe.planner.kernels.packing import pack_evenly
+from evenmoe.planner.kernels.packing import pack_evenly, replicate
 from evenmoe.planner.options import check_shape
 
 

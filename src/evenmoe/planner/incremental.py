@@ -8,7 +8,7 @@ from evenmoe.metrics import FloatArray, count_arrivals
 from evenmoe.placement import IntArray, held_by_rank
 from evenmoe.planner.even import plan_peaks
 from evenmoe.planner.hierarchical import plan_hierarchical
-from evenmoe.planner.kernels.common import keep_slots
+from evenmoe.planner.kernels.packing import keep_slots
 from evenmoe.planner.kernels.walk import walk_layers
 from evenmoe.planner.options import Shape
 from evenmoe.planner.slots import Indices, Integers, Slots, by_load, even_par, lay_over, positions, take

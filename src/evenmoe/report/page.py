@@ -1,22 +1,192 @@
-"""The page, and `write_report`, which puts it and its pictures on disk."""
+"""The page from its headline to the glossary, and `write_report`, which puts it and its pictures on disk."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib.resources import files
 from pathlib import Path
 
+from evenmoe import __version__, quantities
 from evenmoe.io.output import made_folder, whole_files
-from evenmoe.quantities import count, counted
-from evenmoe.report.balance import balance
+from evenmoe.quantities import MINUS, QUANTITIES, count, counted
+from evenmoe.quantities import percent as _percent
+from evenmoe.report.charts import swatch
 from evenmoe.report.content import Content
-from evenmoe.report.costs import cost, traffic
 from evenmoe.report.drawing import color_rules
-from evenmoe.report.headline import glossary, headline, origin
 from evenmoe.report.maps import load, replicas
-from evenmoe.report.markup import Markup, element, join, name
-from evenmoe.simulator.result import Simulation
+from evenmoe.report.markup import Column, Markup, data, element, join, name, paragraph, section, table
+from evenmoe.report.sections import COSTS, TRAFFIC, balance, cost, traffic
+from evenmoe.simulator.result import PolicySummary, Simulation
+
+#: Names under which a replay keeps its command, and the digests of its files, among the settings.
+COMMAND, DIGEST = "command", "SHA-256 of "
+
+#: Key, word and definition, in the order shown; those of the figures follow.
+WORDS = (
+    (
+        "par",
+        "PAR, peak-to-average load",
+        "The busiest rank's load ÷ the mean rank's load, in one layer and one step. 1 is perfect; at 2 the busiest "
+        "rank computes twice the mean, and all others wait for it. What vLLM and SGLang call balancedness is 1 ÷ PAR.",
+    ),
+    ("expert", "Expert", "A logical expert of one layer, numbered from 0. Layers count from 0 in the trace's order."),
+    (
+        "replica",
+        "Slot, replica",
+        "A slot is room for one expert's weights on one rank. Slots that hold the same expert are its replicas; the "
+        "replica rule says which of them a token goes to.",
+    ),
+    (
+        "row",
+        "Row, load",
+        "One token's hidden vector on its way to one expert. Load is counted in rows: a token routed to 8 experts is "
+        "8 rows. “Per rank” sends one row for each token and destination rank instead.",
+    ),
+    (
+        "unit",
+        "Unit",
+        "KiB, MiB and GiB are 2¹⁰, 2²⁰ and 2³⁰ bytes. Times are modeled; the cost model's figures are in the settings.",
+    ),
+)
+
+#: Figures in the table of all policies.
+COLUMNS = (
+    "mean_par", "worst_par", "step_time_us", "copy_time_us", "gain_percent", "net_gain_percent", "copies",
+    "break_even_steps", "extra_memory_percent",
+)  # fmt: skip
+
+
+def headline(content: Content) -> Markup:
+    """The first section."""
+    return section("short", "In short", _sentence(content), _cards(content), _policies(content), _descriptions(content))
+
+
+def _sentence(content: Content) -> Markup:
+    baseline, best = content.summaries[0], content.summaries[content.best]
+    if not content.compares:
+        return paragraph(
+            "Only ", name(baseline.name), " was replayed, so there is nothing to compare it with. Its busiest rank "
+            "carries ", element("strong", f"{quantities.par(baseline.mean_par)} times the mean load"), ".",
+            class_="lead",
+        )  # fmt: skip
+    balance = join(
+        element("strong", f"{quantities.par(best.mean_par)} times the mean load"),
+        f" instead of {quantities.par(baseline.mean_par)}, for {_more_memory(content)}.",
+    )
+    if best.net_gain_percent > 0:
+        return paragraph(
+            "With ", name(best.name), " a step takes ",
+            element("strong", f"{_saved(best.net_gain_percent)} less time"), " than with ", name(baseline.name),
+            ", copying included: the busiest rank carries ", balance, class_="lead",
+        )  # fmt: skip
+    return paragraph(
+        element("strong", "No policy makes a step faster"), " than ", name(baseline.name), ", copying included. ",
+        name(best.name), " comes nearest", _but_for_copying(best), ". Its busiest rank carries ", balance,
+        class_="lead",
+    )  # fmt: skip
+
+
+def _saved(gain: float) -> str:
+    return _percent(gain).removeprefix("+")
+
+
+def _but_for_copying(summary: PolicySummary) -> str:
+    if not (summary.gain_percent > 0 and math.isfinite(summary.break_even_steps)):
+        return ""
+    return (
+        f": without copying it would save {_saved(summary.gain_percent)}, and a refresh has paid for its copies "
+        f"after {quantities.steps(summary.break_even_steps)} steps"
+    )
+
+
+def _more_memory(content: Content) -> str:
+    extra = content.summaries[content.best].extra_memory_bytes_per_rank
+    if extra == 0:
+        return "no more memory"
+    size = content.with_unit("extra_memory_bytes_per_rank")[content.best]
+    return f"{size.lstrip(MINUS)} {'more' if extra > 0 else 'less'} memory on every rank"
+
+
+def _cards(content: Content) -> Markup:
+    best = content.summaries[content.best]
+    cards = [
+        ("PAR, mean", _was(content, "mean_par", "1 is perfect")),
+        ("PAR, worst", _was(content, "worst_par", "of any step and layer")),
+        ("Time per step", _was(content, "net_time_us", "copying included",
+                               f", gain {_percent(best.net_gain_percent)}")),
+        ("Experts copied", (data(best.copies, quantities.count(best.copies)),
+         f"{counted(best.refreshes, 'refresh', 'refreshes')} in {counted(content.summary.num_steps, 'step')}")),
+        ("Break-even", (data(best.break_even_steps, quantities.steps(best.break_even_steps)),
+         "steps after each refresh")),
+        ("Memory per rank", _was(content, "memory_bytes_per_rank", "expert weights, all layers",
+                                 f", {_percent(best.extra_memory_percent)}")),
+    ]  # fmt: skip
+    items = (element("div", element("dt", a), element("dd", b), element("dd", c, class_="note")) for a, (b, c) in cards)
+    heading = join("Figures of ", name(best.name), ", the policy with the least time per step")
+    if content.compares:
+        heading = join(heading, ", beside ", name(content.before.name))
+    return join(paragraph(heading, ".", class_="note"), element("dl", *items, class_="cards"))
+
+
+def _was(content: Content, key: str, alone: str, more: str = "") -> tuple[Markup, str]:
+    """A figure of the best policy, and beside it the baseline's with `more`, or `alone` where it is the best."""
+    texts = content.with_unit(key) if QUANTITIES[key].scale else content.summary.shown(key).texts
+    value = data(getattr(content.summaries[content.best], key), texts[content.best])
+    return value, f"was {texts[0]}{more}" if content.compares else alone
+
+
+def _policies(content: Content) -> Markup:
+    heads = [join(swatch(i), element("span", name(text))) for i, text in content.names]
+    return content.table("All policies on the same steps", COLUMNS, heads)
+
+
+def _descriptions(content: Content) -> Markup:
+    items = []
+    for policy in content.simulation.policies:
+        items.append(element("dt", name(policy.name)))
+        items.append(element("dd", name(policy.description)))
+    notes = content.simulation.notes
+    listed = element("ul", *(element("li", note) for note in notes), class_="notes") if notes else ""
+    return join(element("dl", *items, class_="policies"), listed)
+
+
+def origin(content: Content) -> Markup:
+    """Settings, then commands and inputs, the replay's own among them, which it keeps as settings."""
+    settings = content.simulation.settings
+    commands = [value for key, value, _ in settings if key == COMMAND]
+    digests = {key.removeprefix(DIGEST): value for key, value, _ in settings if key.startswith(DIGEST)}
+    chosen = [
+        (key, element("bdi", value), unit)
+        for key, value, unit in settings
+        if key != COMMAND and not key.startswith(DIGEST)
+    ]
+    columns = [Column("Setting"), Column("Value", text=True), Column("Unit", text=True)]
+    shown = table("Everything that was chosen", columns, chosen) if chosen else paragraph("None are recorded.")
+    if content.command not in commands:
+        commands.append(content.command)
+    files = [(name(path), element("code", digest)) for path, digest in (digests | content.inputs).items()]
+    return join(
+        section("settings", "Settings", shown),
+        section(
+            "origin",
+            "How this page was made",
+            paragraph(f"By evenmoe {__version__}. The same commands on the same files give the same bytes."),
+            *(element("pre", element("code", command), tabindex="0") for command in commands),
+            table("Files read", [Column("File"), Column("SHA-256", text=True)], files) if files else "",
+        ),
+    )
+
+
+def glossary(content: Content) -> Markup:
+    """What every word and every figure in the tables of policies means."""
+    words = list(WORDS)
+    for key in dict.fromkeys((*COLUMNS, *TRAFFIC, *COSTS)):
+        words.append((key, f"{QUANTITIES[key].label}, {content.summary.shown(key).unit}", QUANTITIES[key].definition))
+    items = [part for key, word, text in words for part in (element("dt", word, id=f"w-{key}"), element("dd", text))]
+    return section("words", "Words and units", element("dl", *items, class_="words"))
+
 
 #: Nothing may be fetched or run; styles stand in the page.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -9,13 +9,14 @@ import numpy.typing as npt
 
 from evenmoe.errors import ConstraintError
 from evenmoe.traces.models import ModelShape, find_model
-from evenmoe.traces.profiles import TraceParameters, parameters_of
 from evenmoe.traces.sampling import (
     FloatArray,
+    TraceParameters,
     draw_counts,
     draw_tokens,
     layer_popularity,
     overdispersion,
+    parameters_of,
     pick_probability,
     request_factors,
 )
@@ -76,7 +77,7 @@ def synthesize(
 
     Args:
         model: name or alias in `MODELS`, or a shape. One that was not measured takes the parameters of its nearest
-            (`profiles.NEAREST`).
+            (`sampling.NEAREST`).
         num_windows: T; tokens_per_window: tokens of each, each of which is assigned K experts in every layer.
         requests: live at a time, at most one per token. More of them drift less together; without `routing`, beyond 64
             the windows' means and variances are drawn as of so many, not every request.
@@ -99,7 +100,7 @@ def synthesize(
         ConstraintError: an unknown model, a number out of range, or arrays larger than a trace file may hold.
 
     How well it fits. Each parameter was matched to one statistic of `statistics` at the measured number and mean length
-    of requests; `profiles.MEASUREMENTS` has the files, and what was measured beside what is synthesized, fitted or not.
+    of requests; `sampling.MEASUREMENTS` has the files, and what was measured beside what is synthesized, fitted or not.
     gpt-oss-20b's busiest experts are cut off at a fitted ceiling. DeepSeek-V3's skew and drift come from one prompt
     of 109 tokens (gini 0.673 / 0.703, skew 15.3 / 14.3), and 1,027 steps of 116 tokens have skew 12.3 / 10.2.
     What the fit never saw: a placement for 8 ranks and 40 slots planned on the sum of every other gpt-oss-20b request

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from evenmoe.ascend.cann import build
-from evenmoe.ascend.cann.sources import c_names, digest, header_texts, source_texts
+from evenmoe.ascend.cann.build import c_names, digest, header_texts, source_texts
 from evenmoe.cli import app
 from evenmoe.contract.operators import SIGNATURES
 from evenmoe.errors import ConstraintError

@@ -11,11 +11,10 @@ from functools import partial, wraps
 import torch
 
 from evenmoe.ascend import status
-from evenmoe.ascend.cann import sources
+from evenmoe.ascend.cann import build
 from evenmoe.ascend.cann.calls import Calls
-from evenmoe.ascend.cann.memory import Memory, check_copy
 from evenmoe.ascend.cann.runtime import NUM_DEVICES, Communicator, Communicators, Runtime
-from evenmoe.ascend.cann.tensors import DTYPES, describe_tensor
+from evenmoe.ascend.cann.tensors import DTYPES, Memory, check_copy, describe_tensor
 from evenmoe.ascend.executor import stage_one as stage_one_of_operator
 from evenmoe.ascend.status import AclError, acl_error, check_not_null, null_pointer
 from evenmoe.ops.combine import combine
@@ -67,7 +66,7 @@ _acl = partial(_before_init, uninitialized=status.ACL_UNINITIALIZE)
 _aclnn = partial(_answers, internal=status.INNER, null=status.PARAM_NULLPTR)
 _hccl = partial(_answers, internal=status.HCCL_INTERNAL, null=status.HCCL_PTR, uninitialized=status.HCCL_RUNTIME)
 
-digest = sources.digest
+digest = build.digest
 
 
 def own_process() -> None:

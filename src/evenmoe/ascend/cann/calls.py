@@ -6,10 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 
 from evenmoe.ascend import status
-from evenmoe.ascend.cann.memory import Memory
+from evenmoe.ascend.cann.build import c_names
 from evenmoe.ascend.cann.runtime import Communicators, Handles, Runtime
-from evenmoe.ascend.cann.sources import c_names
-from evenmoe.ascend.cann.tensors import TensorDescription, shape_only, view
+from evenmoe.ascend.cann.tensors import Memory, TensorDescription, shape_only, view
 from evenmoe.ascend.executor import Executor, stage_one
 from evenmoe.ascend.status import AclError, acl_error, check_not_null
 from evenmoe.contract.operators import SIGNATURES

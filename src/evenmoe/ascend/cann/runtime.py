@@ -14,8 +14,8 @@ from typing import Generic, TypeVar
 from evenmoe.ascend import status
 from evenmoe.ascend.status import acl_error, null_pointer
 from evenmoe.ascend.stream import Stream
-from evenmoe.transport.local import LocalTransport, Rendezvous
 from evenmoe.transport.transport import register, unregister
+from evenmoe.transport.world import LocalTransport, Rendezvous
 
 Thing = TypeVar("Thing")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from evenmoe.compiled import compiled
-from evenmoe.planner.kernels.common import held_experts
+from evenmoe.planner.kernels.packing import held_experts
 
 # A peak counts as the best once no rank that the busiest can send to is emptier by more than this.
 _TOLERANCE = 2e-4

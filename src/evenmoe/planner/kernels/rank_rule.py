@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from evenmoe.compiled import compiled
-from evenmoe.planner.kernels.common import held_experts, lightest
+from evenmoe.planner.kernels.packing import held_experts, lightest
 
 # The weight of the squared rank loads beside the peaks: enough to leave a tie of several busiest ranks.
 _SQUARES = 0.01

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from evenmoe.compiled import compiled
 from evenmoe.metrics import FloatArray
-from evenmoe.planner.kernels.common import draw
+from evenmoe.planner.kernels.packing import draw
 
 # What counts as an improvement, per window, relative to its sum: above the rounding of a sum over 10⁶ windows.
 LEAST = 1e-9

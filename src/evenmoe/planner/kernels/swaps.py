@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.compiled import compiled
-from evenmoe.planner.kernels.common import draw
+from evenmoe.planner.kernels.packing import draw
 
 
 class SwapState(NamedTuple):

@@ -18,9 +18,8 @@ import torch
 import evenmoe as em
 from evenmoe.errors import ConstraintError, LostRankError
 from evenmoe.placement import Placement
-from evenmoe.transport.local import LocalTransport
 from evenmoe.transport.transport import find_transport
-from evenmoe.transport.world import Rank
+from evenmoe.transport.world import LocalTransport, Rank
 
 
 def tell_all(rank: Rank, times: int = 1) -> bool:

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evenmoe.ascend.cann.memory import BYTES_PER_DEVICE, Memory, check_copy
-from evenmoe.ascend.cann.tensors import TensorDescription, describe_tensor, view
+from evenmoe.ascend.cann.tensors import BYTES_PER_DEVICE, Memory, TensorDescription, check_copy, describe_tensor, view
 from evenmoe.ascend.status import AclError
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
 
