@@ -9,12 +9,12 @@ import torch
 from hypothesis import strategies as st
 
 import evenmoe as em
+from evenmoe import rules
 from evenmoe.placement import Placement
-from evenmoe.rules import catalogue
 from evenmoe.transport.world import Rank
 from tests.ground.placements import random_placement
 
-RULES = tuple(rule for rule in catalogue.RULES if rule != "even")  # by which a rank can choose
+RULES = tuple(rule for rule in rules.RULES if rule != "even")  # by which a rank can choose
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
