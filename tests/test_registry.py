@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -89,3 +90,29 @@ def test_a_name_is_given_once():
     assert str(caught.value) == "`name` is 'pi': it must not be taken by another number; choose another."
     with pytest.raises(ConstraintError):
         found.add("seven", 7)
+
+
+def test_ranks_that_are_threads_import_a_file_once(tmp_path):
+    path = tmp_path / "slow.py"
+    path.write_text("import time\ntime.sleep(0.2)\nMINE = object()\n")
+    things = Registry("thing", {}, "builtins:object", "a thing", "evenmoe.things")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(things.get, [f"py:{path}:MINE"] * 4))
+    assert all(thing is found[0] for thing in found)
+
+
+def test_a_file_that_ends_the_program_does_not(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(ConstraintError, match=r"must be importable, and is not \(SystemExit: 0\)"):
+        numbers().get(f"py:{path}:MINE")
+
+
+def test_a_relative_path_is_of_the_folder_of_now(tmp_path, monkeypatch):
+    found = numbers()
+    for value in (1.5, 2.5):
+        folder = tmp_path / str(value)
+        folder.mkdir()
+        (folder / "mine.py").write_text(f"MINE = {value}\n")
+        monkeypatch.chdir(folder)
+        assert found.get("py:mine.py:MINE") == value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib import import_module, util
@@ -14,6 +15,7 @@ from typing import Generic, TypeVar
 from evenmoe.errors import ConstraintError
 
 Thing = TypeVar("Thing")
+_importing = threading.RLock()  # ranks that are threads ask for one file at once
 
 
 class Registry(Generic[Thing]):
@@ -50,7 +52,7 @@ one of them.
 
     def __iter__(self) -> Iterator[str]:
         self._look_for_packages()
-        return (name for name in {**self._places, **self._things} if not name.startswith("py:"))
+        return iter({**self._places, **self._things})
 
     def __contains__(self, name: object) -> bool:
         return name in list(self)
@@ -77,7 +79,7 @@ one of them.
             if name in self._places or name in self:
                 self._things[name] = self._checked(name, _attribute(self._kind, name, self._places[name]))
             elif name.startswith("py:"):
-                self._things[name] = self._checked(name, _attribute(self._kind, name, name[3:]))
+                return self._checked(name, _attribute(self._kind, name, name[3:]))  # a path means the folder of now
             else:
                 raise ConstraintError(
                     self._kind,
@@ -101,9 +103,14 @@ one of them.
     def _checked(self, name: str, thing: object) -> Thing:
         if not isinstance(thing, self._type):
             raise ConstraintError(
-                self._kind, f"{name}, a {type(thing).__name__}", f"must be {self._wanted}", "pass one, or its name"
+                self._kind, f"{name}, of type {type(thing).__name__}", f"must be {self._wanted}", "pass one, or its name"
             )
         return thing  # pyright: ignore[reportReturnType]
+
+
+def failure(kind: str, name: str, error: Exception) -> ConstraintError:
+    """What becomes of an exception in a user's thing, which is no mistake in evenmoe."""
+    return ConstraintError(kind, name, f"must not fail, and raised {type(error).__name__}: {error}", "correct it")
 
 
 def _attribute(kind: str, name: str, place: str) -> object:
@@ -114,7 +121,7 @@ def _attribute(kind: str, name: str, place: str) -> object:
         )
     try:
         return getattr(_file(module) if module.endswith(".py") else import_module(module), attribute)
-    except Exception as error:  # whatever a user's module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever a user's module does when it is imported
         problem = f"{type(error).__name__}: {error}"
         raise ConstraintError(kind, repr(name), f"must be importable, and is not ({problem})", "mend it") from error
 
@@ -122,14 +129,15 @@ def _attribute(kind: str, name: str, place: str) -> object:
 def _file(path: str) -> ModuleType:
     """A file is imported once, under its whole path, whatever other files are called."""
     whole = str(Path(path).resolve())
-    if whole not in sys.modules:
-        spec = util.spec_from_file_location(whole, whole)
-        assert spec is not None
-        assert spec.loader is not None
-        module = sys.modules[whole] = util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[whole]
-            raise
-    return sys.modules[whole]
+    with _importing:
+        if whole not in sys.modules:
+            spec = util.spec_from_file_location(whole, whole)
+            assert spec is not None
+            assert spec.loader is not None
+            module = sys.modules[whole] = util.module_from_spec(spec)
+            try:
+                spec.loader.exec_module(module)
+            except BaseException:
+                del sys.modules[whole]
+                raise
+        return sys.modules[whole]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from evenmoe import formats
 from evenmoe.errors import ConstraintError, FileFormatError
 from evenmoe.formats import FORMATS
+from evenmoe.formats.catalogue import Entry, Format
 from tests.cli.running import Run, runner
 from tests.formats import toy_format
 
@@ -101,3 +103,28 @@ def test_a_format_that_only_reads(tmp_path, monkeypatch):
 def test_what_is_no_format(files):
     with pytest.raises(ConstraintError, match=r"a str: it must be an evenmoe\.formats\.Format"):
         formats.read(files[0], format=f"{FILE}:__doc__")
+
+
+def _broken(*_):
+    raise ValueError("no such row")
+
+
+def test_a_format_that_fails_is_no_mistake_in_evenmoe(tmp_path):
+    source, target = tmp_path / "load.json", tmp_path / "new.json"
+    source.write_text("[[1, 2], [3, 4]]")
+    entry = Entry("broken", "load", "It fails.", ("json",))
+    broken = Format(entry, lambda document: True, _broken, _broken)
+    empty = replace(broken, read=lambda *_: None, write=lambda *_: "text")
+    for format, read, written in (
+        (
+            broken,
+            "must not fail, and raised ValueError: no such row",
+            "must not fail, and raised ValueError: no such row",
+        ),
+        (empty, "must read a RawLoad or a RawPlacement", "must write bytes, or a folder's files by name"),
+    ):
+        with pytest.raises(ConstraintError, match=f"`format` is broken: it {read}; correct it"):
+            formats.read(source, format=format)
+        with pytest.raises(ConstraintError, match=f"`format` is broken: it {written}; correct it"):
+            formats.write(target, LOAD, format=format)
+    assert not target.exists()

@@ -85,3 +85,24 @@ def test_options_are_checked_before_the_planner_is_asked() -> None:
         plan_with("greedy", LOAD, PlanOptions(num_ranks=4, num_slots=30))
     with pytest.raises(ConstraintError, match="must be one of evenmoe, greedy, or py:module:attribute"):
         plan_with("best", LOAD, OPTIONS)
+
+
+def test_a_planner_that_fails_is_no_mistake_in_evenmoe() -> None:
+    def broken(load, **options):
+        raise ValueError("no room")
+
+    with pytest.raises(ConstraintError, match="must not fail, and raised ValueError: no room; correct it") as caught:
+        plan_with(broken, LOAD, OPTIONS)
+    assert isinstance(caught.value.__cause__, ValueError)
+    with pytest.raises(ConstraintError, match="`planner` is py:builtins:dict: it must not fail, and raised ValueError"):
+        plan_with("py:builtins:dict", LOAD, OPTIONS)  # which has no signature
+
+
+def test_a_planner_may_write_to_its_load() -> None:
+    def careless(load, **options):
+        load[:] = 1
+        return em.plan(load, **options)
+
+    load = LOAD.copy()
+    plan_with(careless, load, OPTIONS)
+    assert np.array_equal(load, LOAD)

@@ -12,6 +12,7 @@ from evenmoe.metrics import even_rank_loads
 from evenmoe.reference import update_expert as reference_rules
 from evenmoe.reference.update_expert import update_expert
 from evenmoe.rules import RULES, rank
+from evenmoe.rules.rule import Rule
 
 
 def placement_with(count, num_ranks, seed=0):
@@ -102,3 +103,27 @@ def test_mistakes_are_named():
         RULES.get("random")
     with pytest.raises(ConstraintError, match=r"`load` is an array of shape \(1, 2\): it must end in the placement's"):
         RULES.get("even").slot_loads(np.ones((1, 2)), placement)
+
+
+def test_a_rule_that_fails_or_has_no_name_is_no_mistake_in_evenmoe():
+    class Broken(Rule):
+        name, description = "broken", "It divides by zero."
+
+        def choose(self, expert_ids, eplb_table, **_):
+            raise ZeroDivisionError("by zero")
+
+    class Unfinished(Rule):
+        name, description = "unfinished", "It cannot choose."
+
+    load, placement = [[6, 1, 3]], em.Placement([[0, 1, 0, 2]], num_ranks=2)
+    with pytest.raises(
+        ConstraintError, match="`rule` is broken: it must not fail, and raised ZeroDivisionError: by zero; correct it"
+    ) as caught:
+        Broken().rank_loads(load, placement)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    with pytest.raises(ConstraintError, match="raised NotImplementedError: Unfinished has no `choose`"):
+        Unfinished().rank_loads(load, placement)
+    with pytest.raises(
+        ConstraintError, match="`name` is missing in Nameless: it must be what the rule is called, a st"
+    ):
+        type("Nameless", (Rule,), {})

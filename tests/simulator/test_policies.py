@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from evenmoe.errors import ConstraintError
+from evenmoe.planner.plan import plan
 from evenmoe.rules import RULES
 from evenmoe.simulator.batches import Cluster
-from evenmoe.simulator.policies import DEFAULT, Oracle, Policy, Refreshed, Static, parse_policies
+from evenmoe.simulator.policies import DEFAULT, Oracle, Policy, Refreshed, Static, check_policy, parse_policies
+from evenmoe.simulator.policy_text import PolicyText
 
 CLUSTER = Cluster(8, 2, 16)
 
@@ -129,3 +131,32 @@ def test_greedy_adds_the_pieces_up():
     _, whole, pieces = parse("static:planner=greedy", "static:planner=greedy,pieces=3")
     past = np.random.default_rng(0).exponential(size=(7, 2, 20)) ** 3
     assert pieces.plan(CLUSTER, past, None, 0) == whole.plan(CLUSTER, past, None, 0)
+
+
+def test_a_path_may_have_colons_and_an_error_names_the_policy():
+    def kind(text: str):
+        found = PolicyText(text, {})
+        found.read_options(("slots", "rule"))
+        return found.kind, found.given
+
+    assert kind(r"py:C:\my plans\a.py:f:slots=3") == (r"py:C:\my plans\a.py:f", {"slots": "3"})
+    assert kind("py:a, b: c/d.py:f") == ("py:a, b: c/d.py:f", {})
+    assert kind("py:m:f:rule=py:a.py:R") == ("py:m:f", {"rule": "py:a.py:R"})
+    with pytest.raises(
+        ConstraintError, match=r"`policy` is 'py:no\.such:f:slots=24': it must be importable, and is not"
+    ):
+        parse("py:no.such:f:slots=24")
+
+
+def test_what_a_planner_of_a_policy_breaks_is_said_whole():
+    (policy,) = (each for each in parse("py:tests.simulator.test_policies:anew") if each.name != "identity")
+    with pytest.raises(ConstraintError) as caught:
+        check_policy(policy, CLUSTER, 20)
+    text = str(caught.value)
+    assert "its `planner` is py:tests.simulator.test_policies:anew, whose plan makes " in text
+    assert text.endswith("copies in one layer, which must make at most 4 of them; correct the planner.")
+
+
+def anew(load, *, num_ranks, num_slots, **options):
+    """A planner that forgets what it was given."""
+    return plan(load[..., ::-1] * np.arange(1, 21), num_ranks=num_ranks, num_slots=num_slots)

@@ -218,3 +218,18 @@ def test_loads_need_to_know_the_experts_of_a_token():
 def test_a_policy_that_cannot_be_planned_is_refused_before_the_replay():
     with pytest.raises(ConstraintError, match=r"'evenmoe:groups=4'.*must be one that can be planned"):
         run(with_requests(), ["evenmoe:groups=4"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["num_ranks", "tokens_per_rank", "num_slots", "num_groups", "num_steps", "refresh", "window", "chunk", "top_k"],
+)
+def test_what_is_no_whole_number(name):
+    with pytest.raises(ConstraintError, match=f"`{name}` is 2.5 of type float: it must be a whole number; pass an int"):
+        run(loads_only(), ["identity"], **{name: 2.5})
+
+
+def test_policies_are_a_sequence():
+    for policies in ("identity", [1]):
+        with pytest.raises(ConstraintError, match="must be a sequence of texts; put each policy in a list"):
+            run(loads_only(), policies)

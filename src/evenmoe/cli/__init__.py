@@ -59,8 +59,8 @@ class _Commands(TyperGroup):
     def list_commands(self, ctx: object) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: object, cmd_name: str):
-        if cmd_name in _RENAMED:
+    def get_command(self, ctx, cmd_name: str):
+        if cmd_name in _RENAMED and not ctx.resilient_parsing:  # a shell completes nothing behind the old word
             new = _RENAMED[cmd_name]
             raise ConstraintError("evenmoe", cmd_name, f"is now called {new}", f"write evenmoe {new}")
         return import_module(f"evenmoe.cli.{cmd_name}").command if cmd_name in COMMANDS else None

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
-from evenmoe.errors import ConstraintError, FileFormatError
+from evenmoe.errors import ConstraintError, EvenmoeError, FileFormatError
 from evenmoe.formats.catalogue import ENTRIES, FORMATS, Entry, Format
 from evenmoe.formats.contents import Contents, Finding, Raw, RawLoad, RawPlacement, ReadOptions
 from evenmoe.formats.document import Document, open_document
@@ -27,6 +28,7 @@ from evenmoe.formats.layer_numbers import (
 )
 from evenmoe.io import DamagedFileError
 from evenmoe.placement import Placement, layers_of
+from evenmoe.registry import failure
 
 _FLAGS = {
     "num_ranks": "--ranks",
@@ -284,6 +286,13 @@ def _resembles(document: Document, entry: Entry) -> bool:
     return entry.arrays or not isinstance(document.value, np.ndarray)
 
 
+def fail_for(format: Format, error: Exception) -> NoReturn:
+    """Raise the exception of evenmoe's own format as it is, and of a user's format as a ConstraintError."""
+    if format.name in ENTRIES or isinstance(error, EvenmoeError | OSError | MemoryError):
+        raise error
+    raise failure("format", format.name, error) from error
+
+
 def _read_raw(document: Document, format: Format, options: ReadOptions) -> Raw:
     """What a file of this format holds before it is judged."""
     assert format.read is not None
@@ -291,6 +300,10 @@ def _read_raw(document: Document, format: Format, options: ReadOptions) -> Raw:
         raw = format.read(document, options)
     except DamagedFileError as error:  # an .npz unpacks when it is asked for an array
         raise _damaged(document, error) from None
+    except Exception as error:
+        fail_for(format, error)
+    if not isinstance(raw, RawLoad | RawPlacement):
+        raise ConstraintError("format", format.name, "must read a RawLoad or a RawPlacement", "correct it")
     # The file's own numbers choose its layers, also where it merely counts them and is given the model's.
     shift = options.first_layer or 0 if raw.layer_ids is None else 0
     raw = number_rows(document, format, raw, options)

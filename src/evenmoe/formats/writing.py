@@ -26,7 +26,7 @@ from evenmoe.formats.layer_numbers import (
     note_new_numbers,
     ranges,
 )
-from evenmoe.formats.reading import contents_of, merged, open_raw
+from evenmoe.formats.reading import contents_of, fail_for, merged, open_raw
 from evenmoe.io import Value
 from evenmoe.io.output import whole_file, whole_folder, write_standard_output
 from evenmoe.metrics import as_array, check_counts
@@ -99,7 +99,12 @@ def write(
     elif trace is not None:
         options.notes.extend(_left_out(trace, entry))
     note_new_numbers(entry, options)
-    content = entry.write(checked, options)
+    try:
+        content = entry.write(checked, options)
+    except Exception as error:
+        fail_for(entry, error)
+    if not isinstance(content, bytes | dict):
+        raise ConstraintError("format", entry.name, "must write bytes, or a folder's files by name", "correct it")
     if isinstance(content, dict):
         _write_folder(target, content)
     elif str(target) == "-":

@@ -8,12 +8,13 @@ from inspect import Parameter, signature
 import numpy as np
 import numpy.typing as npt
 
-from evenmoe.errors import ConstraintError
+from evenmoe.errors import ConstraintError, EvenmoeError
 from evenmoe.metrics import FloatArray, as_load, count_copies, within_range
 from evenmoe.placement import Placement
 from evenmoe.planner import PLANNERS, Planner
 from evenmoe.planner.options import PlanOptions, Shape, check_placement
 from evenmoe.planner.slots import Slots
+from evenmoe.registry import failure
 from evenmoe.rules import RULES
 from evenmoe.rules.rule import Rule
 
@@ -146,7 +147,10 @@ def takes(planner: Planner, option: str) -> bool:
     >>> takes(PLANNERS.get("evenmoe"), "previous"), takes(PLANNERS.get("greedy"), "previous")
     (True, False)
     """
-    parameters = signature(planner).parameters
+    try:
+        parameters = signature(planner).parameters
+    except ValueError:  # of a builtin: only a call can tell
+        return True
     return option in parameters or any(each.kind is Parameter.VAR_KEYWORD for each in parameters.values())
 
 
@@ -177,11 +181,18 @@ def plan_with(planner: str | Planner, load: npt.ArrayLike, options: PlanOptions)
             raise ConstraintError(
                 "planner", f"{name}, which takes no `{option}`", f"must take it to plan with {value}", "leave it out"
             )
-    placement = found(tokens, **given)
+    try:
+        placement = found(tokens.copy(), **given)  # which a user's planner may write to
+    except (EvenmoeError, MemoryError):
+        raise
+    except Exception as error:
+        raise failure("planner", name, error) from error
     check_placement(placement, tokens.shape[-2], shape, "planner", f"{name}, whose plan is ", "correct the planner")
     if options.previous is not None and options.max_copies is not None:
         copies = int(count_copies(options.previous, placement).max())
         if copies > options.max_copies:
             made = f"{name}, whose plan makes {copies} copies in one layer"
-            raise ConstraintError("planner", made, f"must make at most {options.max_copies}", "correct the planner")
+            raise ConstraintError(
+                "planner", made, f"must make at most {options.max_copies} of them", "correct the planner"
+            )
     return placement

@@ -20,6 +20,19 @@ from evenmoe.report.markup import Column, Markup, data, element, join, name, par
 from evenmoe.report.sections import COSTS, TRAFFIC, balance, cost, traffic
 from evenmoe.simulator.result import PolicySummary, Simulation
 
+#: Nothing may be fetched or run; styles stand in the page.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+LINKS = (
+    ("balance", "Balance"),
+    ("load", "Load"),
+    ("replicas", "Replicas"),
+    ("layers", "Worst layers"),
+    ("traffic", "Traffic"),
+    ("cost", "Cost"),
+    ("settings", "Settings"),
+    ("origin", "Origin"),
+    ("words", "Words"),
+)
 #: Names under which a replay keeps its command, and the digests of its files, among the settings.
 COMMAND, DIGEST = "command", "SHA-256 of "
 
@@ -186,21 +199,6 @@ def glossary(content: Content) -> Markup:
         words.append((key, f"{QUANTITIES[key].label}, {content.summary.shown(key).unit}", QUANTITIES[key].definition))
     items = [part for key, word, text in words for part in (element("dt", word, id=f"w-{key}"), element("dd", text))]
     return section("words", "Words and units", element("dl", *items, class_="words"))
-
-
-#: Nothing may be fetched or run; styles stand in the page.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-LINKS = (
-    ("balance", "Balance"),
-    ("load", "Load"),
-    ("replicas", "Replicas"),
-    ("layers", "Worst layers"),
-    ("traffic", "Traffic"),
-    ("cost", "Cost"),
-    ("settings", "Settings"),
-    ("origin", "Origin"),
-    ("words", "Words"),
-)
 
 
 def page(content: Content) -> str:

@@ -23,6 +23,16 @@ from evenmoe.report.drawing import Buckets, drawing, index_axis, par_axis, style
 from evenmoe.report.markup import Column, Markup, data, element, figure, join, name, section, shortened, table
 from evenmoe.simulator.result import PolicyResult
 
+SAVED_HEIGHT = 240  # px
+#: Figures in the tables of the two sections.
+TRAFFIC = (
+    "rows_within_node", "rows_between_nodes", "deduplicated_rows_within_node", "deduplicated_rows_between_nodes",
+    "deduplication_percent",
+)  # fmt: skip
+COSTS = (
+    "net_time_us", "total_copy_time_us", "copies", "refreshes", "copies_per_refresh", "break_even_steps",
+    "memory_bytes_per_rank", "extra_memory_bytes_per_rank",
+)  # fmt: skip
 POINTS = 200  # of a line: on a page 1,200 px wide one every 6 px
 ALL_HEIGHT, ONE_HEIGHT = 260, 150  # px
 STROKES = 50  # refreshes that are marked one by one at most; more would touch each other on a phone
@@ -118,18 +128,6 @@ def _alone(content: Content, index: int, policy: PolicyResult, top: float) -> Ma
         caption += " Same scale as its neighbors."
     svg = drawing(body, f"par-{index}", f"PAR of {policy.name}: median and range", description, ONE_HEIGHT)
     return figure(policy.name, svg, caption)
-
-
-SAVED_HEIGHT = 240  # px
-#: Figures in the tables of the two sections.
-TRAFFIC = (
-    "rows_within_node", "rows_between_nodes", "deduplicated_rows_within_node", "deduplicated_rows_between_nodes",
-    "deduplication_percent",
-)  # fmt: skip
-COSTS = (
-    "net_time_us", "total_copy_time_us", "copies", "refreshes", "copies_per_refresh", "break_even_steps",
-    "memory_bytes_per_rank", "extra_memory_bytes_per_rank",
-)  # fmt: skip
 
 
 def traffic(content: Content) -> Markup:

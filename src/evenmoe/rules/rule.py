@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, ClassVar, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from evenmoe.errors import ConstraintError
+from evenmoe.errors import ConstraintError, EvenmoeError
 from evenmoe.metrics import FloatArray, as_load_of
 from evenmoe.placement import Placement
+from evenmoe.registry import failure
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,12 @@ class Rule:
     balance_mode: ClassVar[int | None] = None
     kernel: ClassVar[int | None] = None
 
+    def __init_subclass__(cls) -> None:
+        """Raise a ConstraintError for a class without a name, which a message would need first."""
+        if not isinstance(getattr(cls, "name", None), str):
+            value = f"{getattr(cls, 'name', 'missing')} in {cls.__name__}"
+            raise ConstraintError("name", value, "must be what the rule is called, a str", "give the class one")
+
     def choose(
         self,
         expert_ids: torch.Tensor,
@@ -76,7 +83,7 @@ class Rule:
         Returns:
             Slot ids, (T, K) of the dtype of `expert_ids`.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no `choose`")
 
     def prepare(self, eplb_table: torch.Tensor, num_slots: int, rank: int, world_size: int) -> Chooser:
         """Make a checked table, which must not change any more, ready for one rank."""
@@ -156,16 +163,22 @@ class Chooser:
         """Slots of a batch's assignments; the arguments are those of `Rule.choose`.
 
         Raises:
-            ConstraintError: the rule chose what is no replica of the expert, whose weights it would have replaced.
+            ConstraintError: the rule failed, or chose what is no replica of the expert, whose weights it would have
+                replaced.
         """
-        slots = self._rule.choose(
-            expert_ids,
-            self._table,
-            rank=self._rank,
-            world_size=self._world_size,
-            counted=counted,
-            counts_by_rank=counts_by_rank,
-        )
+        try:
+            slots = self._rule.choose(
+                expert_ids,
+                self._table,
+                rank=self._rank,
+                world_size=self._world_size,
+                counted=counted,
+                counts_by_rank=counts_by_rank,
+            )
+        except (EvenmoeError, MemoryError):
+            raise
+        except Exception as error:
+            raise failure("rule", self._rule.name, error) from error
         self._check(expert_ids, slots)
         return slots
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from evenmoe.errors import ConstraintError
 from evenmoe.metrics import FloatArray
+from evenmoe.planner.options import whole_number
 from evenmoe.traces.trace import Trace
 
 Counts = npt.NDArray[np.signedinteger]  # of `Cluster.count_type`
@@ -40,8 +41,7 @@ class Cluster:
 
     def __post_init__(self) -> None:
         for name in ("num_ranks", "num_nodes", "tokens_per_rank"):
-            if getattr(self, name) < 1:
-                raise ConstraintError(name, getattr(self, name), "must be at least 1", "use 1 or more")
+            whole_number(name, getattr(self, name), 1)
         if self.num_ranks % self.num_nodes:
             fitting = [nodes for nodes in range(1, self.num_ranks + 1) if self.num_ranks % nodes == 0]
             raise ConstraintError(

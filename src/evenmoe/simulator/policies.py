@@ -327,7 +327,7 @@ def check_policy(policy: Policy, cluster: Cluster, num_experts: int) -> None:
     try:
         policy.plan(cluster, np.ones((1, 1, num_experts)), first, 0)
     except ConstraintError as error:
-        rule = f"must be one that can be planned, and {error.argument} {error.rule}"
+        rule = f"must be one that can be planned, and its `{error.argument}` is {error.value}, which {error.rule}"
         raise ConstraintError("policy", repr(policy.name), rule, error.fix) from error
 
 
@@ -336,5 +336,9 @@ def _read(text: PolicyText, cluster: Cluster, num_experts: int) -> Policy:
     if schedule is Refreshed and not text.kind.startswith("py:") and text.kind not in PLANNERS:
         names = ("identity", "static", *PLANNERS, "oracle")
         text.fail(f"begins with {text.kind!r}, which is no policy", f"use one of {', '.join(names)}")
-    text.read_options(schedule.keys(text.kind))
+    try:
+        keys = schedule.keys(text.kind)
+    except ConstraintError as error:
+        raise ConstraintError("policy", repr(text.whole), error.rule, error.fix) from error
+    text.read_options(keys)
     return schedule.read(text, cluster, num_experts)

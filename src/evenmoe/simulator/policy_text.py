@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
@@ -22,9 +23,10 @@ class PolicyText:
 
     def __init__(self, text: str, defaults: Mapping[str, int]) -> None:
         self.whole, self._defaults = text, defaults
-        of_kind = 3 if text.startswith("py:") else 1
-        parts = text.split(":", of_kind)
-        self.kind, self._options = ":".join(parts[:of_kind]), (parts[of_kind:] or [None])[0]
+        # A path may have colons: C:\\plans.py.
+        kind = re.match(r"py:(?:[^=]+?\.py(?=:|$)|[^:]*)(?::[^:]*)?|[^:]*", text)
+        self.kind = kind[0] if kind else text
+        self._options = text[len(self.kind) + 1 :] if len(text) > len(self.kind) else None
         self.given: dict[str, str] = {}
 
     def read_options(self, keys: Sequence[str]) -> None:

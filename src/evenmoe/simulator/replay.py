@@ -11,6 +11,7 @@ import numpy as np
 
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.metrics import FloatArray
+from evenmoe.planner.options import whole_number
 from evenmoe.simulator.batches import Batches, Cluster, new_batches, recorded_part
 from evenmoe.simulator.costs import CostModel
 from evenmoe.simulator.policies import DEFAULT, check_policy, parse_policies
@@ -96,15 +97,18 @@ def simulate(
     chunk = _check_chunk(chunk, cluster)
     top_k = _find_top_k(trace, top_k)
     num_steps = _find_steps(trace, cluster, num_steps)
-    refresh = max(1, num_steps // 10) if refresh is None else _at_least("refresh", refresh, 1)
-    window = refresh if window is None else _at_least("window", window, 1)
-    num_slots = cluster.fewest_slots(trace.num_experts) + num_ranks if num_slots is None else num_slots
+    refresh = max(1, num_steps // 10) if refresh is None else whole_number("refresh", refresh, 1)
+    window = refresh if window is None else whole_number("window", window, 1)
+    fewest = cluster.fewest_slots(trace.num_experts)
+    num_slots = fewest + num_ranks if num_slots is None else whole_number("num_slots", num_slots, 1)
+    if isinstance(policies, str) or not all(isinstance(policy, str) for policy in policies):
+        raise ConstraintError("policies", repr(policies), "must be a sequence of texts", "put each policy in a list")
     chosen = parse_policies(
         tuple(policies),
         cluster,
         num_experts=trace.num_experts,
         num_slots=num_slots,
-        num_groups=num_groups,
+        num_groups=whole_number("num_groups", num_groups, 1),
         refresh=refresh,
         window=window,
     )
@@ -113,8 +117,8 @@ def simulate(
     states = [
         PolicyState(policy, cluster, trace.num_layers, trace.num_experts, num_steps, details) for policy in chosen
     ]
-    batches = new_batches(trace, cluster, num_steps, top_k, _at_least("seed", seed, 0), chunk)
-    workers = (os.cpu_count() or 1) if workers is None else _at_least("workers", workers, 1)
+    batches = new_batches(trace, cluster, num_steps, top_k, whole_number("seed", seed, 0), chunk)
+    workers = (os.cpu_count() or 1) if workers is None else whole_number("workers", workers, 1)
     with ThreadPoolExecutor(workers) as pool:
         run = _Run(trace, batches, states, costs, seed, top_k, pool, workers)
         for step in range(num_steps):
@@ -247,7 +251,7 @@ def _find_top_k(trace: Trace, top_k: int | None) -> int:
             raise MissingArgumentError(
                 "top_k", "not given", "is needed for a trace without tokens", "say how many experts a token has"
             )
-        known = _at_least("top_k", top_k, 1)
+        known = whole_number("top_k", top_k, 1)
     elif top_k is not None and top_k != known:
         raise ConstraintError("top_k", top_k, f"must be that of the trace, {known}", "leave it out")
     if not 1 <= int(known) <= trace.num_experts:
@@ -259,7 +263,7 @@ def _find_steps(trace: Trace, cluster: Cluster, num_steps: int | None) -> int:
     if trace.routing is not None and not len(trace.routing):
         raise ConstraintError("trace", "without a token", "must have some to replay", "record more")
     if num_steps is not None:
-        return _at_least("num_steps", num_steps, 1)
+        return whole_number("num_steps", num_steps, 1)
     if trace.routing is None:
         return 100
     return max(1, round(len(trace.routing) / (cluster.num_ranks * cluster.tokens_per_rank)))
@@ -268,15 +272,10 @@ def _find_steps(trace: Trace, cluster: Cluster, num_steps: int | None) -> int:
 def _check_chunk(chunk: int | None, cluster: Cluster) -> int:
     if chunk is None:
         return cluster.tokens_per_rank
-    if chunk < 1 or cluster.tokens_per_rank % chunk:
+    chunk = whole_number("chunk", chunk, 1)
+    if cluster.tokens_per_rank % chunk:
         fitting = [size for size in range(1, cluster.tokens_per_rank + 1) if cluster.tokens_per_rank % size == 0]
         raise ConstraintError(
             "chunk", chunk, f"must divide the {cluster.tokens_per_rank} tokens per rank", f"use one of {fitting}"
         )
     return chunk
-
-
-def _at_least(name: str, value: int, least: int) -> int:
-    if value < least:
-        raise ConstraintError(name, value, f"must be at least {least}", f"use {least} or more")
-    return value

@@ -23,6 +23,14 @@ import numpy.typing as npt
 from evenmoe.errors import ConstraintError
 from evenmoe.traces.models import ModelShape
 
+FloatArray = npt.NDArray[np.float64]
+
+#: Common factors. A power law over so many fits both spectra that are long enough to tell (see `MEASUREMENTS`):
+#: those of 14,042 requests to Mixtral-8x7B and of 89 to gpt-oss-20b.
+NUM_FACTORS = 64
+
+_NUMBERS_AT_ONCE = 1 << 21  # of a block of tokens × experts: 16 MB each of a handful of arrays
+
 
 @dataclass(frozen=True)
 class TraceParameters:
@@ -193,15 +201,6 @@ def parameters_of(shape: ModelShape) -> TraceParameters:
             "name your shape after the one it resembles, and pass parameters to differ",
         )
     return measured.parameters
-
-
-FloatArray = npt.NDArray[np.float64]
-
-#: Common factors. A power law over so many fits both spectra that are long enough to tell (see `MEASUREMENTS`):
-#: those of 14,042 requests to Mixtral-8x7B and of 89 to gpt-oss-20b.
-NUM_FACTORS = 64
-
-_NUMBERS_AT_ONCE = 1 << 21  # of a block of tokens × experts: 16 MB each of a handful of arrays
 
 
 def factor_parts(common_factor_share: float) -> FloatArray:

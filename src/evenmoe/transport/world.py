@@ -21,6 +21,10 @@ import torch
 from evenmoe.errors import ConstraintError, LostRankError
 from evenmoe.transport.transport import Buffers, GroupEnd, Ints, Members, Transport, register, unregister
 
+Result = TypeVar("Result")
+_world_numbers = itertools.count()
+_SIGNAL_CHECK_S = 0.2  # a signal that arrives just before a wait, or in a rank's thread, does not end the wait
+_INTERRUPT_PATIENCE_S = 1.0  # after Ctrl-C, for ranks that wait to notice; those that compute are left to themselves
 Exchange = tuple[Members, int]  # its members, and its number among theirs
 Brought = dict[int, Any]  # by rank, what it brought
 
@@ -171,12 +175,6 @@ class LocalTransport(GroupEnd):
         self._count(members)
         self._meeting = False
         return brought
-
-
-Result = TypeVar("Result")
-_world_numbers = itertools.count()
-_SIGNAL_CHECK_S = 0.2  # a signal that arrives just before a wait, or in a rank's thread, does not end the wait
-_INTERRUPT_PATIENCE_S = 1.0  # after Ctrl-C, for ranks that wait to notice; those that compute are left to themselves
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,24 @@ from evenmoe.contract.operators import SIGNATURES, Kind, Signature
 from evenmoe.errors import ConstraintError
 from evenmoe.io.output import made_folder, scratch_folder, undone_by_exit, whole_folder
 
+CORE = "evenmoe_cann"
+LIBRARIES = ("ascendcl", "nnopbase", "opapi", "op_common", "hccl")
+_MARKER = "evenmoe.txt"
+#: What a compiler says, or a shell of the program that it started, where it could not write its files.
+_NO_ROOM = {
+    errno.ENOSPC: (os.strerror(errno.ENOSPC),),
+    errno.EDQUOT: (os.strerror(errno.EDQUOT),),
+    errno.EFBIG: (os.strerror(errno.EFBIG), "File size limit exceeded"),
+}
+_SETENV = """\
+# Sourced by bash: lets programs be compiled against this tree, and find its libraries when they run.
+ASCEND_TOOLKIT_HOME="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+export ASCEND_TOOLKIT_HOME
+export ASCEND_HOME_PATH="$ASCEND_TOOLKIT_HOME"
+export LD_LIBRARY_PATH="$ASCEND_TOOLKIT_HOME/lib64${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+export LIBRARY_PATH="$ASCEND_TOOLKIT_HOME/lib64${LIBRARY_PATH:+:$LIBRARY_PATH}"
+export CPATH="$ASCEND_TOOLKIT_HOME/include${CPATH:+:$CPATH}"
+"""
 _HERE = Path(__file__).parent
 _TYPES: dict[Kind, str] = {
     "tensor": "const aclTensor *",
@@ -122,26 +140,6 @@ aclnnStatus aclnn{operator}(void *workspace, uint64_t workspaceSize, aclOpExecut
 {{
     return evenmoe::stage_two("{operator}", workspace, workspaceSize, executor, stream);
 }}
-"""
-
-
-CORE = "evenmoe_cann"
-LIBRARIES = ("ascendcl", "nnopbase", "opapi", "op_common", "hccl")
-_MARKER = "evenmoe.txt"
-#: What a compiler says, or a shell of the program that it started, where it could not write its files.
-_NO_ROOM = {
-    errno.ENOSPC: (os.strerror(errno.ENOSPC),),
-    errno.EDQUOT: (os.strerror(errno.EDQUOT),),
-    errno.EFBIG: (os.strerror(errno.EFBIG), "File size limit exceeded"),
-}
-_SETENV = """\
-# Sourced by bash: lets programs be compiled against this tree, and find its libraries when they run.
-ASCEND_TOOLKIT_HOME="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-export ASCEND_TOOLKIT_HOME
-export ASCEND_HOME_PATH="$ASCEND_TOOLKIT_HOME"
-export LD_LIBRARY_PATH="$ASCEND_TOOLKIT_HOME/lib64${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
-export LIBRARY_PATH="$ASCEND_TOOLKIT_HOME/lib64${LIBRARY_PATH:+:$LIBRARY_PATH}"
-export CPATH="$ASCEND_TOOLKIT_HOME/include${CPATH:+:$CPATH}"
 """
 
 

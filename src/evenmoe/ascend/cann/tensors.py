@@ -20,6 +20,28 @@ from evenmoe.ascend.status import ACL_INVALID_PARAM, RT_MEMORY_ALLOCATION, AclEr
 from evenmoe.ascend.tensors import check_no_overlap
 from evenmoe.errors import ConstraintError, MissingArgumentError, UnsupportedTypeError
 
+DTYPES = {  # aclDataType; those without an entry have no torch dtype
+    0: torch.float32,
+    1: torch.float16,
+    2: torch.int8,
+    3: torch.int32,
+    4: torch.uint8,
+    6: torch.int16,
+    7: torch.uint16,
+    8: torch.uint32,
+    9: torch.int64,
+    10: torch.uint64,
+    11: torch.float64,
+    12: torch.bool,
+    16: torch.complex64,
+    17: torch.complex128,
+    27: torch.bfloat16,
+    33: torch.complex32,
+    35: torch.float8_e5m2,
+    36: torch.float8_e4m3fn,
+}
+_FRACTAL_NZ = 29
+_MOST_DIMS = 25  # the library reads no longer list
 BYTES_PER_DEVICE = 64 * 2**30  # an Atlas A3 die; more would only be overcommitted by the host
 
 _TO_DEVICE, _FROM_DEVICE = (1, 3), (2, 3)  # aclrtMemcpyKind
@@ -167,30 +189,6 @@ def _check_side(memory: Memory, argument: str, address: int, size: int, on_devic
 
 def _too_much(size: int, rule: str) -> AclError:
     return acl_error(RT_MEMORY_ALLOCATION, "size", size, rule, "free something, or allocate less")
-
-
-DTYPES = {  # aclDataType; those without an entry have no torch dtype
-    0: torch.float32,
-    1: torch.float16,
-    2: torch.int8,
-    3: torch.int32,
-    4: torch.uint8,
-    6: torch.int16,
-    7: torch.uint16,
-    8: torch.uint32,
-    9: torch.int64,
-    10: torch.uint64,
-    11: torch.float64,
-    12: torch.bool,
-    16: torch.complex64,
-    17: torch.complex128,
-    27: torch.bfloat16,
-    33: torch.complex32,
-    35: torch.float8_e5m2,
-    36: torch.float8_e4m3fn,
-}
-_FRACTAL_NZ = 29
-_MOST_DIMS = 25  # the library reads no longer list
 
 
 @dataclass(frozen=True)
