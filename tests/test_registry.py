@@ -65,14 +65,14 @@ def test_entry_points_of_installed_packages(tmp_path, monkeypatch):
         ),
         (
             "py:math:sin",
-            "`number` is py:math:sin, a builtin_function_or_method: it must be a float; pass one, or its name.",
+            "`number` is py:math:sin, of type builtin_function_or_method: it must be a float; pass one, or its name.",
         ),
         (
             "py:math:none",
             "`number` is 'py:math:none': it must be importable, and is not (AttributeError: module 'math' has no "
             "attribute 'none'); mend it.",
         ),
-        (7, "`number` is 7, a int: it must be a float; pass one, or its name."),
+        (7, "`number` is 7, of type int: it must be a float; pass one, or its name."),
     ],
 )
 def test_what_is_no_such_thing(name, text):

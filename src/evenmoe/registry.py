@@ -103,7 +103,10 @@ one of them.
     def _checked(self, name: str, thing: object) -> Thing:
         if not isinstance(thing, self._type):
             raise ConstraintError(
-                self._kind, f"{name}, of type {type(thing).__name__}", f"must be {self._wanted}", "pass one, or its name"
+                self._kind,
+                f"{name}, of type {type(thing).__name__}",
+                f"must be {self._wanted}",
+                "pass one, or its name",
             )
         return thing  # pyright: ignore[reportReturnType]
 
