@@ -102,12 +102,8 @@ one of them.
 
     def _checked(self, name: str, thing: object) -> Thing:
         if not isinstance(thing, self._type):
-            raise ConstraintError(
-                self._kind,
-                f"{name}, of type {type(thing).__name__}",
-                f"must be {self._wanted}",
-                "pass one, or its name",
-            )
+            what = f"{name}, of type {type(thing).__name__}"
+            raise ConstraintError(self._kind, what, f"must be {self._wanted}", "pass one, or its name")
         return thing  # pyright: ignore[reportReturnType]
 
 

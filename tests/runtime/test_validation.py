@@ -394,7 +394,8 @@ CONSTRUCTION = {
     ),
     "a rule by its number": (
         lambda ep: em.ExpertParallel(ep, table([1, 0]), num_slots=2, rule=0),
-        "`rule` is 0, of type int: it must be an object of a subclass of evenmoe.rules.rule.Rule; pass one, or its name.",
+        "`rule` is 0, of type int: it must be an object of a subclass of evenmoe.rules.rule.Rule; pass one, or its "
+        "name.",
     ),
     "a table of 64 bits": (
         lambda ep: em.ExpertParallel(ep, table([1, 0]).long(), num_slots=2),

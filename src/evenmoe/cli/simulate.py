@@ -195,8 +195,8 @@ class SimulateCommand(FileOptions, WorldOptions):
                 "--model",
                 "not given, and the trace is of no known model",
                 "must name one of them, for the sizes of experts and rows",
-                f"use --model with one of {', '.join(MODELS)}; or give {', '.join(missing)}, and --top-k unless the trace "
-                "has tokens",
+                f"use --model with one of {', '.join(MODELS)}; or give {', '.join(missing)}, "
+                "and --top-k unless the trace has tokens",
             )
         return CostModel.for_expert(hidden or 0, size, flops, one_row_per_rank=not self.row_per_expert, **figures)
 
