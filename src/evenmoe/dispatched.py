@@ -21,7 +21,7 @@ class Dispatched:
         expand_x: (A·max(tp, 1), H), dtype of x or int8 under quant_mode 2. Rows 0…n−1, ordered by local expert,
             source rank, token.
         dynamic_scales: float32 (A·max(tp, 1),). Per-row scale, entries 0…n−1, under quant_mode 2; zero otherwise.
-        assist_info_for_combine: int32 (max(Bs·K, 128·A),). Triples (source EP rank, token on the source, k) of this
+        assist_info_for_combine: int32 (max(Bs·K, 128·A),). (source EP rank, token on the source, k) of this
             rank's own rows; k is K+e for shared expert e.
         expert_token_nums: int64 (L,). Rows per local expert, or their inclusive prefix sums when
             expert_token_nums_type is 0. With TP a single total of own and peer rows.

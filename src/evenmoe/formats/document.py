@@ -91,7 +91,7 @@ class Document:
         return value.astype(np.int64, copy=False)
 
     def check_total(self, counts: np.ndarray, where: str) -> None:
-        """Refuse counts whose sums may overflow or lose digits."""
+        """Raise for counts whose sums may overflow or lose digits."""
         total = counts.sum(dtype=np.float64)
         if total >= _MOST_TOKENS:
             raise self.error(

@@ -1,1 +1,1 @@
-"""The specification as code: every operator over a whole world, in dull loops; the oracle of the tests."""
+"""The specification as code: every operator over a whole world, in plain loops; the oracle of the tests."""

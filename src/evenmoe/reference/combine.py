@@ -89,7 +89,7 @@ def accumulate(
     Args:
         expand_x: per rank (≥ rows, H) bfloat16, float16 or float32, the experts' outputs in dispatch's row order.
         expert_ids: per rank int (Bs,K), as given to dispatch.
-        dispatched: dispatch's results; the triples and counts are read from them.
+        dispatched: dispatch's results; the assist_info and counts are read from them.
         expert_scales: per rank float32 (Bs,K) gate weights.
         num_experts, tp_world_size, x_active_mask, elastic_info, shared_expert_num, shared_expert_rank_num,
             zero_expert_num, copy_expert_num, const_expert_num: as given to dispatch.
@@ -161,9 +161,9 @@ def _send_back(
     inboxes: list[_Inbox] = [{} for _ in expand_x]
     for rank, tp_rank in world.ranks():
         d = world.index(rank, tp_rank)
-        triples = dispatched[d].assist_info_for_combine.tolist()
+        assist_info = dispatched[d].assist_info_for_combine.tolist()
         for i in range(_num_own(world, rank, dispatched[d])):
-            source, token, k = triples[3 * i : 3 * i + 3]
+            source, token, k = assist_info[3 * i : 3 * i + 3]
             row = expand_x[d][i]
             if world.tp == 2:
                 peer = world.index(rank, 1 - tp_rank)
@@ -255,7 +255,7 @@ def combine_add_rms_norm(
     norm_eps: float = 1e-6,
     **keywords: Any,
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]:
-    """Combine without rounding the sum, add the residual, and normalise.
+    """Combine without rounding the sum, add the residual, and normalize.
 
     Args:
         expand_x, expert_ids, dispatched, expert_scales, keywords: those of `accumulate`; expand_x is bfloat16 on the

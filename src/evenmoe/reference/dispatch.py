@@ -112,7 +112,7 @@ class _Received:
 
     rows: list[torch.Tensor] = field(default_factory=list)
     dynamic_scales: list[torch.Tensor] = field(default_factory=list)
-    triples: list[int] = field(default_factory=list)
+    assist_info: list[int] = field(default_factory=list)
     num_per_local: list[int] = field(default_factory=list)
     running: list[int] = field(default_factory=list)  # rows so far, after every (local expert, source rank)
 
@@ -159,7 +159,7 @@ def _receive(world: World, rank: int, tp_rank: int, outboxes: dict[tuple[int, in
         for source in range(layout.ep):
             for sent in outboxes[source, tp_rank].get((rank, local), []):
                 received.rows.append(sent.row)
-                received.triples.extend((source, sent.token, sent.k))
+                received.assist_info.extend((source, sent.token, sent.k))
                 if sent.dynamic_scale is not None:
                     received.dynamic_scales.append(sent.dynamic_scale)
             received.running.append(len(received.rows))
@@ -209,7 +209,7 @@ def _write(
     parts = [own] if peer is None else [own, peer]
     _fill(result.expand_x, [row for part in parts for row in part.rows])
     _fill(result.dynamic_scales, [scale for part in parts for scale in part.dynamic_scales])
-    _fill(result.assist_info_for_combine, own.triples)
+    _fill(result.assist_info_for_combine, own.assist_info)
     _fill(result.ep_recv_counts, [count for part in parts for count in part.running])
     nums = [sum(nums) for nums in zip(*(part.num_per_local for part in parts), strict=True)]
     if expert_token_nums_type == 0:

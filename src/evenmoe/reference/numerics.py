@@ -83,7 +83,7 @@ def softmax_of_two(logit_1: torch.Tensor, logit_2: torch.Tensor) -> tuple[torch.
 
 
 def quantize_token(row: torch.Tensor, smooth: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise one row to int8 with its own scale: quant_mode 2 (specification §2.8).
+    """Quantize one row to int8 with its own scale: quant_mode 2 (specification §2.8).
 
     An entry whose scaled value is not finite is stored as 0: the chip's conversion is unknown (§10), and 0 is the one
     value that makes an all-zero row come back as zeros.

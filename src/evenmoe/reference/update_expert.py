@@ -95,15 +95,15 @@ def occurrence(
     >>> occurrence(torch.zeros((4, 1), dtype=torch.int32), table, rank=1).tolist()
     [[5], [6], [4], [5]]
     """
-    picks = [0] * eplb_table.shape[0]
+    numbers = [0] * eplb_table.shape[0]
     physical = torch.zeros_like(expert_ids)
     for token in range(expert_ids.shape[0]):
         for k in range(expert_ids.shape[1]):
             expert = int(expert_ids[token, k])
             row = eplb_table[expert].tolist()
-            physical[token, k] = row[1 + (picks[expert] + rank + expert) % row[0]]
+            physical[token, k] = row[1 + (numbers[expert] + rank + expert) % row[0]]
             if counted is None or counted[token, k]:
-                picks[expert] += 1
+                numbers[expert] += 1
     return physical
 
 
@@ -115,14 +115,14 @@ def batch(
     rank: int,
     counted: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Line up an expert's picks, rank after rank, and the slots of its table row, each as often as its quota.
+    """Line up an expert's assignments, rank after rank, and its slots in table order, each as often as its quota.
 
-    The pick at a place gets the slot at that place, or the last slot where the line of slots is too short.
+    The assignment at a position gets the slot there, or the last slot where the line of slots is too short.
 
     Args:
         expert_ids, eplb_table, counted: as in `occurrence`.
-        quotas: (S,), picks that each slot takes.
-        counts_by_rank: (W,E), counted picks per rank and logical expert.
+        quotas: (S,), assignments that each slot takes.
+        counts_by_rank: (W,E), counted assignments per rank and logical expert.
         rank: of the calling rank.
 
     Returns:

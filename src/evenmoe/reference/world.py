@@ -28,7 +28,7 @@ class Layout:
     Attributes:
         ep: EP ranks.
         experts: physical MoE experts M; expert m lives on rank `shared_ranks` + m // L as local expert m % L.
-        shared_experts: Sn after normalisation, 0 where nobody hosts a shared expert.
+        shared_experts: Sn after normalization, 0 where nobody hosts a shared expert.
         shared_ranks: Sr, R = Sr / Sn per shared expert.
 
     >>> layout = Layout(ep=8, experts=8, shared_experts=2, shared_ranks=4)

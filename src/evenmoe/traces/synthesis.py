@@ -121,7 +121,7 @@ def synthesize(
         raise ConstraintError(
             "model",
             f"of {shape.num_experts} experts in {shape.num_groups} groups, top-{shape.top_k}",
-            "must have equal groups, at most 65536 experts, and no more picks per token than experts",
+            "must have equal groups, at most 65536 experts, and no more experts per token than it has",
             "correct the shape",
         )
     if num_layers is not None:
