@@ -40,6 +40,9 @@ def test_the_examples_of_extending_run(monkeypatch, capsys, tmp_path):
             Path(text.partition("\n")[0].removeprefix("# ")).write_text(text)
             continue
         for line in text.splitlines():
+            if "-m pytest" in line:
+                assert all((ROOT / path).exists() for path in line.split() if path.startswith("tests"))
+                continue
             done = run(*shlex.split(line)[1:])
             assert done.code == 0, done.err
             commands += 1

@@ -80,13 +80,13 @@ def update_expert(
 def occurrence(
     expert_ids: torch.Tensor, eplb_table: torch.Tensor, rank: int, counted: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The j-th counted pick of expert e on this rank goes to replica (j + rank + e) mod count.
+    """The j-th counted assignment to expert e on this rank goes to replica (j + rank + e) mod count.
 
     Args:
         expert_ids: int32 or int64 (Bs,K), logical experts.
         eplb_table: int32 (E,F). Row e = [count, id_1 … id_count, don't care].
         rank: of the calling rank.
-        counted: bool (Bs,K) or None (every pick counts). A pick that is not counted still gets a replica.
+        counted: bool (Bs,K) or None (all are). One that is not counted still gets a replica.
 
     Returns:
         Physical ids, (Bs,K) of the ids' dtype.
