@@ -101,7 +101,7 @@ def test_a_format_that_only_reads(tmp_path, monkeypatch):
 
 
 def test_what_is_no_format(files):
-    with pytest.raises(ConstraintError, match=r"a str: it must be an evenmoe\.formats\.Format"):
+    with pytest.raises(ConstraintError, match=r"of type str: it must be an evenmoe\.formats\.Format"):
         formats.read(files[0], format=f"{FILE}:__doc__")
 
 

@@ -242,7 +242,10 @@ BUGS = {
         "position.flip(1).contiguous(), weights.flip(1).contiguous()",
     ),
     "descending k in float16": bug(
-        worlds, OPS + "weighted_sum", "in range(position.shape[1]):", "in reversed(range(position.shape[1])):"
+        worlds,
+        OPS + "weighted_sum",
+        "in range(position.shape[1]):\n            where",
+        "in reversed(range(position.shape[1])):\n            where",
     ),
     "descending k with virtual experts": bug(
         worlds, OPS + "weighted_sum", "in range(top_k):", "in reversed(range(top_k)):"
@@ -293,23 +296,23 @@ BUGS = {
     ),
     "refusal untold": bug(disagreements, TRANSPORT + "call", "if not self._heard or", "if True or"),
     # how bytes cross
-    "exchanges share a number": bug(transports, TRANSPORT + "local", "(key, self._numbers[key])", "(key, 0)"),
+    "exchanges share a number": bug(transports, TRANSPORT + "world", "(key, self._numbers[key])", "(key, 0)"),
     "everybody reads the first rows": bug(
-        transports, TRANSPORT + "local", "start = sum(counts[: self.rank])", "start = 0"
+        transports, TRANSPORT + "world", "start = sum(counts[: self.rank])", "start = 0"
     ),
-    "columns for rows": bug(transports, TRANSPORT + "local", "theirs[self.rank]", "theirs[source]"),
+    "columns for rows": bug(transports, TRANSPORT + "world", "theirs[self.rank]", "theirs[source]"),
     "old run's departures": bug(disagreements, TRANSPORT + "world", "rendezvous.reset()", "pass"),
     "blocks sent in new order": bug(
-        transports, TRANSPORT + "remapped", "key=self._old_rank_of.__getitem__", "key=lambda new: new"
+        transports, TRANSPORT + "process_group", "key=self._old_rank_of.__getitem__", "key=lambda new: new"
     ),
     "blocks kept in old order": bug(
         transports,
-        TRANSPORT + "remapped",
+        TRANSPORT + "process_group",
         "[self._members.index(old) for old in self._old_rank_of]",
         "list(range(len(in_old_order)))",
     ),
     "counts under old numbers": bug(
-        transports, TRANSPORT + "remapped", "full[self._old_rank_of] = counts", "full[: len(counts)] = counts"
+        transports, TRANSPORT + "process_group", "full[self._old_rank_of] = counts", "full[: len(counts)] = counts"
     ),
 }
 
