@@ -54,7 +54,7 @@ def main() -> None:
         ".note,.tick,.axis{font-size:12px;fill:#57606a}.tick,.axis{text-anchor:middle}"
         ".mean{stroke:#24292f;stroke-dasharray:5 4}</style>",
         f'<rect width="{WIDTH}" height="{HEIGHT}" rx="8" fill="#ffffff" stroke="#d0d7de"/>',
-        *bars(LEFT, "As loaded", f"busiest rank {par[0]:.2f} x the mean", before, scale, "#d1603d"),
+        *bars(LEFT, "Default placement", f"busiest rank {par[0]:.2f} x the mean", before, scale, "#d1603d"),
         *bars(
             LEFT + WIDTH // 2, "Planned", f"one more slot per rank: {par[1]:.3f} x the mean", after, scale, "#2d7f7b"
         ),

@@ -136,7 +136,7 @@ def _file(path: str) -> ModuleType:
             module = sys.modules[whole] = util.module_from_spec(spec)
             try:
                 spec.loader.exec_module(module)
-            except BaseException:
+            except BaseException:  # whatever the file does: half a module must not be found the next time
                 del sys.modules[whole]
                 raise
         return sys.modules[whole]

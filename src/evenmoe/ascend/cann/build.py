@@ -216,7 +216,7 @@ def _run(command: list[str]) -> tuple[int, str]:
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process, undone_by_exit(process.kill):
         try:
             errors = process.communicate()[1]
-        except BaseException:
+        except BaseException:  # an interrupt above all: the compiler must not go on writing
             process.kill()
             raise
     return process.returncode, errors
