@@ -62,7 +62,7 @@ def test_drawn_counts_have_the_mean_and_the_spread(factor):
 def test_overdispersion_is_that_of_drawn_tokens():
     """Counts over 64 tokens of one request, 4,000 times: their variance over a binomial's, against the closed form.
 
-    A variance of 4,000 samples is known to 2.2 %. The closed form leaves out that every token picks 32: where 22 of 64
+    A variance of 4,000 samples is known to 2.2 %. The closed form leaves out that every token uses 32: where 22 of 64
     experts hold most of the variance, each gives up about 1/22 of its own for what the others do; hence 15 %."""
     sticky = np.repeat([0.0, 0.5, 0.9], [20, 22, 22])
     runs = np.arange(4001) * 64

@@ -29,8 +29,8 @@ def counted(trace: Trace, windows: int, tokens: int, ranks: int) -> np.ndarray:
     for window in range(windows):
         for rank in range(ranks):
             for token in range(rank * tokens // ranks, (rank + 1) * tokens // ranks):
-                for layer, picked in enumerate(trace.routing[window * tokens + token]):
-                    load[window, rank, layer, picked] += 1
+                for layer, chosen in enumerate(trace.routing[window * tokens + token]):
+                    load[window, rank, layer, chosen] += 1
     return load
 
 
@@ -193,7 +193,7 @@ def test_parameters_do_what_they_say():
         values = [statistic(of(name, value)) for value in (0.05, 0.4, 0.9)]
         assert values[0] < values[1] < values[2], name
     independent = of("locality", 0.0)
-    # 24 requests × 199 pairs × 8 picks of 64 experts: the overlap is known to under 1 %.
+    # 24 requests × 199 pairs × 8 of 64 experts: the overlap is known to under 1 %.
     assert np.abs(locality(independent.routing, independent.seq_start) - 1).max() < 0.04
 
 
@@ -226,7 +226,7 @@ def test_real_scale_in_time_and_memory():
     assert peak < 1 << 30
 
 
-REFUSALS = [
+ERRORS = [
     ({"num_windows": 0}, "`num_windows` is 0: it must be 1 to 1073741824, a count; pass a whole number in that range."),
     ({"num_windows": 2.0}, "`num_windows` is 2.0: it must be 1 to "),
     ({"tokens_per_window": True}, "`tokens_per_window` is True: it must be 1 to "),
@@ -260,8 +260,8 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "text"), REFUSALS)
-def test_refusals(arguments, text):
+@pytest.mark.parametrize(("arguments", "text"), ERRORS)
+def test_wrong_arguments(arguments, text):
     with pytest.raises(ConstraintError) as caught:
         synthesize(**arguments)
     assert str(caught.value).startswith(text)
