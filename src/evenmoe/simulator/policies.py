@@ -82,6 +82,11 @@ class Policy:
     def _choice(self) -> str:
         return f"replicas chosen by the {self.rule.name} rule"
 
+    @property
+    def first_plan(self) -> int:
+        """The step before which the first plan is made from steps that are over; 0 where none ever is."""
+        return 0
+
     def is_due(self, step: int) -> bool:
         """Whether a plan is made before this step, from the steps that are over."""
         return False
@@ -188,6 +193,11 @@ class Static(Planned):
         """See `Policy.description`."""
         return f"{self._plan}, made once from {self._past} step {self.window}, {self._choice}."
 
+    @property
+    def first_plan(self) -> int:
+        """See `Policy.first_plan`."""
+        return self.window
+
     def is_due(self, step: int) -> bool:
         """See `Policy.is_due`."""
         return step == self.window
@@ -218,10 +228,12 @@ class Refreshed(Planned):
     """A planner that is asked again and again.
 
     Attributes:
-        refresh: steps between refreshes.
+        first: the step before which the first plan is made.
+        refresh: steps between plans.
         start: which plans are made anew: "first" the first one, "scratch" all, "previous" none.
     """
 
+    first: int = 1
     refresh: int = 1
     start: str = "scratch"
 
@@ -255,6 +267,7 @@ class Refreshed(Planned):
             policy,
             max_copies=text.number("max-copies", max(1, policy.num_slots // 8)) if bounded else None,
             target_par=text.real("target-par") if "target-par" in text.given else None,
+            first=text.number("refresh" if "refresh" in text.given else "first"),
             refresh=text.number("refresh"),
             start=start,
         )
@@ -266,11 +279,17 @@ class Refreshed(Planned):
         begin += " but for the first time" if self.start == "first" else ""
         begin += "" if self.max_copies is None else f", at most {self.max_copies} copies a layer"
         begin += "" if self.target_par is None else f", down to a PAR of {self.target_par:g}"
-        return f"{self._plan}, made every {self.refresh} steps from {self._past}{begin}, {self._choice}."
+        after = "" if self.first == self.refresh else f" from step {self.first} on"
+        return f"{self._plan}, made every {self.refresh} steps{after} from {self._past}{begin}, {self._choice}."
+
+    @property
+    def first_plan(self) -> int:
+        """See `Policy.first_plan`."""
+        return self.first
 
     def is_due(self, step: int) -> bool:
         """See `Policy.is_due`."""
-        return step > 0 and step % self.refresh == 0
+        return step >= self.first and (step - self.first) % self.refresh == 0
 
     def starts_anew(self, has_planned: bool) -> bool:
         """See `Policy.starts_anew`."""
@@ -289,12 +308,14 @@ def parse_policies(
     num_groups: int = 1,
     refresh: int,
     window: int,
+    first: int | None = None,
 ) -> tuple[Policy, ...]:
     """The policies of a run, the first identity in front (added where there is none).
 
     Args:
         texts: as given to `--policy`.
         num_slots, num_groups, refresh, window: where a policy does not say.
+        first: the step before which those plan for the first time that do not say a refresh; by default `refresh`.
 
     Raises:
         ConstraintError: names the policy, the key and what it may be.
@@ -305,6 +326,7 @@ def parse_policies(
     ('identity', 4, 'token', 9)
     """
     defaults = {"slots": num_slots, "groups": num_groups, "refresh": refresh, "window": window, "pieces": 1}
+    defaults["first"] = refresh if first is None else first
     policies = [_read(PolicyText(text, defaults), cluster, num_experts) for text in texts]
     baseline = next((policy for policy in policies if type(policy) is Policy), None)
     if baseline is None:
