@@ -193,8 +193,8 @@ class PolicyState:
         self.placement = placement
         self._choice = choose_by(self.policy.rule, placement, self.cluster)
 
-    def is_due(self, step: int) -> bool:
-        """Whether the policy plans before this step; it waits while copies of the plan before are under way."""
+    def begin_step(self, step: int) -> bool:
+        """Use what has been copied; whether a plan is made now, which no policy does while copies are under way."""
         if self._coming is not None and self._coming[1] <= 0:
             self._use(self._coming[0])
             self._coming = None
