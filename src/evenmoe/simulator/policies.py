@@ -33,15 +33,6 @@ from evenmoe.rules.rule import Rule
 from evenmoe.simulator.batches import Cluster
 from evenmoe.simulator.policy_text import PolicyText
 
-DEFAULT = (
-    "identity",
-    "static",
-    "greedy",
-    "evenmoe:rule=rank",
-    "evenmoe:rule=occurrence",
-    "evenmoe:rule=batch",
-    "oracle",
-)
 _ADDS_UP = ("greedy",)  # planners that look at the sum of windows alone, so that pieces would be ignored
 
 
@@ -173,6 +164,7 @@ class Planned(Policy):
             plan = "The published greedy plan"
         elif self.planner == "evenmoe":
             plan = f"evenmoe's plan for the {RULES.get(self.plan_for).name} rule"
+        plan += f" on {self.num_slots} slots"
         return plan + (f" with {self.num_groups} groups kept inside nodes" if self.num_groups > 1 else "")
 
     @property
@@ -294,6 +286,24 @@ class Refreshed(Planned):
     def starts_anew(self, has_planned: bool) -> bool:
         """See `Policy.starts_anew`."""
         return self.start == "scratch" or (self.start == "first" and not has_planned)
+
+
+def default_policies(num_slots: int, fewest: int, *, once: bool) -> tuple[str, ...]:
+    """What is compared where nobody says: every kind, and what rearranging does without a slot more than there must be.
+
+    Args:
+        num_slots: S of policies that do not say.
+        fewest: the slots that hold every expert.
+        once: whether a single plan is made in the replay, so that `static` would repeat evenmoe's.
+
+    >>> default_policies(40, 32, once=True)[:3]
+    ('identity', 'greedy', 'evenmoe:slots=32')
+    """
+    without = (f":slots={fewest}",) if num_slots > fewest else ()
+    static = () if once else ("static", *(f"static{slots}" for slots in without))
+    rearranged = (f"evenmoe{slots}" for slots in without)
+    by_rule = tuple(f"evenmoe:rule={rule}" for rule in ("rank", "occurrence", "batch"))
+    return ("identity", *static, "greedy", *rearranged, *by_rule, "oracle")
 
 
 _SCHEDULES: dict[str, type[Policy]] = {"identity": Policy, "static": Static, "oracle": Oracle}

@@ -12,11 +12,11 @@ from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.planner.options import whole_number
 from evenmoe.simulator.batches import Cluster, new_batches, recorded_part
 from evenmoe.simulator.costs import CostModel
-from evenmoe.simulator.policies import DEFAULT, check_policy, parse_policies
+from evenmoe.simulator.policies import check_policy, default_policies, parse_policies
 from evenmoe.simulator.policy_state import PolicyState
 from evenmoe.simulator.result import Simulation
 from evenmoe.simulator.run import Run
-from evenmoe.simulator.schedule import HORIZON, Schedule, make_schedule
+from evenmoe.simulator.schedule import HORIZON, make_schedule
 from evenmoe.simulator.settings import describe_settings
 from evenmoe.traces.trace import Trace
 
@@ -27,7 +27,7 @@ _MOST_DRAWN = 100  # steps, where no token is known and their number is not give
 
 def simulate(
     trace: Trace,
-    policies: Sequence[str] = DEFAULT,
+    policies: Sequence[str] | None = None,
     *,
     num_ranks: int,
     num_nodes: int = 1,
@@ -57,6 +57,7 @@ def simulate(
         trace: with tokens every assignment is replayed, else counts are drawn from the loads (`simulator.batches`), of
             the windows and layers in which anything was recorded.
         policies: as `--policy` takes them (`simulator.policies`); the first identity comes first, added if missing.
+            Default: every kind (`policies.default_policies`).
         num_ranks: G, every one of which is a source rank and holds experts.
         num_nodes: nodes that share the ranks evenly, in rank order.
         tokens_per_rank: B, tokens of one source rank in one step.
@@ -98,6 +99,8 @@ def simulate(
     schedule = make_schedule(num_steps, refresh, window, horizon, copy_overlap)
     fewest = cluster.fewest_slots(trace.num_experts)
     num_slots = fewest + num_ranks if num_slots is None else whole_number("num_slots", num_slots, 1)
+    if policies is None:
+        policies = default_policies(num_slots, fewest, once=schedule.once)
     if isinstance(policies, str) or not all(isinstance(policy, str) for policy in policies):
         raise ConstraintError("policies", repr(policies), "must be a sequence of texts", "put each policy in a list")
     chosen = parse_policies(

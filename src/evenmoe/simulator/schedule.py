@@ -33,6 +33,11 @@ class Schedule:
     copy_overlap: bool
     why: str
 
+    @property
+    def once(self) -> bool:
+        """Whether the replay ends before a second plan."""
+        return self.first + self.refresh >= self.num_steps
+
 
 def make_schedule(
     num_steps: int, refresh: int | None, window: int | None, horizon: int, copy_overlap: bool
