@@ -180,8 +180,8 @@ QUANTITIES = {
         Quantity("mean_par_per_layer", "Mean PAR of a layer", _RATIO, "lower",
                  "PAR of each layer averaged over the judged steps.", par),
         Quantity("step_time_us", "Step", _STEP, "lower",
-                 "Modeled time of a step, averaged over the judged steps: for every layer the busiest rank's experts and "
-                 "the exchange of rows; neither copying nor time outside the expert layers is included.",
+                 "Modeled time of a step, averaged over the judged steps: for every layer the busiest rank's experts "
+                 "and the exchange of rows; neither copying nor time outside the expert layers is included.",
                  significant, TIMES, "time"),
         Quantity("copy_time_us", "Copying", _STEP, "lower",
                  "Modeled time of copying expert weights per step: that of the first plan spread over the horizon, "
