@@ -153,8 +153,8 @@ class Simulation:
         step, base = policy.step_time[judged], self.policies[0].step_time[judged]
         first = policy.first_copy_time
         if self.copy_overlap:
-            waited = first / base.mean() if base.mean() > 0 else 0.0
-            share = min(1.0, waited / self.horizon_steps)
+            horizon = float(base.mean()) * self.horizon_steps
+            share = first / horizon if first < horizon else float(first > 0)
             return step + share * (base - step)
         later = policy.copy_time.copy()
         later[policy.refreshes[:1]] = 0.0
