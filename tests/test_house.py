@@ -138,7 +138,8 @@ def test_what_is_not_tested_is_found(tmp_path):
 def test_the_tests_of_a_module_are_found_by_its_path():
     root = house.ROOT
     page = (root / "CONTRIBUTING.md").read_text("utf-8")
-    assert untested(root / "src" / "evenmoe", root / "tests", page) == []
+    found = untested(root / "src" / "evenmoe", root / "tests", page)
+    assert found == [], "give a module tests at its path, or correct its row of the test map in CONTRIBUTING.md"
 
 
 # Where the field has another word: docs/glossary.md. Words that are also plain English are left to whoever reads.
@@ -169,4 +170,4 @@ def test_tests_and_benchmarks_speak_the_fields_words():
         for number, line in enumerate([name, *path.read_text("utf-8").splitlines()]):
             words = {match[0] for match in HOUSE_WORDS.finditer(line)} - {QUOTED.get(name)}
             found += [f"{name}:{number}: {word}" for word in sorted(words)]
-    assert found == []
+    assert found == [], "say it in the word that docs/glossary.md has for it"
