@@ -10,12 +10,11 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
-from operator import index
 from typing import Generic, Literal, ParamSpec, TypeAlias, TypeVar
 
 from evenmoe.contract.limits import ATLAS_A3, Limits
 from evenmoe.contract.tensor_spec import ALLOCATED, Allocated
-from evenmoe.errors import ConstraintError
+from evenmoe.errors import as_integer
 
 Tensor = TypeVar("Tensor")
 Input: TypeAlias = Tensor | None
@@ -253,12 +252,6 @@ def with_integers(call: _Call, names: tuple[str, ...]) -> _Call:
     Raises:
         ConstraintError: an attribute that is no whole number, None included.
     """
-    converted: dict[str, int] = {}
-    for name in names:
-        value = getattr(call, name)
-        if type(value) is not int:
-            try:
-                converted[name] = index(value)
-            except TypeError:
-                raise ConstraintError(name, repr(value), "must be an integer", "pass an int") from None
+    given = {name: getattr(call, name) for name in names}
+    converted = {name: as_integer(name, value) for name, value in given.items() if type(value) is not int}
     return replace(call, **converted) if converted else call
