@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from operator import index
 from typing import Any, TypeAlias
 
 import torch
@@ -19,15 +18,15 @@ from evenmoe.ascend.groups import Membership, find_group, late_ranks, peers_here
 from evenmoe.ascend.status import AclError, of_the_chip
 from evenmoe.ascend.stream import Stream
 from evenmoe.ascend.tensors import check_unchanged, number_of, write_outputs
-from evenmoe.contract.calls import AddRmsNormCall, CombineCall, DispatchCall, DistributeCall, UpdateExpertCall
-from evenmoe.contract.combine import check_combine_add_rms_norm_call, check_combine_call
+from evenmoe.contract.calls import CombineCall, DispatchCall, DistributeCall, UpdateExpertCall
+from evenmoe.contract.combine import check_combine_call
 from evenmoe.contract.dispatch import check_dispatch_call
 from evenmoe.contract.layout import Layout, scale_down
 from evenmoe.contract.limits import ATLAS_A3
 from evenmoe.contract.operators import SIGNATURES, Kind
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.contract.update_expert import check_update_expert_call
-from evenmoe.errors import ConstraintError, EvenmoeError, UnsupportedTypeError
+from evenmoe.errors import ConstraintError, EvenmoeError, UnsupportedTypeError, as_integer
 from evenmoe.ops import combine, combine_add_rms_norm, dispatch, update_expert
 from evenmoe.ops.operator import CALL_TYPES, Call, perform, specs_of
 
@@ -50,7 +49,7 @@ def check_call(specs: Specs) -> Layout | None:
         return check_update_expert_call(specs)
     if isinstance(specs, DispatchCall):
         return check_dispatch_call(specs)
-    return check_combine_add_rms_norm_call(specs) if isinstance(specs, AddRmsNormCall) else check_combine_call(specs)
+    return check_combine_call(specs)
 
 
 def stage_one(operator: str, given: Mapping[str, object]) -> Executor:
@@ -258,10 +257,7 @@ def _of_type(kind: Kind, name: str, value: Any) -> object:
             return float(value)
         except OverflowError:
             raise ConstraintError(name, "out of range", "must fit into a double", "pass a float") from None
-    try:
-        value = index(value)
-    except TypeError:
-        raise ConstraintError(name, repr(value), "must be an integer", "pass an int") from None
+    value = as_integer(name, value)
     if value not in _INT64:
         raise ConstraintError(name, value, "must fit into 64 bits", "pass an int64")
     return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evenmoe.contract import distribute as common
-from evenmoe.contract.calls import DispatchCall, takes, with_integers
+from evenmoe.contract.calls import DispatchCall, with_integers
 from evenmoe.contract.distribute import INTEGER_ATTRIBUTES, Sizes
 from evenmoe.contract.layout import Layout
 from evenmoe.contract.tensor_spec import (
@@ -25,8 +25,6 @@ Call = DispatchCall[TensorSpec]
 def check_dispatch_call(call: Call) -> Layout:
     """Checks one rank's call of dispatch, and derives its layout; of several mistakes the first of §2.13 is raised.
 
-    `check_dispatch` is the same with the fields of `DispatchCall` by keyword.
-
     Raises:
         MissingArgumentError: a null tensor or group name, or a group name of 128 characters or more.
         UnsupportedTypeError: a dtype that the operator does not take.
@@ -35,17 +33,14 @@ def check_dispatch_call(call: Call) -> Layout:
     Eight ranks with one expert each, 8 tokens on every rank, each for 3 experts: at most 64 rows for the expert here.
 
     >>> from evenmoe.contract.tensor_spec import TensorSpec
-    >>> layout = check_dispatch(
+    >>> call = DispatchCall(
     ...     x=TensorSpec((8, 7168), "bfloat16"), expert_ids=TensorSpec((8, 3), "int32"),
     ...     group_ep="ep", ep_world_size=8, ep_rank_id=0, moe_expert_num=8)
-    >>> layout.capacity
+    >>> check_dispatch_call(call).capacity
     64
     """
     check_wrapper(call)
     return check_tiling(call)
-
-
-check_dispatch = takes(DispatchCall)(check_dispatch_call)
 
 
 def check_wrapper(call: Call) -> None:
@@ -184,7 +179,7 @@ def infer_dispatch(layout: Layout, dtype: str, quant_mode: int) -> dict[str, Ten
     """The outputs that dispatch allocates (specification §5), by name, in the operator's order.
 
     Args:
-        layout: from `check_dispatch`.
+        layout: from `check_dispatch_call`.
         dtype: of x.
         quant_mode: 0 or 2.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from operator import attrgetter, index
+from operator import attrgetter
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from evenmoe.contract.layout import Layout
 from evenmoe.contract.limits import resolve_limits
 from evenmoe.contract.operators import OPERATORS, schema
 from evenmoe.contract.tensor_spec import TensorSpec
-from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError, UnsupportedTypeError
+from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError, UnsupportedTypeError, as_integer
 from evenmoe.transport.agreement import digest
 from evenmoe.transport.call import GroupCall, together
 from evenmoe.transport.process_group import RemappedTransport
@@ -96,17 +96,12 @@ def check_types(name: str, call: object) -> dict[str, Any]:
         value = getattr(call, argument)
         if kind == "tensor":
             if value is not None and not isinstance(value, torch.Tensor):
-                raise UnsupportedTypeError(
-                    argument, f"a {type(value).__name__}", "must be a torch.Tensor", "use torch.tensor"
-                )
+                check_tensors(**{argument: value})
         elif argument == "limits":
             value = value.name
         elif kind == "int":
             if not isinstance(value, int):
-                try:
-                    value = index(value)
-                except TypeError:
-                    raise _wrong(argument, value, "an integer", "an int") from None
+                value = as_integer(argument, value)
         elif kind == "float" and not isinstance(value, float | int):
             raise _wrong(argument, value, "a number", "a float")
         elif kind == "str" and not isinstance(value, str):
