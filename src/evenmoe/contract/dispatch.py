@@ -166,7 +166,7 @@ def check_outputs(call: Call, layout: Layout) -> None:
         check_length("expand_x", call.expand_x, layout.expand_x_rows, "the rows that may arrive")
         check_shape("expand_x", call.expand_x, (call.expand_x.shape[0], layout.hidden), "as wide as x")
     if call.quant_mode == _DYNAMIC_QUANT:
-        check_length("dynamic_scales", call.dynamic_scales, layout.dynamic_scales_length, "one per row")
+        check_length("dynamic_scales", call.dynamic_scales, layout.expand_x_rows, "one per row")
     # Assist info only: the 128 ints per row that combine asks for are more than dispatch fills (§2.3).
     check_length("assist_info_for_combine", call.assist_info_for_combine, 3 * layout.capacity, "three per row")
     check_shape("expert_token_nums", call.expert_token_nums, (layout.local_experts,), "one per local expert")
@@ -195,13 +195,15 @@ def infer_dispatch(layout: Layout, dtype: str, quant_mode: int) -> dict[str, Ten
     tp_recv_counts int32 (0,)
     expand_scales float32 (6,)
     """
-    sent = "int8" if quant_mode == _DYNAMIC_QUANT else dtype
+    sent, rows = "int8" if quant_mode == _DYNAMIC_QUANT else dtype, layout.expand_x_rows
+    local_experts = (layout.original or layout).local_experts
+    assist_info = max(layout.num_tokens * layout.top_k, 128 * layout.capacity)
     return {
-        "expand_x": TensorSpec((layout.expand_x_rows, layout.hidden), sent),
-        "dynamic_scales": TensorSpec((layout.dynamic_scales_length,), "float32"),
-        "assist_info_for_combine": TensorSpec((layout.assist_info_length,), "int32"),
-        "expert_token_nums": TensorSpec((layout.expert_token_nums_length,), "int64"),
+        "expand_x": TensorSpec((rows, layout.hidden), sent),
+        "dynamic_scales": TensorSpec((rows,), "float32"),
+        "assist_info_for_combine": TensorSpec((assist_info,), "int32"),
+        "expert_token_nums": TensorSpec((local_experts,), "int64"),
         "ep_recv_counts": TensorSpec((layout.ep_recv_counts_length,), "int32"),
-        "tp_recv_counts": TensorSpec((layout.tp_recv_counts_length,), "int32"),
-        "expand_scales": TensorSpec((layout.expand_scales_length,), "float32"),
+        "tp_recv_counts": TensorSpec((layout.tp,), "int32"),
+        "expand_scales": TensorSpec((layout.capacity,), "float32"),
     }
