@@ -28,7 +28,7 @@ from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.contract.update_expert import check_update_expert_call
 from evenmoe.errors import ConstraintError, EvenmoeError, UnsupportedTypeError, as_integer
 from evenmoe.ops import combine, combine_add_rms_norm, dispatch, update_expert
-from evenmoe.ops.operator import CALL_TYPES, Call, perform, specs_of
+from evenmoe.ops.operator import CALL_TYPES, Call, find_groups, perform, specs_of
 
 _OPERATOR_MODULES = (combine, combine_add_rms_norm, dispatch, update_expert)  # importing them registers the operators
 
@@ -96,7 +96,8 @@ class Executor:
         self.tensors: dict[str, torch.Tensor | None] = {name: getattr(call, name) for name in signature.names("tensor")}
         self.outputs: dict[str, torch.Tensor | None] = {name: getattr(call, name) for name in signature.names("output")}
         self._call, self._specs, self._layout = call, specs, layout
-        self.groups = _groups_of(call) if isinstance(call, DistributeCall) else []
+        found = find_groups(call, find_group) if isinstance(call, DistributeCall) else ()
+        self.groups = [(group.name, group.rank, group.world_size) for group in found if group is not None]
         self._state = threading.Lock()
         self._launched = self._destroyed = False
         self._memberships: list[Membership] = []
@@ -261,16 +262,6 @@ def _of_type(kind: Kind, name: str, value: Any) -> object:
     if value not in _INT64:
         raise ConstraintError(name, value, "must fit into 64 bits", "pass an int64")
     return value
-
-
-def _groups_of(call: DistributeCall[torch.Tensor]) -> list[tuple[str, int, int]]:
-    """(name, rank, world size) of the groups that the call exchanges over; all of them are open."""
-    groups = [("group_ep", (call.group_ep or "", call.ep_rank_id, call.ep_world_size))]
-    if call.tp_world_size == 2:
-        groups.append(("group_tp", (call.group_tp or "", call.tp_rank_id, call.tp_world_size)))
-    for argument, group in groups:
-        find_group(argument, *group)
-    return [group for _, group in groups]
 
 
 def _copy_of(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -209,12 +209,16 @@ def common_sizes(call: DistributeCall[TensorSpec], layout: Layout) -> dict[str, 
 # The groups of a call: transports for the caller, names and numbers for the registered operator ------------------
 
 
-def find_groups(call: DistributeCall[torch.Tensor]) -> tuple[Transport, Transport | None]:
-    """The transports behind the names; no TP transport unless there are two peers."""
-    ep = find_transport("group_ep", call.group_ep or "", call.ep_rank_id, call.ep_world_size)
-    if call.tp_world_size != 2:
-        return ep, None
-    return ep, find_transport("group_tp", call.group_tp or "", call.tp_rank_id, 2)
+def find_groups(
+    call: DistributeCall[torch.Tensor], find: Callable[[str, str, int, int], Transport] = find_transport
+) -> tuple[Transport, Transport | None]:
+    """The transports behind the names; no TP transport unless there are two peers.
+
+    Args:
+        find: (argument, name, rank, world size) -> the transport; raises if no such group is open.
+    """
+    ep = find("group_ep", call.group_ep or "", call.ep_rank_id, call.ep_world_size)
+    return ep, find("group_tp", call.group_tp or "", call.tp_rank_id, 2) if call.tp_world_size == 2 else None
 
 
 def active_ranks(ep: Transport, layout: Layout) -> Transport:
