@@ -200,12 +200,12 @@ class Outcome:
             "sentence": verdict_sentence(judgement, self._in_use),
             "in_use": self.rows[-2].key,
             "held_out_gain_percent": round(verdict.gain.percent, 6),
-            "held_out_gain_lower_percent": verdict.gain.lower,
-            "held_out_gain_upper_percent": verdict.gain.upper,
+            "held_out_gain_lower_percent": round(verdict.gain.lower, 6),
+            "held_out_gain_upper_percent": round(verdict.gain.upper, 6),
             "blocks": verdict.gain.blocks,
-            "noise_par": verdict.unevenness.limit,
-            "noise_par_all_tokens": verdict.unevenness.total_limit,
-            "more_assignments": verdict.more_assignments,
+            "noise_par": round(verdict.unevenness.limit, 6),
+            "noise_par_all_tokens": round(verdict.unevenness.total_limit, 6),
+            "more_assignments": round(verdict.more_assignments, 6),
         }
 
     def _mean_and_worst(self, values: FloatArray, layers: npt.NDArray[np.bool_]) -> tuple[float, float, int]:
