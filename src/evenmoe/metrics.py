@@ -141,8 +141,8 @@ def even_rank_loads(load: npt.ArrayLike, placement: Placement) -> FloatArray:
 def peak_to_average(load: npt.ArrayLike, placement: Placement) -> FloatArray:
     """Peak-to-average load (PAR): the busiest rank's tokens over the mean rank's; 1.0 is perfect.
 
-    Every replica takes an even share of its expert, and ranks without a slot are left out of the mean. A layer without any load counts as 1.0; `mean_over_windows` leaves
-    such windows out of a mean.
+    Every replica takes an even share of its expert, and ranks without a slot are left out of the mean. A layer without
+    any load counts as 1.0; `mean_over_windows` leaves such windows out of a mean.
 
     Args:
         load: tokens per logical expert, (L, E) or (T, L, E).
@@ -241,18 +241,18 @@ def count_copies(previous: Placement, placement: Placement) -> npt.NDArray[np.in
 
     >>> count_copies(Placement([[0, 1, 0, 2]], 2), Placement([[2, 1, 1, 0]], 2)).tolist()
     [2]
+
+    A third rank joins, and receives both of its experts:
+
+    >>> count_copies(Placement([[0, 1, 2, 3]], 2), Placement([[0, 1, 2, 3, 0, 2]], 3)).tolist()
+    [2]
     """
-    return copies_by_rank(previous, placement).sum(axis=1)
+    check_same_model(previous, placement)
+    return arrivals(held_on(previous, placement.num_ranks), placement).sum(axis=1)
 
 
-def copies_by_rank(previous: Placement, placement: Placement) -> npt.NDArray[np.int64]:
-    """As `count_copies`, for each rank of `placement` on its own: int64 (L, G).
-
-    Rank 2 is new, and receives both of its experts:
-
-    >>> copies_by_rank(Placement([[0, 1, 2, 3]], 2), Placement([[0, 1, 2, 3, 0, 2]], 3)).tolist()
-    [[0, 0, 2]]
-    """
+def check_same_model(previous: Placement, placement: Placement) -> None:
+    """Raise a ConstraintError unless the placements have the same layers and experts."""
     for name in ("num_layers", "num_experts"):
         if getattr(previous, name) != getattr(placement, name):
             raise ConstraintError(
@@ -261,10 +261,6 @@ def copies_by_rank(previous: Placement, placement: Placement) -> npt.NDArray[np.
                 f"must have the {name} of the previous placement, {getattr(previous, name)}",
                 "compare placements of one model",
             )
-    arrives = arrivals(held_on(previous, placement.num_ranks), placement)
-    copies = np.zeros((placement.num_layers, placement.num_ranks), np.int64)
-    np.add.at(copies.T, placement.slot_to_rank, arrives.T)
-    return copies
 
 
 def arrivals(held: npt.NDArray[np.bool_], placement: Placement) -> npt.NDArray[np.bool_]:
@@ -280,7 +276,7 @@ def held_on(placement: Placement, num_ranks: int) -> npt.NDArray[np.bool_]:
 
 
 def count_arrivals(held: npt.NDArray[np.bool_], slots: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-    """Slots (L, S), shared evenly, whose expert is none of those that their rank `held` (L, G, E); int64 (L,)."""
+    """Arrivals among slots (L, S) that the ranks share evenly: int64 (L,), of `held` (L, G, E)."""
     num_layers, num_ranks, _ = held.shape
     ranks = np.arange(slots.shape[1]) * num_ranks // slots.shape[1]
     return (~held[np.arange(num_layers)[:, None], ranks, slots]).sum(axis=1)

@@ -272,10 +272,10 @@ def sizes_text(rank_sizes: Sequence[int]) -> str:
     """The slots of each rank as text, runs of equal ones shortened.
 
     >>> sizes_text([3, 0, 2]), sizes_text([9] * 4 + [8] * 4)
-    ('3, 0, 2', '9 ×4, 8 ×4')
+    ('3, 0, 2', '9 x4, 8 x4')
     """
     runs = [(size, len(list(run))) for size, run in groupby(rank_sizes)]
-    return ", ".join(str(size) if length == 1 else f"{size} ×{length}" for size, length in runs)
+    return ", ".join(str(size) if length == 1 else f"{size} x{length}" for size, length in runs)
 
 
 def count_replicas(slots: npt.NDArray[np.integer], num_experts: int) -> npt.NDArray[np.int64]:

@@ -30,7 +30,7 @@ from evenmoe.formats.reading import contents_of, fail_for, merged, open_raw
 from evenmoe.io import Value
 from evenmoe.io.output import whole_file, whole_folder, write_standard_output
 from evenmoe.metrics import as_array, check_counts
-from evenmoe.placement import Placement
+from evenmoe.placement import Placement, share_slots, sizes_text
 from evenmoe.traces.trace import Trace
 
 #: What placement files say beside the placement, by name in `Contents.metadata`.
@@ -95,6 +95,7 @@ def write(
     rows = checked.num_layers if isinstance(checked, Placement) else checked.shape[1]
     options.layer_ids = _checked_layer_ids(layer_ids, rows, entry)
     if isinstance(checked, Placement):
+        _check_ranks(checked, entry)
         checked = for_target(checked, entry, options)
     elif trace is not None:
         options.notes.extend(_left_out(trace, entry))
@@ -193,6 +194,18 @@ def _checked(value: Placement | npt.ArrayLike, entry: Format) -> Placement | Loa
         load = load.astype(np.float64 if load.dtype.kind == "f" else np.int64)
     check_counts(load, "value", "check the load")
     return load
+
+
+def _check_ranks(value: Placement, entry: Format) -> None:
+    """Raise a ConstraintError where the format cannot say how many slots each rank has."""
+    sizes, first = value.rank_sizes, share_slots(value.num_slots, value.num_ranks)
+    if value.is_even or entry.uneven_ranks == "any" or (entry.uneven_ranks == "first" and sizes == first):
+        return
+    rule, fix = "must have the same number of slots on every rank", "give all ranks one number of slots, none 0"
+    if entry.uneven_ranks == "first":
+        rule, fix = f"{rule}, or one more on each of the first,", f"give the ranks {sizes_text(first)}"
+    uneven = f"a placement whose ranks have {sizes_text(sizes)} slots"
+    raise ConstraintError("value", uneven, f"{rule} for {entry.name}", f"{fix}, or use evenmoe-placement")
 
 
 def _checked_layer_ids(layer_ids: Sequence[int] | None, rows: int, entry: Format) -> tuple[int, ...] | None:
