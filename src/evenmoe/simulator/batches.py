@@ -75,8 +75,8 @@ class Batches(Protocol):
         """Go to the next step; the first call goes to step 0."""
         ...
 
-    def experts(self, layer: int) -> npt.NDArray[np.integer] | None:
-        """The experts of every token in this step, (G, B, K); None where only counts are known."""
+    def experts(self, layers: slice) -> npt.NDArray[np.integer] | None:
+        """The experts of every token in this step, (L, G, B, K); None where only counts are known."""
         ...
 
     def count(self, layer: int, counts: Counts) -> None:
@@ -126,14 +126,15 @@ class RoutedBatches:
         chosen = self._routing[self._tokens.reshape(self._cluster.num_ranks, -1)]
         self._batch = np.ascontiguousarray(chosen.transpose(2, 0, 1, 3))
 
-    def experts(self, layer: int) -> npt.NDArray[np.integer]:
+    def experts(self, layers: slice) -> npt.NDArray[np.integer]:
         assert self._batch is not None
-        return self._batch[layer]
+        return self._batch[layers]
 
     def count(self, layer: int, counts: Counts) -> None:
         from evenmoe.simulator import batch_kernels
 
-        batch_kernels.count_assignments(self.experts(layer), counts)
+        assert self._batch is not None
+        batch_kernels.count_assignments(self._batch[layer], counts)
 
 
 class DrawnBatches:
@@ -196,7 +197,7 @@ class DrawnBatches:
                 before = known[known < begin]
                 load[:, layer] = self._load[before[-1] if before.size else known[0], :, layer]
 
-    def experts(self, layer: int) -> None:
+    def experts(self, layers: slice) -> None:
         return None
 
     def count(self, layer: int, counts: Counts) -> None:

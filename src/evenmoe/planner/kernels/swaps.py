@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from evenmoe.compiled import compiled
+from evenmoe.compiled import compiled, compiled_inner
 from evenmoe.planner.kernels.packing import draw
 
 
@@ -100,13 +100,13 @@ def _copy(source, target):
     target.line[:] = source.line
 
 
-@compiled
+@compiled_inner
 def _peak_of(layer):
     """Tokens of the busiest rank, after `_even_out`."""
     return layer.load[layer.line[layer.line.size - 1]]
 
 
-@compiled
+@compiled_inner
 def _store(layer, slots):
     num_ranks, width = slots.shape
     for rank in range(num_ranks):
@@ -114,7 +114,7 @@ def _store(layer, slots):
             slots[rank, slot] = layer.held[rank, slot]
 
 
-@compiled
+@compiled_inner
 def _load_layer(loads, slots, layer):
     """Fill `layer` from the experts in `slots` (G, width)."""
     num_ranks, width = slots.shape
@@ -134,7 +134,7 @@ def _load_layer(loads, slots, layer):
             _put(rank, slot, expert, share, slot + 1, layer)
 
 
-@compiled
+@compiled_inner
 def _holds(rank, expert, layer):
     for slot in range(layer.held.shape[1]):  # noqa: SIM110 (any() of a generator is not for compiled code)
         if layer.held[rank, slot] == expert:
@@ -142,7 +142,7 @@ def _holds(rank, expert, layer):
     return False
 
 
-@compiled
+@compiled_inner
 def _put(rank, slot, expert, share, width, layer):
     """Replace what `slot` _holds and keep the rank's first `width` slots in descending order of share."""
     held, shares = layer.held, layer.share
@@ -155,7 +155,7 @@ def _put(rank, slot, expert, share, width, layer):
     held[rank, slot], shares[rank, slot] = expert, share
 
 
-@compiled
+@compiled_inner
 def _even_out(goal, layer):
     """Swap replicas between the busiest rank and another, until it is within `goal` or no swap helps.
 
@@ -191,7 +191,7 @@ def _even_out(goal, layer):
         _move_in_line(place, layer)
 
 
-@compiled
+@compiled_inner
 def _swap(rank, slot, other, other_slot, layer):
     mine, theirs = layer.held[rank, slot], layer.held[other, other_slot]
     my_share, their_share = layer.share[rank, slot], layer.share[other, other_slot]
@@ -202,7 +202,7 @@ def _swap(rank, slot, other, other_slot, layer):
     layer.load[other] += my_share - their_share
 
 
-@compiled
+@compiled_inner
 def _may_swap(rank, slot, other, other_slot, layer):
     """Whether neither rank would hold two replicas of one expert."""
     mine, theirs = layer.held[rank, slot], layer.held[other, other_slot]
@@ -211,7 +211,7 @@ def _may_swap(rank, slot, other, other_slot, layer):
     )
 
 
-@compiled
+@compiled_inner
 def _least_step(busiest, other, least, most, layer):
     """The pair of slots whose shares differ least, by `least` to `most` tokens; (-1, -1) if there is none."""
     width = layer.held.shape[1]
@@ -229,7 +229,7 @@ def _least_step(busiest, other, least, most, layer):
     return mine, theirs
 
 
-@compiled
+@compiled_inner
 def _lowest_peak(busiest, layer):
     """The swap after which the busier of the two ranks is least busy: (place in line, slot, slot), or -1s."""
     num_ranks, width = layer.held.shape
@@ -265,7 +265,7 @@ def _lowest_peak(busiest, layer):
     return found
 
 
-@compiled
+@compiled_inner
 def _move_back(place, layer):
     """Move one rank towards the lighter end of the line, to where it belongs; return its place."""
     line, load = layer.line, layer.load
@@ -277,7 +277,7 @@ def _move_back(place, layer):
     return place
 
 
-@compiled
+@compiled_inner
 def _move_in_line(place, layer):
     """The load of one rank changed: keep the line ascending."""
     line, load = layer.line, layer.load
@@ -289,7 +289,7 @@ def _move_in_line(place, layer):
     line[place] = rank
 
 
-@compiled
+@compiled_inner
 def _change_places(random, layer):
     """Swap two slots at random."""
     num_ranks, width = layer.held.shape
@@ -299,7 +299,7 @@ def _change_places(random, layer):
         _swap(rank, slot, other, other_slot, layer)
 
 
-@compiled
+@compiled_inner
 def _change_count(loads, random, layer):
     """Take a replica from one expert and give its slot to another, half the time one of the busiest rank."""
     num_ranks, width = layer.held.shape
@@ -320,7 +320,7 @@ def _change_count(loads, random, layer):
         _update_share(expert, loads, layer)
 
 
-@compiled
+@compiled_inner
 def _update_share(expert, loads, layer):
     """The number of replicas of `expert` changed: bring every rank that _holds it up to date."""
     num_ranks, width = layer.held.shape
