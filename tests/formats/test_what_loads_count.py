@@ -19,7 +19,7 @@ from evenmoe.placement import Placement
 MAP = Placement([[0, 1, 2, 0], [2, 1, 0, 1]], 2)
 PER_SLOT = np.array([[[1, 2, 4, 8], [16, 32, 64, 128]]])
 PER_EXPERT = [[1 + 8, 2, 4], [64, 32 + 128, 16]]
-_LOADS = [entry for entry in map(FORMATS.get, FORMATS) if entry.kind == "load"]
+_LOADS = [entry for entry in map(FORMATS.get, FORMATS) if entry.kind == "load" and entry.write]
 
 
 def loaded(source, **told) -> list:
@@ -262,10 +262,10 @@ def test_tokens_of_all_ranks_are_counted_together(tmp_path):
     contents = formats.read(tmp_path / "dumps")
     assert contents.load is not None
     assert contents.load.tolist() == [[[3, 2, 0, 1]]]
-    assert contents.notes == (
-        "counted at most 8 experts a token, as many as the recorder keeps",
-        "summed the passes of 3 ranks",
-    )
+    assert contents.notes == ("kept the routing of 3 tokens, 2 experts each", "summed the passes of 3 ranks")
+    assert contents.trace is not None
+    assert contents.trace.routing is not None
+    assert contents.trace.routing.tolist() == [[[0, 1]], [[3, 0]], [[0, 1]]]
 
 
 def test_a_pass_of_a_rank_is_counted_once(tmp_path):
