@@ -62,7 +62,7 @@ FLOORS = (
     ("io",),
     ("registry",),
     ("reference",),
-    ("dispatched",),
+    ("dispatched", "evidence"),
     ("metrics", "quantities"),
     ("placement",),
     ("errors",),

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from evenmoe import formats
-from evenmoe.errors import FileFormatError
+from tests.formats.files import read_error
 
 GARBAGE = -1_000_000_007  # the recorder's buffer is not cleared
 
@@ -35,12 +34,6 @@ def dump(path: Path, rank: int, layers: dict[int, list[list[int]]], group=(0, 1)
         num_local_physical_experts=np.int32(experts // len(group)),
     )
     return path
-
-
-def refused(path: Path, **told) -> str:
-    with pytest.raises(FileFormatError) as caught:
-        formats.read(path, **told)
-    return str(caught.value)
 
 
 def test_the_ranks_of_a_forward_are_one_window(tmp_path):
@@ -101,12 +94,12 @@ def test_layers_counted_from_0_stay(tmp_path):
 def test_what_is_wrong_is_said(tmp_path):
     dump(tmp_path / "d" / "a.npz", 1, {1: [[3, 0]]})
     dump(tmp_path / "d" / "b.npz", 1, {1: [[3, 0]]})
-    assert "a folder with rank 1 twice, in a.npz and b.npz: it must hold one recording of each rank" in refused(
+    assert "a folder with rank 1 twice, in a.npz and b.npz: it must hold one recording of each rank" in read_error(
         tmp_path / "d"
     )
     dump(tmp_path / "d" / "b.npz", 0, {1: [[3, 0, 1]]})
-    assert "a folder with dumps of 2 and of 3 experts: it must hold dumps of one model" in refused(tmp_path / "d")
-    assert "without a forward: it must hold recorded counts" in refused(dump(tmp_path / "0.npz", 0, {1: []}))
+    assert "a folder with dumps of 2 and of 3 experts: it must hold dumps of one model" in read_error(tmp_path / "d")
+    assert "without a forward: it must hold recorded counts" in read_error(dump(tmp_path / "0.npz", 0, {1: []}))
     for name, wrong, message in (
         ("forward_counts", [4], "with `forward_counts` from 4 to 4: it must be 0 to 1, the forwards of `loads`"),
         (
@@ -118,8 +111,8 @@ def test_what_is_wrong_is_said(tmp_path):
     ):
         arrays = {"loads": np.ones((1, 1, 2), int), "layer_numbers": [1], "forward_counts": [1], name: wrong}
         np.savez(tmp_path / "x.npz", **arrays)
-        assert message in refused(tmp_path / "x.npz")
+        assert message in read_error(tmp_path / "x.npz")
     np.savez(tmp_path / "x.npz", loads=np.ones((1, 1, 2), int))
-    assert "must be an .npz of `loads`, `layer_numbers` and `forward_counts`" in refused(
+    assert "must be an .npz of `loads`, `layer_numbers` and `forward_counts`" in read_error(
         tmp_path / "x.npz", format="megatron-load"
     )

@@ -6,19 +6,14 @@ import numpy as np
 import pytest
 
 from evenmoe import formats
-from evenmoe.errors import ConstraintError, FileFormatError
+from evenmoe.errors import ConstraintError
 from evenmoe.placement import Placement
 from tests.beside import BESIDE
+from tests.formats.files import read_error
 
 #: Two devices, two layers, three experts.
 TEXT = "2 2 3\n1 1 0 0 1 1\n1 0 1 1 0 1\n"
 PLACEMENT = Placement([[0, 1, 0, 2], [1, 2, 0, 2]], 2)
-
-
-def refused(path, **told) -> str:
-    with pytest.raises(FileFormatError) as caught:
-        formats.read(path, **told)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("text", [TEXT, TEXT.replace("\n", "\r\n"), "2 2 3\n" + "\n".join(TEXT[6:].split())])
@@ -66,7 +61,7 @@ def test_uneven_devices_are_found(tmp_path):
 )
 def test_what_is_wrong_is_said(text, message, tmp_path):
     (tmp_path / "p.txt").write_text(text)
-    found = refused(tmp_path / "p.txt")
+    found = read_error(tmp_path / "p.txt")
     assert any(part in found for part in message.split("|")), found
 
 

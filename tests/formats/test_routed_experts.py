@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from evenmoe import formats
-from evenmoe.errors import FileFormatError
 from evenmoe.io.torch_file import torch_bytes
 from evenmoe.placement import Placement
 from evenmoe.traces.trace import load_trace
 from tests.beside import TRACES
+from tests.formats.files import read_error, written
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 
@@ -105,18 +105,6 @@ FILES = {
 }
 
 
-def put(tmp_path: Path, content: bytes) -> Path:
-    path = tmp_path / "file"
-    path.write_bytes(content)
-    return path
-
-
-def refused(path: Path, **told) -> str:
-    with pytest.raises(FileFormatError) as caught:
-        formats.read(path, **told)
-    return str(caught.value)
-
-
 def is_whole(contents: formats.Contents) -> None:
     """What every way of storing the two requests says: every number by plain loops."""
     load = np.zeros((2, LAYERS, EXPERTS), np.int64)
@@ -142,7 +130,7 @@ def is_whole(contents: formats.Contents) -> None:
 
 @pytest.mark.parametrize("content", FILES.values(), ids=FILES)
 def test_every_way_of_storing_requests_gives_the_same_tokens(content, tmp_path):
-    is_whole(formats.read(put(tmp_path, content)))
+    is_whole(formats.read(written(tmp_path, content)))
 
 
 @pytest.mark.parametrize("suffix", ["npy", "npz", "json"])
@@ -156,7 +144,7 @@ def test_a_folder_has_a_file_of_every_request(suffix, tmp_path):
 
 
 def test_a_trace_file_keeps_tokens_requests_and_layers(tmp_path):
-    formats.convert(put(tmp_path, FILES["npz, lengths"]), tmp_path / "t.npz", "evenmoe-trace")
+    formats.convert(written(tmp_path, FILES["npz, lengths"]), tmp_path / "t.npz", "evenmoe-trace")
     trace = load_trace(tmp_path / "t.npz")
     assert trace.routing is not None
     assert trace.seq_start is not None
@@ -177,7 +165,7 @@ def test_any_shape_comes_through_both_programs_responses(data, tmp_path):
     whole = [with_dense(ids, np.uint16) for ids in requests]
     hidden = {"num_layers": layers + 1}
     for responses, told in ((map(generate, whole), hidden), (map(vllm, whole), {})):
-        trace = formats.read(put(tmp_path, lines(*responses)), **told).trace
+        trace = formats.read(written(tmp_path, lines(*responses)), **told).trace
         assert trace is not None
         assert trace.routing is not None
         assert trace.seq_start is not None
@@ -189,7 +177,7 @@ def test_any_shape_comes_through_both_programs_responses(data, tmp_path):
 
 
 def test_the_shape_of_sglangs_ids_is_inferred_and_said(tmp_path):
-    path = put(tmp_path, lines(generate(with_dense(drawn(40, 3, 6, 64, 6)))))
+    path = written(tmp_path, lines(generate(with_dense(drawn(40, 3, 6, 64, 6)))))
     contents = formats.read(path)
     assert contents.notes[0] == (
         "took 42 ids a token for 7 layers of 6 experts, the most of which none repeats in a layer; --num-layers says "
@@ -200,18 +188,18 @@ def test_the_shape_of_sglangs_ids_is_inferred_and_said(tmp_path):
 
 def test_sglangs_ids_of_uncounted_tokens_need_the_number_of_layers(tmp_path):
     part = {"meta_info": {"routed_experts": text_of_numbers(WHOLE[1])}}
-    path = put(tmp_path, lines(part))
+    path = written(tmp_path, lines(part))
     assert (
         "with `routed_experts` of 1 responses that do not count their tokens: it must be read with the number of "
         "layers; pass num_layers (--num-layers), the model's hidden layers, dense ones counted: 61 for DeepSeek-V3"
-    ) in refused(path)
+    ) in read_error(path)
     trace = formats.read(path, num_layers=4).trace
     assert trace is not None
     assert trace.routing is not None
     assert trace.routing.tolist() == REQUESTS[1].tolist()
-    assert "with 40 ids in response 0 of file: it must have a row for each of 7 layers" in refused(path, num_layers=7)
-    counted = put(tmp_path, lines(generate(WHOLE[1])))
-    assert "with 8 ids a token: it must have a row for each of 3 layers" in refused(counted, num_layers=3)
+    assert "with 40 ids in response 0 of file: it must have a row for each of 7" in read_error(path, num_layers=7)
+    counted = written(tmp_path, lines(generate(WHOLE[1])))
+    assert "with 8 ids a token: it must have a row for each of 3 layers" in read_error(counted, num_layers=3)
 
 
 # What is wrong with a capture.
@@ -221,18 +209,18 @@ def findings(path: Path, **told) -> list[tuple[str, str]]:
     return [(finding.kind, finding.text) for finding in formats.check(path, **told).findings]
 
 
-def test_a_capture_of_zeros_is_refused(tmp_path):
-    path = put(tmp_path, npy(np.zeros((5, 4, 2), np.uint8)))
+def test_a_capture_of_zeros_is_read_error(tmp_path):
+    path = written(tmp_path, npy(np.zeros((5, 4, 2), np.uint8)))
     assert (
         "with zeros alone for 5 tokens: it must hold the experts that tokens chose; the capture of vLLM or SGLang was "
         "not active"
-    ) in refused(path)
+    ) in read_error(path)
 
 
 def test_tokens_and_requests_of_zeros_are_left_out_and_said(tmp_path):
     holes = WHOLE[1].copy()
     holes[[0, 3]] = 0
-    path = put(tmp_path, npz(arr_0=np.zeros_like(WHOLE[0]), arr_1=holes))
+    path = written(tmp_path, npz(arr_0=np.zeros_like(WHOLE[0]), arr_1=holes))
     assert findings(path, num_experts=8) == [
         ("empty-capture", "zeros alone for 5 of 8 tokens, among them all of 1 requests")
     ]
@@ -248,7 +236,7 @@ def test_tokens_and_requests_of_zeros_are_left_out_and_said(tmp_path):
 def test_padding_is_left_out_and_said(tmp_path):
     padded = np.full((9, LAYERS + 1, TOP_K), -1, np.int16)
     padded[:5] = WHOLE[1]
-    contents = formats.read(put(tmp_path, npy(padded)))
+    contents = formats.read(written(tmp_path, npy(padded)))
     assert contents.trace is not None
     assert contents.trace.routing is not None
     assert contents.trace.routing.tolist() == REQUESTS[1].tolist()
@@ -256,7 +244,7 @@ def test_padding_is_left_out_and_said(tmp_path):
 
 
 def test_rows_beyond_the_lengths_are_left_out_and_said(tmp_path):
-    path = put(tmp_path, npz(routed_experts=np.concatenate([*WHOLE, WHOLE[0]]), lengths=np.array([3, 5])))
+    path = written(tmp_path, npz(routed_experts=np.concatenate([*WHOLE, WHOLE[0]]), lengths=np.array([3, 5])))
     contents = formats.read(path)
     assert contents.trace is not None
     assert contents.trace.routing is not None
@@ -268,21 +256,21 @@ def test_an_expert_twice_is_found(tmp_path):
     """300 experts in 8 bits: 256 + 1 and 1 are the same."""
     wrong = WHOLE[1].copy()
     wrong[2, 1] = [1, 1]
-    path = put(tmp_path, npy(wrong))
+    path = written(tmp_path, npy(wrong))
     assert findings(path) == [("repeated-expert", "an expert twice for 1 of 5 tokens, the first token 2 in layer 1")]
     assert "ids were cut off, as 8 bits do beyond expert 255" in formats.check(path).findings[0].fix
 
 
 def test_ids_of_8_bits_cannot_name_300_experts(tmp_path):
-    message = refused(put(tmp_path, npy(WHOLE[0])), num_experts=300)
+    message = read_error(written(tmp_path, npy(WHOLE[0])), num_experts=300)
     assert "with ids of 8 bits for 300 experts: it must hold ids of a type that counts to the last expert" in message
 
 
 def test_slots_instead_of_experts_are_named_and_become_experts_by_their_map(tmp_path):
     slots = Placement([[0, 1, 2, 3, 4, 5, 6, 7, 0, 3]] * LAYERS, 2)
     physical = np.where((JOINED == 0) & (np.arange(len(JOINED)) % 2 == 0)[:, None, None], 8, JOINED)
-    path = put(tmp_path, npy(with_dense(physical)))
-    message = refused(path, num_experts=8)
+    path = written(tmp_path, npy(with_dense(physical)))
+    message = read_error(path, num_experts=8)
     assert "with id 8: it must hold ids below 8, the experts; if these are slots (physical experts)" in message
     contents = formats.read(path, placement=slots)
     assert contents.trace is not None
@@ -292,9 +280,9 @@ def test_slots_instead_of_experts_are_named_and_become_experts_by_their_map(tmp_
     assert contents.load.shape == (1, LAYERS, EXPERTS)
     assert contents.load.sum(axis=0).tolist() == [np.bincount(ids.ravel()).tolist() for ids in JOINED.swapaxes(0, 1)]
     other = Placement([[0, 0, 1, 2, 3, 4, 5, 6, 7, 3]] * LAYERS, 2)
-    assert "twice for token" in refused(path, placement=other)
+    assert "twice for token" in read_error(path, placement=other)
     few = Placement([[0, 1, 2, 3, 4, 5, 6, 7]] * LAYERS, 2)
-    assert "with id 8: it must hold ids below 8, the slots of its placement; pass the placement" in refused(
+    assert "with id 8: it must hold ids below 8, the slots of its placement; pass the placement" in read_error(
         path, placement=few
     )
 
@@ -310,7 +298,7 @@ def test_slots_are_recognized_by_what_replicas_have_in_common(rule, tmp_path):
         rule, np.zeros(tokens, bool)
     )
     physical = np.where((ids == 0) & second[:, None, None], experts, ids)
-    found = findings(put(tmp_path, npy(physical.astype(np.uint8))))
+    found = findings(written(tmp_path, npy(physical.astype(np.uint8))))
     assert [kind for kind, _ in found] == ([] if rule == "one replica alone" else ["physical-ids"])
     for _, text in found:
         assert (
@@ -323,7 +311,7 @@ def test_experts_of_different_topics_are_no_slots(tmp_path):
     rng = np.random.default_rng(5)
     topic = rng.random(4000) < 0.5
     ids = np.argsort(rng.random((4000, 2, 8)), axis=2)[:, :, :4] + 8 * topic[:, None, None]
-    assert findings(put(tmp_path, npy(ids.astype(np.uint8)))) == []
+    assert findings(written(tmp_path, npy(ids.astype(np.uint8)))) == []
 
 
 # Sizes and layers.
@@ -331,7 +319,7 @@ def test_experts_of_different_topics_are_no_slots(tmp_path):
 
 def test_many_requests_share_windows(tmp_path):
     ids = drawn(1500, 6)
-    path = put(tmp_path, npz(routed_experts=ids, lengths=np.ones(1500, int)))
+    path = written(tmp_path, npz(routed_experts=ids, lengths=np.ones(1500, int)))
     contents = formats.read(path)
     assert contents.load is not None
     assert contents.load.shape == (512, LAYERS, EXPERTS)
@@ -340,17 +328,17 @@ def test_many_requests_share_windows(tmp_path):
 
 
 def test_rows_of_moe_layers_alone_are_numbered_by_the_first(tmp_path):
-    path = put(tmp_path, npy(JOINED.astype(np.uint8)))
+    path = written(tmp_path, npy(JOINED.astype(np.uint8)))
     assert formats.read(path).layer_ids == (0, 1, 2)
     contents = formats.read(path, first_layer=3)
     assert (contents.layer_ids, contents.metadata) == ((3, 4, 5), {})
-    whole = put(tmp_path, npy(np.concatenate(WHOLE)))
+    whole = written(tmp_path, npy(np.concatenate(WHOLE)))
     assert formats.read(whole, first_layer=1).layer_ids == (1, 2, 3)
-    assert "with layer 1 as its first: it must begin with layer 3" in refused(whole, first_layer=3)
+    assert "with layer 1 as its first: it must begin with layer 3" in read_error(whole, first_layer=3)
 
 
 def test_layers_are_chosen_of_the_tokens_too(tmp_path):
-    contents = formats.read(put(tmp_path, FILES["npz, lengths"]), layers="2:")
+    contents = formats.read(written(tmp_path, FILES["npz, lengths"]), layers="2:")
     assert contents.trace is not None
     assert contents.trace.routing is not None
     assert contents.trace.routing.tolist() == JOINED[:, 1:].tolist()
@@ -394,14 +382,14 @@ WRONG = {
 
 @pytest.mark.parametrize(("content", "message"), WRONG.values(), ids=WRONG)
 def test_what_is_wrong_is_said(content, message, tmp_path):
-    assert message in refused(put(tmp_path, content), format="routed-experts")
+    assert message in read_error(written(tmp_path, content), format="routed-experts")
 
 
 def test_responses_without_tokens_are_left_out_and_said(tmp_path):
-    path = put(tmp_path, lines(generate(WHOLE[0]), {"error": "busy"}, generate(WHOLE[1])))
+    path = written(tmp_path, lines(generate(WHOLE[0]), {"error": "busy"}, generate(WHOLE[1])))
     assert formats.read(path).notes[0] == "left out 1 of 3 responses of file without `routed_experts`"
-    assert "without `routed_experts`: it must hold it for a request; ask the server to return it" in refused(
-        put(tmp_path, b'{"choices": []}'), format="routed-experts"
+    assert "without `routed_experts`: it must hold it for a request; ask the server to return it" in read_error(
+        written(tmp_path, b'{"choices": []}'), format="routed-experts"
     )
 
 
@@ -420,7 +408,7 @@ def test_every_token_of_measured_traffic_comes_through(tmp_path):
             if "routing" not in arrays:
                 continue
             routing, starts = arrays["routing"], arrays["seq_start"]
-        path = put(tmp_path, npz(routed_experts=with_dense(routing, np.uint16), seq_start=starts))
+        path = written(tmp_path, npz(routed_experts=with_dense(routing, np.uint16), seq_start=starts))
         contents = formats.read(path)
         assert contents.trace is not None
         assert np.array_equal(contents.trace.routing, routing)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from evenmoe import formats
-from evenmoe.errors import FileFormatError
+from tests.formats.files import read_error
 
 SLOTS = [[0, 1, 2, 0], [2, 1, 0, 1]]
 
@@ -24,12 +24,6 @@ def payload(step: int, load: list[list[int]], slots=SLOTS) -> dict:
         "expert_load_pass": flat(load, "torch.int32"),
         "physical_to_logical_map": flat(slots, "torch.int64"),
     }
-
-
-def refused(source, **told) -> str:
-    with pytest.raises(FileFormatError) as caught:
-        formats.read(source, **told)
-    return str(caught.value)
 
 
 def test_the_slots_of_a_step_are_brought_to_experts():
@@ -70,9 +64,9 @@ def test_steps_are_windows_and_the_ranks_of_a_step_are_summed_each_under_its_map
     ],
 )
 def test_what_is_wrong_is_said(change, message):
-    assert message in refused(json.dumps({**payload(0, [[1, 2, 4, 8], [1, 2, 4, 8]]), **change}))
+    assert message in read_error(json.dumps({**payload(0, [[1, 2, 4, 8], [1, 2, 4, 8]]), **change}))
 
 
-def test_a_step_twice_is_refused(tmp_path):
+def test_a_step_twice_is_read_error(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(payload(1, [[1] * 4, [1] * 4]))] * 2))
-    assert "with step 1 twice: it must hold each step of a rank once; drop the copy" in refused(tmp_path / "a.jsonl")
+    assert "with step 1 twice: it must hold each step of a rank once; drop the copy" in read_error(tmp_path / "a.jsonl")
