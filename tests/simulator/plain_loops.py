@@ -38,6 +38,9 @@ class Setup:
     between_per_s: float = 5e10
     latency: float = 20e-6
     once: bool = True
+    first: int | None = None  # of policies that do not say a refresh; by default it
+    horizon: int = 3000
+    overlap: bool = True
 
 
 @dataclass
@@ -53,6 +56,7 @@ class ByHand:
     refreshes: list[int] = field(default_factory=list)
     memory: int = 0
     break_even: float = 0.0
+    net_us: list[float] = field(default_factory=list)  # of the judged steps
 
 
 def assign(starts: list[int], setup: Setup) -> list[list[list[int]]]:
@@ -224,6 +228,7 @@ def replay(routing: np.ndarray, starts: list[int], experts: int, setup: Setup, p
         current = em.Placement([[s % experts for s in range(slots)]] * layers, setup.ranks)
         past: list[np.ndarray] = []
         is_first = True
+        coming, waiting = None, 0.0  # a placement whose copies are under way, and their time left
         for step, tokens in enumerate(batches):
             picks = [[[routing[token, layer].tolist() for token in rank] for rank in tokens] for layer in range(layers)]
             load = np.zeros((layers, experts))
@@ -233,18 +238,24 @@ def replay(routing: np.ndarray, starts: list[int], experts: int, setup: Setup, p
                         for expert in chosen:
                             load[layer, expert] += 1
             refresh, window = options.get("refresh", setup.refresh), options.get("window", setup.window)
+            first = options.get("refresh", setup.first or refresh)
             due = (kind == "static" and step == window) or (
-                kind in ("greedy", "evenmoe") and step > 0 and step % refresh == 0
+                kind in ("greedy", "evenmoe") and step >= first and (step - first) % refresh == 0
             )
             copies, spent = [0] * layers, 0.0
-            if due or kind == "oracle":
+            if coming is not None and waiting <= 0:
+                current, coming = coming, None
+            if (due and coming is None) or kind == "oracle":
                 seen = load if kind == "oracle" else sum(past[max(0, step - window) :])
                 new = plan_by_hand(kind, rule, seen, setup, current, is_first, options)
                 is_first = False
                 if new != current and step > 0:
                     copies, spent = copy(current, new, setup)
                     result.refreshes.append(step)
-                current = new
+                if setup.overlap and kind != "oracle" and len(result.refreshes) > 1 and spent > 0:
+                    coming, waiting = new, spent
+                else:
+                    current = new
             result.copies.append(copies)
             result.copy_us.append(0.0 if kind == "oracle" else spent)
             parts = [serve_layer(current, n, choose(current, n, picks[n], rule), setup) for n in range(layers)]
@@ -252,13 +263,43 @@ def replay(routing: np.ndarray, starts: list[int], experts: int, setup: Setup, p
             result.par.append([max(loads) / (sum(loads) / len(loads)) for loads, _, _ in parts])
             result.rows.append([sum(rows[kind] for _, rows, _ in parts) for kind in range(4)])
             result.step_us.append(sum(time for _, _, time in parts))
+            waiting -= result.step_us[-1]
             past.append(load)
         result.memory = round(layers * slots // setup.ranks * setup.expert_bytes)
+    begin, end = judged_steps(batches, policies, setup)
+    base = next(iter(found.values())).step_us[begin:end]
     for result in found.values():
+        steps = result.step_us[begin:end]
+        once = result.copy_us[result.refreshes[0]] if result.refreshes else 0.0
+        if setup.overlap:
+            share = min(1.0, once / (sum(base) / len(base)) / setup.horizon)
+            result.net_us = [share * old + (1 - share) * new for old, new in zip(base, steps, strict=True)]
+        else:
+            later = [0.0 if [n] == result.refreshes[:1] else time for n, time in enumerate(result.copy_us)]
+            result.net_us = [
+                step + copy + once / setup.horizon for step, copy in zip(steps, later[begin:end], strict=True)
+            ]
         if sum(result.copy_us) > 0:
-            since = result.refreshes[0]
-            base = next(iter(found.values())).step_us[since:]
-            gain = (sum(base) - sum(result.step_us[since:])) / len(base)
+            gain = (sum(base) - sum(steps)) / len(base)
             spent = sum(result.copy_us) / len(result.refreshes)
             result.break_even = spent / gain if gain > 0 else math.inf
     return found
+
+
+def judged_steps(batches: list[list[list[int]]], policies, setup: Setup) -> tuple[int, int]:
+    """From the last first plan to the first step with a token that an earlier step has had; else all steps."""
+    begin = 0
+    for _, kind, _, options in policies:
+        if kind == "static":
+            begin = max(begin, options.get("window", setup.window))
+        if kind in ("greedy", "evenmoe"):
+            begin = max(begin, options.get("refresh", setup.first or setup.refresh))
+    seen: set[int] = set()
+    end = 0
+    for batch in batches:
+        tokens = {token for rank in batch for token in rank}
+        if tokens & seen:
+            break
+        seen |= tokens
+        end += 1
+    return (begin, end) if begin < end else (0, len(batches))

@@ -11,10 +11,11 @@ from evenmoe.traces.trace import Trace
 
 
 def mix_windows(trace: Trace, count: int, seed: int = 0) -> Trace:
-    """Return the trace with as many windows, each the sum of `count` different ones drawn at random.
+    """Return the trace with fewer windows, each the sum of `count` of its own or a few more, drawn at random.
 
     A server's step holds tokens of many requests, and is more even than any of them: what is recorded request by
-    request has to be mixed before a window can stand for a step. Every window enters as many sums as every other.
+    request has to be mixed before a window can stand for a step. No window enters two sums, so that what a plan is made
+    from never comes again. Requests are taken to come in any order: what drifts in the recording drifts no more.
 
     Args:
         trace: one of loads alone; empty windows are left out.
@@ -22,14 +23,14 @@ def mix_windows(trace: Trace, count: int, seed: int = 0) -> Trace:
         seed: of the draw.
 
     Returns:
-        The trace; `load` int64 (T, L, E) of the T windows with tokens, tokens; `load_by_rank` likewise.
+        The trace; `load` int64 (T // count, L, E) of the T windows with tokens, tokens; `load_by_rank` likewise.
 
     Raises:
         ConstraintError: a trace with routing, which mixes requests by itself, or a count beyond its windows.
 
-    >>> two = Trace("two", np.array([[[4, 0]], [[0, 2]]]))
-    >>> mix_windows(two, 2).load.tolist()
-    [[[4, 2]], [[4, 2]]]
+    >>> three = Trace("three", np.array([[[4, 0]], [[0, 2]], [[1, 0]]]))
+    >>> mix_windows(three, 3).load.tolist()
+    [[[5, 2]]]
     """
     if trace.routing is not None:
         raise ConstraintError(
@@ -40,19 +41,11 @@ def mix_windows(trace: Trace, count: int, seed: int = 0) -> Trace:
         raise ConstraintError(
             "mix", count, f"must be 1 to {len(recorded)}, the windows with tokens", "mix fewer windows, or record more"
         )
-    order = recorded[np.random.default_rng(seed).permutation(len(recorded))]
-    drawn = _sums(len(recorded), count, seed)
+    order = np.random.default_rng(seed).permutation(recorded)
+    sums = np.array_split(order, len(recorded) // count)
     by_rank = trace.load_by_rank
     return dataclasses.replace(
         trace,
-        load=np.stack([trace.load[order[row]].sum(axis=0) for row in drawn]),
-        load_by_rank=None if by_rank is None else np.stack([by_rank[order[row]].sum(axis=0) for row in drawn]),
+        load=np.stack([trace.load[windows].sum(axis=0) for windows in sums]),
+        load_by_rank=None if by_rank is None else np.stack([by_rank[windows].sum(axis=0) for windows in sums]),
     )
-
-
-def _sums(windows: int, count: int, seed: int) -> np.ndarray:
-    """int64 (windows, count): what is summed, window t plus `count` - 1 others, the same steps on for every t."""
-    steps = (
-        np.random.default_rng((seed, 1)).permutation(windows - 1)[: count - 1] + 1 if windows > 1 else np.empty(0, int)
-    )
-    return (np.arange(windows)[:, None] + np.r_[0, steps]) % windows
