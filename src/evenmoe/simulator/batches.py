@@ -178,6 +178,11 @@ class DrawnBatches:
             "the rule works; where it goes by row, the rows that go to an expert are drawn too.",
             "Rows once per rank are expected values: a rank's tokens are taken to combine their experts independently.",
         )
+        if num_steps >= len(load) > 1:
+            self.notes += (
+                "Every step is drawn from one window of the trace, as if that were a step: where it is a request, "
+                "steps are more uneven than a server's, which mix requests (--mix sums windows).",
+            )
         partly = int((np.asarray(self._known.any(axis=0)) & ~self._known.all(axis=0)).sum())
         if partly:
             self.notes += (
