@@ -1,8 +1,8 @@
 """How often a gain is claimed where there is none, and found where there is one: `python benchmarks/evidence.py`.
 
 500 synthetic recordings without a gain to be had (balanced routers, with and without bursts; or too few tokens), and
-100 whose experts differ and stay as they are. Every one goes through `judge_plan`, as `evenmoe plan` does. A claim in at
-most 2 % of the first, and in at least 98 % of the second, is what is asked for.
+100 whose experts differ and stay as they are. Every one goes through `judge_plan`, as `evenmoe plan` does. Asked for is
+a claim in at most 2 % of the first, and in at least 98 % of the second.
 """
 
 from __future__ import annotations

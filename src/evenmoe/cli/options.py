@@ -109,7 +109,9 @@ class FileOptions(Command):
         str | None,
         Option(help="Only these, in the file's numbering: first:end (end left out), first:end:step, or one number."),
     ] = None
-    num_layers: Annotated[int | None, Option(help="MoE layers, of appended dumps or one list for all.", min=1)] = None
+    num_layers: Annotated[
+        int | None, Option(help="Layers, where the file leaves open how many: the error says which count.", min=1)
+    ] = None
     experts: Annotated[int | None, Option(help="Logical experts. Default: those that the file shows.", min=1)] = None
     first_layer: Annotated[
         int | None,
@@ -260,6 +262,24 @@ def in_flags(error: EvenmoeError, words: Mapping[str, str]) -> EvenmoeError:
 
     argument = words.get(error.argument, error.argument)
     return type(error)(argument, in_backticks(error.value), translated(error.rule), translated(error.fix))
+
+
+def numbers_of(flag: str, text: str | None) -> tuple[int, ...]:
+    """The numbers that a list such as "3,7" or "8-15" names, ascending; none where the option is not given.
+
+    Raises:
+        ConstraintError: it is no such list; it names the flag.
+
+    >>> numbers_of("--dead", "8-10,3")
+    (3, 8, 9, 10)
+    """
+    numbers: set[int] = set()
+    for part in [] if text is None else text.split(","):
+        found = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
+        if found is None or (found[2] is not None and int(found[2]) < int(found[1])):
+            raise ConstraintError(flag, repr(text), "must be numbers, or ranges from low to high", "write 3,7 or 8-15")
+        numbers.update(range(int(found[1]), int(found[2] or found[1]) + 1))
+    return tuple(sorted(numbers))
 
 
 def print_json(found: Mapping[str, object], file: TextIO | None = None) -> None:
