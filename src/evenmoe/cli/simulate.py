@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from typer import Argument, Option
 
 from evenmoe.cli.options import FileOptions, WorldOptions, completed, make_command, out_option, print_json
-from evenmoe.cli.report import summary_table
+from evenmoe.cli.report import print_headline, summary_table
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.planner import PLANNERS
 from evenmoe.rules import RULES
@@ -254,6 +254,7 @@ def _print(summary: Summary) -> None:
         + (f"; {summary.num_empty_windows:,} empty windows left out" if summary.num_empty_windows else "")
     )
     console = Console()
+    print_headline(summary, console)
     console.print(summary_table(summary, _GAINS))
     console.print(summary_table(summary, _PRICES))
     notes = Console(stderr=True)

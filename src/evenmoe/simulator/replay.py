@@ -145,6 +145,10 @@ def simulate(
         horizon_steps=schedule.horizon,
         copy_overlap=copy_overlap,
         recorded_tokens=recorded,
+        recorded_windows=0 if trace.routing is not None else trace.num_windows,
+        assignments_per_step=num_ranks * tokens_per_rank * top_k,
+        recorded_assignments_per_step=0.0 if trace.routing is not None else recorded * top_k / num_steps,
+        hardware=costs.hardware,
     )
 
 
