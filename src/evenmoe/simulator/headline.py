@@ -47,7 +47,7 @@ class Headline:
         rearranged_policy, rearranged_net_gain_percent: the least of those without more memory; None if there is none.
         engine_policy, engine_net_gain_percent: the least of those whose rule engines have; None if there is none.
         judged_tokens: tokens of the judged steps.
-        more_tokens: tokens to record in all where there are too few, else None.
+        tokens_to_record, windows_to_record: in all, where there are too few to judge; else None.
     """
 
     kind: str
@@ -66,7 +66,8 @@ class Headline:
     engine_policy: str | None
     engine_net_gain_percent: float | None
     judged_tokens: int
-    more_tokens: int | None
+    tokens_to_record: int | None
+    windows_to_record: int | None
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def find_headline(simulation: Simulation, summaries: Sequence[PolicySummary]) ->
         fastest = min(shown or candidates, key=lambda candidate: candidate.summary.net_time_us)
         verdict = judge(fastest.gain, uneven)
         best = _recommended(shown, fastest) if verdict.kind == "gain" else fastest
-    text = words(simulation, summaries, candidates, best, verdict, _more_tokens(simulation, verdict))
+    wanted = _to_record(simulation, verdict) if candidates else (None, None)
+    text = words(simulation, summaries, candidates, best, verdict, *wanted)
     quickest = min(candidates, key=lambda candidate: candidate.summary.net_time_us, default=None)
     rearranged = _quickest(candidates, lambda summary: summary.extra_memory_bytes_per_rank <= 0)
     engine = _quickest(candidates, lambda summary: summary.rule in ENGINE_RULES)
@@ -124,7 +126,8 @@ def find_headline(simulation: Simulation, summaries: Sequence[PolicySummary]) ->
         engine_policy=engine.summary.name if engine else None,
         engine_net_gain_percent=engine.percent if engine else None,
         judged_tokens=int(simulation.tokens[simulation.judged].sum()) if simulation.num_judged_steps else 0,
-        more_tokens=text.more_tokens,
+        tokens_to_record=wanted[0],
+        windows_to_record=wanted[1],
     )
 
 
@@ -203,14 +206,15 @@ def _quickest(candidates: Sequence[Candidate], fits) -> Candidate | None:
     return min(found, key=lambda candidate: candidate.summary.net_time_us, default=None)
 
 
-def _more_tokens(simulation: Simulation, verdict: Verdict | None) -> int | None:
-    """Tokens to record in all, in two digits; None where there are enough."""
-    per_step = int(simulation.tokens[0])
+def _to_record(simulation: Simulation, verdict: Verdict | None) -> tuple[int | None, int | None]:
+    """Tokens, or else windows of counts, to record in all, tokens in two digits; None and None where there are enough."""
+    least = _STEPS_TO_RECORD * int(simulation.tokens[0])
     if verdict is None:
-        return _STEPS_TO_RECORD * per_step
+        return least, None
     if verdict.kind != "too little to judge":
-        return None
-    steps = max(_STEPS_TO_RECORD, math.ceil(verdict.more * len(simulation.tokens)))
-    wanted = steps * per_step
+        return None, None
+    if 0 < simulation.recorded_windows < len(simulation.tokens):
+        return None, math.ceil(verdict.more * simulation.recorded_windows)
+    wanted = max(least, math.ceil(verdict.more * simulation.recorded_tokens))
     unit = 10 ** max(0, len(str(wanted)) - 2)
-    return -(-wanted // unit) * unit
+    return -(-wanted // unit) * unit, None

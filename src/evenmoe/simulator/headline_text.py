@@ -27,7 +27,6 @@ class Words:
     sentence: str
     details: tuple[str, ...]
     measured_on: str
-    more_tokens: int | None
 
 
 def words(
@@ -36,16 +35,20 @@ def words(
     candidates: Sequence[Candidate],
     best: Candidate | None,
     verdict: Verdict | None,
-    more_tokens: int | None,
+    tokens: int | None,
+    windows: int | None,
 ) -> Words:
-    """Say what was found; `best` and `verdict` are None where nothing could be judged."""
+    """Say what was found; `best` and `verdict` are None where nothing could be judged.
+
+    `tokens` or `windows` are to be recorded in all where there are too few.
+    """
     measured = _measured_on(simulation)
     if not candidates:
         par = quantities.par(summaries[0].mean_par)
         alone = f"Only {summaries[0].name} was replayed, so there is nothing to compare it with"
-        return Words("nothing compared", "one policy", f"{alone}; its mean PAR is {par}.", (), measured, None)
+        return Words("nothing compared", "one policy", f"{alone}; its mean PAR is {par}.", (), measured)
     if best is None or verdict is None:
-        return Words(_LITTLE, "no judged steps", _nothing_judged(simulation, more_tokens), (), measured, more_tokens)
+        return Words(_LITTLE, "no judged steps", _nothing_judged(simulation, tokens or 0), (), measured)
     reason = verdict.reason
     if verdict.kind == "gain":
         sentence = (
@@ -53,15 +56,17 @@ def words(
             f"{summaries[0].name}, copying included (at least {_percent(best.gain.lower)}), for "
             f"{_memory(best.summary)}."
         )
-        return Words("gain", "", sentence, _alternatives(simulation, candidates, best), measured, None)
+        return Words("gain", "", sentence, _alternatives(simulation, candidates, best), measured)
     if verdict.kind == "no gain" and best.gain_without_copies.is_significant:
         reason = "copies cost more"
     if verdict.kind == "no gain" and reason == "does not last" and _is_small_whatever_is_planned(summaries):
         reason = "little depends on it"
     sentence = _no_gain(simulation, summaries, best, verdict, reason)
-    if more_tokens is not None:
-        sentence += f" Record {count(more_tokens)} tokens or more; there are {count(simulation.recorded_tokens)}."
-    return Words(verdict.kind, reason, sentence, (), measured, more_tokens)
+    if tokens is not None:
+        sentence += f" Record {count(tokens)} tokens or more; there are {count(simulation.recorded_tokens)}."
+    if windows is not None:
+        sentence += f" Record {count(windows)} windows or more; there are {count(simulation.recorded_windows)}."
+    return Words(verdict.kind, reason, sentence, (), measured)
 
 
 def _percent(value: float) -> str:
@@ -76,21 +81,25 @@ def _memory(summary: PolicySummary) -> str:
     return f"{shown.texts[0]} {shown.unit.partition(' ')[0]} {'more' if extra > 0 else 'less'} memory on every rank"
 
 
-def _nothing_judged(simulation: Simulation, more_tokens: int | None) -> str:
-    steps, warmup = len(simulation.tokens), simulation.num_warmup_steps
-    begin = "Too little to judge: "
+def _nothing_judged(simulation: Simulation, wanted: int) -> str:
+    steps, warmup, per_step = len(simulation.tokens), simulation.num_warmup_steps, int(simulation.tokens[0])
     if warmup < steps:
-        begin += (
-            f"tokens come again before the {counted(warmup, 'step')} of warm-up are over, so that plans would be judged "
-            "on what they have seen. Record more requests, or replay fewer tokens per rank;"
+        return (
+            f"Too little to judge: tokens come again before the {counted(warmup, 'step')} of warm-up are over, and plans "
+            "would be judged on what they have seen. Record more requests, or replay fewer tokens per rank."
         )
-    else:
-        begin += (
-            f"{counted(simulation.recorded_tokens, 'token')} make {counted(steps, 'step')} of "
-            f"{count(int(simulation.tokens[0]))}, and no step is left after the first plan. Record more, or replay "
-            "fewer tokens per rank;"
+    recorded = simulation.recorded_tokens
+    if recorded >= wanted:
+        return (
+            f"Too little to judge: none of {counted(steps, 'step')} comes after the first plan. Replay more steps; "
+            f"{count(recorded)} recorded tokens are enough for {count(recorded // per_step)}."
         )
-    return f"{begin} {count(more_tokens or 0)} tokens make a replay of this size that can show something."
+    fewer = recorded // (wanted // per_step) // simulation.num_ranks
+    smaller = f", or replay {count(1 << (fewer.bit_length() - 1))} tokens per rank" if fewer else ""
+    return (
+        f"Too little to judge: {counted(recorded, 'token')} make {counted(steps, 'step')} of {count(per_step)}, and none "
+        f"comes after the first plan. Record {count(wanted)} tokens or more{smaller}."
+    )
 
 
 def _no_gain(
@@ -117,9 +126,10 @@ def _no_gain(
             f"refresh, {waits}."
         )
     if reason == "little depends on it":
+        saved = _percent(_oracle(summaries)) if _oracle(summaries) >= 0.05 else "nothing"
         return (
             f"There is no gain: {nearest}, at most {_signed(best.gain.upper)}. Even a plan made on each step itself saves "
-            f"{_percent(_oracle(summaries))}: these steps are bound by what no placement changes."
+            f"{saved}: these steps take what no placement changes."
         )
     if verdict.kind == "no gain":
         oracle = _oracle(summaries)

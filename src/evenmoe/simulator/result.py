@@ -95,6 +95,13 @@ class PolicyResult:
         """Microseconds of copying for the first change of the placement; 0.0 without one."""
         return float(self.copy_time[self.refreshes[:1]].sum())
 
+    @property
+    def later_copy_time(self) -> FloatArray:
+        """Microseconds of the copying before each step, float64 (N,), that of the first change left out."""
+        later = self.copy_time.copy()
+        later[self.refreshes[:1]] = 0.0
+        return later
+
 
 @dataclass(frozen=True)
 class Simulation:
@@ -166,9 +173,7 @@ class Simulation:
             horizon = float(base.mean()) * self.horizon_steps
             share = first / horizon if first < horizon else float(first > 0)
             return step + share * (base - step)
-        later = policy.copy_time.copy()
-        later[policy.refreshes[:1]] = 0.0
-        return step + later[judged] + first / self.horizon_steps
+        return step + policy.later_copy_time[judged] + first / self.horizon_steps
 
     @cached_property
     def summary(self) -> Summary:
@@ -306,8 +311,6 @@ def _summarize(simulation: Simulation, policy: PolicyResult) -> PolicySummary:
     copies, refreshes = int(policy.copies.sum()), len(policy.refreshes)
     par, step = policy.par[judged], float(policy.step_time[judged].mean())
     net, base_net = (float(simulation.net_times(each).mean()) for each in (policy, baseline))
-    later = policy.copy_time.copy()
-    later[policy.refreshes[:1]] = 0.0
     traffic = policy.traffic
     rows = [float(kind[judged].mean()) for kind in (traffic.within_node, traffic.between_nodes)]
     once = [float(kind[judged].mean()) for kind in (traffic.within_node_once, traffic.between_nodes_once)]
@@ -321,7 +324,7 @@ def _summarize(simulation: Simulation, policy: PolicyResult) -> PolicySummary:
         worst_par=float(par.max()),
         mean_par_per_layer=par.mean(axis=0).tolist(),
         step_time_us=step,
-        copy_time_us=float(later[judged].mean()) + policy.first_copy_time / simulation.horizon_steps,
+        copy_time_us=float(policy.later_copy_time[judged].mean()) + policy.first_copy_time / simulation.horizon_steps,
         net_time_us=net,
         total_copy_time_us=float(policy.copy_time.sum()),
         refresh_copy_time_us=float(policy.copy_time.sum() / refreshes) if refreshes else 0.0,
