@@ -134,7 +134,7 @@ STARTS = (
 RANKS = "it must be (2, ranks, 3, 4), as `load` is; record the ranks' loads of the same windows."
 IDS = "it must be distinct and not negative; use the model's own layer numbers, or leave it out."
 VALUES = "it must hold texts and finite numbers under text keys; leave other values out, or write them as text."
-REFUSALS = {
+ERRORS = {
     "requests without tokens": (
         {"seq_start": [0, 5]},
         "`seq_start` without `routing`: it must split the tokens of `routing`; leave it out.",
@@ -202,9 +202,9 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("mistake", REFUSALS)
-def test_refusals(tmp_path, mistake):
-    arrays, text = REFUSALS[mistake]
+@pytest.mark.parametrize("mistake", ERRORS)
+def test_wrong_arrays(tmp_path, mistake):
+    arrays, text = ERRORS[mistake]
     path = at(tmp_path / "wrong.npz", npz(load=LOAD, **{name: np.asarray(array) for name, array in arrays.items()}))
     with pytest.raises(FileFormatError) as caught:
         load_trace(path)
