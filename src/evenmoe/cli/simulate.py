@@ -248,9 +248,11 @@ def _print(summary: Summary) -> None:
     """Two tables, because one would not fit 80 columns: what a policy gains, and what it costs."""
     from rich.console import Console
 
+    from evenmoe.quantities import counted
+
     print(
-        f"{summary.trace}: {summary.num_steps} steps of {summary.tokens_per_step:,} tokens "
-        f"on {summary.num_ranks} ranks, {summary.num_nodes} nodes"
+        f"{summary.trace}: {counted(summary.num_steps, 'step')} of {counted(summary.tokens_per_step, 'token')} "
+        f"on {counted(summary.num_ranks, 'rank')}, {counted(summary.num_nodes, 'node')}"
         + (f"; {summary.num_empty_windows:,} empty windows left out" if summary.num_empty_windows else "")
     )
     console = Console()

@@ -95,9 +95,7 @@ def find_shape(trace: Trace, name: str | None) -> ModelShape | None:
             pass  # a trace may be of a model that is not listed
     top_k = trace.top_k if trace.top_k is not None else trace.metadata.get("top_k")
     alike = [
-        shape
-        for shape in MODELS.values()
-        if shape.num_experts == trace.num_experts and top_k in (None, shape.top_k)
+        shape for shape in MODELS.values() if shape.num_experts == trace.num_experts and top_k in (None, shape.top_k)
     ]
     whole = [shape for shape in alike if shape.num_layers == trace.num_layers]
     part = [] if trace.layer_ids is None else [s for s in alike if set(trace.layer_ids.tolist()) <= set(s.layer_ids)]
@@ -107,7 +105,10 @@ def find_shape(trace: Trace, name: str | None) -> ModelShape | None:
 def _only(shapes: list[ModelShape], title: str) -> ModelShape | None:
     """The one of these shapes, up to their names, or the one whose name begins like a part of the title."""
     letters = re.sub("[^a-z0-9]", "", title.lower())
-    for fitting in (shapes, [shape for shape in shapes if re.sub("[^a-z]", "", shape.name.partition("-")[0]) in letters]):
+    for fitting in (
+        shapes,
+        [shape for shape in shapes if re.sub("[^a-z]", "", shape.name.partition("-")[0]) in letters],
+    ):
         if len({(shape.hidden, shape.intermediate, shape.weight_bytes, shape.top_k) for shape in fitting}) == 1:
             return fitting[0]
     return None

@@ -18,15 +18,11 @@ from evenmoe.evidence import PairedGain, Unevenness, Verdict, balanced_par, judg
 from evenmoe.evidence.hold_out import CLUSTERED, FEWEST_WINDOWS
 from evenmoe.evidence.paired import LEVEL, t_quantile
 from evenmoe.metrics import FloatArray
-from evenmoe.simulator.headline_text import words
+from evenmoe.simulator.headline_text import ENGINE_RULES, MATERIAL, words
 
 if TYPE_CHECKING:
     from evenmoe.simulator.result import PolicySummary, Simulation
 
-#: Per cent of a step below which more memory is not worth having.
-MATERIAL = 1.0
-#: Rules that inference engines have, by the number of the rank, the token's place, or a random or hashed choice.
-ENGINE_RULES = ("rank", "token", "even")
 _STEPS_TO_RECORD = 12  # at least, of which 4 are the warm-up: the fewest with which a steady gain of 5 % is shown
 
 
@@ -207,7 +203,7 @@ def _quickest(candidates: Sequence[Candidate], fits) -> Candidate | None:
 
 
 def _to_record(simulation: Simulation, verdict: Verdict | None) -> tuple[int | None, int | None]:
-    """Tokens, or else windows of counts, to record in all, tokens in two digits; None and None where there are enough."""
+    """Tokens, in two digits, or else windows of counts to record in all; None and None where there are enough."""
     least = _STEPS_TO_RECORD * int(simulation.tokens[0])
     if verdict is None:
         return least, None

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from evenmoe.simulator.headline import Candidate
     from evenmoe.simulator.result import PolicySummary, Simulation
 
+#: Per cent of a step below which a gain is hardly one, and more memory not worth having.
+MATERIAL = 1.0
+#: Rules that inference engines have, by the number of the rank, the token's place, or a random or hashed choice.
+ENGINE_RULES = ("rank", "token", "even")
 _LITTLE = "too little to judge"
 
 
@@ -42,31 +46,35 @@ def words(
 
     `tokens` or `windows` are to be recorded in all where there are too few.
     """
-    measured = _measured_on(simulation)
+    measured = _measured_on(simulation, best)
     if not candidates:
         par = quantities.par(summaries[0].mean_par)
         alone = f"Only {summaries[0].name} was replayed, so there is nothing to compare it with"
         return Words("nothing compared", "one policy", f"{alone}; its mean PAR is {par}.", (), measured)
     if best is None or verdict is None:
         return Words(_LITTLE, "no judged steps", _nothing_judged(simulation, tokens or 0), (), measured)
-    reason = verdict.reason
-    if verdict.kind == "gain":
+    kind, reason = verdict.kind, verdict.reason
+    if kind == "gain" and best.percent < MATERIAL:
+        kind, reason = "no gain", "hardly a gain"
+    if kind == "gain":
         sentence = (
             f"With {best.summary.name} a step takes {_percent(best.percent)} less time than with "
             f"{summaries[0].name}, copying included (at least {_percent(best.gain.lower)}), for "
             f"{_memory(best.summary)}."
         )
         return Words("gain", "", sentence, _alternatives(simulation, candidates, best), measured)
-    if verdict.kind == "no gain" and best.gain_without_copies.is_significant:
+    if best.gain.lower == best.gain.upper == 0:
+        reason = "nothing moves"
+    if reason == "does not last" and best.gain_without_copies.is_significant:
         reason = "copies cost more"
-    if verdict.kind == "no gain" and reason == "does not last" and _is_small_whatever_is_planned(summaries):
+    if reason == "does not last" and _is_small_whatever_is_planned(summaries):
         reason = "little depends on it"
     sentence = _no_gain(simulation, summaries, best, verdict, reason)
     if tokens is not None:
         sentence += f" Record {count(tokens)} tokens or more; there are {count(simulation.recorded_tokens)}."
     if windows is not None:
         sentence += f" Record {count(windows)} windows or more; there are {count(simulation.recorded_windows)}."
-    return Words(verdict.kind, reason, sentence, (), measured)
+    return Words(kind, reason, sentence, (), measured)
 
 
 def _percent(value: float) -> str:
@@ -85,8 +93,8 @@ def _nothing_judged(simulation: Simulation, wanted: int) -> str:
     steps, warmup, per_step = len(simulation.tokens), simulation.num_warmup_steps, int(simulation.tokens[0])
     if warmup < steps:
         return (
-            f"Too little to judge: tokens come again before the {counted(warmup, 'step')} of warm-up are over, and plans "
-            "would be judged on what they have seen. Record more requests, or replay fewer tokens per rank."
+            f"Too little to judge: tokens come again before the {counted(warmup, 'step')} of warm-up are over, and "
+            "plans would be judged on what they have seen. Record more requests, or replay fewer tokens per rank."
         )
     recorded = simulation.recorded_tokens
     if recorded >= wanted:
@@ -95,10 +103,10 @@ def _nothing_judged(simulation: Simulation, wanted: int) -> str:
             f"{count(recorded)} recorded tokens are enough for {count(recorded // per_step)}."
         )
     fewer = recorded // (wanted // per_step) // simulation.num_ranks
-    smaller = f", or replay {count(1 << (fewer.bit_length() - 1))} tokens per rank" if fewer else ""
+    smaller = f", or replay {counted(1 << (fewer.bit_length() - 1), 'token')} per rank" if fewer else ""
     return (
-        f"Too little to judge: {counted(recorded, 'token')} make {counted(steps, 'step')} of {count(per_step)}, and none "
-        f"comes after the first plan. Record {count(wanted)} tokens or more{smaller}."
+        f"Too little to judge: {counted(recorded, 'token')} make {counted(steps, 'step')} of {count(per_step)}, and "
+        f"none comes after the first plan. Record {count(wanted)} tokens or more{smaller}."
     )
 
 
@@ -117,7 +125,11 @@ def _no_gain(
     if reason == "sampling noise":
         return f"Too little to judge: {chance}, and that could hide a gain."
     if reason == "nothing moves":
-        return f"There is no gain: {best.summary.name} changes nothing, as where every rank has one slot and one expert."
+        return (
+            f"There is no gain: {best.summary.name} changes nothing, as where every rank has one slot and one expert."
+        )
+    if reason == "hardly a gain":
+        return f"There is hardly a gain: {nearest} of a step's time, copying included, which is real but below 1 %."
     if reason == "copies cost more":
         waits = "before the horizon is over" if simulation.copy_overlap else "and steps wait for copies"
         return (
@@ -128,8 +140,8 @@ def _no_gain(
     if reason == "little depends on it":
         saved = _percent(_oracle(summaries)) if _oracle(summaries) >= 0.05 else "nothing"
         return (
-            f"There is no gain: {nearest}, at most {_signed(best.gain.upper)}. Even a plan made on each step itself saves "
-            f"{saved}: these steps take what no placement changes."
+            f"There is no gain: {nearest}, at most {_signed(best.gain.upper)}. Even a plan made on each step itself "
+            f"saves {saved}: these steps take what no placement changes."
         )
     if verdict.kind == "no gain":
         oracle = _oracle(summaries)
@@ -165,8 +177,6 @@ def _is_small_whatever_is_planned(summaries: Sequence[PolicySummary]) -> bool:
 
 def _alternatives(simulation: Simulation, candidates: Sequence[Candidate], best: Candidate) -> tuple[str, ...]:
     """What more slots would add, what none gives, what engines' rules give, and how to get the placement."""
-    from evenmoe.simulator.headline import ENGINE_RULES
-
     said = []
     extra = best.summary.extra_memory_bytes_per_rank
     others = sorted(candidates, key=lambda candidate: candidate.summary.net_time_us)
@@ -180,13 +190,15 @@ def _alternatives(simulation: Simulation, candidates: Sequence[Candidate], best:
         said.append(f"Without more memory the best is {without[0].summary.name}: {_signed(without[0].percent)}.")
     if extra > 0 and not without:
         slots = simulation.policies[0].initial.num_slots
-        said.append(f"Whether {slots} slots would do, without more memory, was not tried: add -p evenmoe:slots={slots}.")
+        said.append(
+            f"Whether {slots} slots would do, without more memory, was not tried: add -p evenmoe:slots={slots}."
+        )
     if best.summary.rule not in ENGINE_RULES:
         by_engine = [other for other in others if other.summary.rule in ENGINE_RULES]
         if by_engine:
             said.append(
-                f"The {best.summary.rule} rule is evenmoe's own; with those that engines have ({', '.join(ENGINE_RULES)}) "
-                f"the best is {by_engine[0].summary.name}: {_signed(by_engine[0].percent)}."
+                f"The {best.summary.rule} rule is evenmoe's own; with those that engines have "
+                f"({', '.join(ENGINE_RULES)}) the best is {by_engine[0].summary.name}: {_signed(by_engine[0].percent)}."
             )
     return (*said, *_what_to_do(simulation, best))
 
@@ -200,17 +212,22 @@ def _what_to_do(simulation: Simulation, best: Candidate) -> tuple[str, ...]:
     nodes = f" --nodes {simulation.num_nodes}" if simulation.num_nodes > 1 else ""
     tokens = count(simulation.num_warmup_steps * int(simulation.tokens[0]))
     return (
-        f"To get the placement: evenmoe plan LOAD --ranks {simulation.num_ranks} --slots {best.summary.num_slots}{nodes} "
-        f"--rule {rule}{planner}, from the load of {tokens} tokens or more.",
+        f"To get the placement: evenmoe plan LOAD --ranks {simulation.num_ranks} --slots {best.summary.num_slots}"
+        f"{nodes} --rule {rule}{planner}, from the load of {tokens} tokens or more.",
     )
 
 
-def _measured_on(simulation: Simulation) -> str:
+def _measured_on(simulation: Simulation, best: Candidate | None) -> str:
     per_step = count(int(simulation.tokens[0]))
     judged, total = simulation.num_judged_steps, len(simulation.tokens)
     if judged:
         steps = f"{count(judged)} of {counted(total, 'step')} of {per_step} tokens"
-        steps += f", after {counted(simulation.num_warmup_steps, 'step')} of warm-up" * bool(simulation.num_warmup_steps)
+        steps += f", after {counted(simulation.num_warmup_steps, 'step')} of warm-up" * bool(
+            simulation.num_warmup_steps
+        )
+        if best is not None and best.summary.refreshes:
+            plans = "one plan" if best.summary.refreshes == 1 else counted(best.summary.refreshes, "plan")
+            steps += f"; {plans} in all"
     else:
         steps = f"{counted(total, 'step')} of {per_step} tokens, none of them judged"
     if simulation.recorded_windows == 1:

@@ -102,9 +102,7 @@ def simulate(
     schedule = make_schedule(num_steps, refresh, window, horizon, copy_overlap)
     fewest = cluster.fewest_slots(trace.num_experts)
     num_slots = fewest + num_ranks if num_slots is None else whole_number("num_slots", num_slots, 1)
-    if policies is not None and (
-        isinstance(policies, str) or not all(isinstance(policy, str) for policy in policies)
-    ):
+    if policies is not None and (isinstance(policies, str) or not all(isinstance(policy, str) for policy in policies)):
         raise ConstraintError("policies", repr(policies), "must be a sequence of texts", "put each policy in a list")
     num_groups = whole_number("num_groups", num_groups, 1)
     seed = whole_number("seed", seed, 0)

@@ -125,8 +125,8 @@ class Simulation:
         recorded_tokens: int, tokens of the trace.
         recorded_windows: int, windows that counts were drawn from; 0 where tokens are known.
         assignments_per_step: int, of a layer.
-        recorded_assignments_per_step: float, those of a layer that a step's counts were drawn from; 0.0 where tokens are
-            known.
+        recorded_assignments_per_step: float, those of a layer that a step's counts were drawn from; 0.0 where tokens
+            are known.
         hardware: what times are modeled for, in words; "" where that is not known.
     """
 

@@ -82,7 +82,9 @@ _DEEPSEEK_V3 = {
 MODELS: dict[str, ModelShape] = {
     shape.name: shape
     for shape in (
-        ModelShape("deepseek-moe-16b", 27, 64, 6, 2048, 1408, 2, first_layer=1, source="deepseek-ai/deepseek-moe-16b-base"),
+        ModelShape(
+            "deepseek-moe-16b", 27, 64, 6, 2048, 1408, 2, first_layer=1, source="deepseek-ai/deepseek-moe-16b-base"
+        ),
         ModelShape("deepseek-v2-lite", 26, 64, 6, 2048, 1408, 2, first_layer=1, source="deepseek-ai/DeepSeek-V2-Lite"),
         ModelShape("deepseek-v3", **_DEEPSEEK_V3, source="deepseek-ai/DeepSeek-V3"),
         ModelShape("deepseek-v3.2", **_DEEPSEEK_V3, source="deepseek-ai/DeepSeek-V3.2-Exp"),
