@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.errors import ConstraintError, EvenmoeError
-from evenmoe.metrics import FloatArray, as_load_of
+from evenmoe.metrics import FloatArray, as_load_of, slots_by_rank
 from evenmoe.placement import Placement
 from evenmoe.registry import failure
 
@@ -139,8 +139,7 @@ class Rule:
 
         The load of a layer must be far from the ends of float64 (`metrics.within_range`).
         """
-        per_slot = self.slot_loads(load, placement)
-        return per_slot.reshape(*per_slot.shape[:-1], placement.num_ranks, placement.slots_per_rank).sum(axis=-1)
+        return slots_by_rank(self.slot_loads(load, placement), placement.rank_sizes)
 
     def reachable(self, num_replicas: npt.ArrayLike, world_size: int) -> IntArray:
         """How many of an expert's replicas some rank can choose, integers of the shape of `num_replicas`."""
