@@ -11,11 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.cli.options import FileOptions
-from evenmoe.errors import ConstraintError
 from evenmoe.formats.contents import Contents
 from evenmoe.formats.reading import read_load
 from evenmoe.metrics import FloatArray, as_load
-from evenmoe.traces.models import MODELS, ModelShape, find_model
 from evenmoe.traces.trace import Trace, load_trace
 
 SYNTHETIC = "synthetic:"
@@ -66,27 +64,6 @@ def whole_tokens(load: FloatArray) -> npt.NDArray[np.int64]:
     if total < _MOST_TOKENS and (load == np.rint(load)).all():
         return load.astype(np.int64)
     return np.rint(np.ldexp(load, _LARGEST_BITS - np.frexp(load.max())[1])).astype(np.int64)
-
-
-def find_shape(trace: Trace, name: str | None) -> ModelShape | None:
-    """Find the model that is named, or that the trace names, or that alone has the trace's layers and experts."""
-    if name is not None:
-        return find_model(name)
-    named = trace.metadata.get("model")
-    if isinstance(named, str):
-        try:
-            return find_model(named)
-        except ConstraintError:
-            pass  # a trace may be of a model that is not listed
-    top_k = trace.top_k if trace.top_k is not None else trace.metadata.get("top_k")
-    fitting = [
-        shape
-        for shape in MODELS.values()
-        if (shape.num_layers, shape.num_experts) == (trace.num_layers, trace.num_experts)
-        and top_k in (None, shape.top_k)
-    ]
-    alike = {(shape.hidden, shape.intermediate, shape.weight_bytes, shape.top_k) for shape in fitting}
-    return fitting[0] if len(alike) == 1 else None
 
 
 def digests(source: str) -> dict[str, str]:

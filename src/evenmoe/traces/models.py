@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass
 
 from evenmoe.errors import ConstraintError
+from evenmoe.traces.trace import Trace
 
 _BF16, _FP8 = 2.0, 1.0
 _MXFP4 = 17 / 32  # 32 weights of 4 bits share a scale of 8 bits
@@ -151,3 +152,36 @@ olmoe-1b-7b, qwen3-30b-a3b, qwen3-235b-a22b; the nearest is mixtral.
         near = difflib.get_close_matches(wanted, [*MODELS, *ALIASES], n=1, cutoff=0)
         raise ConstraintError("model", repr(name), f"must be one of {', '.join(MODELS)}", f"the nearest is {near[0]}")
     return shape
+
+
+def shape_of(trace: Trace, model: ModelShape | str | None = None) -> ModelShape | None:
+    """The shape of a trace's model: as given, or as the trace names it, or the only one of its layers and experts.
+
+    Args:
+        model: as it is given; a name is looked up.
+
+    Returns:
+        None where nothing says it.
+
+    Raises:
+        ConstraintError: a name that is not known.
+    """
+    if isinstance(model, ModelShape):
+        return model
+    if model is not None:
+        return find_model(model)
+    named = trace.metadata.get("model")
+    if isinstance(named, str):
+        try:
+            return find_model(named)
+        except ConstraintError:
+            pass  # a trace may be of a model that is not listed
+    top_k = trace.top_k if trace.top_k is not None else trace.metadata.get("top_k")
+    fitting = [
+        shape
+        for shape in MODELS.values()
+        if (shape.num_layers, shape.num_experts) == (trace.num_layers, trace.num_experts)
+        and top_k in (None, shape.top_k)
+    ]
+    alike = {(shape.hidden, shape.intermediate, shape.weight_bytes, shape.top_k) for shape in fitting}
+    return fitting[0] if len(alike) == 1 else None
