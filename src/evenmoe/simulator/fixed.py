@@ -22,7 +22,7 @@ FILE = "file:"
 
 
 @dataclass(frozen=True)
-class Replayed:
+class ReplayedTrace:
     """The trace that is replayed, and which layers of the given one it has.
 
     Attributes:
@@ -36,10 +36,10 @@ class Replayed:
     num_before: int
 
     @staticmethod
-    def of(before: Trace, trace: Trace) -> Replayed:
+    def of(before: Trace, trace: Trace) -> ReplayedTrace:
         """What `recorded_part` made of a trace."""
         recorded = before.load.any(axis=(0, 2)) if trace.num_layers < before.num_layers else np.ones(trace.num_layers)
-        return Replayed(trace, np.flatnonzero(recorded), before.num_layers)
+        return ReplayedTrace(trace, np.flatnonzero(recorded), before.num_layers)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def fixed_policy(
     placement: Placement,
     rule: Rule,
     cluster: Cluster,
-    replayed: Replayed,
+    replayed: ReplayedTrace,
     layer_ids: list[int] | None = None,
     origin: str = "The given placement",
 ) -> Fixed:
@@ -110,7 +110,7 @@ def fixed_policy(
     return Fixed(name, rule, placement.num_slots, placement=placement, origin=origin)
 
 
-def read_fixed(text: PolicyText, cluster: Cluster, replayed: Replayed) -> Fixed:
+def read_fixed(text: PolicyText, cluster: Cluster, replayed: ReplayedTrace) -> Fixed:
     """The policy that file:PATH[:rule=NAME] is.
 
     Raises:

@@ -18,7 +18,7 @@ from evenmoe.registry import import_attribute
 from evenmoe.rules import RULES
 from evenmoe.rules.rule import Rule
 from evenmoe.simulator.batches import Cluster
-from evenmoe.simulator.fixed import FILE, Replayed, fixed_policy, read_fixed
+from evenmoe.simulator.fixed import FILE, ReplayedTrace, fixed_policy, read_fixed
 from evenmoe.simulator.policies import Policy, read_policy
 from evenmoe.simulator.policy_text import PolicyText, called
 
@@ -36,7 +36,7 @@ def parse_policies(
     refresh: int,
     window: int,
     first: int | None = None,
-    replayed: Replayed | None = None,
+    replayed: ReplayedTrace | None = None,
 ) -> tuple[Policy, ...]:
     """The policies of a run, the first identity in front (added where there is none).
 
@@ -91,7 +91,7 @@ class _Reader:
     cluster: Cluster
     num_experts: int
     defaults: Mapping[str, int]
-    replayed: Replayed | None
+    replayed: ReplayedTrace | None
 
     def read(self, name: str | None, given: Given) -> Policy:
         """The policy that is given, by that name or its own."""
@@ -139,6 +139,6 @@ class _Reader:
             "pass what can be replayed",
         )
 
-    def _trace(self) -> Replayed:
+    def _trace(self) -> ReplayedTrace:
         assert self.replayed is not None, "placements need the trace that they serve"
         return self.replayed

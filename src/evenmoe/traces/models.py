@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 
 from evenmoe.errors import ConstraintError
@@ -83,9 +84,15 @@ _DEEPSEEK_V3 = {
 MODELS: dict[str, ModelShape] = {
     shape.name: shape
     for shape in (
+        ModelShape(
+            "deepseek-moe-16b", 27, 64, 6, 2048, 1408, 2, first_layer=1, source="deepseek-ai/deepseek-moe-16b-base"
+        ),
         ModelShape("deepseek-v2-lite", 26, 64, 6, 2048, 1408, 2, first_layer=1, source="deepseek-ai/DeepSeek-V2-Lite"),
         ModelShape("deepseek-v3", **_DEEPSEEK_V3, source="deepseek-ai/DeepSeek-V3"),
         ModelShape("deepseek-v3.2", **_DEEPSEEK_V3, source="deepseek-ai/DeepSeek-V3.2-Exp"),
+        ModelShape(
+            "deepseek-v4-flash", 43, 256, 6, 4096, 2048, 1, weight_bytes=_MXFP4, source="deepseek-ai/DeepSeek-V4-Flash"
+        ),
         ModelShape("glm-4.5", 89, 160, 8, 5120, 1536, 1, first_layer=3, source="zai-org/GLM-4.5"),
         ModelShape("gpt-oss-20b", 24, 32, 4, 2880, 2880, weight_bytes=_MXFP4, source="openai/gpt-oss-20b"),
         ModelShape("gpt-oss-120b", 36, 128, 4, 2880, 2880, weight_bytes=_MXFP4, source="openai/gpt-oss-120b"),
@@ -141,9 +148,9 @@ def find_model(name: str) -> ModelShape:
     >>> find_model("mixtrall")
     Traceback (most recent call last):
     ...
-    evenmoe.errors.ConstraintError: `model` is 'mixtrall': it must be one of deepseek-v2-lite, deepseek-v3, \
-deepseek-v3.2, glm-4.5, gpt-oss-20b, gpt-oss-120b, kimi-k2, llama-4-scout, llama-4-maverick, mixtral-8x7b, \
-olmoe-1b-7b, qwen3-30b-a3b, qwen3-235b-a22b; the nearest is mixtral.
+    evenmoe.errors.ConstraintError: `model` is 'mixtrall': it must be one of deepseek-moe-16b, \
+deepseek-v2-lite, deepseek-v3, deepseek-v3.2, deepseek-v4-flash, glm-4.5, gpt-oss-20b, gpt-oss-120b, kimi-k2, \
+llama-4-scout, llama-4-maverick, mixtral-8x7b, olmoe-1b-7b, qwen3-30b-a3b, qwen3-235b-a22b; the nearest is mixtral.
     """
     wanted = name.strip().lower().replace("_", "-").rpartition("/")[2]
 
@@ -155,7 +162,10 @@ olmoe-1b-7b, qwen3-30b-a3b, qwen3-235b-a22b; the nearest is mixtral.
 
 
 def shape_of(trace: Trace, model: ModelShape | str | None = None) -> ModelShape | None:
-    """The shape of a trace's model: as given, or as the trace names it, or the only one of its layers and experts.
+    """The shape of a trace's model: as given, or as the trace names it, or of the only one that can have recorded it.
+
+    That has its experts, the experts of a token where they are known, and its layers: all of them, or else those that
+    the trace numbers. Of several the one counts whose name stands in the trace's.
 
     Args:
         model: as it is given; a name is looked up.
@@ -165,6 +175,10 @@ def shape_of(trace: Trace, model: ModelShape | str | None = None) -> ModelShape 
 
     Raises:
         ConstraintError: a name that is not known.
+
+    >>> part = Trace("olmoe_base", np.ones((1, 2, 64), np.int64), layer_ids=np.array([0, 15]))
+    >>> shape_of(part).name
+    'olmoe-1b-7b'
     """
     if isinstance(model, ModelShape):
         return model
@@ -177,11 +191,21 @@ def shape_of(trace: Trace, model: ModelShape | str | None = None) -> ModelShape 
         except ConstraintError:
             pass  # a trace may be of a model that is not listed
     top_k = trace.top_k if trace.top_k is not None else trace.metadata.get("top_k")
-    fitting = [
-        shape
-        for shape in MODELS.values()
-        if (shape.num_layers, shape.num_experts) == (trace.num_layers, trace.num_experts)
-        and top_k in (None, shape.top_k)
+    alike = [
+        shape for shape in MODELS.values() if shape.num_experts == trace.num_experts and top_k in (None, shape.top_k)
     ]
-    alike = {(shape.hidden, shape.intermediate, shape.weight_bytes, shape.top_k) for shape in fitting}
-    return fitting[0] if len(alike) == 1 else None
+    whole = [shape for shape in alike if shape.num_layers == trace.num_layers]
+    part = [] if trace.layer_ids is None else [s for s in alike if set(trace.layer_ids.tolist()) <= set(s.layer_ids)]
+    return _only(whole, trace.name) or _only(part, trace.name)
+
+
+def _only(shapes: list[ModelShape], title: str) -> ModelShape | None:
+    """The one of these shapes, up to their names, or the one whose name begins like a part of the title."""
+    letters = re.sub("[^a-z0-9]", "", title.lower())
+    for fitting in (
+        shapes,
+        [shape for shape in shapes if re.sub("[^a-z]", "", shape.name.partition("-")[0]) in letters],
+    ):
+        if len({(shape.hidden, shape.intermediate, shape.weight_bytes, shape.top_k) for shape in fitting}) == 1:
+            return fitting[0]
+    return None
