@@ -13,6 +13,8 @@ import numpy.typing as npt
 from evenmoe.errors import ConstraintError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
 IntArray = npt.NDArray[np.int32]
@@ -196,6 +198,12 @@ class Placement:
         table[:, 0] = self.num_replicas[layer]
         table[self.slot_to_expert[layer], 1 + self.replica_index[layer]] = np.arange(self.num_slots, dtype=np.int32)
         return table
+
+    def save(self, path: str | Path, format: str = "evenmoe-placement") -> None:
+        """Write the placement to a file; see `evenmoe.save_placement`."""
+        from evenmoe import save_placement  # formats stand above placements, so only the package itself knows them
+
+        save_placement(self, path, format=format)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Placement):

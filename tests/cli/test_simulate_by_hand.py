@@ -146,7 +146,7 @@ RECORDED = {
 
 @pytest.mark.parametrize("name", [*SYNTHETIC, *measured_names(*RECORDED)])
 def test_recorded_traces(evenmoe, tmp_path, name):
-    """The model, and so the costs, are told by the shape of the trace."""
+    """The model, and so the costs, are taken from the trace's shape."""
     (hidden, inner, weight), chunk = RECORDED[name]
     setup = Setup(
         ranks=8, nodes=2, tokens=8, chunk=chunk, steps=4, refresh=2, window=2, slots=72 if hidden == 2048 else 40,

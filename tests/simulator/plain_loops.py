@@ -97,7 +97,7 @@ def greedy(load: list[float], setup: Setup, slots: int) -> list[int]:
 
 
 def choose(placement: em.Placement, layer: int, batch: list[list[list[int]]], rule: str) -> list[list[list[int]]]:
-    """The slot of every pick: batch[rank][token][k] is an expert."""
+    """The slot of every assignment: batch[rank][token][k] is an expert."""
     ranks = len(batch)
     row = {expert: [] for expert in range(placement.num_experts)}
     for slot in sorted(range(placement.num_slots), key=lambda slot: placement.replica_index[layer, slot]):
@@ -106,8 +106,8 @@ def choose(placement: em.Placement, layer: int, batch: list[list[list[int]]], ru
     if rule == "batch":
         total = [0] * placement.num_experts
         for tokens in batch:
-            for picks in tokens:
-                for expert in picks:
+            for experts in tokens:
+                for expert in experts:
                     total[expert] += 1
         quota = em.split_batch(np.array(total), placement.slot_to_expert[layer], ranks).tolist()
         line = {expert: [slot for slot in slots for _ in range(quota[slot])] for expert, slots in row.items()}
@@ -116,9 +116,9 @@ def choose(placement: em.Placement, layer: int, batch: list[list[list[int]]], ru
     for rank, tokens in enumerate(batch):
         here = [0] * placement.num_experts
         chosen.append([])
-        for number, picks in enumerate(tokens):
+        for number, experts in enumerate(tokens):
             chosen[rank].append([])
-            for expert in picks:
+            for expert in experts:
                 slots = row[expert]
                 if rule == "rank":
                     slot = slots[rank // math.ceil(ranks / len(slots))]
@@ -230,10 +230,10 @@ def replay(routing: np.ndarray, starts: list[int], experts: int, setup: Setup, p
         is_first = True
         coming, waiting = None, 0.0  # a placement whose copies are under way, and their time left
         for step, tokens in enumerate(batches):
-            picks = [[[routing[token, layer].tolist() for token in rank] for rank in tokens] for layer in range(layers)]
+            batch = [[[routing[token, layer].tolist() for token in rank] for rank in tokens] for layer in range(layers)]
             load = np.zeros((layers, experts))
             for layer in range(layers):
-                for rank in picks[layer]:
+                for rank in batch[layer]:
                     for chosen in rank:
                         for expert in chosen:
                             load[layer, expert] += 1
@@ -258,7 +258,7 @@ def replay(routing: np.ndarray, starts: list[int], experts: int, setup: Setup, p
                     current = new
             result.copies.append(copies)
             result.copy_us.append(0.0 if kind == "oracle" else spent)
-            parts = [serve_layer(current, n, choose(current, n, picks[n], rule), setup) for n in range(layers)]
+            parts = [serve_layer(current, n, choose(current, n, batch[n], rule), setup) for n in range(layers)]
             result.loads.append([loads for loads, _, _ in parts])
             result.par.append([max(loads) / (sum(loads) / len(loads)) for loads, _, _ in parts])
             result.rows.append([sum(rows[kind] for _, rows, _ in parts) for kind in range(4)])

@@ -1,4 +1,4 @@
-"""Laws of a replay: plans see only the past, and nothing depends on threads or on the other policies."""
+"""Properties of a replay: plans see only the past, and nothing depends on threads or on the other policies."""
 
 from __future__ import annotations
 
@@ -143,13 +143,13 @@ def test_drawn_totals_add_up():
         assert policy.rank_tokens.sum() == simulation.load.sum()
         assert policy.details is not None
         np.testing.assert_array_equal(policy.details.rank_loads[REFRESH:].sum(axis=0), policy.rank_tokens)
-    # 3 layers × 48 tokens × 4 picks × 9 judged steps; each pick is a chance, so the variance is below the mean
+    # 3 layers × 48 tokens × 4 experts × 9 judged steps; each assignment is drawn, so the variance is below the mean
     expected = 3 * 48 * 4 * (STEPS - REFRESH)
     assert abs(simulation.load.sum() - expected) < 6 * np.sqrt(expected)
 
 
 def test_large_batches_are_counted_in_larger_integers():
-    """40,000 tokens of a rank that all pick one expert do not fit 16 bits."""
+    """40,000 tokens of a rank that all use one expert do not fit 16 bits."""
     load = np.zeros((1, 1, 4), np.int64)
     load[0, 0, 1] = 1
     for tokens, counted in ((32767, np.int16), (40000, np.int32)):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evenmoe.errors import FileFormatError
+from evenmoe.errors import FileFormatError, UnsupportedTypeError
 from evenmoe.io.npz import npz_bytes
 from evenmoe.traces import Trace, load_trace, save_trace
 from tests.beside import measured_names
@@ -64,7 +64,7 @@ def test_what_is_saved_is_loaded(tmp_path_factory, sizes, largest, left_out, see
     trace = made(windows, ranks, layers, experts, tokens, 1 + seed % experts, seed, largest)
     trace = replace(trace, **dict.fromkeys(left_out))
     path = tmp_path_factory.getbasetemp() / "saved.npz"
-    save_trace(path, trace)
+    save_trace(trace, path)
     loaded = load_trace(path)
     same(loaded, trace)
     assert loaded.name == "saved"
@@ -73,9 +73,9 @@ def test_what_is_saved_is_loaded(tmp_path_factory, sizes, largest, left_out, see
 
 
 def test_the_same_trace_gives_the_same_bytes(tmp_path, monkeypatch):
-    save_trace(tmp_path / "one.npz", made())
+    save_trace(made(), tmp_path / "one.npz")
     monkeypatch.setattr("time.time", lambda: 1e9)
-    save_trace(tmp_path / "two.npz", replace(made(), metadata=dict(reversed(made().metadata.items()))))
+    save_trace(replace(made(), metadata=dict(reversed(made().metadata.items()))), tmp_path / "two.npz")
     one, two = ((tmp_path / name).read_bytes() for name in ("one.npz", "two.npz"))
     assert one == two
     with np.load(tmp_path / "one.npz", allow_pickle=False) as file:  # any numpy reads it
@@ -86,14 +86,14 @@ def test_the_same_trace_gives_the_same_bytes(tmp_path, monkeypatch):
 def test_it_appears_at_once_or_not_at_all(tmp_path, monkeypatch):
     path = at(tmp_path / "kept.npz", b"older")
     with pytest.raises(FileFormatError, match="must hold token counts"):
-        save_trace(path, replace(made(), load=-made().load))
+        save_trace(replace(made(), load=-made().load), path)
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("no")))
     with pytest.raises(OSError, match="no"):
-        save_trace(path, made())
+        save_trace(made(), path)
     monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == ["kept.npz"]
     assert path.read_bytes() == b"older"
-    save_trace(path, made())
+    save_trace(made(), path)
     same(load_trace(path), made())
     plain = at(tmp_path / "plain", b"")
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
@@ -134,7 +134,7 @@ STARTS = (
 RANKS = "it must be (2, ranks, 3, 4), as `load` is; record the ranks' loads of the same windows."
 IDS = "it must be distinct and not negative; use the model's own layer numbers, or leave it out."
 VALUES = "it must hold texts and finite numbers under text keys; leave other values out, or write them as text."
-REFUSALS = {
+ERRORS = {
     "requests without tokens": (
         {"seq_start": [0, 5]},
         "`seq_start` without `routing`: it must split the tokens of `routing`; leave it out.",
@@ -202,9 +202,9 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("mistake", REFUSALS)
-def test_refusals(tmp_path, mistake):
-    arrays, text = REFUSALS[mistake]
+@pytest.mark.parametrize("mistake", ERRORS)
+def test_wrong_arrays(tmp_path, mistake):
+    arrays, text = ERRORS[mistake]
     path = at(tmp_path / "wrong.npz", npz(load=LOAD, **{name: np.asarray(array) for name, array in arrays.items()}))
     with pytest.raises(FileFormatError) as caught:
         load_trace(path)
@@ -232,7 +232,7 @@ def test_metadata_that_is_not_json(tmp_path, text):
 )
 def test_nothing_wrong_is_saved(tmp_path, change, text):
     with pytest.raises(FileFormatError) as caught:
-        save_trace(tmp_path / "wrong.npz", replace(made(), **change))
+        save_trace(replace(made(), **change), tmp_path / "wrong.npz")
     assert str(caught.value).startswith(f"`{tmp_path / 'wrong.npz'}` is {text}")
     assert not list(tmp_path.iterdir())
 
@@ -254,5 +254,29 @@ def test_requests_and_layers_as_recorded(name, tmp_path):
     assert trace.layer_ids is not None
     assert len(trace.seq_start) == requests + 1
     assert trace.layer_ids.tolist() == list(layers)
-    save_trace(tmp_path / "again.npz", trace)
+    save_trace(trace, tmp_path / "again.npz")
     same(load_trace(tmp_path / "again.npz"), trace)
+
+
+def test_the_trace_comes_first_as_torch_save_has_it(tmp_path):
+    with pytest.raises(UnsupportedTypeError) as caught:
+        save_trace(tmp_path / "old.npz", made())
+    assert str(caught.value) == (
+        f"`trace` is of type {type(tmp_path).__name__}: it must be a Trace; "
+        "call save_trace(trace, path), the trace first."
+    )
+    with pytest.raises(UnsupportedTypeError, match="of type ndarray: it must be a Trace; pass a Trace"):
+        save_trace(made().load, tmp_path / "load.npz")
+    assert not list(tmp_path.iterdir())
+    made().save(tmp_path / "saved.npz")
+    same(load_trace(tmp_path / "saved.npz"), made())
+
+
+def test_a_trace_is_shown_in_one_line():
+    trace = replace(made(windows=2, ranks=3, layers=4, experts=5, tokens=6, top_k=2), metadata={"model": "tiny"})
+    requests = len(trace.seq_start) - 1
+    assert repr(trace) == (
+        f"Trace({trace.name!r}, windows=2, layers=4, experts=5, tokens=6, top_k=2, requests={requests}, "
+        "source_ranks=3, model=tiny)"
+    )
+    assert repr(Trace("loads", trace.load)) == "Trace('loads', windows=2, layers=4, experts=5)"

@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.errors import ConstraintError
-from evenmoe.formats.contents import Contents, ReadOptions
+from evenmoe.formats.catalogue import Format
+from evenmoe.formats.contents import Contents, RawPlacement, ReadOptions
+from evenmoe.formats.document import Document
 from evenmoe.formats.layer_numbers import DENSE_ROWS, is_trivial, ranges
 from evenmoe.formats.reading import contents_of, open_placement
 from evenmoe.metrics import arrivals, check_same_model, held_on
@@ -139,7 +141,8 @@ def read_pair(
     Raises:
         FileFormatError, ConstraintError, OSError: as `read_placement`.
     """
-    sources, opened = (before, after), {}
+    sources = (before, after)
+    opened: dict[int, tuple[Document, Format, RawPlacement]] = {}
     for which in sorted((0, 1), key=lambda which: str(sources[which]) == "trivial"):
         known = options
         if opened and str(sources[which]) == "trivial":
@@ -154,7 +157,8 @@ def read_pair(
                 first_layer=None,
             )
         opened[which] = open_placement(sources[which], known)
-    stated = [None if opened[which][2].rank_sizes is None else len(opened[which][2].rank_sizes[0]) for which in (0, 1)]
+    sizes = [opened[which][2].rank_sizes for which in (0, 1)]
+    stated = [None if each is None else len(each[0]) for each in sizes]
     given = [options.num_ranks, ranks_after or options.num_ranks]
     if None in stated and ranks_after is None:
         given = [given[which] if stated[which] is None else None for which in (0, 1)]
@@ -215,7 +219,8 @@ def _counted_beside_numbered(
     assert numbered.placement is not None
     assert numbered.layer_ids is not None
     rows, more = numbered.placement, numbered.placement.num_layers - counted.placement.num_layers
-    kept, notes = np.arange(rows.num_layers), []
+    kept = np.arange(rows.num_layers)
+    notes: list[str] = []
     if more > 0 and numbered.metadata.get(DENSE_ROWS):
         trivial = np.array([is_trivial(row) for row in rows.slot_to_expert])
         if trivial.sum() != more:
@@ -232,7 +237,6 @@ def _counted_beside_numbered(
             f"left out the layers {dropped}, taken for dense ones: the other placement counts MoE layers alone"
         )
     numbers = tuple(numbered.layer_ids[row] for row in kept)
-    before, after = (
-        layers_of(each.placement, kept) if each is numbered else each.placement for each in (previous, placement)
-    )
-    return before, after, numbers, notes
+    if counted is previous:
+        return counted.placement, layers_of(rows, kept), numbers, notes
+    return layers_of(rows, kept), counted.placement, numbers, notes

@@ -206,6 +206,7 @@ PLACEMENT = Format(
     optional_layers=True,
     mtp_layers=True,
     uneven_ranks="any",
+    rank_rule=True,
 )
 TRACE = Format(
     ENTRIES["evenmoe-trace"],

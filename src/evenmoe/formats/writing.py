@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from evenmoe.errors import ConstraintError
+from evenmoe.errors import ConstraintError, UnsupportedTypeError
 from evenmoe.formats.catalogue import FORMATS, Format
 from evenmoe.formats.contents import Contents, Load, RawLoad, RawPlacement, ReadOptions, WriteOptions
 from evenmoe.formats.layer_numbers import (
@@ -41,6 +41,7 @@ _BY_SUFFIX = {
     ".yaml": "yaml",
     ".yml": "yaml",
     ".csv": "csv",
+    ".txt": "text",
     ".npy": "npy",
     ".npz": "npz",
     ".pt": "pt",
@@ -116,6 +117,36 @@ def write(
     return tuple(options.notes)
 
 
+def save_placement(
+    placement: Placement,
+    path: str | Path,
+    *,
+    format: str = "evenmoe-placement",
+    layer_ids: Sequence[int] | None = None,
+) -> tuple[str, ...]:
+    """Write a placement; as `write`, with what is written first, as torch.save has it.
+
+    Args:
+        placement: what is written.
+        path: a file there is replaced once the new one is complete.
+        format: one of placements, by its name in `FORMATS`; `evenmoe-placement` is JSON that `evenmoe.read` reads.
+        layer_ids: the model's own number of every layer, dense ones counted; formats that number layers need it.
+
+    Returns:
+        One sentence for everything that was left out.
+
+    Raises:
+        UnsupportedTypeError: something that is no placement, such as the path in its place.
+        ConstraintError: no such format, or one of loads, or one that cannot hold this placement.
+        OSError: the file cannot be written; `filename` names it, and what was there has not changed.
+    """
+    if not isinstance(placement, Placement):
+        first = isinstance(path, Placement)
+        fix = "call save_placement(placement, path), the placement first" if first else "pass a Placement"
+        raise UnsupportedTypeError("placement", f"of type {type(placement).__name__}", "must be a Placement", fix)
+    return write(path, placement, format=format, layer_ids=layer_ids)
+
+
 @dataclass(frozen=True)
 class Converted:
     """What `convert` did: `contents` as read, `format` as written, `notes` of both, what was dropped or assumed."""
@@ -166,7 +197,7 @@ def _checked(value: Placement | npt.ArrayLike, entry: Format) -> Placement | Loa
             "format",
             entry.name,
             f"must hold a {kind}, for that is the value, and holds a {entry.kind}",
-            f"use one of {', '.join(name for name in FORMATS if FORMATS.get(name).kind == kind)}",
+            f"use one of {', '.join(n for n in FORMATS if (f := FORMATS.get(n)).kind == kind and f.write)}",
         )
     if isinstance(value, Placement):
         return value

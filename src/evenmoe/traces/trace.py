@@ -30,7 +30,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from evenmoe.errors import FileFormatError
+from evenmoe.errors import FileFormatError, UnsupportedTypeError
 from evenmoe.io.npz import MakeError, check_text_length, npz_bytes, read_integers, read_text
 from evenmoe.io.output import whole_file
 
@@ -44,7 +44,7 @@ MOST_TOKENS = 1 << 62
 _TOKENS_AT_ONCE = 1 << 12  # of `routing`, checked together: 58 layers with top-8 are then 4 MB
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Trace:
     """Routing of one model, as recorded or synthetic.
 
@@ -100,6 +100,27 @@ class Trace:
             layer_ids=None if self.layer_ids is None else self.layer_ids[rows],
         )
 
+    def save(self, path: str | Path) -> None:
+        """Write the trace to a file that `load_trace` reads; see `save_trace`."""
+        save_trace(self, path)
+
+    def __repr__(self) -> str:
+        """One line of sizes, not the arrays.
+
+        >>> Trace("ring", np.array([[[3, 1]]]), np.zeros((4, 1, 1), np.uint16))
+        Trace('ring', windows=1, layers=1, experts=2, tokens=4, top_k=1)
+        """
+        sizes: dict[str, object] = {"windows": self.num_windows, "layers": self.num_layers, "experts": self.num_experts}
+        if self.routing is not None:
+            sizes |= {"tokens": len(self.routing), "top_k": self.top_k}
+        if self.seq_start is not None:
+            sizes["requests"] = len(self.seq_start) - 1
+        if self.load_by_rank is not None:
+            sizes["source_ranks"] = self.load_by_rank.shape[1]
+        if "model" in self.metadata:
+            sizes["model"] = self.metadata["model"]
+        return f"Trace({self.name!r}, {', '.join(f'{name}={value}' for name, value in sizes.items())})"
+
 
 def load_trace(path: str | Path) -> Trace:
     """Read a trace file; its name without the ending becomes the trace's.
@@ -140,16 +161,20 @@ def read_trace(file: BinaryIO, name: str, source: str) -> Trace:
     return checked_trace(name, arrays, metadata, make_error)
 
 
-def save_trace(path: str | Path, trace: Trace) -> None:
+def save_trace(trace: Trace, path: str | Path) -> None:
     """Write a trace file, compressed; the same trace gives the same bytes.
 
     The file appears at once or not at all, and replaces one that is there. The name is not stored: a trace is called
     after its file.
 
     Raises:
+        UnsupportedTypeError: something that is no trace, such as the path in its place.
         FileFormatError: the trace's arrays do not fit each other, in the words of `load_trace`; nothing is written.
         OSError: the file cannot be written; `filename` names it, and what was there has not changed.
     """
+    if not isinstance(trace, Trace):
+        fix = "call save_trace(trace, path), the trace first" if isinstance(path, Trace) else "pass a Trace"
+        raise UnsupportedTypeError("trace", f"of type {type(trace).__name__}", "must be a Trace", fix)
     data = trace_bytes(trace, str(path))
     with whole_file(path) as file:
         file.write(data)
