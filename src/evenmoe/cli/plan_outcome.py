@@ -137,10 +137,13 @@ class Outcome:
         by = "" if request.planner == "evenmoe" else f"by {request.planner} "
         count = self.assignments
         shown = "more than 1.8e308" if not isfinite(count) else f"{count:,.0f}" if count < 1e15 else f"{count:.3g}"
+        from evenmoe.placement import sizes_text
+
+        uneven = "" if placement.is_even else f" ({sizes_text(placement.rank_sizes)})"
         console.print(
             f"{request.source} ({contents.format}): {contents.load.shape[0]} windows{empty}, "
             f"{placement.num_layers} layers, {placement.num_experts} experts, {shown} assignments per layer\n"
-            f"{placement.num_ranks} ranks, {placement.num_slots} slots, rule {request.rule}; "
+            f"{placement.num_ranks} ranks, {placement.num_slots} slots{uneven}, rule {request.rule}; "
             f"planned {by}on {self.num_planned} {'window' if self.num_planned == 1 else 'windows'}",
             highlight=False,
             markup=False,
@@ -223,7 +226,7 @@ def gaps(windows: FloatArray, numbers: Sequence[int]) -> list[str]:
 
 def compare(windows: FloatArray, placement: Placement, previous: Placement | None, rule: str) -> list[Row]:
     """The default placement, where the experts divide by the ranks; the previous one; the plan."""
-    from evenmoe.metrics import mean_over_windows, peak_over_mean
+    from evenmoe.metrics import mean_over_windows, of_holders, peak_over_mean
     from evenmoe.placement import default_placement
 
     layers, experts = windows.shape[1:]
@@ -238,8 +241,8 @@ def compare(windows: FloatArray, placement: Placement, previous: Placement | Non
         Row(
             name,
             each.num_slots,
-            peak_over_mean(chosen.rank_loads(total, each)),
-            mean_over_windows(peak_over_mean(chosen.rank_loads(windows, each)), windows),
+            peak_over_mean(of_holders(chosen.rank_loads(total, each), each)),
+            mean_over_windows(peak_over_mean(of_holders(chosen.rank_loads(windows, each), each)), windows),
         )
         for name, each in compared
     ]
