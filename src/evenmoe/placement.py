@@ -230,7 +230,7 @@ class Placement:
         )
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (self.slot_to_expert, self.num_ranks, self.num_experts, self.replica_index, self.rank_sizes)
+        return _rebuild, (self.slot_to_expert, self.num_experts, self.replica_index, self.rank_sizes)
 
 
 def default_placement(num_layers: int, num_experts: int, num_ranks: int, num_slots: int | None = None) -> Placement:
@@ -311,10 +311,8 @@ def held_by_rank(slots: npt.NDArray[np.integer], num_ranks: int, num_experts: in
     return held
 
 
-def _rebuild(
-    slots: IntArray, num_ranks: int, num_experts: int, order: IntArray, rank_sizes: tuple[int, ...] | None = None
-) -> Placement:
-    return Placement(slots, num_ranks, num_experts=num_experts, replica_index=order, rank_sizes=rank_sizes)
+def _rebuild(slots: IntArray, num_experts: int, order: IntArray, sizes: tuple[int, ...]) -> Placement:
+    return Placement(slots, len(sizes), num_experts=num_experts, replica_index=order, rank_sizes=sizes)
 
 
 def _checked_sizes(given: object, num_ranks: int, num_slots: int) -> tuple[int, ...]:

@@ -262,7 +262,7 @@ def plan_history(
         beta = _finite(windows, noise, regularization.beta, padding.width)
         state = soft_peak_state(windows, noise, num_ranks, padding.num_slots, padding.num_experts)
         search(state, beta, tries, PATIENCE * num_slots, random_state(seed, layer, 1), slots[layer])
-    return padding.strip(slots)
+    return padding.strip(slots).astype(np.int64, copy=False)
 
 
 def soft_peak_state(windows: FloatArray, noise: FloatArray, num_ranks: int, num_slots: int, movable: int) -> SoftPeak:
