@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evenmoe.errors import ConstraintError, MissingArgumentError
+from evenmoe.errors import ConstraintError, MissingArgumentError, UnsupportedTypeError
 from evenmoe.simulator.batches import Cluster
 from evenmoe.simulator.costs import CostModel
 from evenmoe.simulator.replay import simulate
@@ -295,6 +295,7 @@ def test_what_is_no_whole_number(name):
 
 
 def test_policies_are_a_sequence():
-    for policies in ("identity", [1]):
-        with pytest.raises(ConstraintError, match="must be a sequence of texts; put each policy in a list"):
-            run(loads_only(), policies)
+    with pytest.raises(ConstraintError, match="'identity': it must be a sequence or a dict of policies; put each"):
+        run(loads_only(), "identity")
+    with pytest.raises(UnsupportedTypeError, match="with something of type int: it must hold texts, placements"):
+        run(loads_only(), [1])
