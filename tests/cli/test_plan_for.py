@@ -87,3 +87,11 @@ def test_an_engine_of_the_users(evenmoe: Run, tmp_path, monkeypatch):
     assert done.code == 0, done.err
     assert "for mine 1 (replicas: any):\n    --map p.json\n" in done.out
     assert "own balancer" not in done.out
+
+
+def test_uneven_ranks_have_no_balancer_to_compare_with(evenmoe: Run, tmp_path):
+    source, _ = load(tmp_path)
+    call = ("plan", source, *WORLD, "--dead", "3", "--for", "evenmoe", "-o", tmp_path / "p.json")
+    done = evenmoe(*call, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["engine"]["own_balancer"] is None

@@ -10,6 +10,7 @@ from evenmoe.quantities import par
 
 if TYPE_CHECKING:
     from evenmoe.engines.engine import Engine, OwnBalancer
+    from evenmoe.placement import Placement
     from evenmoe.planner.judging import JudgedPlan
     from evenmoe.planner.options import PlanOptions
 
@@ -46,7 +47,7 @@ class EngineOutcome:
     Attributes:
         engine: of `--for`.
         launch: its options, with values.
-        own: its own balancer beside the plan; None where nothing was judged.
+        own: its own balancer beside the plan; None where nothing was judged, or ranks have different numbers of slots.
         par: mean PAR of layers on the judged windows, of its balancer and of the plan.
     """
 
@@ -109,14 +110,14 @@ class EngineOutcome:
 
 
 def engine_outcome(
-    engine: Engine, path: str, num_experts: int, options: PlanOptions, judgement: JudgedPlan | None
+    engine: Engine, path: str, placement: Placement, options: PlanOptions, judgement: JudgedPlan | None
 ) -> EngineOutcome:
     """Fill in the engine's options, and replay its balancer over what was judged."""
     from evenmoe.engines.engine import beside_own_balancer
     from evenmoe.metrics import mean_over_windows, peak_over_mean
 
-    launch = engine.launch(path, options.num_ranks, options.num_slots, num_experts)
-    if judgement is None:
+    launch = engine.launch(path, placement.num_ranks, placement.num_slots, placement.num_experts)
+    if judgement is None or not placement.is_even:  # no engine's own balancer plans for uneven ranks
         return EngineOutcome(engine, launch, None, None)
     held = judgement.held_out
     own = beside_own_balancer(engine, held, judgement.placement, options)
