@@ -90,8 +90,12 @@ def test_an_engine_of_the_users(evenmoe: Run, tmp_path, monkeypatch):
 
 
 def test_uneven_ranks_have_no_balancer_to_compare_with(evenmoe: Run, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from evenmoe.engines.engine import Engine\n"
+        "MINE = Engine('mine', 'mine 1', 'evenmoe-placement', 'even', 'any', ('--map {path}',))\n"
+    )
     source, _ = load(tmp_path)
-    call = ("plan", source, *WORLD, "--dead", "3", "--for", "evenmoe", "-o", tmp_path / "p.json")
+    call = ("plan", source, *WORLD, "--dead", "3", "--for", f"py:{tmp_path}/mine.py:MINE", "-o", tmp_path / "p.json")
     done = evenmoe(*call, "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["engine"]["own_balancer"] is None
