@@ -229,6 +229,40 @@ def test_what_is_no_whole_number(name):
         run(loads_only(), ["identity"], **{name: 2.5})
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            {"trace": "trace.npz"},
+            "`trace` is 'trace.npz' of type str: it must be an evenmoe.Trace; read a trace file with "
+            "evenmoe.traces.load_trace.",
+        ),
+        ({"trace": np.ones((2, 3))}, "of type ndarray: it must be an evenmoe.Trace; read a trace file with"),
+        (
+            {"costs": None},
+            "`costs` is 'None' of type NoneType: it must be an evenmoe.simulator.costs.CostModel; use "
+            "CostModel.for_model of a known model, or CostModel.for_expert of an expert's sizes.",
+        ),
+        ({"costs": "deepseek-v3"}, "`costs` is 'deepseek-v3' of type str: it must be an"),
+        ({"policies": None}, "`policies` is None: it must be a sequence of texts; put each policy in a list."),
+        (
+            {"trace": Trace("t", np.ones((1, 1, 8), int), metadata={"top_k": "two"}), "top_k": None},
+            "`trace` is one whose `top_k` is 'two': it must have a whole number there; correct its metadata.",
+        ),
+    ],
+)
+def test_what_is_of_another_type_is_named(change, text):
+    given = {"trace": loads_only(), "policies": ["identity"], "costs": COSTS, "num_steps": 2, "top_k": 2, **WORLD}
+    with pytest.raises(ConstraintError) as caught:
+        simulate(**(given | change))
+    assert text in str(caught.value)
+
+
+def test_policies_may_be_given_one_by_one():
+    found = simulate(loads_only(), iter(["identity", "oracle"]), costs=COSTS, num_steps=2, top_k=2, **WORLD)
+    assert [policy.name for policy in found.policies] == ["identity", "oracle"]
+
+
 def test_policies_are_a_sequence():
     for policies in ("identity", [1]):
         with pytest.raises(ConstraintError, match="must be a sequence of texts; put each policy in a list"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -81,7 +81,7 @@ def simulate(
         progress: called after every step with the steps that are done and all of them.
 
     Raises:
-        ConstraintError: counts that do not go together, or a policy that cannot be.
+        ConstraintError: a trace or costs of another type, counts that do not go together, or a policy that cannot be.
         MissingArgumentError: a trace without tokens or `top_k`.
 
     One request of two tokens on two ranks of one expert each; both tokens want expert 0:
@@ -92,6 +92,13 @@ def simulate(
     >>> found.par.tolist(), found.rank_tokens.tolist(), found.traffic.within_node.tolist()
     ([[2.0]], [[2, 0]], [1])
     """
+    if not isinstance(trace, Trace):
+        rule, fix = "must be an evenmoe.Trace", "read a trace file with evenmoe.traces.load_trace"
+        raise ConstraintError("trace", f"{str(trace)[:60]!r} of type {type(trace).__name__}", rule, fix)
+    if not isinstance(costs, CostModel):
+        rule = "must be an evenmoe.simulator.costs.CostModel"
+        fix = "use CostModel.for_model of a known model, or CostModel.for_expert of an expert's sizes"
+        raise ConstraintError("costs", f"{str(costs)[:60]!r} of type {type(costs).__name__}", rule, fix)
     cluster = Cluster(num_ranks, num_nodes, tokens_per_rank)
     trace, empty_windows, left_out = recorded_part(trace)
     chunk = _check_chunk(chunk, cluster)
@@ -101,10 +108,11 @@ def simulate(
     window = refresh if window is None else whole_number("window", window, 1)
     fewest = cluster.fewest_slots(trace.num_experts)
     num_slots = fewest + num_ranks if num_slots is None else whole_number("num_slots", num_slots, 1)
-    if isinstance(policies, str) or not all(isinstance(policy, str) for policy in policies):
+    texts = tuple(policies) if isinstance(policies, Iterable) and not isinstance(policies, str) else (None,)
+    if not all(isinstance(text, str) for text in texts):
         raise ConstraintError("policies", repr(policies), "must be a sequence of texts", "put each policy in a list")
     chosen = parse_policies(
-        tuple(policies),
+        texts,
         cluster,
         num_experts=trace.num_experts,
         num_slots=num_slots,
@@ -252,6 +260,10 @@ def _find_top_k(trace: Trace, top_k: int | None) -> int:
                 "top_k", "not given", "is needed for a trace without tokens", "say how many experts a token has"
             )
         known = whole_number("top_k", top_k, 1)
+    elif not isinstance(known, int):
+        raise ConstraintError(
+            "trace", f"one whose `top_k` is {known!r}", "must have a whole number there", "correct its metadata"
+        )
     elif top_k is not None and top_k != known:
         raise ConstraintError("top_k", top_k, f"must be that of the trace, {known}", "leave it out")
     if not 1 <= int(known) <= trace.num_experts:
