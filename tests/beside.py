@@ -1,6 +1,6 @@
 """What lies beside this checkout where it does: measured traces, and the operators' published pages.
 
-A test of it has a twin on data that the project makes, and takes what lies here as further parameters. Where it is
+A test of it also runs on data that the project makes, and takes what lies here as further parameters. Where it is
 absent these are not made, so that nothing is skipped for want of what a clone cannot have.
 """
 

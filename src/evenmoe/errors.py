@@ -44,6 +44,15 @@ class ConstraintError(EvenmoeError):
     """A shape, a range or the consistency of several arguments is violated (status 561002)."""
 
 
+def require(holds: bool, argument: str, value: object, rule: str, fix: str) -> None:
+    """Raise a `ConstraintError` of these four unless `holds`.
+
+    >>> require(4 <= 16, "top_k", 4, "must be at most 16", "route each token to at most 16 experts")
+    """
+    if not holds:
+        raise ConstraintError(argument, value, rule, fix)
+
+
 class RankDisagreementError(EvenmoeError):
     """Ranks called with sizes that must be equal everywhere, or one of them was refused (status 561002)."""
 

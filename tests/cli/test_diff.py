@@ -12,7 +12,7 @@ import evenmoe as em
 from evenmoe import formats
 from evenmoe.formats.contents import ReadOptions
 from evenmoe.placement import Placement
-from tests.ground.placements import placements, random_placement
+from tests.placements import placements, random_placement
 
 BEFORE = '{"0": [0, 1, 0, 2], "1": [0, 1, 2, 1]}'
 AFTER = '{"physical_to_logical_map": [[0, 1, 1, 2], [0, 1, 2, 1]]}'

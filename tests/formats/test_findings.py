@@ -1,4 +1,4 @@
-"""`check`: every finding with its place, also where no placement can be made; and what `read` says instead."""
+"""`check`: every finding with its place, also where no placement can be made."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from evenmoe import formats
-from evenmoe.errors import ConstraintError, FileFormatError
 from evenmoe.io.torch_file import torch_bytes
 
 
@@ -141,106 +140,3 @@ def test_a_layer_without_tokens_is_a_warning(tmp_path):
     checked = formats.check(tmp_path / "t.npz")
     assert [(f.kind, f.layer) for f in checked.findings] == [("zero-layer", 1)]
     assert checked.clean
-
-
-# Error texts: file, place, rule and fix.
-
-
-def refused(text, **told) -> str:
-    with pytest.raises((FileFormatError, ConstraintError)) as caught:
-        formats.read(text, **told)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("content", "told", "message"),
-    [
-        (
-            b"",
-            {},
-            "`{}` is an empty file: it must be an intact file of a format that evenmoe reads; write or",
-        ),
-        (b'{"a": [1, 2', {}, "`{}` is `,` or `]` is missing, line 1 column 12"),
-        (b'{"layer_list": [1,\n 2,,\n 3]}', {}, "is '', which is no number, line 1 column 17"),
-        (b'{"a": [NaN]}', {}, "is no JSON value at 'NaN]"),
-        (b'{"a": 1, "a": 2}', {}, "is the key 'a' twice in one object, line 1 column"),
-        (b"[[1, 99999999999999999999]]", {}, "is 99999999999999999999, which does not fit 64 bits, line 1 column 3"),
-        (b"a: &x [1]\nb: *x\n", {}, "is an anchor or alias, which none of these files needs, line 1 column 4"),
-        (b"a: [1\n", {}, "line 2 column 1"),
-        (b"a: !!python/object:os.system x\n", {}, "is a tag, which none of these files needs, line 1 column 4"),
-        (b"1,2\n3\n", {"num_layers": 1}, "is 1 columns in line 2, where the first line has 2"),
-        (b"1,x\n3,y\n", {}, "is '3,y' in line 2, where numbers should be"),
-        (b"layer_id,expert_id,count\n0,0,nan\n", {}, "'0,0,nan' in line 2"),
-        (b"[[0, 1], [0, 0]]", {"num_ranks": 1}, "fits vllm-list, lmdeploy: it must be of one format; say which"),
-        (b'{"a": 1}', {}, "is a json file of no known format"),
-        (b"[0, 1]", {}, "which says nothing of ranks: it must be read with their number; pass num_ranks (--ranks)"),
-        (b"[0, 1]", {"format": "ascend-map"}, "without `layer_list`|`layer_list` that is no list of objects"),
-        (b"[0, 1]", {"format": "deepseek"}, "is a json file: it must be pt or npz to be deepseek"),
-        (b"[0, 1]", {"format": "x"}, "`format` is 'x': it must be one of evenmoe-placement, "),
-        (b"[0, 1]", {"num_ranks": 0}, "`num_ranks` is 0: it must be at least 1 and fit int32"),
-        (b"[0, 1]", {"num_ranks": 3}, "with 2 slots: it must have a number of slots that divides by 3 ranks"),
-        (b"[0, 2, 2]", {"num_ranks": 3}, "with no slot for expert 1 in layer 0: it must give every expert a slot"),
-        (b"\x80\x04N.", {}, "is a pickle, which runs code when it is read and is therefore never opened"),
-        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", {}, "is a .pt file of torch before 1.6, a bare pickle; save"),
-        (b"\0\1\2", {}, "is binary data of no known kind"),
-        (b"PK\x03\x04", {}, "is a damaged zip (File is not a zip file)"),
-    ],
-)  # fmt: skip
-def test_an_error_names_file_place_and_fix(content, told, message, tmp_path):
-    path = tmp_path / "some.file"
-    path.write_bytes(content)
-    text = refused(path, **told)
-    assert any(part.format(path) in text for part in message.split("|")), text
-    if "format" not in told and "num_ranks" not in told:
-        assert text.startswith(f"`{path}` is ")
-
-
-def test_a_file_that_is_not_there(tmp_path):
-    assert "not readable (No such file or directory): it must be an existing file" in refused(tmp_path / "none")
-
-
-def test_an_empty_folder(tmp_path):
-    assert "is a folder file of no known format" in refused(tmp_path)
-
-
-def test_several_models_in_one_safetensors(tmp_path):
-    from safetensors.numpy import save
-
-    (tmp_path / "s").write_bytes(save({"a": np.ones((1, 2), np.float32), "b": np.ones((1, 2), np.float32)}))
-    assert "with 2 models: 'a', 'b': it must hold one model" in refused(tmp_path / "s")
-
-
-@pytest.mark.parametrize(
-    ("header", "data", "message"),
-    [
-        ({"m": {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 4]}}, b"1234", "shape [1, 2] in bytes [0, 4]"),
-        (
-            {"m": {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 8]}},
-            b"1234",
-            "in bytes [0, 8], which does not fit",
-        ),
-        ({"m": {"dtype": "Q", "shape": [1, 1], "data_offsets": [0, 4]}}, b"1234", "of dtype Q"),
-        (
-            {n: {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]} for n in "ab"},
-            b"1234",
-            "a gap or an overlap at byte 0",
-        ),
-        (
-            {"m": {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]}},
-            b"12345678",
-            "8 bytes of data for tensors of 4",
-        ),
-    ],
-)
-def test_a_safetensors_header_that_lies(header, data, message, tmp_path):
-    text = json.dumps(header).encode()
-    (tmp_path / "s").write_bytes(len(text).to_bytes(8, "little") + text + data)
-    assert message in refused(tmp_path / "s")
-
-
-def test_a_signalling_nan_is_a_nan(tmp_path):
-    from safetensors.numpy import save
-
-    load = np.array([[0x7F800001, 0x3F800000]], np.uint32).view(np.float32)
-    (tmp_path / "s").write_bytes(save({"m": load}))
-    assert [f.kind for f in formats.check(tmp_path / "s").findings] == ["not-a-number"]

@@ -17,7 +17,7 @@ from evenmoe.formats.contents import Contents, ReadOptions
 from evenmoe.placement import Placement
 from tests.effort import effort
 from tests.formats.samples import LOAD, PLACEMENT, put, samples, told_for, write_sample
-from tests.ground.placements import placements
+from tests.placements import placements
 
 _KEEP_ORDER = {"evenmoe-placement", "deepseek", "eplb-table"}
 _ONE_WINDOW = {"sglang-csv", "vllm-ascend-load", "vllm-safetensors", "lmdeploy"}
@@ -54,7 +54,7 @@ def ascending(value: Placement) -> Placement:
     return Placement(value.slot_to_expert, value.num_ranks, num_experts=value.num_experts)
 
 
-def has_twins(value: Placement) -> bool:
+def has_duplicates(value: Placement) -> bool:
     per_rank = value.slot_to_expert.reshape(value.num_layers, value.num_ranks, -1)
     return any(len(set(rank)) < len(rank) for layer in per_rank.tolist() for rank in layer)
 
@@ -78,7 +78,7 @@ def there_and_back(target: Path, value, entry: Format, layer_ids, told) -> Conte
 @_SETTINGS
 def test_a_placement_comes_back_as_it_was(entry, container, data, tmp_path):
     value = data.draw(placements())
-    if entry.name == "slot-map" and has_twins(value):
+    if entry.name == "slot-map" and has_duplicates(value):
         with pytest.raises(ConstraintError, match="must hold an expert at most once on a rank"):
             formats.write(tmp_path / f"file.{container}", value, format=entry.name)
         return

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import evenmoe as em
 from evenmoe.transport.world import Rank
-from tests.hesitant import hesitate
+from tests.lagging import let_lag
 from tests.worlds import Case, Spec, assert_equal_worlds, run_rank, run_reference, specs
 
 
@@ -37,8 +37,8 @@ def test_threads_that_lag(spec, random):
     case = Case(spec)
     with em.local_world(spec.ep, max(spec.tp, 1), timeout_s=60.0) as world:
         for rank in world.ranks:
-            hesitate(rank.ep, random.choice([0.0, 0.001, 0.004]))
-            hesitate(rank.tp, random.choice([0.0, 0.001, 0.004]))
+            let_lag(rank.ep, random.choice([0.0, 0.001, 0.004]))
+            let_lag(rank.tp, random.choice([0.0, 0.001, 0.004]))
         results = world.run(lambda rank: run_rank(rank, case))
     assert_equal_worlds(results, run_reference(Case(spec)))
 

@@ -24,7 +24,7 @@ from evenmoe.errors import (
     UnsupportedTypeError,
 )
 from evenmoe.transport.world import Rank
-from tests.hesitant import hesitate
+from tests.lagging import let_lag
 
 ODD = 2
 PATIENCE_S = 60.0  # the time-out of the worlds: nobody waits for it, however busy the machine is
@@ -331,5 +331,5 @@ def test_the_caller_may_reuse_expert_out_while_its_peer_still_reads():
 
     with em.local_world(2, 2, timeout_s=60.0) as world:
         for rank in (world.ranks[1], world.ranks[3]):
-            hesitate(rank.tp, 0.2)
+            let_lag(rank.tp, 0.2)
         assert all((y == 2.0).all() for y in world.run(reuse))

@@ -1,56 +1,36 @@
-"""The loads that a rule produces, against the operator itself run on every rank."""
+"""Every rule against its plain loop, bit for bit, and the loads that it produces against the operator on every rank."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
 
 import evenmoe as em
 from evenmoe.errors import ConstraintError
 from evenmoe.metrics import even_rank_loads
 from evenmoe.reference import update_expert as reference_rules
 from evenmoe.reference.update_expert import update_expert
-from evenmoe.rules import RULES, rank
+from evenmoe.rules import RULES
 from evenmoe.rules.rule import Rule
+from tests.rules.plain_loops import PLAIN_LOOPS
+from tests.rules.sampled import layers, placement_with, same
 
 
-def placement_with(count, num_ranks, seed=0):
-    """Expert 0 in `count` slots on distinct ranks, its table row shuffled; every other slot has its own expert."""
-    rng = np.random.default_rng(seed)
-    width = -(-count // num_ranks) + 1
-    slots = np.arange(num_ranks * width) + 1
-    slots[np.arange(count) % num_ranks * width + np.arange(count) // num_ranks] = 0
-    _, slots = np.unique(slots, return_inverse=True)
-    index = np.zeros(len(slots), int)
-    index[slots == 0] = rng.permutation(count)
-    return em.Placement([slots], num_ranks, replica_index=[index])
+def test_every_rule_of_one_rank_has_a_plain_loop():
+    assert set(PLAIN_LOOPS) == {name for name in RULES if name != "even" and not RULES.get(name).needs_counts}
 
 
-@pytest.mark.parametrize("num_ranks", [1, 5, 6, 8, 16])
-def test_rank_shares_are_what_the_ranks_choose(num_ranks):
-    for count in range(1, num_ranks + 1):
-        placement = placement_with(count, num_ranks)
-        table = placement.eplb_table(0)
-        taken = np.zeros(placement.num_slots)
-        for source in range(num_ranks):
-            ids, _ = update_expert(torch.tensor([[0]]), table, local_rank_id=source, world_size=num_ranks)
-            taken[int(ids)] += 1
-        mine = placement.slot_to_expert[0] == 0
-        assert RULES.get("rank").shares(placement)[0, mine].tolist() == (taken[mine] / num_ranks).tolist()
-        assert rank.reachable(count, num_ranks) == (taken > 0).sum()
-
-
-def test_reachable_counts_of_the_specification():
-    # §1.4, and the counts that lose replicas on 16, 32 and 64 ranks
-    assert rank.reachable([3, 5, 6, 7], 8).tolist() == [3, 4, 4, 4]
-    assert rank.reachable([4], 6) == 3
-    assert rank.reachable([5, 6, 7, *range(9, 16)], 16).tolist() == [4, 6, 6] + [8] * 7
-    assert rank.reachable([9, 10, 12, 15], 32).tolist() == [8, 8, 11, 11]
-    assert rank.reachable([9, 12, 11, 14, 15, 13], 64).tolist() == [8, 11, 11, 13, 13, 13]
-    assert rank.reachable([250], 384) == 192
-    for world in (288, 384):
-        assert rank.reachable(np.arange(1, 16), world).tolist() == list(range(1, 16))
+@pytest.mark.parametrize("name", PLAIN_LOOPS)
+@settings(max_examples=100, deadline=None)
+@given(layer=layers())
+def test_a_rule_is_its_plain_loop(name, layer):
+    table, num_slots, assignments, masks = layer
+    world = len(assignments)
+    for rank, (ids, mask) in enumerate(zip(assignments, masks, strict=True)):
+        chooser = RULES.get(name).prepare(table, num_slots, rank, world)
+        same(chooser(ids, mask), PLAIN_LOOPS[name](ids, table, rank, world, mask))
 
 
 @pytest.mark.parametrize("rule", ["even", "rank", "token", "occurrence"])

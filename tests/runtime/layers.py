@@ -12,8 +12,8 @@ import evenmoe as em
 from evenmoe import rules
 from evenmoe.placement import Placement
 from evenmoe.transport.world import Rank
-from tests.ground.placements import random_placement
-from tests.rules.twins import TWINS
+from tests.placements import random_placement
+from tests.rules.plain_loops import PLAIN_LOOPS
 
 RULES = tuple(rule for rule in rules.RULES if rule != "even")  # by which a rank can choose
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -182,6 +182,6 @@ def expected_slots(layer: Layer, rule: str) -> dict[tuple[int, int, int], int]:
     slots = {}
     for rank, ids in enumerate(layer.ids):
         counted = ids >= 0
-        chosen = TWINS[rule](torch.where(counted, ids, 0), layer.table, rank, layer.spec.ranks, counted)
+        chosen = PLAIN_LOOPS[rule](torch.where(counted, ids, 0), layer.table, rank, layer.spec.ranks, counted)
         slots |= {(rank, token, k): int(chosen[token, k]) for token, k in counted.nonzero().tolist()}
     return slots

@@ -15,7 +15,7 @@ import torch
 import evenmoe as em
 from evenmoe.placement import Placement
 from evenmoe.transport.world import Rank
-from tests.ground.placements import random_placement
+from tests.placements import random_placement
 from tests.runtime.layers import RULES
 
 TOKENS, HIDDEN, EXPERTS, TOP_K = 24, 40, 8, 5

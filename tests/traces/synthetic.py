@@ -1,4 +1,4 @@
-"""Synthetic files with all that measured ones have, the twins of those that lie beside the checkout."""
+"""Synthetic files with all that measured ones have, stand-ins for those that lie beside the checkout."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ import torch
 
 import evenmoe as em
 from evenmoe.transport.world import Rank
-from tests.ground.placements import random_placement
+from tests.placements import random_placement
 
 # (rule, number of its table): two layers share a table, so that only the layer's identity tells them apart.
 LAYERS = (("rank", 0), ("occurrence", 1), ("batch", 2), ("token", 3), ("rank", 4), ("rank", 4))

@@ -21,7 +21,7 @@ import evenmoe as em
 from evenmoe.transport.process_group import RemappedTransport
 from evenmoe.transport.transport import Transport
 from evenmoe.transport.world import LocalTransport, Rank
-from tests.hesitant import hesitate
+from tests.lagging import let_lag
 
 DTYPES = ["uint8", "int8", "bool", "int32", "int64", "float16", "bfloat16", "float32", "float64"]
 DTYPES += ["float8_e4m3fn", "float8_e5m2"]
@@ -142,7 +142,7 @@ def lend_and_borrow(rank: Rank) -> bool:
     """Exchanges of growing and shrinking rows, out of the transport's memory and into it, each read at once."""
     transport = rank.ep
     if isinstance(transport, LocalTransport) and transport.rank == 0:
-        hesitate(transport, 0.1)  # by then the others have filled what they send next
+        let_lag(transport, 0.1)  # by then the others have filled what they send next
     right = []
     for step, (each, width, dtype) in enumerate(
         [(3, 4, "float32"), (9, 40, "bfloat16"), (9, 40, "bfloat16"), (0, 4, "int8"), (1, 2, "int64")]

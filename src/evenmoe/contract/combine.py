@@ -6,6 +6,8 @@ differ, the call object says so.
 
 from __future__ import annotations
 
+from math import prod
+
 from evenmoe.contract import distribute as common
 from evenmoe.contract.calls import AddRmsNormCall, CombineCall, Output, takes, with_integers
 from evenmoe.contract.distribute import INTEGER_ATTRIBUTES, Sizes
@@ -20,9 +22,10 @@ from evenmoe.contract.tensor_spec import (
     check_length,
     check_shape,
 )
-from evenmoe.errors import ConstraintError, UnsupportedTypeError
+from evenmoe.errors import UnsupportedTypeError, require
 
 _INT8_TRANSPORT = 2
+_CONST_INPUTS = ("const_expert_alpha_1", "const_expert_alpha_2", "const_expert_v")
 Call = CombineCall[TensorSpec]
 
 
@@ -95,38 +98,36 @@ def check_wrapper(call: Call) -> None:
 def check_tiling(call: Call) -> Layout:
     """Everything else, in the order of §3.6."""
     call = with_integers(call, (*INTEGER_ATTRIBUTES, "comm_quant_mode"))
+    quant = call.comm_quant_mode
     check_virtual_experts(call)
-    common.check_ep_world_size(call)
-    common.check_tp_world_size(call)
-    common.check_ep_rank(call)
-    common.check_tp_rank(call)
-    check_tp_transport(call)
-    common.check_shard_type(call)
-    common.check_shared_expert_num(call)
-    common.check_shared_rank_num(call)
-    common.check_moe_expert_num(call)
-    check_comm_quant_mode(call)
+    common.check_ranks(call)
+    rule, fix = "must be 0 when tp_world_size is 2", "use 0, or no TP"
+    require(call.tp_world_size != 2 or quant == 0, "comm_quant_mode", quant, rule, fix)
+    common.check_expert_numbers(call)
+    require(quant in (0, _INT8_TRANSPORT), "comm_quant_mode", quant, "must be 0 or 2", "use 2 for int8 transport")
     sizes = check_tensor_dims(call)
     check_dtypes(call)
     common.check_shared_pair(call)
-    common.check_divisible(call)
-    common.check_experts_per_rank(call)
-    common.check_tp_experts(call)
-    common.check_tp_elastic(call)
+    common.check_experts_on_ranks(call)
     common.check_tokens(call, sizes, "expert_ids")
-    common.check_global_bs(call, sizes)
     check_virtual_inputs_given(call)
     common.check_top_k(call, sizes)
     common.check_elastic_shape(call)
     layout = common.layout_of(call, sizes)
-    check_rows(call, layout)
+    tp = call.tp_world_size if call.limits.lengths_times_tp else max(call.tp_world_size, 1)
+    check_length("expand_x", call.expand_x, layout.capacity * tp, "the rows that dispatch makes room for")
     common.check_hidden(call, sizes, "expand_x")
-    check_dispatch_outputs(call, layout)
+    check_length("assist_info_for_combine", call.assist_info_for_combine, 128 * layout.capacity, "128 per row")
+    counts, meaning = layout.ep * layout.local_experts * tp, "one per local expert, source and TP rank"
+    check_length("ep_send_counts", call.ep_send_counts, counts, meaning)
+    check_shape("tp_send_counts", call.tp_send_counts, (layout.tp,), "one per TP rank")
     check_shape("expert_scales", call.expert_scales, (sizes.tokens, sizes.top_k), "one weight per token and k")
     common.check_mask_shape(call, sizes)
     check_shared_expert_x(call, sizes)
     check_norm_and_out(call, sizes)
-    check_virtual_inputs_shape(call, sizes)
+    check_shape("ori_x", call.ori_x, (sizes.tokens, sizes.hidden), "one row per token")
+    for name in _CONST_INPUTS:
+        check_shape(name, getattr(call, name), (call.const_expert_num, sizes.hidden), "one row per const expert")
     common.check_performance_info(call)
     common.check_buffer(call, layout)
     return layout
@@ -136,21 +137,8 @@ def check_virtual_experts(call: Call) -> None:
     if not isinstance(call, AddRmsNormCall):
         return common.check_virtual_experts(call)
     for name in ("zero_expert_num", "copy_expert_num", "const_expert_num"):
-        if getattr(call, name) == -1:
-            raise ConstraintError(name, -1, "must not be -1", "use 0 for none")
+        require(getattr(call, name) != -1, name, -1, "must not be -1", "use 0 for none")
     common.check_sum_of_experts(call)
-
-
-def check_tp_transport(call: Call) -> None:
-    if call.tp_world_size == 2 and call.comm_quant_mode != 0:
-        raise ConstraintError(
-            "comm_quant_mode", call.comm_quant_mode, "must be 0 when tp_world_size is 2", "use 0, or no TP"
-        )
-
-
-def check_comm_quant_mode(call: Call) -> None:
-    if call.comm_quant_mode not in (0, _INT8_TRANSPORT):
-        raise ConstraintError("comm_quant_mode", call.comm_quant_mode, "must be 0 or 2", "use 2 for int8 transport")
 
 
 def check_tensor_dims(call: Call) -> Sizes:
@@ -163,12 +151,11 @@ def check_tensor_dims(call: Call) -> Sizes:
         check_dims("residual_x", call.residual_x, (3,), "(tokens, 1, hidden)")
         check_dims("gamma", call.gamma, (1, 3), "(hidden,) or (tokens, 1, hidden)")
     check_dims("ori_x", call.ori_x, (2,), "(tokens, hidden)")
-    for name in ("const_expert_alpha_1", "const_expert_alpha_2", "const_expert_v"):
+    for name in _CONST_INPUTS:
         check_dims(name, getattr(call, name), (2,), "(const_expert_num, hidden)")
-    if call.tp_send_counts is None and (call.tp_world_size == 2 or call.limits.tp_send_counts_needed):
-        raise ConstraintError(
-            "tp_send_counts", None, "must be given, although it is declared optional", "pass dispatch's tp_recv_counts"
-        )
+    given = call.tp_send_counts is not None or not (call.tp_world_size == 2 or call.limits.tp_send_counts_needed)
+    rule, fix = "must be given, although it is declared optional", "pass dispatch's tp_recv_counts"
+    require(given, "tp_send_counts", None, rule, fix)
     check_dims("tp_send_counts", call.tp_send_counts, (1,), "(tp_world_size,)")
     check_dims("x_active_mask", call.x_active_mask, (1, 2), "(tokens,) or (tokens, top_k)")
     check_dims("elastic_info", call.elastic_info, (1,), "(4 + 2·ep_world_size,)")
@@ -183,10 +170,9 @@ def check_dtypes(call: Call) -> None:
     """Tokens have expand_x's dtype everywhere: outside the operator's list is 161002, another of the list 561002."""
     dtype = call.expand_x.dtype
     add_rms_norm = isinstance(call, AddRmsNormCall)
-    if dtype == "int32" and not add_rms_norm:  # in the operator's list, then an error of tiling (§3.2)
-        raise ConstraintError(
-            "expand_x", call.expand_x, "must not be int32, although it is declared", "convert it to bfloat16"
-        )
+    # In combine's list, then an error of tiling (§3.2).
+    rule, fix = "must not be int32, although it is declared", "convert it to bfloat16"
+    require(dtype != "int32" or add_rms_norm, "expand_x", call.expand_x, rule, fix)
     quantity = "rms_norm_dtypes" if add_rms_norm else "token_dtypes"
     supported: tuple[str, ...] = getattr(call.limits, quantity)
     call.limits.check_dtype(quantity, dtype, "expand_x", call.expand_x)
@@ -198,7 +184,7 @@ def check_dtypes(call: Call) -> None:
     check_dtype("x_active_mask", call.x_active_mask, ("bool",))
     check_dtype("expand_scales", call.expand_scales, ("float32",))
     check_dtype("elastic_info", call.elastic_info, ("int32",))
-    names = ("shared_expert_x", "ori_x", "const_expert_alpha_1", "const_expert_alpha_2", "const_expert_v", "x_out")
+    names = ("shared_expert_x", "ori_x", *_CONST_INPUTS, "x_out")
     if isinstance(call, AddRmsNormCall):
         check_dtype("rstd_out", call.rstd_out, ("float32",))
         names = ("residual_x", "gamma", *names, "y_out")
@@ -209,50 +195,25 @@ def check_dtypes(call: Call) -> None:
 
 
 def check_virtual_inputs_given(call: Call) -> None:
-    if (call.copy_expert_num > 0 or call.const_expert_num > 0) and call.ori_x is None:
-        raise ConstraintError("ori_x", None, "must be given for copy and const experts", "pass the tokens themselves")
-    if call.const_expert_num > 0:
-        for name in ("const_expert_alpha_1", "const_expert_alpha_2", "const_expert_v"):
-            if getattr(call, name) is None:
-                raise ConstraintError(name, None, "must be given for const experts", "pass their parameters")
-
-
-def check_rows(call: Call, layout: Layout) -> None:
-    rows = layout.capacity * _tp_factor(call)
-    check_length("expand_x", call.expand_x, rows, "the rows that dispatch makes room for")
-
-
-def check_dispatch_outputs(call: Call, layout: Layout) -> None:
-    counts = layout.ep * layout.local_experts * _tp_factor(call)
-    check_length("assist_info_for_combine", call.assist_info_for_combine, 128 * layout.capacity, "128 per row")
-    check_length("ep_send_counts", call.ep_send_counts, counts, "one per local expert, source and TP rank")
-    check_shape("tp_send_counts", call.tp_send_counts, (layout.tp,), "one per TP rank")
-
-
-def _tp_factor(call: Call) -> int:
-    return call.tp_world_size if call.limits.lengths_times_tp else max(call.tp_world_size, 1)
+    needed = call.copy_expert_num > 0 or call.const_expert_num > 0
+    rule, fix = "must be given for copy and const experts", "pass the tokens themselves"
+    require(not needed or call.ori_x is not None, "ori_x", None, rule, fix)
+    for name in _CONST_INPUTS:
+        given = call.const_expert_num <= 0 or getattr(call, name) is not None
+        require(given, name, None, "must be given for const experts", "pass their parameters")
 
 
 def check_shared_expert_x(call: Call, sizes: Sizes) -> None:
-    spec = call.shared_expert_x
+    spec, ranks = call.shared_expert_x, call.shared_expert_rank_num
     if spec is None:
         return
-    if call.shared_expert_rank_num != 0:
-        raise ConstraintError(
-            "shared_expert_x",
-            spec,
-            f"must be None when shared_expert_rank_num is {call.shared_expert_rank_num}",
-            "let either this tensor or the ranks of shared experts add them",
-        )
+    rule = f"must be None when shared_expert_rank_num is {ranks}"
+    fix = "let either this tensor or the ranks of shared experts add them"
+    require(ranks == 0, "shared_expert_x", spec, rule, fix)
     *rows, width = spec.shape
-    tokens = rows[0] if len(rows) == 1 else rows[0] * rows[1]
-    if tokens != sizes.tokens or width != sizes.hidden or min(rows) < 0:
-        raise ConstraintError(
-            "shared_expert_x",
-            spec,
-            f"must be ({sizes.tokens}, {sizes.hidden}), or (a, b, {sizes.hidden}) with a·b = {sizes.tokens}",
-            "give it one row per token",
-        )
+    fits = prod(rows) == sizes.tokens and width == sizes.hidden and min(rows) >= 0
+    rule = f"must be ({sizes.tokens}, {sizes.hidden}), or (a, b, {sizes.hidden}) with a·b = {sizes.tokens}"
+    require(fits, "shared_expert_x", spec, rule, "give it one row per token")
 
 
 def check_norm_and_out(call: Call, sizes: Sizes) -> None:
@@ -261,16 +222,9 @@ def check_norm_and_out(call: Call, sizes: Sizes) -> None:
         return
     shape = (sizes.tokens, 1, sizes.hidden)
     check_shape("residual_x", call.residual_x, shape, "one row per token")
-    if call.gamma.shape not in ((sizes.hidden,), shape):
-        raise ConstraintError(
-            "gamma", call.gamma, f"must be ({sizes.hidden},), or {shape}", "pass one weight per hidden column"
-        )
+    rule = f"must be ({sizes.hidden},), or {shape}"
+    known = call.gamma.shape in ((sizes.hidden,), shape)
+    require(known, "gamma", call.gamma, rule, "pass one weight per hidden column")
     check_shape("y_out", call.y_out, shape, "one row per token")
     check_shape("rstd_out", call.rstd_out, (sizes.tokens, 1, 1), "one number per token")
     check_shape("x_out", call.x_out, shape, "one row per token")
-
-
-def check_virtual_inputs_shape(call: Call, sizes: Sizes) -> None:
-    check_shape("ori_x", call.ori_x, (sizes.tokens, sizes.hidden), "one row per token")
-    for name in ("const_expert_alpha_1", "const_expert_alpha_2", "const_expert_v"):
-        check_shape(name, getattr(call, name), (call.const_expert_num, sizes.hidden), "one row per const expert")

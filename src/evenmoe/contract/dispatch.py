@@ -15,7 +15,7 @@ from evenmoe.contract.tensor_spec import (
     check_length,
     check_shape,
 )
-from evenmoe.errors import ConstraintError, MissingArgumentError
+from evenmoe.errors import MissingArgumentError, require
 
 _NO_QUANT, _STATIC_QUANT, _DYNAMIC_QUANT = 0, 1, 2
 _FULL_MESH_V2 = "fullmesh_v2"
@@ -64,34 +64,22 @@ def check_tiling(call: Call) -> Layout:
     """Everything else, in the order of §2.13."""
     call = with_integers(call, (*INTEGER_ATTRIBUTES, "quant_mode", "expert_token_nums_type"))
     common.check_virtual_experts(call)
-    common.check_ep_world_size(call)
-    common.check_tp_world_size(call)
-    common.check_ep_rank(call)
-    common.check_tp_rank(call)
-    common.check_shard_type(call)
-    common.check_shared_expert_num(call)
-    common.check_shared_rank_num(call)
-    common.check_moe_expert_num(call)
-    check_quant_mode(call)
-    check_token_nums_type(call)
-    check_comm_alg(call)
-    check_static_quant(call)
-    check_scales_wanted(call)
+    common.check_ranks(call)
+    common.check_expert_numbers(call)
+    check_modes(call)
     sizes = check_tensor_dims(call)
     check_dtypes(call)
     common.check_shared_pair(call)
     check_full_mesh(call, sizes)
-    common.check_divisible(call)
-    common.check_experts_per_rank(call)
-    common.check_tp_experts(call)
-    common.check_tp_elastic(call)
+    common.check_experts_on_ranks(call)
     common.check_tokens(call, sizes, "x")
-    common.check_global_bs(call, sizes)
     common.check_hidden(call, sizes, "x")
-    check_tokens_match(call, sizes)
+    rule = f"must have one row for each of the {sizes.tokens} tokens of x"
+    require(call.expert_ids.shape[0] == sizes.tokens, "expert_ids", call.expert_ids, rule, "match them")
     common.check_top_k(call, sizes)
     common.check_mask_shape(call, sizes)  # §2.13 does not say where; here both sizes that it needs are sound
-    check_scales_shape(call, sizes)
+    rows = call.shared_experts + call.moe_expert_num
+    check_shape("scales", call.scales, (rows, sizes.hidden), "one row for each shared and each physical expert")
     common.check_elastic_shape(call)
     layout = common.layout_of(call, sizes)
     check_outputs(call, layout)
@@ -100,34 +88,24 @@ def check_tiling(call: Call) -> Layout:
     return layout
 
 
-def check_quant_mode(call: Call) -> None:
-    if call.quant_mode not in (_NO_QUANT, _STATIC_QUANT, _DYNAMIC_QUANT):
-        raise ConstraintError("quant_mode", call.quant_mode, "must be 0 or 2", "use 0 for rows as they are, 2 for int8")
+def check_modes(call: Call) -> None:
+    quant, algorithm, scales = call.quant_mode, call.comm_alg, call.scales
+    modes = (_NO_QUANT, _STATIC_QUANT, _DYNAMIC_QUANT)
+    require(quant in modes, "quant_mode", quant, "must be 0 or 2", "use 0 for rows as they are, 2 for int8")
+    check_token_nums_type(call)
+    known = algorithm in (None, "", "fullmesh_v1", _FULL_MESH_V2)
+    rule = 'must be "", "fullmesh_v1" or "fullmesh_v2"'
+    require(known, "comm_alg", repr(algorithm), rule, 'use "" for the default')
+    # In the range above, yet an error on Atlas A3 (§2.8).
+    rule = "must be 0 or 2, static quantisation is not supported"
+    require(quant != _STATIC_QUANT, "quant_mode", 1, rule, "use 2 for int8")
+    rule, fix = "must be None under quant_mode 0", "drop it, or use quant_mode=2"
+    require(quant != _NO_QUANT or scales is None, "scales", scales, rule, fix)
 
 
 def check_token_nums_type(call: Call) -> None:
-    if call.expert_token_nums_type not in (0, 1):
-        raise ConstraintError(
-            "expert_token_nums_type", call.expert_token_nums_type, "must be 0 or 1", "use 1 for counts, 0 for sums"
-        )
-
-
-def check_comm_alg(call: Call) -> None:
-    if call.comm_alg not in (None, "", "fullmesh_v1", _FULL_MESH_V2):
-        raise ConstraintError(
-            "comm_alg", repr(call.comm_alg), 'must be "", "fullmesh_v1" or "fullmesh_v2"', 'use "" for the default'
-        )
-
-
-def check_static_quant(call: Call) -> None:
-    """In the range above, yet an error on Atlas A3 (§2.8)."""
-    if call.quant_mode == _STATIC_QUANT:
-        raise ConstraintError("quant_mode", 1, "must be 0 or 2, static quantisation is not supported", "use 2 for int8")
-
-
-def check_scales_wanted(call: Call) -> None:
-    if call.quant_mode == _NO_QUANT and call.scales is not None:
-        raise ConstraintError("scales", call.scales, "must be None under quant_mode 0", "drop it, or use quant_mode=2")
+    kind = call.expert_token_nums_type
+    require(kind in (0, 1), "expert_token_nums_type", kind, "must be 0 or 1", "use 1 for counts, 0 for sums")
 
 
 def check_tensor_dims(call: Call) -> Sizes:
@@ -177,34 +155,14 @@ def check_full_mesh(call: Call, sizes: Sizes) -> None:
         (call.tp_world_size == 2, "tp_world_size 2"),
         (unequal, f"global_bs {call.global_bs}, so unequal Bs"),
     ):
-        if excluded:
-            raise ConstraintError(
-                "comm_alg", f'"fullmesh_v2" with {named}', f"must not come with {named}", 'use "" or "fullmesh_v1"'
-            )
-    for quantity, value, named in (
+        value, rule = f'"fullmesh_v2" with {named}', f"must not come with {named}"
+        require(not excluded, "comm_alg", value, rule, 'use "" or "fullmesh_v1"')
+    for quantity, number, named in (
         ("full_mesh_tokens", sizes.tokens, "tokens"),
         ("full_mesh_top_k", sizes.top_k, "experts per token"),
     ):
-        call.limits.check(
-            quantity,
-            value,
-            "comm_alg",
-            f'"fullmesh_v2" with {value} {named}',
-            f"takes {{}} {named}",
-            'use "fullmesh_v1"',
-        )
-
-
-def check_tokens_match(call: Call, sizes: Sizes) -> None:
-    if call.expert_ids.shape[0] != sizes.tokens:
-        raise ConstraintError(
-            "expert_ids", call.expert_ids, f"must have one row for each of the {sizes.tokens} tokens of x", "match them"
-        )
-
-
-def check_scales_shape(call: Call, sizes: Sizes) -> None:
-    rows = call.shared_experts + call.moe_expert_num
-    check_shape("scales", call.scales, (rows, sizes.hidden), "one row for each shared and each physical expert")
+        value, fix = f'"fullmesh_v2" with {number} {named}', 'use "fullmesh_v1"'
+        call.limits.check(quantity, number, "comm_alg", value, f"takes {{}} {named}", fix)
 
 
 def check_outputs(call: Call, layout: Layout) -> None:
@@ -217,9 +175,8 @@ def check_outputs(call: Call, layout: Layout) -> None:
     # Assist info only: the 128 ints per row that combine asks for are more than dispatch fills (§2.3).
     check_length("assist_info_for_combine", call.assist_info_for_combine, 3 * layout.capacity, "three per row")
     check_shape("expert_token_nums", call.expert_token_nums, (layout.local_experts,), "one per local expert")
-    check_length(
-        "ep_recv_counts", call.ep_recv_counts, layout.ep_recv_counts_length, "one per local expert, source and TP rank"
-    )
+    meaning = "one per local expert, source and TP rank"
+    check_length("ep_recv_counts", call.ep_recv_counts, layout.ep_recv_counts_length, meaning)
     check_shape("tp_recv_counts", call.tp_recv_counts, (layout.tp,), "one per TP rank")
 
 

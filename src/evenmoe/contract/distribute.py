@@ -10,7 +10,7 @@ from typing import NamedTuple
 from evenmoe.contract.calls import DistributeCall
 from evenmoe.contract.layout import Layout, make_layout
 from evenmoe.contract.tensor_spec import TensorSpec, check_absent, check_shape
-from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError
+from evenmoe.errors import EvenmoeError, MissingArgumentError, require
 
 _INT32_MAX = 2**31 - 1
 _GROUP_NAME_ENDS = 128  # HCCL_GROUP_NAME_MAX: a name of so many characters or more is an error
@@ -55,9 +55,8 @@ def check_group_lengths(call: Call, error: type[EvenmoeError]) -> None:
     """group_tp is measured even without TP (§2.13, §3.6); the class of the error is the operator's."""
     for argument, name in (("group_ep", call.group_ep), ("group_tp", call.group_tp)):
         if name is not None and len(name) >= _GROUP_NAME_ENDS:
-            raise error(
-                argument, f"{len(name)} characters long", "must have at most 127 characters", "use a shorter group name"
-            )
+            value, rule = f"{len(name)} characters long", "must have at most 127 characters"
+            raise error(argument, value, rule, "use a shorter group name")
 
 
 # Attributes, in the order of §2.13 and §3.6 ----------------------------------------------------------------------
@@ -66,82 +65,53 @@ def check_group_lengths(call: Call, error: type[EvenmoeError]) -> None:
 def check_virtual_experts(call: Call) -> None:
     for name in ("zero_expert_num", "copy_expert_num", "const_expert_num"):
         value = getattr(call, name)
-        if value < 0:
-            raise ConstraintError(name, value, "must be at least 0", "use 0 for none")
+        require(value >= 0, name, value, "must be at least 0", "use 0 for none")
     check_sum_of_experts(call)
 
 
 def check_sum_of_experts(call: Call) -> None:
     total = call.moe_expert_num + call.virtual_experts
-    if total > _INT32_MAX:
-        raise ConstraintError(
-            "moe_expert_num",
-            f"{total} together with zero, copy and const experts",
-            f"must be at most {_INT32_MAX}, for ids are int32",
-            "use fewer experts",
-        )
+    value, rule = (
+        f"{total} together with zero, copy and const experts",
+        f"must be at most {_INT32_MAX}, for ids are int32",
+    )
+    require(total <= _INT32_MAX, "moe_expert_num", value, rule, "use fewer experts")
 
 
-def check_ep_world_size(call: Call) -> None:
-    ep = call.ep_world_size
+def check_ranks(call: Call) -> None:
+    """The two groups' sizes, and this rank in both."""
+    ep, tp, tp_rank, group_tp = call.ep_world_size, call.tp_world_size, call.tp_rank_id, call.group_tp
     call.limits.check("ep_world_size", ep, "ep_world_size", ep, "must be {}", "use {} ranks")
-
-
-def check_tp_world_size(call: Call) -> None:
-    if call.tp_world_size not in (0, 1, 2):
-        raise ConstraintError("tp_world_size", call.tp_world_size, "must be 0, 1 or 2", "use 0 for no TP")
+    require(tp in (0, 1, 2), "tp_world_size", tp, "must be 0, 1 or 2", "use 0 for no TP")
+    check_ep_rank(call)
+    if tp != 2:
+        require(tp_rank == 0, "tp_rank_id", tp_rank, "must be 0 without TP", "use 0, or tp_world_size=2")
+        return
+    require(tp_rank in (0, 1), "tp_rank_id", tp_rank, "must be 0 or 1", "use the rank within the TP group")
+    rule, fix = "must be a name when tp_world_size is 2", "pass the name of the TP group"
+    require(bool(group_tp), "group_tp", repr(group_tp), rule, fix)
+    rule = "must not be the EP group's name"
+    require(group_tp != call.group_ep, "group_tp", repr(group_tp), rule, "use two communicators")
 
 
 def check_ep_rank(call: Call) -> None:
-    if not 0 <= call.ep_rank_id < call.ep_world_size:
-        last = call.ep_world_size - 1
-        raise ConstraintError(
-            "ep_rank_id", call.ep_rank_id, f"must be 0 to {last}", "use the rank within the EP group, counted from 0"
-        )
+    rule, fix = f"must be 0 to {call.ep_world_size - 1}", "use the rank within the EP group, counted from 0"
+    require(0 <= call.ep_rank_id < call.ep_world_size, "ep_rank_id", call.ep_rank_id, rule, fix)
 
 
-def check_tp_rank(call: Call) -> None:
-    if call.tp_world_size != 2:
-        if call.tp_rank_id != 0:
-            raise ConstraintError("tp_rank_id", call.tp_rank_id, "must be 0 without TP", "use 0, or tp_world_size=2")
-        return
-    if call.tp_rank_id not in (0, 1):
-        raise ConstraintError("tp_rank_id", call.tp_rank_id, "must be 0 or 1", "use the rank within the TP group")
-    if not call.group_tp:
-        raise ConstraintError(
-            "group_tp", repr(call.group_tp), "must be a name when tp_world_size is 2", "pass the name of the TP group"
-        )
-    if call.group_tp == call.group_ep:
-        raise ConstraintError(
-            "group_tp", repr(call.group_tp), "must not be the EP group's name", "use two communicators"
-        )
-
-
-def check_shard_type(call: Call) -> None:
-    if call.expert_shard_type != 0:
-        raise ConstraintError(
-            "expert_shard_type", call.expert_shard_type, "must be 0, shared experts on the first ranks", "use 0"
-        )
-
-
-def check_shared_expert_num(call: Call) -> None:
-    shared = call.shared_expert_num
+def check_expert_numbers(call: Call) -> None:
+    """How the experts lie on the ranks, and how many there are."""
+    shard, shared, experts = call.expert_shard_type, call.shared_expert_num, call.moe_expert_num
+    require(shard == 0, "expert_shard_type", shard, "must be 0, shared experts on the first ranks", "use 0")
     call.limits.check("shared_experts", shared, "shared_expert_num", shared, "must be {}", "use {} shared experts")
+    check_shared_rank_num(call)
+    call.limits.check("physical_experts", experts, "moe_expert_num", experts, "must be {}", "use {} physical experts")
 
 
 def check_shared_rank_num(call: Call) -> None:
-    if not 0 <= call.shared_expert_rank_num < call.ep_world_size:
-        raise ConstraintError(
-            "shared_expert_rank_num",
-            call.shared_expert_rank_num,
-            f"must be 0 to {call.ep_world_size - 1}, so that one of ep_world_size {call.ep_world_size} has MoE experts",
-            "use fewer ranks for shared experts",
-        )
-
-
-def check_moe_expert_num(call: Call) -> None:
-    experts = call.moe_expert_num
-    call.limits.check("physical_experts", experts, "moe_expert_num", experts, "must be {}", "use {} physical experts")
+    ranks, ep = call.shared_expert_rank_num, call.ep_world_size
+    rule = f"must be 0 to {ep - 1}, so that one of ep_world_size {ep} has MoE experts"
+    require(0 <= ranks < ep, "shared_expert_rank_num", ranks, rule, "use fewer ranks for shared experts")
 
 
 # How the attributes and the tensors' sizes must go together ---------------------------------------------------------
@@ -149,105 +119,63 @@ def check_moe_expert_num(call: Call) -> None:
 
 def check_shared_pair(call: Call) -> None:
     shared, ranks = call.shared_expert_num, call.shared_expert_rank_num
-    if (shared, ranks) in ((1, 0), (0, 0)):
-        return
-    if shared == 0 or ranks == 0 or ranks % shared:
-        raise ConstraintError(
-            "shared_expert_rank_num",
-            f"{ranks} with shared_expert_num {shared}",
-            "must be a positive multiple of shared_expert_num, or 0 with shared_expert_num 0 or 1",
-            "give every shared expert equally many ranks, or none to any",
-        )
-
-
-def check_divisible(call: Call) -> None:
-    moe_ranks = call.ep_world_size - call.shared_expert_rank_num
-    if call.moe_expert_num % moe_ranks:
-        raise ConstraintError(
-            "moe_expert_num",
-            call.moe_expert_num,
-            f"must divide evenly by the {moe_ranks} ranks that hold MoE experts "
-            f"(ep_world_size {call.ep_world_size} less shared_expert_rank_num {call.shared_expert_rank_num})",
-            f"use a multiple of {moe_ranks}; pad the slots if need be",
-        )
-
-
-def check_experts_per_rank(call: Call) -> None:
-    """L·ep; that L is at least 1 follows from the two checks of M before it."""
-    product = call.experts_per_rank * call.ep_world_size
-    call.limits.check(
-        "experts_times_ranks",
-        product,
-        "moe_expert_num",
-        f"{call.moe_expert_num}, {call.experts_per_rank} on each rank, times {call.ep_world_size} ranks = {product}",
-        "must keep experts per rank times ep_world_size at {}",
-        "use fewer experts per rank",
+    require(
+        (shared, ranks) in ((1, 0), (0, 0)) or (shared != 0 and ranks != 0 and ranks % shared == 0),
+        "shared_expert_rank_num",
+        f"{ranks} with shared_expert_num {shared}",
+        "must be a positive multiple of shared_expert_num, or 0 with shared_expert_num 0 or 1",
+        "give every shared expert equally many ranks, or none to any",
     )
 
 
-def check_tp_experts(call: Call) -> None:
-    if call.tp_world_size == 2 and call.experts_per_rank != 1:
-        raise ConstraintError(
-            "tp_world_size",
-            f"2 with {call.experts_per_rank} experts per rank",
-            "must come with 1 expert per rank",
-            "use one physical expert per MoE rank, or no TP",
-        )
+def check_experts_on_ranks(call: Call) -> None:
+    """Equally many MoE experts on each of their ranks: few enough, and one alone with TP, which no world scales down.
 
-
-def check_tp_elastic(call: Call) -> None:
-    if call.tp_world_size == 2 and call.elastic_info is not None:
-        raise ConstraintError(
-            "elastic_info", call.elastic_info, "must be None when tp_world_size is 2", "scale down a world without TP"
-        )
+    That L is at least 1 follows from the two checks of M before it.
+    """
+    experts, ep, shared_ranks = call.moe_expert_num, call.ep_world_size, call.shared_expert_rank_num
+    moe_ranks, each, elastic = ep - shared_ranks, call.experts_per_rank, call.elastic_info
+    rule = f"must divide evenly by the {moe_ranks} ranks that hold MoE experts "
+    rule += f"(ep_world_size {ep} less shared_expert_rank_num {shared_ranks})"
+    fix = f"use a multiple of {moe_ranks}; pad the slots if need be"
+    require(experts % moe_ranks == 0, "moe_expert_num", experts, rule, fix)
+    value = f"{experts}, {each} on each rank, times {ep} ranks = {each * ep}"
+    rule, fix = "must keep experts per rank times ep_world_size at {}", "use fewer experts per rank"
+    call.limits.check("experts_times_ranks", each * ep, "moe_expert_num", value, rule, fix)
+    if call.tp_world_size == 2:
+        value, rule = f"2 with {each} experts per rank", "must come with 1 expert per rank"
+        require(each == 1, "tp_world_size", value, rule, "use one physical expert per MoE rank, or no TP")
+        rule = "must be None when tp_world_size is 2"
+        require(elastic is None, "elastic_info", elastic, rule, "scale down a world without TP")
 
 
 def check_tokens(call: Call, sizes: Sizes, argument: str) -> None:
-    tokens = sizes.tokens
-    call.limits.check(
-        "tokens", tokens, argument, f"of {tokens} tokens", "must have {} tokens", "use {} tokens per call and rank"
-    )
-
-
-def check_global_bs(call: Call, sizes: Sizes) -> None:
-    total = sizes.tokens * call.ep_world_size
-    if call.global_bs == 0 or call.global_bs == total:
+    """Bs and G."""
+    tokens, ep, given, mask = sizes.tokens, call.ep_world_size, call.global_bs, call.x_active_mask
+    rule, fix = "must have {} tokens", "use {} tokens per call and rank"
+    call.limits.check("tokens", tokens, argument, f"of {tokens} tokens", rule, fix)
+    total = tokens * ep
+    if given in (0, total):
         return
-    if call.global_bs < total or call.global_bs % call.ep_world_size:
-        raise ConstraintError(
-            "global_bs",
-            call.global_bs,
-            f"must be 0 or a multiple of ep_world_size {call.ep_world_size} that is at least Bs·ep = {total}",
-            "pass ep_world_size times the tokens of the fullest rank",
-        )
-    if call.x_active_mask is not None:
-        raise ConstraintError(
-            "x_active_mask",
-            f"{call.x_active_mask} with global_bs {call.global_bs}",
-            f"must be None unless every rank has the same Bs, so global_bs 0 or {total}",
-            "pad every rank to the same Bs and mask the padding",
-        )
+    rule = f"must be 0 or a multiple of ep_world_size {ep} that is at least Bs·ep = {total}"
+    fix = "pass ep_world_size times the tokens of the fullest rank"
+    require(given >= total and given % ep == 0, "global_bs", given, rule, fix)
+    value = f"{mask} with global_bs {given}"
+    rule = f"must be None unless every rank has the same Bs, so global_bs 0 or {total}"
+    require(mask is None, "x_active_mask", value, rule, "pad every rank to the same Bs and mask the padding")
 
 
 def check_hidden(call: Call, sizes: Sizes, argument: str) -> None:
-    hidden = sizes.hidden
-    call.limits.check(
-        "hidden", hidden, argument, f"of width {hidden}", "must have {} columns", "use a hidden size of {}"
-    )
+    value = f"of width {sizes.hidden}"
+    call.limits.check("hidden", sizes.hidden, argument, value, "must have {} columns", "use a hidden size of {}")
 
 
 def check_top_k(call: Call, sizes: Sizes) -> None:
     top_k, experts = sizes.top_k, call.moe_expert_num + call.virtual_experts
-    call.limits.check(
-        "top_k", top_k, "expert_ids", f"of {top_k} columns", "must have {} columns", "use {} experts per token"
-    )
-    if top_k > experts:
-        raise ConstraintError(
-            "expert_ids",
-            f"of {top_k} columns",
-            f"must have at most {experts} columns, one per expert",
-            "route a token to each expert once at most",
-        )
+    value, fix = f"of {top_k} columns", "use {} experts per token"
+    call.limits.check("top_k", top_k, "expert_ids", value, "must have {} columns", fix)
+    rule, fix = f"must have at most {experts} columns, one per expert", "route a token to each expert once at most"
+    require(top_k <= experts, "expert_ids", value, rule, fix)
 
 
 def check_mask_shape(call: Call, sizes: Sizes) -> None:
@@ -298,13 +226,11 @@ def check_buffer(call: Call, layout: Layout, full_mesh_v2: bool = False) -> None
     if layout.tp == 2:
         needs["TP"] = 2 * layout.capacity * (sent + returned)
     for group, need in needs.items():
-        if need > call.hccl_buffer_bytes:
-            raise ConstraintError(
-                "hccl_buffer_bytes",
-                call.hccl_buffer_bytes,
-                f"must be at least {need} for the {group} group",
-                f"use HCCL_BUFFSIZE {-(-need // 2**20)} (MB) or more",
-            )
+        rule, fix = (
+            f"must be at least {need} for the {group} group",
+            f"use HCCL_BUFFSIZE {-(-need // 2**20)} (MB) or more",
+        )
+        require(need <= call.hccl_buffer_bytes, "hccl_buffer_bytes", call.hccl_buffer_bytes, rule, fix)
 
 
 def _align(value: int, multiple: int) -> int:

@@ -177,38 +177,29 @@ def scale_down(layout: Layout, elastic_info: Sequence[int], smooth_scales: bool 
     >>> after.ep, after.ep_recv_counts_length  # the buffer still has room for 4 ranks of 2 experts
     (3, 8)
     """
-    ep = layout.ep
-    if len(elastic_info) != 4 + 2 * ep:
-        raise _wrong(f"{len(elastic_info)} ints", f"must have 4 + 2·{ep} ints", "give both tables one entry per rank")
+    ep, length = layout.ep, len(elastic_info)
+    fix = "give both tables one entry per rank"
+    _require(length == 4 + 2 * ep, f"{length} ints", f"must have 4 + 2·{ep} ints", fix)
     scaled, ep_new, shared_new, experts_new, *tables = map(int, elastic_info)
     if not scaled:
         return layout
-    table1, table2 = tables[:ep], tables[ep:]
     _check_scaled_sizes(layout, ep_new, shared_new, experts_new)
-    if smooth_scales and experts_new > layout.num_experts:
-        # A rank that held a shared expert may become a MoE rank, so that MNew can exceed M where no scale is needed.
-        raise _wrong(
-            f"MNew {experts_new}",
-            f"must be at most {layout.num_experts}, the MoE experts that have a row in `scales`",
-            f"leave at most {layout.num_experts} MoE experts, or drop `scales`",
-        )
-    _check_tables(table1, table2[:ep_new])
+    table1, table2 = tables[:ep], tables[ep : ep + ep_new]
+    # A rank that held a shared expert may become a MoE rank, so that MNew can exceed M where no scale is needed.
+    rule = f"must be at most {layout.num_experts}, the MoE experts that have a row in `scales`"
+    fix = f"leave at most {layout.num_experts} MoE experts, or drop `scales`"
+    _require(not smooth_scales or experts_new <= layout.num_experts, f"MNew {experts_new}", rule, fix)
+    _check_tables(table1, table2)
     rank = table1[layout.rank]
-    if rank < 0:
-        raise _wrong(
-            f"{rank} for rank {layout.rank}",
-            "must keep the rank that calls",
-            "let a lost rank leave the world before the others call",
-        )
+    fix = "let a lost rank leave the world before the others call"
+    _require(rank >= 0, f"{rank} for rank {layout.rank}", "must keep the rank that calls", fix)
     is_shared = rank < shared_new
     experts_per_rank = experts_new // (ep_new - shared_new)
     local_experts = 1 if is_shared else experts_per_rank
-    if local_experts > layout.local_experts:
-        raise _wrong(
-            f"rank {rank} of {ep_new} for rank {layout.rank}",
-            f"must leave a rank at most the {layout.local_experts} experts that it had",
-            "keep the ranks of shared experts in front, or use fewer MoE experts per rank",
-        )
+    rule = f"must leave a rank at most the {layout.local_experts} experts that it had"
+    fix = "keep the ranks of shared experts in front, or use fewer MoE experts per rank"
+    value = f"rank {rank} of {ep_new} for rank {layout.rank}"
+    _require(local_experts <= layout.local_experts, value, rule, fix)
     # capacity needs no check: max_bs·ep·min(L, K) of the original world covers both kinds of rank in any smaller one.
     return replace(
         layout,
@@ -220,63 +211,50 @@ def scale_down(layout: Layout, elastic_info: Sequence[int], smooth_scales: bool 
         experts_per_rank=experts_per_rank,
         local_experts=local_experts,
         is_shared=is_shared,
-        active_ranks=tuple(table2[:ep_new]),
+        active_ranks=tuple(table2),
         original=layout,
     )
 
 
 def _check_scaled_sizes(layout: Layout, ep_new: int, shared_new: int, experts_new: int) -> None:
-    if not 1 <= ep_new <= layout.ep:
-        raise _wrong(f"epNew {ep_new}", f"must leave 1 to {layout.ep} ranks", "count the ranks that are left")
-    if not 0 <= shared_new < ep_new:
-        raise _wrong(
-            f"SrNew {shared_new} of epNew {ep_new}",
-            "must leave at least one rank for MoE experts",
-            f"use 0 to {ep_new - 1}",
-        )
-    shared_experts = layout.shared_experts
-    if shared_experts == 0 and shared_new:
-        raise _wrong(f"SrNew {shared_new}", "must be 0, for there are no shared experts on ranks of their own", "use 0")
-    if shared_experts and (shared_new == 0 or shared_new % shared_experts):
-        raise _wrong(
-            f"SrNew {shared_new}",
-            f"must leave each of the {shared_experts} shared experts equally many ranks, and at least one",
-            f"use a multiple of {shared_experts}",
-        )
-    moe_ranks = ep_new - shared_new
-    if experts_new < 1 or experts_new % moe_ranks:
-        raise _wrong(
-            f"MNew {experts_new}",
-            f"must be at least 1 and divide by the {moe_ranks} ranks left for MoE experts",
-            f"use a multiple of {moe_ranks}",
-        )
-    if experts_new // moe_ranks > layout.experts_per_rank:
-        raise _wrong(
-            f"MNew {experts_new}",
-            f"must leave at most {layout.experts_per_rank} experts per rank, what the buffers have room for",
-            f"use at most {layout.experts_per_rank * moe_ranks}",
-        )
+    shared, moe_ranks, most = layout.shared_experts, ep_new - shared_new, layout.experts_per_rank
+    rule, fix = f"must leave 1 to {layout.ep} ranks", "count the ranks that are left"
+    _require(1 <= ep_new <= layout.ep, f"epNew {ep_new}", rule, fix)
+    value, rule = f"SrNew {shared_new} of epNew {ep_new}", "must leave at least one rank for MoE experts"
+    _require(0 <= shared_new < ep_new, value, rule, f"use 0 to {ep_new - 1}")
+    if shared == 0:
+        rule = "must be 0, for there are no shared experts on ranks of their own"
+        _require(shared_new == 0, f"SrNew {shared_new}", rule, "use 0")
+    else:
+        rule = f"must leave each of the {shared} shared experts equally many ranks, and at least one"
+        fits = shared_new > 0 and shared_new % shared == 0
+        _require(fits, f"SrNew {shared_new}", rule, f"use a multiple of {shared}")
+    rule = f"must be at least 1 and divide by the {moe_ranks} ranks left for MoE experts"
+    fits = experts_new >= 1 and experts_new % moe_ranks == 0
+    _require(fits, f"MNew {experts_new}", rule, f"use a multiple of {moe_ranks}")
+    rule = f"must leave at most {most} experts per rank, what the buffers have room for"
+    _require(experts_new // moe_ranks <= most, f"MNew {experts_new}", rule, f"use at most {most * moe_ranks}")
 
 
 def _check_tables(table1: list[int], table2: list[int]) -> None:
+    # Texts are made for what is wrong alone, since this is done at every call.
+    rule = "must have tables that are inverse to each other"
     for new, old in enumerate(table2):
         if not 0 <= old < len(table1):
-            raise _wrong(
-                f"table2[{new}] = {old}", f"must name an old rank, 0 to {len(table1) - 1}", "name one that is left"
-            )
+            within = f"must name an old rank, 0 to {len(table1) - 1}"
+            raise _wrong(f"table2[{new}] = {old}", within, "name one that is left")
         if table1[old] != new:
-            raise _wrong(
-                f"table2[{new}] = {old} but table1[{old}] = {table1[old]}",
-                "must have tables that are inverse to each other",
-                f"set table1[{old}] to {new}",
-            )
+            value = f"table2[{new}] = {old} but table1[{old}] = {table1[old]}"
+            raise _wrong(value, rule, f"set table1[{old}] to {new}")
     for old, new in enumerate(table1):
         if new != -1 and (not 0 <= new < len(table2) or table2[new] != old):
-            raise _wrong(
-                f"table1[{old}] = {new}",
-                f"must have tables that are inverse to each other, over {len(table2)} new ranks",
-                "use -1 for a lost rank",
-            )
+            rule = f"{rule}, over {len(table2)} new ranks"
+            raise _wrong(f"table1[{old}] = {new}", rule, "use -1 for a lost rank")
+
+
+def _require(holds: bool, value: str, rule: str, fix: str) -> None:
+    if not holds:
+        raise _wrong(value, rule, fix)
 
 
 def _wrong(value: str, rule: str, fix: str) -> ConstraintError:

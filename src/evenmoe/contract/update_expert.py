@@ -12,7 +12,7 @@ from evenmoe.contract.tensor_spec import (
     check_given,
     check_shape,
 )
-from evenmoe.errors import ConstraintError
+from evenmoe.errors import require
 
 _BY_RANK, _BY_TOKEN = 0, 1
 _NEW, _OLD = "update_expert", "eplb_update_expert"
@@ -69,36 +69,26 @@ def infer_update_expert(expert_ids: TensorSpec, eplb_table: TensorSpec) -> tuple
 
 def check_wrapper(call: UpdateExpertCall) -> None:
     """What the aclnn wrapper looks at: null pointers."""
-    if call.generation not in (_NEW, _OLD):
-        raise ConstraintError(
-            "generation", repr(call.generation), f'must be "{_NEW}" or "{_OLD}"', f'use "{_NEW}", the newer operator'
-        )
+    rule, fix = f'must be "{_NEW}" or "{_OLD}"', f'use "{_NEW}", the newer operator'
+    require(call.generation in (_NEW, _OLD), "generation", repr(call.generation), rule, fix)
     check_given("expert_ids", call.expert_ids, "pass the logical experts of every token")
     check_given("eplb_table", call.eplb_table, "pass the table of the layer")
     check_given("balanced_expert_ids", call.balanced_expert_ids, "pass a tensor for this output")
     if not call.old:
-        check_given(
-            "balanced_active_mask", call.balanced_active_mask, "pass a tensor for this output, also without pruning"
-        )
+        fix = "pass a tensor for this output, also without pruning"
+        check_given("balanced_active_mask", call.balanced_active_mask, fix)
 
 
 def check_attributes(call: UpdateExpertCall) -> None:
-    if call.old and call.balance_mode != _BY_RANK:
-        raise ConstraintError("balance_mode", call.balance_mode, f"must be 0 for {_OLD}", f"use {_NEW} for mode 1")
-    if call.balance_mode not in (_BY_RANK, _BY_TOKEN):
-        raise ConstraintError("balance_mode", call.balance_mode, "must be 0 or 1", "use 0 by rank, 1 by token")
-    if call.balance_mode == _BY_TOKEN:
-        return
-    world = call.world_size
-    quantity = "old_update_world_size" if call.old else "update_world_size"
-    call.limits.check(quantity, world, "world_size", world, "must be {} under balance_mode 0", "use {} ranks")
-    if not 0 <= call.local_rank_id < world:
-        raise ConstraintError(
-            "local_rank_id",
-            call.local_rank_id,
-            f"must be 0 to {world - 1} under balance_mode 0",
-            "pass this rank's number, counted from 0",
-        )
+    mode, world, rank = call.balance_mode, call.world_size, call.local_rank_id
+    by_rank = mode == _BY_RANK
+    require(by_rank or not call.old, "balance_mode", mode, f"must be 0 for {_OLD}", f"use {_NEW} for mode 1")
+    require(by_rank or mode == _BY_TOKEN, "balance_mode", mode, "must be 0 or 1", "use 0 by rank, 1 by token")
+    if by_rank:
+        quantity = "old_update_world_size" if call.old else "update_world_size"
+        call.limits.check(quantity, world, "world_size", world, "must be {} under balance_mode 0", "use {} ranks")
+        rule, fix = f"must be 0 to {world - 1} under balance_mode 0", "pass this rank's number, counted from 0"
+        require(0 <= rank < world, "local_rank_id", rank, rule, fix)
 
 
 def check_dtypes(call: UpdateExpertCall) -> None:
@@ -122,39 +112,23 @@ def check_ids_shape(call: UpdateExpertCall) -> None:
 
 
 def check_table_shape(call: UpdateExpertCall) -> None:
-    table, ids = call.eplb_table, call.expert_ids
+    """E, and F, which is bounded by a number of the chip in mode 1, by world_size in mode 0."""
+    table, ids, world, limits = call.eplb_table, call.expert_ids, call.world_size, call.limits
     check_dims("eplb_table", table, (2,), "(logical experts, 1 + replicas)")
     experts, columns = table.shape
     quantity = "old_logical_experts" if call.old else "logical_experts"
-    call.limits.check(quantity, experts, "eplb_table", table, "must have {} rows", "use {} logical experts")
-    if ids.shape[1] > experts:
-        raise ConstraintError(
-            "expert_ids",
-            ids,
-            f"must have at most {experts} columns, one per expert",
-            "route to each expert once at most",
-        )
-    check_table_columns(call, table, columns)
-
-
-def check_table_columns(call: Call, table: TensorSpec, columns: int) -> None:
-    """F is bounded by a number of the chip in mode 1, by world_size in mode 0."""
+    limits.check(quantity, experts, "eplb_table", table, "must have {} rows", "use {} logical experts")
+    rule, fix = f"must have at most {experts} columns, one per expert", "route to each expert once at most"
+    require(ids.shape[1] <= experts, "expert_ids", ids, rule, fix)
     if call.balance_mode == _BY_TOKEN:
-        call.limits.check(
-            "table_columns_by_token", columns, "eplb_table", table, "must have {} columns", "use {} columns"
-        )
-    elif columns < 2:
-        raise ConstraintError(
-            "eplb_table", table, "must have at least 2 columns, a count and an id", "give every expert a slot"
-        )
-    elif call.limits.table_columns_within_world and columns > call.world_size + 1:
-        raise ConstraintError(
-            "eplb_table",
-            table,
-            f"must have 2 to {call.world_size + 1} columns, for no rank reaches more than world_size "
-            f"{call.world_size} replicas",
-            f'drop the columns behind, or lift this bound of {call.limits.name} with limits="unlimited"',
-        )
+        rule, fix = "must have {} columns", "use {} columns"
+        limits.check("table_columns_by_token", columns, "eplb_table", table, rule, fix)
+        return
+    rule, fix = "must have at least 2 columns, a count and an id", "give every expert a slot"
+    require(columns >= 2, "eplb_table", table, rule, fix)
+    rule = f"must have 2 to {world + 1} columns, for no rank reaches more than world_size {world} replicas"
+    fix = f'drop the columns behind, or lift this bound of {limits.name} with limits="unlimited"'
+    require(columns <= world + 1 or not limits.table_columns_within_world, "eplb_table", table, rule, fix)
 
 
 def check_pruning_inputs(call: UpdateExpertCall) -> None:
@@ -164,23 +138,16 @@ def check_pruning_inputs(call: UpdateExpertCall) -> None:
         for name in ("expert_scales", "pruning_threshold", "active_mask"):
             check_absent(name, getattr(call, name), f"use {_NEW}: {_OLD} does not prune")
         return
-    if scales is not None and threshold is None:
-        raise ConstraintError("pruning_threshold", None, "must be given with expert_scales", "pass both or neither")
-    if scales is None and threshold is not None:
-        raise ConstraintError("expert_scales", None, "must be given with pruning_threshold", "pass both or neither")
-    if active is not None and scales is None:
-        raise ConstraintError(
-            "active_mask",
-            active,
-            "must come with expert_scales and pruning_threshold",
-            "pass it to dispatch as x_active_mask instead",
-        )
+    fix = "pass both or neither"
+    require(scales is None or threshold is not None, "pruning_threshold", None, "must be given with expert_scales", fix)
+    require(threshold is None or scales is not None, "expert_scales", None, "must be given with pruning_threshold", fix)
+    rule, fix = "must come with expert_scales and pruning_threshold", "pass it to dispatch as x_active_mask instead"
+    require(active is None or scales is not None, "active_mask", active, rule, fix)
     tokens, top_k = call.expert_ids.shape
     check_shape("expert_scales", scales, (tokens, top_k), "one per token and k")
-    if isinstance(threshold, TensorSpec) and threshold.shape not in ((top_k,), (1, top_k)):
-        raise ConstraintError(
-            "pruning_threshold", threshold, f"must be ({top_k},) or (1, {top_k})", "give it one number per k"
-        )
+    if isinstance(threshold, TensorSpec):
+        known, rule = threshold.shape in ((top_k,), (1, top_k)), f"must be ({top_k},) or (1, {top_k})"
+        require(known, "pruning_threshold", threshold, rule, "give it one number per k")
     check_shape("active_mask", active, (tokens,), "one per token")
 
 

@@ -147,19 +147,17 @@ def route_copies(previous: Placement, placement: Placement, ranks_per_node: int)
     >>> sent.tolist(), received.tolist()
     ([[1, 1], [0, 0]], [[1, 1], [0, 0]])
     """
+    from evenmoe.simulator import copy_kernels  # not at the top: importing numba takes 0.3 s
+
     num_ranks = placement.num_ranks
-    sent, received = np.zeros((2, num_ranks), np.int64), np.zeros((2, num_ranks), np.int64)
-    ranks = np.arange(num_ranks)
-    width = placement.slots_per_rank
-    for layer in range(placement.num_layers):
-        held = np.zeros((placement.num_experts, num_ranks), bool)
-        held[previous.slot_to_expert[layer], np.arange(previous.num_slots) // previous.slots_per_rank] = True
-        experts = placement.slot_to_expert[layer]
-        for slot in np.flatnonzero(~held[experts, np.arange(placement.num_slots) // width]):
-            target = slot // width
-            holders = ranks[held[experts[slot]]]
-            near = holders[holders // ranks_per_node == target // ranks_per_node]
-            link, sources = (0, near) if near.size else (1, holders)
-            sent[link, sources[np.argmin(sent[link, sources])]] += 1
-            received[link, target] += 1
+    sent, received = np.zeros((2, 2, num_ranks), np.int64)
+    copy_kernels.count_routes(
+        previous.slot_to_expert,
+        placement.slot_to_expert,
+        num_ranks,
+        ranks_per_node,
+        placement.num_experts,
+        sent,
+        received,
+    )
     return sent, received

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from evenmoe.errors import ConstraintError
 from evenmoe.metrics import as_load, count_copies, even_rank_loads, peak_over_mean, peak_to_average
 from evenmoe.placement import Placement
-from tests.ground.placements import placements, random_placement
+from tests.placements import placements, random_placement
 
 # A rank's load is a sum of at most 5 quotients (see `placements`), each rounded once, and the sums of both sides are
 # rounded at most 4 times more: relative to numbers of one sign, 2 · 5 · 2⁻⁵³ < 2e-15. The peak over the mean divides

@@ -1,4 +1,4 @@
-"""Threads that lag: what they read may have been written again by then, if somebody lent what it did not own."""
+"""Threads that lag: what they read may have been written again by then, if a rank lent what it did not own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from evenmoe.transport.world import LocalTransport
 
 
-class Hesitant(LocalTransport):
+class LaggingTransport(LocalTransport):
     """Reads what the others posted only a while after they may have gone on."""
 
     delay_s = 0.0
@@ -20,7 +20,7 @@ class Hesitant(LocalTransport):
         return posted
 
 
-def hesitate(transport: Any, delay_s: float) -> None:
+def let_lag(transport: Any, delay_s: float) -> None:
     """Turn a rank's end of a local group into one that lags."""
-    transport.__class__ = Hesitant
+    transport.__class__ = LaggingTransport
     transport.delay_s = delay_s

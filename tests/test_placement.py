@@ -12,7 +12,7 @@ from hypothesis import given, settings
 
 from evenmoe.errors import ConstraintError
 from evenmoe.placement import Placement, default_placement
-from tests.ground.placements import placements
+from tests.placements import placements
 
 REFUSALS = {
     "no array of two axes": (

@@ -33,7 +33,7 @@ def lognormal(layers: int, experts: int, sigma: float, seed: int) -> Load:
     return random.poisson(weight / weight.sum(axis=1, keepdims=True) * 200_000).astype(float)
 
 
-def twins(slots: npt.NDArray[np.int32], num_ranks: int) -> int:
+def duplicates(slots: npt.NDArray[np.int32], num_ranks: int) -> int:
     """Slots whose rank holds the same expert in an earlier slot."""
     held = np.sort(slots.reshape(len(slots), num_ranks, -1), axis=2)
     return int((held[:, :, 1:] == held[:, :, :-1]).sum())
@@ -48,7 +48,7 @@ def check(load: Load, num_ranks: int, num_slots: int) -> Load:
     placement = em.Placement(slots, num_ranks, num_experts=load.shape[1])  # every expert has a slot, ranks are equal
     if num_slots <= load.shape[1] * num_ranks:
         assert placement.num_replicas.max() <= num_ranks
-        assert twins(slots, num_ranks) == 0
+        assert duplicates(slots, num_ranks) == 0
     par = em.peak_to_average(load, placement)
     bound = em.lower_bound(load, num_ranks=num_ranks, num_slots=num_slots)
     assert (par >= bound * (1 - 1e-12)).all()
@@ -92,7 +92,7 @@ def test_the_edges_of_the_shapes(num_experts: int, num_ranks: int, num_slots: in
 
 
 def test_a_layer_without_load_spreads_its_replicas() -> None:
-    # DeepSeek's planner gives every spare slot of such a layer to expert 0 (28 twins on 32 ranks).
+    # DeepSeek's planner gives every spare slot of such a layer to expert 0 (28 duplicate replicas on 32 ranks).
     placement = em.plan(np.zeros((1, 256)), num_ranks=32, num_slots=288)
     assert placement.num_replicas.max() == 2
 

@@ -9,9 +9,9 @@ import torch
 from evenmoe.reference.update_expert import occurrence, update_expert
 
 #: (expert_ids, eplb_table, rank, world_size, counted) -> slot ids; the arguments are those of `Rule.choose`.
-Twin = Callable[[torch.Tensor, torch.Tensor, int, int, torch.Tensor | None], torch.Tensor]
+PlainLoop = Callable[[torch.Tensor, torch.Tensor, int, int, torch.Tensor | None], torch.Tensor]
 
-TWINS: dict[str, Twin] = {
+PLAIN_LOOPS: dict[str, PlainLoop] = {
     "rank": lambda ids, table, rank, world, counted: update_expert(ids, table, local_rank_id=rank, world_size=world)[0],
     "token": lambda ids, table, rank, world, counted: update_expert(ids, table, balance_mode=1)[0],
     "occurrence": lambda ids, table, rank, world, counted: occurrence(ids, table, rank, counted),
