@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ import torch
 import evenmoe as em
 from evenmoe.errors import ConstraintError, EvenmoeError
 from evenmoe.rules import RULES
-from evenmoe.rules.rule import Rule
+from evenmoe.rules.rule import EvenRule, Rule
 from evenmoe.simulator.costs import CostModel
 from evenmoe.simulator.replay import simulate
 from evenmoe.traces.synthesis import small_trace
@@ -147,13 +150,14 @@ def typed(choice: str) -> Rule:
     return found["Typed"]()
 
 
-@pytest.mark.parametrize("case", ["source", "class", "version", "console"])
+@pytest.mark.parametrize("case", ["code", "constant", "class", "version", "console"])
 def test_two_rules_of_one_name_are_told_apart(case, tmp_path):
     changed = tmp_path / "toy_rule.py"
     changed.write_text(Path(toy_rule.__file__).read_text().replace("(row + rank) % count", "(row + rank + 1) % count"))
     one, other = {
-        "source": (toy_rule.RULE, RULES.get(f"py:{changed}:RULE")),
-        "class": (toy_rule.RULE, numbered()),
+        "code": (toy_rule.RULE, RULES.get(f"py:{changed}:RULE")),
+        "constant": (type("Toy", (toy_rule.Toy,), {"turn": 1})(), type("Toy", (toy_rule.Toy,), {"turn": 2})()),
+        "class": (toy_rule.RULE, type("Other", (toy_rule.Toy,), {})()),
         "version": (numbered("1"), numbered("2")),
         "console": (typed("eplb_table[expert_ids, 1].long()"), typed("(0 + eplb_table[expert_ids, 1]).long()")),
     }[case]
@@ -187,6 +191,42 @@ def test_a_choice_of_its_own_inherits_nothing_that_was_derived_from_another():
     assert rule.shares(PLACEMENT)[0].tolist() == [1, 1, 0, 1, 1, 0, 1, 0]
     choose = rule.prepare(PLACEMENT.eplb_table(0), 8, 3, 4)
     assert choose(torch.tensor([[0, 1]])).tolist() == [[0, 1]]
+
+
+class Promising(EvenRule):
+    name = "promising"
+    choose = toy_rule.Toy.choose
+
+
+def test_the_identity_is_the_same_in_every_process():
+    """Though sets of texts have another order in each, and objects another address."""
+    program = (
+        "from evenmoe.rules.rule import Rule\n"
+        "class Named(Rule):\n"
+        "    name, thing, kinds = 'named', object(), frozenset('abcdef')\n"
+        "    def choose(self, expert_ids, eplb_table, **more):\n"
+        "        return (lambda: expert_ids)() if 'f' in {'a', 'b', 'c', 'd', 'e'} else None\n"
+        "print(Named().identity())"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**environment, "PYTHONHASHSEED": str(seed)},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in range(3)
+    }
+    assert len(told) == 1
+
+
+def test_what_is_derived_from_the_even_rule_is_one_by_which_ranks_choose():
+    rule = Promising()
+    assert (rule.shares_evenly, rule.kernel) == (True, None)
+    np.testing.assert_array_equal(rule.shares(PLACEMENT), RULES.get("even").shares(PLACEMENT))
+    assert dispatched_by([rule] * 4) == dispatched_by([toy_rule.RULE] * 4)
 
 
 def test_what_a_plan_can_assume_is_checked():

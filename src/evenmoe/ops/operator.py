@@ -199,7 +199,7 @@ class Prepared(Generic[_Layout, _Plan]):
         plan = self._plans.get((key, elastic_info))
         if plan is None:
             specs = specs_of(call)
-            layout = self._layouts.get(key, _UNCHECKED)  # looked up once, since another thread may forget it
+            layout: Any = self._layouts.get(key, _UNCHECKED)  # looked up once, since another thread may forget it
             if layout is _UNCHECKED:
                 layout = self._check(specs)
                 _keep(self._layouts, key, layout)

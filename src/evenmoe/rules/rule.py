@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from contextlib import AbstractContextManager
 from functools import cache
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 import numpy as np
@@ -44,10 +43,11 @@ class Rule:
         needs_counts: whether `choose` needs the assignments of all ranks, which then have to be exchanged before.
         balance_mode: its number in `update_expert`, or None; 0 and 1 are Ascend's, others have a name there alone.
         kernel: its number in the simulator's compiled kernels, or None: then the simulator calls `choose`.
-        version: what ranks compare to know that theirs are the same rule; see `identity`. State one where the source
-            does not tell rules apart, such as those of one class that are made with different numbers.
+        version: what ranks compare to know that theirs are the same rule; see `identity`. State one where the code of
+            the class does not tell rules apart, such as those of one class that are made with different numbers.
 
-    A subclass with a `choose` of its own inherits nothing that was derived from another's: shares are measured anew.
+    A subclass with a `choose` of its own inherits nothing that was derived from another's: shares are measured anew,
+    unless it is derived from `EvenRule` and so promises that they are even.
 
     A rule by which every token takes the first replica:
 
@@ -78,9 +78,9 @@ class Rule:
             raise ConstraintError(
                 "plan_for", value, f"must be one of {', '.join(PLANNED_FOR)}", "say what a plan is to assume"
             )
-        own = vars(cls)
+        own, promised = vars(cls), vars(cls.__base__).get("_promises", ())
         for name in _DERIVED if "choose" in own else _NUMBERED if "prepare" in own else ():
-            if name not in own:
+            if name not in own and name not in promised:
                 setattr(cls, name, getattr(Rule, name))
 
     def blaming(self) -> AbstractContextManager[None]:
@@ -88,14 +88,13 @@ class Rule:
         return blaming("rule", self.name, own=type(self).__module__.startswith("evenmoe."))
 
     def identity(self) -> str:
-        """What must be the same on all ranks beside the name: `version`, or else the source of the rule's class.
+        """What must be the same on all ranks beside the name: the class's name, and `version`, or else its code.
 
-        It has the class's name, and of a class without a version the text of itself and of the classes that it is
-        derived from, but not of functions that they call. Where there is no text, as of a class that was typed into a
-        console, it has the compiled methods.
+        The code of a class is its compiled methods and constants, and those of the classes that it is derived from; not
+        functions that they call, nor what its objects are made with. Python versions compile differently.
         """
         cls = type(self)
-        return f"{cls.__qualname__}\n{_source(cls) if self.version is None else self.version}"
+        return f"{cls.__qualname__}\n{_code_of(cls) if self.version is None else self.version}"
 
     def choose(
         self,
@@ -271,24 +270,36 @@ class Chooser:
 
 
 @cache
-def _source(cls: type[Rule]) -> str:
-    texts = []
-    for each in cls.__mro__[: cls.__mro__.index(Rule)]:
-        try:
-            texts.append(inspect.getsource(each))
-        except (OSError, TypeError):
-            codes = {name: value.__code__ for name, value in vars(each).items() if inspect.isfunction(value)}
-            texts += [f"{name} {_compiled(codes[name])}" for name in sorted(codes)]
-    return "\n".join(texts)
+def _code_of(cls: type[Rule]) -> str:
+    # Not the text: to find that of a class Python parses its file, which fails in several threads at once (3.11), and
+    # there is none of what was typed into a console.
+    classes = cls.__mro__[: cls.__mro__.index(Rule)]
+    return "\n".join(
+        f"{name} {_compiled(value)}"
+        for each in classes
+        for name, value in sorted(vars(each).items())
+        if not name.startswith("__")
+    )
 
 
-def _compiled(code: CodeType) -> str:
-    constants = [_compiled(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts]
-    return f"{code.co_code.hex()} {code.co_names} {constants}"
+def _compiled(value: object) -> str:
+    """A function, or a constant of one; what else there is may differ between processes, and counts as nothing."""
+    value = getattr(value, "__func__", getattr(value, "fget", value))  # of methods and properties
+    if isinstance(value, FunctionType):
+        return _compiled(value.__code__)
+    if isinstance(value, CodeType):
+        return f"{value.co_code.hex()} {value.co_names} {_compiled(value.co_consts)}"
+    if isinstance(value, frozenset):  # in no order
+        return str(sorted(map(_compiled, value)))
+    if isinstance(value, tuple):
+        return str([_compiled(each) for each in value])
+    return repr(value) if value is None or isinstance(value, str | bytes | int | float | complex) else ""
 
 
 class EvenRule(Rule):
     """Every replica gets an equal share: what a plan assumes, and the frame of rules that come to it."""
+
+    _promises = ("shares", "shares_evenly")  # by who derives a rule from it, whatever that chooses
 
     name = "even"
     description = "Equal shares for all replicas; for plans and simulations, since no rank alone can choose so."

@@ -108,8 +108,8 @@ def simulate(
     window = refresh if window is None else whole_number("window", window, 1)
     fewest = cluster.fewest_slots(trace.num_experts)
     num_slots = fewest + num_ranks if num_slots is None else whole_number("num_slots", num_slots, 1)
-    texts = tuple(policies) if isinstance(policies, Iterable) and not isinstance(policies, str) else (None,)
-    if not all(isinstance(text, str) for text in texts):
+    texts = None if isinstance(policies, str) or not isinstance(policies, Iterable) else list(policies)
+    if texts is None or not all(isinstance(text, str) for text in texts):
         raise ConstraintError("policies", repr(policies), "must be a sequence of texts", "put each policy in a list")
     chosen = parse_policies(
         texts,
