@@ -15,7 +15,7 @@ import resource
 import time
 
 from evenmoe.simulator.costs import CostModel
-from evenmoe.simulator.policies import DEFAULT
+from evenmoe.simulator.policies import default_policies
 from evenmoe.simulator.replay import simulate
 from evenmoe.traces.models import find_model
 from evenmoe.traces.synthesis import synthesize
@@ -25,7 +25,7 @@ RANKS_PER_NODE = 8
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("policies", nargs="*", default=list(DEFAULT))
+    parser.add_argument("policies", nargs="*", default=list(default_policies(320, 320, once=False)))
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--ranks", type=int, default=320)
     parser.add_argument("--slots", type=int, default=320)

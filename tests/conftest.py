@@ -1,4 +1,4 @@
-"""What several rooms' tests share; the helpers themselves are `tests.worlds` and `tests.processes`."""
+"""What the tests of several packages share; the helpers themselves are `tests.worlds` and `tests.processes`."""
 
 from __future__ import annotations
 

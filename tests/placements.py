@@ -1,4 +1,4 @@
-"""Random placements for the tests of the ground floor and of the runtime."""
+"""Random placements for the tests."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def test_a_second_process_finds_what_the_first_compiled(kernel):
 
 
 def test_a_kernel_that_is_imported_may_change(kernel):
-    """By hand: 2 · 21, and 3 · 21 once the imported kernel triples; the caller's own file is the same."""
+    """By hand: 2 · 21, and 3 · 21 once the imported kernel multiplies by 3; the caller's own file is the same."""
     shutil.copy(kernel, kernel.with_name("other.py"))
     kernel.write_text(CALLER)
     assert python(SOURCE.parent, kernel) == "42 0\n42 0\n"

@@ -46,17 +46,17 @@ def test_message_and_status(cls):
 @pytest.mark.parametrize("cls", STATUS)
 def test_copies(cls):
     error = cls("x", (2, 3), "must be flat", "flatten it")
-    for twin in (pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):
-        assert type(twin) is cls
-        assert str(twin) == str(error) == "`x` is (2, 3): it must be flat; flatten it."
-        assert (twin.argument, twin.value, twin.status) == ("x", "(2, 3)", STATUS[cls])
+    for copied in (pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):
+        assert type(copied) is cls
+        assert str(copied) == str(error) == "`x` is (2, 3): it must be flat; flatten it."
+        assert (copied.argument, copied.value, copied.status) == ("x", "(2, 3)", STATUS[cls])
 
 
 def test_a_lost_rank():
     error = LostRankError("rank 0 waits for rank 2", (2,))
-    for twin in (error, pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):
-        assert isinstance(twin, RuntimeError)
-        assert not isinstance(twin, EvenmoeError)  # not a mistake in a call
-        assert str(twin) == "rank 0 waits for rank 2"
-        assert twin.ranks == (2,)
+    for copied in (error, pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):
+        assert isinstance(copied, RuntimeError)
+        assert not isinstance(copied, EvenmoeError)  # not a mistake in a call
+        assert str(copied) == "rank 0 waits for rank 2"
+        assert copied.ranks == (2,)
     assert LostRankError("gone").ranks == ()

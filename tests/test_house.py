@@ -1,8 +1,9 @@
-"""`tools/house.py` counts what it says: it finds what is planted in a small house, and measures the real one."""
+"""`tools/house.py` counts what it says; tests stand where their module does, and speak the field's words."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +94,80 @@ def test_the_real_house_is_measured():
         assert 0 < found[f"{name}: files visited"] < found[f"{name}: functions called"]
     assert found["Placements built by em.plan, batch + previous + windows"] >= 1
     assert found["evenmoe plan l.pt -o p.json: modules of evenmoe imported"] < found["modules"]
+
+
+def untested(src: Path, tests: Path, page: str) -> list[str]:
+    """Modules of 60 lines or more that have neither a test at their path nor a true row in the test map."""
+    rows = re.findall(r"^\| (`[a-z_/]+`(?:, `[a-z_/]+`)*) \| (`tests/[^|]+`) \|$", page, re.MULTILINE)
+    mapped = {module: re.findall("`([^`]+)`", places) for names, places in rows for module in names[1:-1].split("`, `")}
+    found = [f"{module} is no module" for module in mapped if not (src / f"{module}.py").is_file()]
+    for module, places in mapped.items():
+        found += [f"{module}: {place} is not there" for place in places if not (tests.parent / place).is_file()]
+    for path in sorted(src.rglob("[a-z]*.py")):
+        module = path.relative_to(src).with_suffix("")
+        own = (tests / module.parent / f"test_{module.name}.py").is_file()
+        if own and str(module) in mapped:
+            found.append(f"{module} has tests of its own")
+        elif not own and str(module) not in mapped and path.read_text("utf-8").count("\n") >= 60:
+            found.append(f"{module} has no tests at its path")
+    return found
+
+
+def test_what_is_not_tested_is_found(tmp_path):
+    src, tests = tmp_path / "src", tmp_path / "tests"
+    for folder in (src / "a", tests / "a"):
+        folder.mkdir(parents=True)
+    for name in ("own", "mapped", "lonely", "both"):
+        (src / "a" / f"{name}.py").write_text("\n" * 60)
+    (src / "short.py").write_text("\n" * 59)
+    for name in ("own", "both"):
+        (tests / "a" / f"test_{name}.py").write_text("")
+    page = (
+        "| `a/mapped`, `a/both` | `tests/a/test_own.py`, `tests/a/test_gone.py` |\n"
+        "| `a/away` | `tests/a/test_own.py` |\n"
+    )
+    assert untested(src, tests, page) == [
+        "a/away is no module",
+        "a/mapped: tests/a/test_gone.py is not there",
+        "a/both: tests/a/test_gone.py is not there",
+        "a/both has tests of its own",
+        "a/lonely has no tests at its path",
+    ]
+
+
+def test_the_tests_of_a_module_are_found_by_its_path():
+    root = house.ROOT
+    page = (root / "CONTRIBUTING.md").read_text("utf-8")
+    found = untested(root / "src" / "evenmoe", root / "tests", page)
+    assert found == [], "give a module tests at its path, or correct its row of the test map in CONTRIBUTING.md"
+
+
+# Where the field has another word: docs/glossary.md. Words that are also plain English are left to whoever reads.
+HOUSE_WORDS = re.compile(
+    r"(?<![a-z])(dull|hesitant|hesitate|survivors?|sabotaged?|comovement|clumping|homecoming|twins?|synthesise|triples|picks"
+    r"|refusals?|laws|renumbered|crowding|made[ _-]up|told[ _]by|as[ _]loaded|stays?[ _]at[ _]home)(?![a-z])",
+    re.IGNORECASE,
+)
+#: The command's old name, for which its new one is said.
+QUOTED = {"tests/cli/test_options.py": "synthesise"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("def test_dull_rows(): pass", ["dull"]), ("dullness, law", []), ("as loaded", ["as loaded"])]
+)
+def test_words_of_the_house_are_found(text, words):
+    assert [match[0] for match in HOUSE_WORDS.finditer(text)] == words
+
+
+def test_tests_and_benchmarks_speak_the_fields_words():
+    found = []
+    for path in sorted(
+        path for folder in ("tests", "benchmarks", "tools") for path in (house.ROOT / folder).rglob("*.*")
+    ):
+        name = str(path.relative_to(house.ROOT))
+        if path.suffix not in (".py", ".cpp", ".h") or path == Path(__file__).resolve():
+            continue
+        for number, line in enumerate([name, *path.read_text("utf-8").splitlines()]):
+            words = {match[0] for match in HOUSE_WORDS.finditer(line)} - {QUOTED.get(name)}
+            found += [f"{name}:{number}: {word}" for word in sorted(words)]
+    assert found == [], "say it in the word that docs/glossary.md has for it"

@@ -18,7 +18,7 @@ from tests.placements import placements, random_placement
 RELATIVE = 3e-15
 
 
-def dull_rank_loads(load, placement: Placement, layer: int) -> list[float]:
+def plain_rank_loads(load, placement: Placement, layer: int) -> list[float]:
     ranks = [0.0] * placement.num_ranks
     for slot in range(placement.num_slots):
         expert = placement.slot_to_expert[layer, slot]
@@ -48,7 +48,7 @@ def test_rank_loads_and_peak_to_average(case):
     assert par.shape == load.shape[:-1]
     assert loads.dtype == par.dtype == np.float64
     for index in np.ndindex(*load.shape[:-1]):
-        expected = dull_rank_loads(load[index], placement, index[-1])
+        expected = plain_rank_loads(load[index], placement, index[-1])
         assert loads[index].tolist() == pytest.approx(expected, rel=RELATIVE, abs=0)
         mean = sum(expected) / len(expected)
         assert par[index] == pytest.approx(max(expected) / mean if mean else 1.0, rel=RELATIVE, abs=0)
@@ -70,7 +70,7 @@ def test_windows_are_not_summed():
     assert peak_to_average(windows.sum(axis=0), placement).tolist() == [1.0]
 
 
-def dull_copies(previous: Placement, placement: Placement) -> list[int]:
+def plain_copies(previous: Placement, placement: Placement) -> list[int]:
     copies = []
     for layer in range(placement.num_layers):
         before = {
@@ -98,7 +98,7 @@ def test_count_copies(previous, seed, near):
         placement = Placement(slots, previous.num_ranks)
     copies = count_copies(previous, placement)
     assert copies.dtype == np.int64
-    assert copies.tolist() == dull_copies(previous, placement)
+    assert copies.tolist() == plain_copies(previous, placement)
     assert count_copies(placement, placement).tolist() == [0] * placement.num_layers
 
 
@@ -107,7 +107,7 @@ def test_count_copies_ignores_slots_within_a_rank():
     assert count_copies(Placement([[0, 1, 2, 3]], 2), Placement([[2, 3, 0, 1]], 2)).tolist() == [4]
 
 
-LOAD_REFUSALS = {
+LOAD_ERRORS = {
     "one axis": (
         [1, 2],
         "`load` is an array of shape (2,): it must be (layers, experts) or (windows, layers, experts), no axis empty; "
@@ -140,9 +140,9 @@ LOAD_REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("mistake", LOAD_REFUSALS)
+@pytest.mark.parametrize("mistake", LOAD_ERRORS)
 def test_loads_that_are_refused(mistake):
-    load, text = LOAD_REFUSALS[mistake]
+    load, text = LOAD_ERRORS[mistake]
     with pytest.raises(ConstraintError) as caught:
         as_load(load)
     assert str(caught.value) == text

@@ -14,7 +14,7 @@ from evenmoe.errors import ConstraintError
 from evenmoe.placement import Placement, default_placement
 from tests.placements import placements
 
-REFUSALS = {
+ERRORS = {
     "no array of two axes": (
         lambda: Placement([0, 1], 1),
         "`slot_to_expert` is an array of shape (2,): it must be (layers, slots), neither zero; pass one row per layer.",
@@ -109,9 +109,9 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("mistake", REFUSALS)
-def test_refusals(mistake):
-    call, text = REFUSALS[mistake]
+@pytest.mark.parametrize("mistake", ERRORS)
+def test_wrong_arguments(mistake):
+    call, text = ERRORS[mistake]
     with pytest.raises(ConstraintError) as caught:
         call()
     assert str(caught.value) == text
@@ -170,14 +170,14 @@ def test_repr_and_sizes():
 @settings(max_examples=60, deadline=None)
 @given(placements())
 def test_copies_are_equal_and_checked_anew(placement):
-    for twin in (pickle.loads(pickle.dumps(placement)), copy.deepcopy(placement), copy.copy(placement)):
-        assert twin == placement
-        assert hash(twin) == hash(placement)
-        assert twin.num_replicas.tolist() == placement.num_replicas.tolist()
-        assert not twin.slot_to_expert.flags.writeable
+    for copied in (pickle.loads(pickle.dumps(placement)), copy.deepcopy(placement), copy.copy(placement)):
+        assert copied == placement
+        assert hash(copied) == hash(placement)
+        assert copied.num_replicas.tolist() == placement.num_replicas.tolist()
+        assert not copied.slot_to_expert.flags.writeable
 
 
-def dull_rows(placement: Placement, layer: int) -> list[list[int]]:
+def plain_rows(placement: Placement, layer: int) -> list[list[int]]:
     """[count, slots in the order of replica_index] of every expert, slot by slot."""
     rows = []
     for expert in range(placement.num_experts):
@@ -192,13 +192,13 @@ def dull_rows(placement: Placement, layer: int) -> list[list[int]]:
 @settings(max_examples=150, deadline=None)
 @given(placements())
 def test_tables(placement):
-    most = max(len(row) for layer in range(placement.num_layers) for row in dull_rows(placement, layer))
+    most = max(len(row) for layer in range(placement.num_layers) for row in plain_rows(placement, layer))
     for layer in range(placement.num_layers):
         table = placement.eplb_table(layer)
         assert table.dtype == torch.int32
         assert table.is_contiguous()
         assert table.shape == (placement.num_experts, most)  # the same F for all layers
-        expected = [row + [0] * (most - len(row)) for row in dull_rows(placement, layer)]
+        expected = [row + [0] * (most - len(row)) for row in plain_rows(placement, layer)]
         assert table.tolist() == expected
         assert placement.num_replicas[layer].tolist() == [row[0] for row in expected]
 
@@ -208,7 +208,7 @@ def test_tables(placement):
 def test_without_replica_index_slots_ascend(placement):
     ascending = Placement(placement.slot_to_expert, placement.num_ranks)
     for layer in range(placement.num_layers):
-        for count, *slots in dull_rows(ascending, layer):
+        for count, *slots in plain_rows(ascending, layer):
             assert slots == sorted(slots)
             assert len(slots) == count
 

@@ -30,7 +30,7 @@ class Spec:
         tp: 0, 1 or 2. shared_experts, shared_ranks: Sn and Sr as given, (1, 0) and (0, 0) for none.
         moe_ranks, experts_per_rank: ranks behind the shared ones, and L. virtual: zero, copy and const experts.
         sizes: "equal" (max_bs tokens on every rank), "unequal" (0…max_bs), "one" (a single token in the whole world).
-        mask: "none", "tokens" (Bs,), "entries" (Bs, K). hot: every token wants expert 0.
+        mask: "none", "tokens" (Bs,), "assignments" (Bs, K). hot: every token wants expert 0.
         values: "normal", or "special" with ±0, subnormals, the largest numbers, ±inf and NaN among them.
         elastic: "none", "whole" (a vector that says nobody is gone), "scaled" (some ranks are).
         strided: every tensor is transposed in memory, with gaps and an offset.
@@ -82,7 +82,7 @@ def specs(draw: st.DrawFn, ep: int | None = None, tp: int | None = None, elastic
     moe_ranks = ep - shared_ranks
     experts_per_rank = 1 if tp == 2 else draw(st.integers(1, 3))
     virtual = draw(st.sampled_from([(0, 0, 0), (1, 0, 0), (0, 2, 0), (0, 0, 2), (2, 1, 2)]))
-    mask = draw(st.sampled_from(["none", "tokens", "entries"]))
+    mask = draw(st.sampled_from(["none", "tokens", "assignments"]))
     quant_mode = draw(st.sampled_from([0, 2]))
     return Spec(
         seed=draw(st.integers(0, 2**16)),
@@ -168,20 +168,20 @@ class Case:
         spec = self.spec
         shared = spec.shared_experts if spec.shared_ranks else 0
         left = self.random.randint(shared + 1, spec.ep)
-        survivors = self.random.sample(range(spec.ep), left)
+        active_ranks = self.random.sample(range(spec.ep), left)
         shared_new = shared * self.random.randint(1, (left - 1) // shared) if shared else 0
         per_rank = self.random.randint(1, spec.experts_per_rank)
-        if any(old < spec.shared_ranks for old in survivors[shared_new:]):
+        if any(old < spec.shared_ranks for old in active_ranks[shared_new:]):
             per_rank = 1
         if spec.smooth:  # every expert needs its row of `scales`, of which there are as many as the world had experts
             keep = shared_new + min(left - shared_new, self.physical)
-            survivors, left = survivors[:keep], keep
+            active_ranks, left = active_ranks[:keep], keep
         self.physical = per_rank * (left - shared_new)
-        new_rank = [survivors.index(old) if old in survivors else -1 for old in range(spec.ep)]
-        old_rank = survivors + [-1] * (spec.ep - left)
+        new_rank = [active_ranks.index(old) if old in active_ranks else -1 for old in range(spec.ep)]
+        old_rank = active_ranks + [-1] * (spec.ep - left)
         head = [1, left, shared_new, self.physical]
         self.elastic_info = torch.tensor(head + new_rank + old_rank, dtype=torch.int32)
-        self.present = [old in survivors for old in range(spec.ep) for _ in range(max(spec.tp, 1))]
+        self.present = [old in active_ranks for old in range(spec.ep) for _ in range(max(spec.tp, 1))]
 
     def _make_sizes(self) -> None:
         spec, random = self.spec, self.random
@@ -196,7 +196,7 @@ class Case:
             self.global_bs = spec.ep
 
     def _make_routing(self) -> None:
-        """Distinct physical ids where entries take part; virtual ids may repeat, and padding may hold anything."""
+        """Distinct physical ids where assignments take part; virtual ids may repeat, and padding may hold anything."""
         spec, random = self.spec, self.random
         self.ids, self.masks = [], None if spec.mask == "none" else []
         for index, num_tokens in enumerate(self.num_tokens):

@@ -7,6 +7,8 @@ group name, 561002 for every shape, range and consistency rule.
 
 from __future__ import annotations
 
+from operator import index
+
 
 class EvenmoeError(ValueError):
     """A mistake in a call, said in one sentence: argument, value, rule, fix.
@@ -51,6 +53,18 @@ def require(holds: bool, argument: str, value: object, rule: str, fix: str) -> N
     """
     if not holds:
         raise ConstraintError(argument, value, rule, fix)
+
+
+def as_integer(argument: str, value: object, fix: str = "pass an int") -> int:
+    """A whole number of Python's, NumPy's or torch's as Python's; a `ConstraintError` for anything else.
+
+    >>> as_integer("top_k", True)
+    1
+    """
+    try:
+        return index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise ConstraintError(argument, repr(value), "must be an integer", fix) from None
 
 
 class RankDisagreementError(EvenmoeError):

@@ -175,20 +175,23 @@ QUANTITIES = {
     quantity.name: quantity
     for quantity in (
         Quantity("mean_par", "Mean PAR", _RATIO, "lower",
-                 "PAR averaged over all steps and layers; a layer without load counts as 1, and steps before a "
-                 "policy's first plan count as well.", par),
-        Quantity("worst_par", "Worst PAR", _RATIO, "lower", "The highest PAR of any step and layer.", par),
+                 "PAR averaged over the judged steps and all layers; a layer without load counts as 1.", par),
+        Quantity("worst_par", "Worst PAR", _RATIO, "lower", "The highest PAR of any judged step and layer.", par),
         Quantity("mean_par_per_layer", "Mean PAR of a layer", _RATIO, "lower",
-                 "PAR of each layer averaged over all steps.", par),
+                 "PAR of each layer averaged over the judged steps.", par),
         Quantity("step_time_us", "Step", _STEP, "lower",
-                 "Modeled time of a step, averaged over all steps: for every layer the busiest rank's experts and the "
-                 "exchange of rows; neither copying nor time outside the expert layers is included.",
+                 "Modeled time of a step, averaged over the judged steps: for every layer the busiest rank's experts "
+                 "and the exchange of rows; neither copying nor time outside the expert layers is included.",
                  significant, TIMES, "time"),
         Quantity("copy_time_us", "Copying", _STEP, "lower",
-                 "Modeled time of copying expert weights, averaged over all steps; nothing else goes on meanwhile.",
+                 "Modeled time of copying expert weights per step: that of the first plan spread over the horizon, "
+                 "later ones over the judged steps.",
                  significant, TIMES, "time"),
         Quantity("net_time_us", "Step and copying", _STEP, "lower",
-                 "Modeled time of a step with the copying before it, averaged over all steps.",
+                 "Modeled time of a step with its share of copying, averaged over the judged steps. Copies between "
+                 "steps add their time, the first plan's spread over the horizon; while experts are copied beside the "
+                 "steps, the old placement serves, the default one as many steps of the horizon as the first plan's "
+                 "copies take.",
                  significant, TIMES, "time"),
         Quantity("total_copy_time_us", "Copying in all", "µs", "lower",
                  "Modeled time of copying expert weights, all steps together.", significant, TIMES),
@@ -199,17 +202,19 @@ QUANTITIES = {
                  "100 % minus step time ÷ step time of the first policy, copying not included; null where that is 0.",
                  percent),
         Quantity("net_gain_percent", "Net gain", "%", "higher",
-                 "The gain with the time of copying added to both step times.", percent),
+                 "100 % minus step and copying ÷ step and copying of the first policy; null where that is 0.", percent),
         Quantity("copies", "Copies", "experts", "lower",
                  "How often one expert's weights are moved to a rank that did not hold them, all steps and layers "
                  "together; the first placement is not counted.", count),
         Quantity("refreshes", "Refreshes", "times", "",
-                 "How often the placement is replaced before a step; the first placement is not counted.", count),
+                 "How often copies for another placement begin, in all steps; the first placement is not counted.",
+                 count),
         Quantity("copies_per_refresh", "Copies", "experts per refresh", "lower",
                  "Copies averaged over refreshes; 0 without one.", significant),
         Quantity("break_even_steps", "Break-even", "steps", "lower",
-                 "Steps after which a mean refresh has paid for its copies: copying time of a refresh ÷ step time "
-                 "saved per step; never (null) where no time is saved, 0 where copying takes none.", steps),
+                 "Steps after which a mean refresh has paid for its copies if steps wait for them: copying time of a "
+                 "refresh ÷ step time saved per judged step; never (null) where no time is saved, 0 where copying "
+                 "takes none.", steps),
         Quantity("rows_within_node", "Within nodes, per expert", _ROWS, "lower",
                  f"{_SENT}: one for each token and expert; as many come back.", significant, ROWS, "rows"),
         Quantity("rows_between_nodes", "Between nodes, per expert", _ROWS, "lower",

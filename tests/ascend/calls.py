@@ -81,7 +81,7 @@ class Chain:
         masks = {
             "none": None,
             "tokens": torch.tensor([token < self.tokens - 1 for token in range(self.tokens)]),
-            "entries": torch.tensor([[random_.random() < 0.6 for _ in row] for row in rows]),
+            "assignments": torch.tensor([[random_.random() < 0.6 for _ in row] for row in rows]),
         }
         const = self.virtual[2]
         weights = torch.rand((self.tokens, self.top_k), generator=torch_random)
@@ -201,7 +201,7 @@ CHAINS = {
     "shared": Chain(ep=4, shared_experts=1, shared_ranks=2, nums_type=0),
     "quantized": Chain(quant_mode=2, dtype=torch.bfloat16, top_k=3, comm_quant_mode=2),
     "masked tokens": Chain(mask="tokens", ep=3, top_k=1),
-    "masked entries": Chain(mask="entries", shared_experts=2, shared_ranks=2, ep=4),
+    "masked assignments": Chain(mask="assignments", shared_experts=2, shared_ranks=2, ep=4),
     "virtual": Chain(virtual=(1, 2, 2), top_k=5, tokens=4),
     "one token": Chain(tokens=1, experts_per_rank=1, top_k=1),
 }

@@ -131,7 +131,7 @@ def test_oldest_versions_give_the_operators_values(name):
     check_chain(CHAINS[name], run_chain(CHAINS[name], OLDEST))
 
 
-@pytest.mark.parametrize("name", ["plain", "quantized", "masked entries"])
+@pytest.mark.parametrize("name", ["plain", "quantized", "masked assignments"])
 def test_strided_views_with_an_offset_are_read_and_written(name):
     launched = run_chain(CHAINS[name], NEWEST, place=strided)
     assert not launched[0][2]["expand_x"].is_contiguous()

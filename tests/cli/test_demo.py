@@ -32,7 +32,7 @@ KEYS = [
 ]
 
 
-def dull_par(load: np.ndarray, slot_to_expert: list[int], ranks: int) -> float:
+def plain_par(load: np.ndarray, slot_to_expert: list[int], ranks: int) -> float:
     """The busiest rank's tokens over the mean rank's, of one layer, every replica taking an even share."""
     per_rank, tokens = len(slot_to_expert) // ranks, [0.0] * ranks
     for slot, expert in enumerate(slot_to_expert):
@@ -50,7 +50,7 @@ def check(summary: dict, load: np.ndarray, name: str, ranks: int, top_k: int, se
     assert summary["assignments_per_layer"] == int(total.sum()) // layers
     planned = em.plan(total, num_ranks=ranks, num_slots=slots, seed=seed).slot_to_expert.tolist()
     for key, held in (("default_placement", [list(range(experts))] * layers), ("planned", planned)):
-        pars = [dull_par(total[layer], held[layer], ranks) for layer in range(layers)]
+        pars = [plain_par(total[layer], held[layer], ranks) for layer in range(layers)]
         # Sums of at most 264 slots and the mean of at most 58 layers, each sum rounded at most 2⁻⁵³ per term.
         given = summary["par"][key]
         assert given["worst"] == pytest.approx(max(pars), rel=1e-13)
@@ -94,7 +94,7 @@ def test_the_seed_makes_tokens_weights_and_trace(small_demo):
     assert first == again
     assert first["worlds"][0]["largest_difference"] != other["worlds"][0]["largest_difference"]
     check_load = small_trace(5).load.sum(axis=0)
-    worst = max(dull_par(load, list(range(32)), 8) for load in check_load)
+    worst = max(plain_par(load, list(range(32)), 8) for load in check_load)
     assert first["par"]["default_placement"]["worst"] == pytest.approx(worst, rel=1e-13)
 
 
@@ -127,7 +127,7 @@ def test_one_window_of_a_load(small_demo, tmp_path):
 
 
 def test_recorded_tokens_are_used(small_demo, tmp_path):
-    """Every recorded token of layer 1 picks experts 0 and 5, so their ranks compute everything."""
+    """Every recorded token of layer 1 is routed to experts 0 and 5, so their ranks compute everything."""
     load = np.array([[[9, 9, 9, 9, 9, 9], [90, 1, 1, 1, 1, 30]]])
     routing = np.array([[[1, 2], [0, 5]]] * 3)
     done = small_demo("--json", "--ranks", 3, "--trace", at(tmp_path / "hot.npz", npz(load=load, routing=routing)))
@@ -178,7 +178,7 @@ def test_text(small_demo):
 
 @pytest.mark.parametrize("name", ["synthetic_deepseek_v2_lite", *measured_names("deepseek_v2_lite_esft_law")])
 def test_a_recorded_trace(small_demo, tmp_path, name):
-    """DeepSeek-V2-Lite's routing, made up or of legal texts by the model's own authors."""
+    """DeepSeek-V2-Lite's routing, synthetic or of legal texts by the model's own authors."""
     path = trace_file(name, tmp_path)
     done = small_demo("--json", "--trace", path)
     assert done.code == 0

@@ -94,8 +94,8 @@ PLACES = {
     "reading": (["check", "{load}"], "evenmoe.formats.document:read_bytes"),
     "comparing": (["diff", FIRST, SECOND, "--ranks", 2], "evenmoe.formats.difference:diff"),
     "planning": (["plan", "{load}", "--ranks", 2, "--slots", 6], "evenmoe.planner.plan:plan_with"),
-    "replaying": (REPLAY, "evenmoe.simulator.replay:_Run.advance"),
-    "replaying in a thread": (REPLAY, "evenmoe.simulator.replay:_Run._count"),
+    "replaying": (REPLAY, "evenmoe.simulator.run:Run.advance"),
+    "replaying in a thread": (REPLAY, "evenmoe.simulator.run:Run._count"),
     "ranks that wait": (["demo", "--trace", "{load}", "--ranks", 2], "evenmoe.cli.chain:_one_rank"),
     "making a trace": (
         ["synthesize", "-o", "new.npz", "--windows", 2, "--num-layers", 1],
@@ -145,7 +145,7 @@ def test_a_terminal_gets_its_cursor_back(tmp_path, load):
 
     def start() -> None:
         os.dup2(theirs, 2)
-        interrupting("evenmoe.simulator.replay:_Run.advance")()
+        interrupting("evenmoe.simulator.run:Run.advance")()
 
     command = [load if argument == "{load}" else argument for argument in REPLAY]
     reader = threading.Thread(target=read)

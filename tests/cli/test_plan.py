@@ -211,7 +211,7 @@ def test_experts_that_do_not_divide_have_no_identity(evenmoe: Run, tmp_path):
 
 
 def test_pipes(tmp_path):
-    """A made-up trace through `-` into `plan`, the placement on standard output and the summary beside it."""
+    """A synthetic trace through `-` into `plan`, the placement on standard output and the summary beside it."""
     evenmoe = [sys.executable, "-m", "evenmoe"]
     made = subprocess.run(
         [*evenmoe, "synthesize", "--model", "olmoe", "--num-layers", "2", "--windows", "3", "-o", "-", "--json"],

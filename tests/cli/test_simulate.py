@@ -36,7 +36,16 @@ def test_the_tables_name_every_policy(evenmoe, trace):
     done = evenmoe("simulate", trace, *SMALL)
     assert done.code == 0, done.err
     assert "trace: 6 steps of 64 tokens on 4 ranks, 1 nodes" in done.out
-    for word in ("identity", "static", "greedy", "evenmoe:rule=batch", "oracle", "Mean PAR", "Worst", "Break-"):
+    for word in (
+        "identity",
+        "greedy",
+        "evenmoe:slots=32",
+        "evenmoe:rule=batch",
+        "oracle",
+        "Mean PAR",
+        "Worst",
+        "Break-",
+    ):
         assert word in done.out
     assert max(len(line) for line in done.out.splitlines()) <= 80
     assert "Every token-expert assignment is the recorded one" in done.err
@@ -60,10 +69,21 @@ def test_json_is_one_object_whose_keys_have_units(evenmoe, trace):
 def test_every_option_reaches_the_replay(evenmoe, trace, tmp_path):
     out, page = tmp_path / "out.sim", tmp_path / "page.html"
     sizes = ("--ranks", 8, "--nodes", 4, "--tokens-per-rank", 6, "--chunk", 2, "--steps", 5, "--top-k", 4, "--seed", 7)
-    plans = ("--slots", 48, "--groups", 4, "--refresh", 2, "--window", 3, "-p", "greedy")
+    plans = ("--slots", 48, "--groups", 4, "--refresh", 2, "--window", 3, "--horizon", 9, "-p", "greedy")
     bytes_ = ("--expert-bytes", 2, "--copy-bytes", 3, "--dispatch-row-bytes", 4, "--combine-row-bytes", 5)
     speeds = ("--flops-per-s", 6, "--memory-bytes-per-s", 7, "--within-bytes-per-s", 8, "--between-bytes-per-s", 9)
-    costs = ("--hidden", 10, "--expert-flops", 1, "--latency-us", 11, "--row-per-expert", *bytes_, *speeds)
+    costs = (
+        "--hidden",
+        10,
+        "--expert-flops",
+        1,
+        "--latency-us",
+        11,
+        "--row-per-expert",
+        "--no-copy-overlap",
+        *bytes_,
+        *speeds,
+    )
     rest = ("--workers", 2, "--details", "--out", out, "--report", page)
     done = evenmoe("simulate", trace, *sizes, *plans, *costs, *rest)
     assert done.code == 0, done.err
@@ -75,7 +95,7 @@ def test_every_option_reaches_the_replay(evenmoe, trace, tmp_path):
         "FLOP per row of an expert": "1", "weights of an expert": "2", "copied expert": "3", "row to an expert": "4",
         "row back": "5", "achieved by a rank": "6", "reading weights": "7", "link to ranks of the node": "8",
         "link to other nodes": "9", "latency of an exchange": "11", "token rows in step times": "one per expert",
-        "model": "not known",
+        "model": "not known", "horizon of the first plan": "9", "experts are copied": "between steps",
     }  # fmt: skip
     assert {name: settings[name] for name in expected} == expected
     assert simulation.policies[1].details is not None
@@ -152,6 +172,9 @@ def test_nodes_have_eight_ranks_where_that_divides(evenmoe, trace):
         (("--latency-us", "nan"), "0 or more"),
         (("--out", "missing/out.sim"), "folder that exists"),
         (("--ranks", 0), "--ranks"),
+        (("--refresh", "often"), "`--refresh` is often: it must be a number of steps or auto; use 1 or more"),
+        (("--refresh", 0), "must be a number of steps or auto"),
+        (("--horizon", 0), "--horizon"),
         (("--steps", "x"), "--steps"),
         (("-p", "evenmoe:groups=4,rule=batch", "--nodes", 2), "can be planned"),
     ],

@@ -34,6 +34,7 @@ FEW = tuple(policy for policy in POLICIES if policy[1] != "static" and "start" n
 def assert_found(setup: Setup, by_hand: dict[str, ByHand], saved: Path, printed: dict) -> None:
     """The file and the printed object hold what the loops found."""
     simulation = load_simulation(saved)
+    judged = simulation.judged
     assert [policy.name for policy in simulation.policies] == list(by_hand)
     assert [policy["name"] for policy in printed["policies"]] == list(by_hand)
     for policy, shown in zip(simulation.policies, printed["policies"], strict=True):
@@ -42,7 +43,7 @@ def assert_found(setup: Setup, by_hand: dict[str, ByHand], saved: Path, printed:
         np.testing.assert_array_equal(policy.par, expected.par)
         assert policy.details is not None
         np.testing.assert_array_equal(policy.details.rank_loads, expected.loads)
-        np.testing.assert_array_equal(policy.rank_tokens, np.sum(expected.loads, axis=0))
+        np.testing.assert_array_equal(policy.rank_tokens, np.sum(expected.loads[judged], axis=0))
         traffic = policy.traffic
         found = (traffic.within_node, traffic.between_nodes, traffic.within_node_once, traffic.between_nodes_once)
         np.testing.assert_array_equal(np.stack(found, axis=1), expected.rows)
@@ -61,13 +62,18 @@ def assert_found(setup: Setup, by_hand: dict[str, ByHand], saved: Path, printed:
             assert policy.break_even_steps == pytest.approx(expected.break_even, rel=300 * 2**-52 * enlarged)
         else:
             assert policy.break_even_steps == expected.break_even
-        assert shown["mean_par"] == pytest.approx(np.mean(expected.par), rel=1e-12)
-        assert shown["worst_par"] == np.max(expected.par)
+        rows = np.mean(expected.rows[judged], axis=0)
+        assert shown["mean_par"] == pytest.approx(np.mean(expected.par[judged]), rel=1e-12)
+        assert shown["worst_par"] == np.max(expected.par[judged])
         assert shown["copies"] == np.sum(expected.copies)
-        assert shown["deduplicated_rows_between_nodes"] == pytest.approx(np.mean(expected.rows, axis=0)[3], rel=1e-12)
-        assert shown["rows_within_node"] == pytest.approx(np.mean(expected.rows, axis=0)[0], rel=1e-12)
-        assert shown["step_time_us"] == pytest.approx(np.mean(expected.step_us), rel=1e-12)
-    assert np.sum(simulation.load) == np.sum(next(iter(by_hand.values())).loads)
+        assert shown["deduplicated_rows_between_nodes"] == pytest.approx(rows[3], rel=1e-12)
+        assert shown["rows_within_node"] == pytest.approx(rows[0], rel=1e-12)
+        assert shown["step_time_us"] == pytest.approx(np.mean(expected.step_us[judged]), rel=1e-12)
+        assert shown["net_time_us"] == pytest.approx(np.mean(expected.net_us), rel=1e-12)
+        base = np.mean(next(iter(by_hand.values())).net_us)
+        gain = 100 * (1 - np.mean(expected.net_us) / base)
+        assert shown["net_gain_percent"] == pytest.approx(gain, rel=1e-12, abs=1e-10)
+    assert np.sum(simulation.load) == np.sum(next(iter(by_hand.values())).loads[judged])
 
 
 def run_both(evenmoe, tmp_path: Path, path: Path, setup: Setup, policies, *extra: object) -> dict[str, ByHand]:
@@ -76,7 +82,8 @@ def run_both(evenmoe, tmp_path: Path, path: Path, setup: Setup, policies, *extra
     done = evenmoe(
         "simulate", path, "--ranks", setup.ranks, "--nodes", setup.nodes, "--tokens-per-rank", setup.tokens,
         "--chunk", setup.chunk, "--steps", setup.steps, "--refresh", setup.refresh, "--window", setup.window,
-        "--slots", setup.slots, "--workers", 1, "--details", "--json", "--out", out, *options, *extra,
+        "--slots", setup.slots, "--workers", 1, "--details", "--json", "--out", out, "--horizon", setup.horizon,
+        "--copy-overlap" if setup.overlap else "--no-copy-overlap", *options, *extra,
     )  # fmt: skip
     assert done.code == 0, done.err
     with np.load(path) as file:
@@ -112,7 +119,7 @@ def test_the_built_in_trace(evenmoe, tmp_path):
 
 
 def test_decode_on_one_node_with_a_row_per_expert(evenmoe, tmp_path):
-    setup = small_setup(ranks=4, nodes=1, chunk=1, slots=64, once=False, window=2)
+    setup = small_setup(ranks=4, nodes=1, chunk=1, slots=64, once=False, window=2, overlap=False, horizon=7)
     run_both(evenmoe, tmp_path, small_file(tmp_path), setup, FEW, *SMALL_COSTS, "--row-per-expert")
 
 
@@ -139,7 +146,7 @@ RECORDED = {
 
 @pytest.mark.parametrize("name", [*SYNTHETIC, *measured_names(*RECORDED)])
 def test_recorded_traces(evenmoe, tmp_path, name):
-    """The model, and so the costs, are told by the shape of the trace."""
+    """The model, and so the costs, are taken from the trace's shape."""
     (hidden, inner, weight), chunk = RECORDED[name]
     setup = Setup(
         ranks=8, nodes=2, tokens=8, chunk=chunk, steps=4, refresh=2, window=2, slots=72 if hidden == 2048 else 40,

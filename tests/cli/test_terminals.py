@@ -17,7 +17,6 @@ import pytest
 from evenmoe.cli import chain
 from evenmoe.errors import ConstraintError, FileFormatError
 from evenmoe.simulator.costs import CostModel
-from evenmoe.simulator.policies import DEFAULT
 from evenmoe.simulator.replay import simulate
 from evenmoe.simulator.result import Simulation
 from evenmoe.simulator.store import load_simulation, save_simulation
@@ -48,7 +47,7 @@ SIZES = {"num_ranks": 2, "tokens_per_rank": 8, "num_steps": 3, "top_k": 2, "work
 
 def replayed() -> Simulation:
     costs = CostModel.for_expert(4, 8, 8)
-    return simulate(Trace("load", LOAD), DEFAULT, costs=costs, **SIZES)
+    return simulate(Trace("load", LOAD), costs=costs, **SIZES)
 
 
 @pytest.fixture
@@ -200,7 +199,7 @@ def test_costs_beyond_all_measure(tmp_path, option, value):
 def test_the_largest_costs_still_add_up():
     """12 tokens in 3 steps at the limits of every figure: 10^30 / 10^-30 s a byte is less than 10^100 µs."""
     largest = CostModel(1e30, 1e30, 1e30, 1e30, 1e30, 1e-30, 1e-30, 1e-30, 1e-30, 1e30)
-    found = simulate(Trace("load", LOAD), DEFAULT, costs=largest, **SIZES)
+    found = simulate(Trace("load", LOAD), costs=largest, **SIZES)
     assert all(policy.step_time.max() < 1e100 for policy in found.policies)
     with pytest.raises(ConstraintError, match="is 9e-31: it must be finite and more than 0, from 1e-30 to 1e"):
         CostModel(1.0, 1.0, 1.0, 1.0, 1.0, flops_per_s=9e-31)

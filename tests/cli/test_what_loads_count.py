@@ -66,7 +66,7 @@ def test_the_plan_of_a_ring_is_that_of_its_passes(evenmoe: Run, tmp_path):
 
 
 def test_a_layer_without_tokens_in_a_window_does_not_enter_its_mean(evenmoe: Run, tmp_path):
-    """Either layer is at 2.0 wherever it has tokens; 1.75 would be the mean with a made-up even window."""
+    """Either layer is at 2.0 wherever it has tokens; 1.75 would be the mean with an even window put in its place."""
     hot = [6, 2, 0, 0]
     said = json.loads(evenmoe("plan", npz(tmp_path / "l.npz", [[hot, [0] * 4], [hot, hot]]), *WORLD, "--json").out)
     assert said["par"]["default_placement"]["mean_of_windows"] == {

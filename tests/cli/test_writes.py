@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from evenmoe.simulator.costs import CostModel
-from evenmoe.simulator.policies import DEFAULT
 from evenmoe.simulator.replay import simulate
 from evenmoe.simulator.store import save_simulation
 from evenmoe.traces.trace import Trace
@@ -79,7 +78,7 @@ def inputs(tmp_path_factory) -> Path:
     at(folder / "wide.npz", npz(load=np.random.default_rng(3).integers(1, 1 << 30, (3, 1, 120))))
     costs = CostModel.for_expert(4, 8, 8)
     replayed = simulate(
-        Trace("load", load), DEFAULT, num_ranks=2, tokens_per_rank=8, costs=costs, num_steps=3, top_k=2, workers=1
+        Trace("load", load), num_ranks=2, tokens_per_rank=8, costs=costs, num_steps=3, top_k=2, workers=1
     )
     save_simulation(folder / "replay.npz", replayed)
     return folder

@@ -6,9 +6,9 @@ import inspect
 
 import pytest
 
-from evenmoe.contract.combine import check_combine, check_combine_add_rms_norm
 from evenmoe.contract.limits import RELAXED, UNLIMITED
 from evenmoe.contract.tensor_spec import ALLOCATED, TensorSpec
+from tests.contract.checks import check_combine, check_combine_add_rms_norm
 
 LONG_NAME = "g" * 128
 INT32_MAX = 2**31 - 1

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from evenmoe.contract.combine import check_combine, check_combine_add_rms_norm
 from evenmoe.contract.limits import ATLAS_A3, RELAXED, UNLIMITED
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
+from tests.contract.checks import check_combine, check_combine_add_rms_norm
 
 # The world of the operator's first page (§7), TP of two: A = 64 rows, twice; without the norm's tensors.
 DEMO = {

@@ -6,9 +6,9 @@ import inspect
 
 import pytest
 
-from evenmoe.contract.dispatch import check_dispatch
 from evenmoe.contract.limits import ATLAS_A3
 from evenmoe.contract.tensor_spec import ALLOCATED, TensorSpec
+from tests.contract.checks import check_dispatch
 
 LONG_NAME = "g" * 128
 INT32_MAX = 2**31 - 1

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from evenmoe.contract.dispatch import check_dispatch, infer_dispatch
+from evenmoe.contract.dispatch import infer_dispatch
 from evenmoe.contract.limits import ATLAS_A3, RELAXED, UNLIMITED
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
+from tests.contract.checks import check_dispatch
 
 ELASTIC = TensorSpec((20,), "int32")
 

@@ -1,4 +1,4 @@
-"""The three sets of limits, their names, and what a refusal says about them."""
+"""The three sets of limits, their names, and what an error says about them."""
 
 from __future__ import annotations
 

@@ -8,13 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evenmoe.contract.combine import check_combine, check_combine_add_rms_norm
-from evenmoe.contract.dispatch import check_dispatch
 from evenmoe.contract.layout import make_layout, scale_down
 from evenmoe.contract.limits import ATLAS_A3, RELAXED, UNLIMITED
 from evenmoe.contract.tensor_spec import ALLOCATED, TensorSpec
-from evenmoe.contract.update_expert import check_update_expert, infer_update_expert
+from evenmoe.contract.update_expert import infer_update_expert
 from evenmoe.errors import EvenmoeError
+from tests.contract.checks import check_combine, check_combine_add_rms_norm, check_dispatch, check_update_expert
 
 EXTREMES = [-(2**63), -(2**31), -1, 0, 1, 2, 3, 4, 8, 16, 17, 64, 128, 512, 1024, 2**31 - 1, 2**31, 2**63 - 1, 10**30]
 SIZES = st.one_of(st.integers(-3, 20), st.sampled_from(EXTREMES))

@@ -8,8 +8,9 @@ import pytest
 
 from evenmoe.contract.limits import ATLAS_A3, RELAXED, UNLIMITED
 from evenmoe.contract.tensor_spec import TensorSpec
-from evenmoe.contract.update_expert import check_update_expert, infer_update_expert
+from evenmoe.contract.update_expert import infer_update_expert
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
+from tests.contract.checks import check_update_expert
 
 VALID = {
     "expert_ids": TensorSpec((128, 8), "int32"),

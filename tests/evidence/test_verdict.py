@@ -1,4 +1,4 @@
-"""Verdicts on made-up worlds whose truth is known, and each branch of the rule."""
+"""Verdicts on synthetic worlds whose truth is known, and each branch of the rule."""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ def attempt(sample: Sample, content: Content, path: Path, act: Callable[..., Any
 
 
 def fuzz(sample: Sample, count: int, seed: int, folder: Path) -> Counter[str]:
-    """`count` damaged files of one sample through `read`, told by content and by name, and through `check`."""
+    """`count` damaged files of one sample through `read`, detected and named, and through `check`."""
     rng = random.Random(f"{sample.name} {seed}")
     signal.signal(signal.SIGVTALRM, _hang)
     warnings.simplefilter("error")

@@ -147,7 +147,7 @@ def test_every_conversion_of_a_placement_arrives(tmp_path):
         assert formats.read(end).placement == PLACEMENT, (one.name, other.name)
 
 
-def test_format_and_container_are_told_by_content_alone(tmp_path):
+def test_format_and_container_are_detected_by_content_alone(tmp_path):
     for number, sample in enumerate(samples(tmp_path)):
         path = put(sample.content, tmp_path / f"{number}.txt")  # a name that says nothing
         assert formats.read(path, **sample.told).format == sample.entry.name, sample.name

@@ -24,7 +24,7 @@ def test_counts_per_pass_are_brought_to_experts_by_the_map_of_the_dump(tmp_path)
 
 
 def test_tokens_of_one_rank_are_counted_and_the_fixed_k_is_said(tmp_path):
-    ids = np.full((1, 3, 8), -1, np.int32)  # the recorder keeps 8 places, the model picks 2
+    ids = np.full((1, 3, 8), -1, np.int32)  # the recorder keeps 8 places, the model uses 2
     ids[0, :, :2] = [[0, 1], [0, 2], [2, 0]]
     record = {"forward_pass_id": 1, "rank": 3, "gatherer_key": "primary", "topk_ids_of_layer": ids}
     dump = {"records": [record], "last_physical_to_logical_map": np.array([[0, 1, 0]])}

@@ -64,7 +64,7 @@ def masked(call: Arguments) -> Arguments:
 
 
 def one_expert_each(call: Arguments) -> Arguments:
-    """Top-1; unchecked, since the triples of the others' top-2 would be refused before the sizes are compared."""
+    """Top-1; unchecked, since the assist info of the others' top-2 would be refused before the sizes are compared."""
     few = {name: call[name][:, :1] for name in ("expert_ids", "expert_scales") if name in call}
     return {**few, "check_values": False}
 

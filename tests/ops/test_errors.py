@@ -209,10 +209,10 @@ def test_padding_and_virtual_ids_may_repeat_but_not_leave_the_range(rank):
         dispatched(rank, expert_ids=wrong, zero_expert_num=2, x_active_mask=mask)
 
 
-def changed_triple(row: int, *triple: int) -> Callable[[em.Dispatched], Changes]:
+def changed_assist(row: int, *values: int) -> Callable[[em.Dispatched], Changes]:
     def change(d: em.Dispatched) -> Changes:
         info = d.assist_info_for_combine.clone()
-        info[3 * row : 3 * row + 3] = torch.tensor(triple, dtype=torch.int32)
+        info[3 * row : 3 * row + 3] = torch.tensor(values, dtype=torch.int32)
         return {"dispatched": replace(d, assist_info_for_combine=info)}
 
     return change
@@ -222,7 +222,7 @@ def changed_count(count: int) -> Callable[[em.Dispatched], Changes]:
     return lambda d: {"dispatched": replace(d, ep_recv_counts=with_entry(d.ep_recv_counts, (3,), count))}
 
 
-TRIPLE = ("must be (rank below 1, token below 2, k below 2)", "pass what dispatch returned, unchanged")
+ASSIST = ("must be (rank below 1, token below 2, k below 2)", "pass what dispatch returned, unchanged")
 ROWS = ("must count 0 to 4 rows of this rank", "pass the ep_recv_counts that dispatch returned")
 HOME = (
     "must be the ids that dispatch was called with, with the same mask",
@@ -233,17 +233,17 @@ HOME = (
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        (changed_triple(1, 1, 0, 1), ("assist_info_for_combine", "[1, 0, 1] for row 1", *TRIPLE)),
-        (changed_triple(0, -1, 0, 0), ("assist_info_for_combine", "[-1, 0, 0] for row 0", *TRIPLE)),
-        (changed_triple(3, 0, 2, 1), ("assist_info_for_combine", "[0, 2, 1] for row 3", *TRIPLE)),
-        (changed_triple(3, 0, -2, 1), ("assist_info_for_combine", "[0, -2, 1] for row 3", *TRIPLE)),
-        (changed_triple(2, 0, 1, 2), ("assist_info_for_combine", "[0, 1, 2] for row 2", *TRIPLE)),
-        (changed_triple(2, 0, 1, -1), ("assist_info_for_combine", "[0, 1, -1] for row 2", *TRIPLE)),
+        (changed_assist(1, 1, 0, 1), ("assist_info_for_combine", "[1, 0, 1] for row 1", *ASSIST)),
+        (changed_assist(0, -1, 0, 0), ("assist_info_for_combine", "[-1, 0, 0] for row 0", *ASSIST)),
+        (changed_assist(3, 0, 2, 1), ("assist_info_for_combine", "[0, 2, 1] for row 3", *ASSIST)),
+        (changed_assist(3, 0, -2, 1), ("assist_info_for_combine", "[0, -2, 1] for row 3", *ASSIST)),
+        (changed_assist(2, 0, 1, 2), ("assist_info_for_combine", "[0, 1, 2] for row 2", *ASSIST)),
+        (changed_assist(2, 0, 1, -1), ("assist_info_for_combine", "[0, 1, -1] for row 2", *ASSIST)),
         (changed_count(5), ("ep_send_counts", "5 at 3", *ROWS)),
         (changed_count(-1), ("ep_send_counts", "-1 at 3", *ROWS)),
         (changed_count(3), ("expert_ids", "such that 4 rows are due here, while 3 came, not one for each", *HOME)),
         (
-            changed_triple(1, 0, 0, 0),  # a place that another row has already
+            changed_assist(1, 0, 0, 0),  # a place that another row has already
             ("expert_ids", "such that 4 rows are due here, while 4 came, not one for each", *HOME),
         ),
     ],

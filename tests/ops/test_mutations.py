@@ -24,7 +24,7 @@ WORLDS = [
         shared_ranks=4,
         experts_per_rank=2,
         top_k=3,
-        mask="entries",
+        mask="assignments",
         hidden=17,
         max_bs=6,
         quant_mode=2,
@@ -46,12 +46,21 @@ WORLDS = [
     Spec(seed=4, moe_ranks=3, experts_per_rank=2, top_k=4, hidden=64, max_bs=6, comm_quant_mode=2, nums_type=0),
     Spec(seed=5, moe_ranks=5, experts_per_rank=2, shared_ranks=2, top_k=3, max_bs=4, elastic="scaled"),
     Spec(seed=6, tp=2, shared_ranks=2, max_bs=5, mask="tokens", hidden=8),
-    Spec(seed=9, virtual=(1, 2, 2), top_k=4, max_bs=6, mask="entries"),
+    Spec(seed=9, virtual=(1, 2, 2), top_k=4, max_bs=6, mask="assignments"),
     Spec(seed=12, dtype="float16", moe_ranks=3, experts_per_rank=2, top_k=4, max_bs=6, hidden=64),
     # 65536 / 8192 = 8 tokens of float16 at a time are summed on a CPU, so ten take two turns.
-    Spec(seed=11, dtype="float16", hidden=8192, max_bs=10, virtual=(0, 1, 1), top_k=3, mask="entries", shared_x="flat"),
+    Spec(
+        seed=11,
+        dtype="float16",
+        hidden=8192,
+        max_bs=10,
+        virtual=(0, 1, 1),
+        top_k=3,
+        mask="assignments",
+        shared_x="flat",
+    ),
     Spec(seed=7, quant_mode=2, experts_per_rank=2, hidden=64, dtype="float16", max_bs=5, values="special"),
-    Spec(seed=8, hidden=200, dtype="float32", max_bs=6, roomy=True, strided=True, shared_x="cube", mask="entries"),
+    Spec(seed=8, hidden=200, dtype="float32", max_bs=6, roomy=True, strided=True, shared_x="cube", mask="assignments"),
 ]
 
 
@@ -133,7 +142,7 @@ def transports() -> None:
     with em.local_world(4, timeout_s=60.0) as world:
         assert all(world.run(lambda rank: contract.send_to_each(rank, counts, (3,), "int32")))
         assert all(world.run(lambda rank: contract.transpose_counts(rank, 3)))
-        assert all(world.run(lambda rank: contract.send_renumbered(rank, [2, 0, 3], counts, "int32", 0)))
+        assert all(world.run(lambda rank: contract.send_remapped(rank, [2, 0, 3], counts, "int32", 0)))
         assert world.run(lambda rank: contract.exchange_many(rank, 20)) == [0] * 4
 
 
@@ -181,7 +190,7 @@ BUGS = {
     "one token too many": bug(
         worlds, OPS + "exchange", "(tokens < x_active_mask.sum())", "(tokens <= x_active_mask.sum())"
     ),
-    "entries at home sent to expert 0": bug(
+    "local assignments sent to expert 0": bug(
         worlds, OPS + "exchange", "expert_ids.clamp(max=physical)", "torch.where(expert_ids < physical, expert_ids, 0)"
     ),
     "wrong copy of a shared expert": bug(
@@ -189,7 +198,7 @@ BUGS = {
     ),
     "k of a shared expert": bug(worlds, OPS + "exchange", "[top_k + shared, k]", "[shared, k]"),
     "smooth scale of a shared expert": bug(worlds, OPS + "exchange", "expert + layout.shared_experts", "expert"),
-    "shared only if all entries are active": bug(worlds, OPS + "exchange", "mask.any(dim=1)", "mask.all(dim=1)"),
+    "shared only if all assignments are active": bug(worlds, OPS + "exchange", "mask.any(dim=1)", "mask.all(dim=1)"),
     "rows stay ordered by source": bug(
         worlds, OPS + "exchange", "counts.T.flatten()\n    stops", "counts.flatten()\n    stops"
     ),
@@ -291,10 +300,12 @@ BUGS = {
     ),
     # ranks that differ
     "sizes not compared": bug(disagreements, TRANSPORT + "agreement", "if len(np.unique(values)) <= 1:", "if True:"),
-    "refusal without a status": bug(
+    "an error without a status": bug(
         disagreements, TRANSPORT + "agreement", 'getattr(error, "status", FAILED), 0', "0, 0"
     ),
-    "refusal untold": bug(disagreements, TRANSPORT + "call", "if not self._heard or", "if True or"),
+    "an error that the others do not hear of": bug(
+        disagreements, TRANSPORT + "call", "if not self._heard or", "if True or"
+    ),
     # how bytes cross
     "exchanges share a number": bug(transports, TRANSPORT + "world", "(key, self._numbers[key])", "(key, 0)"),
     "everybody reads the first rows": bug(

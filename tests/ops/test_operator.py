@@ -34,7 +34,7 @@ IDS = torch.tensor([[0, 1], [2, 1], [1, 0], [0, 2]])
 PRUNING = (torch.full((4, 2), 0.5), torch.tensor([0.25, 0.75]), torch.tensor([True, True, True, False]))
 WORLDS = [
     Spec(moe_ranks=1, experts_per_rank=3, top_k=2, virtual=(1, 1, 1), shared_x="flat", max_bs=5),
-    Spec(moe_ranks=1, experts_per_rank=2, quant_mode=2, smooth=True, mask="entries", comm_quant_mode=2, max_bs=5),
+    Spec(moe_ranks=1, experts_per_rank=2, quant_mode=2, smooth=True, mask="assignments", comm_quant_mode=2, max_bs=5),
 ]
 
 

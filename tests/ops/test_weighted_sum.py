@@ -10,7 +10,7 @@ from evenmoe.ops.weighted_sum import WIDTH, add_rows
 from tests.worlds import assert_same_bits
 
 
-def dull(total: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def plain_sum(total: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     result = total.numpy().copy()
     for token in range(position.shape[0]):
         for k in range(position.shape[1]):
@@ -29,7 +29,7 @@ def test_every_product_is_rounded_and_added_in_turn(dtype, hidden):
         rows = torch.randn((count, hidden), generator=generator).to(dtype)
         position = torch.randint(-1, max(count, 1), (tokens, top_k), generator=generator).clamp_(max=count - 1)
         weights = torch.rand((tokens, top_k), generator=generator)
-        expected = dull(total, rows, position, weights)
+        expected = plain_sum(total, rows, position, weights)
         add_rows(total, rows, position, weights)
         assert_same_bits(total, expected, f"{tokens} tokens")
 
@@ -40,7 +40,7 @@ def test_rows_and_positions_may_lie_apart():
     position, weights = torch.tensor([[0, 5], [-1, 3], [2, -1]]).T, torch.rand((3, 2), generator=generator).T
     total = torch.zeros((2, 40))
     add_rows(total, rows, position, weights)
-    assert_same_bits(total, dull(torch.zeros((2, 40)), rows, position, weights), "sums")
+    assert_same_bits(total, plain_sum(torch.zeros((2, 40)), rows, position, weights), "sums")
 
 
 def test_numbers_that_are_none():

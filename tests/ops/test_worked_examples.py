@@ -62,11 +62,11 @@ def dispatch_labels(rank: Rank, ids: list, sizes: dict, **keywords: object) -> e
 def test_the_worked_example(nums_type):
     with em.local_world(4) as world:
         results = world.run(lambda rank: dispatch_labels(rank, IDS, SIZES, expert_token_nums_type=nums_type))
-    for d, (rows, triples, recv, nums) in zip(results, WHOLE, strict=True):
+    for d, (rows, assist, recv, nums) in zip(results, WHOLE, strict=True):
         n = len(rows)
         assert d.expand_x[:n, 0].tolist() == rows
         assert not d.expand_x[n:].any()
-        assert d.assist_info_for_combine[: 3 * n].reshape(-1, 3).tolist() == [list(triple) for triple in triples]
+        assert d.assist_info_for_combine[: 3 * n].reshape(-1, 3).tolist() == [list(info) for info in assist]
         assert not d.assist_info_for_combine[3 * n :].any()
         assert d.ep_recv_counts.tolist() == recv
         assert d.expert_token_nums.tolist() == (nums if nums_type else list(accumulate(nums)))
@@ -90,11 +90,11 @@ def test_two_shared_experts():
     with em.local_world(8) as world:
         results = world.run(lambda rank: dispatch_labels(rank, ids, sizes))
     for shared_rank in range(4):
-        triples = results[shared_rank].assist_info_for_combine[:12].reshape(-1, 3).tolist()
+        assist = results[shared_rank].assist_info_for_combine[:12].reshape(-1, 3).tolist()
         sources = [s for s in range(8) if s % 2 == shared_rank % 2]
-        assert triples == [[s, 0, 2 + shared_rank // 2] for s in sources]
-    triples = results[4].assist_info_for_combine[:12].reshape(-1, 3).tolist()
-    assert triples == [
+        assert assist == [[s, 0, 2 + shared_rank // 2] for s in sources]
+    assist = results[4].assist_info_for_combine[:12].reshape(-1, 3).tolist()
+    assert assist == [
         [0, 0, 0],
         [3, 0, 1],
         [4, 0, 0],
@@ -151,9 +151,9 @@ def test_the_demo(bits, want_x, want_rstd, want_y):
         assert (d.expand_x.shape, d.assist_info_for_combine.shape) == ((128, H), (8192,))
         assert not d.dynamic_scales.any()
         assert not d.expand_scales.any()
-        triples = [n for source in range(8) for token in range(BS) for n in (source, token, rank)] if rank < K else []
-        assert d.assist_info_for_combine[: len(triples)].tolist() == triples
-        assert not d.assist_info_for_combine[len(triples) :].any()
+        assist = [n for source in range(8) for token in range(BS) for n in (source, token, rank)] if rank < K else []
+        assert d.assist_info_for_combine[: len(assist)].tolist() == assist
+        assert not d.assist_info_for_combine[len(assist) :].any()
         assert bits_of(d.expand_x) == ({bits} if rank < K else {0})
         assert d.ep_recv_counts.tolist() == ([8, 16, 24, 32, 40, 48, 56, 64] * 2 if rank < K else [0] * 16)
         assert d.tp_recv_counts.tolist() == ([64, 64] if rank < K else [0, 0])

@@ -63,7 +63,7 @@ class World:
         tp: 0 for a call without the group, 1 or 2 peers.
         virtual: zero, copy and const experts.
         gone: EP ranks that elastic_info leaves out.
-        mask: "", "tokens" or "entries".
+        mask: "", "tokens" or "assignments".
     """
 
     seed: int
@@ -135,7 +135,7 @@ def _run_rank(rank: Any, world: World) -> dict[str, torch.Tensor] | None:
         both["global_bs"] = max(world.tokens) * world.ep
     if world.mask == "tokens":
         both["x_active_mask"] = torch.arange(n) < (n + 1 + rank.index) // 2
-    if world.mask == "entries":
+    if world.mask == "assignments":
         both["x_active_mask"] = torch.from_numpy(integers(seed + 80, 3, n, world.top_k) > 0)
     factors = values(world.seed + 999, world.shared[0] * (world.shared[1] > 0) + world.num_experts, hidden)
     dispatched = em.dispatch(
@@ -189,7 +189,7 @@ WORLDS = {
     "shared experts, prefix sums": World(1800, ep=6, shared=(1, 3), nums_type=0, dtype=HALF),
     "unequal tokens": World(1900, tokens=(5, 0, 3, 7)),
     "active tokens": World(2000, mask="tokens"),
-    "active entries": World(2100, mask="entries", shared=(1, 1)),
+    "active entries": World(2100, mask="assignments", shared=(1, 1)),
     "virtual experts": World(2200, virtual=(1, 2, 2), top_k=6),
     "virtual experts in float32": World(2300, virtual=(2, 1, 1), top_k=5, dtype=SINGLE),
     "rows in int8": World(2400, quant_mode=2),
@@ -201,7 +201,7 @@ WORLDS = {
     "ranks gone, shared experts": World(3000, ep=6, shared=(1, 2), gone=(3,), experts_per_rank=1, top_k=2),
     "tokens of the shared expert": World(3100, shared_x=True),
     "all at once": World(
-        3200, ep=4, tp=1, virtual=(1, 1, 1), mask="entries", quant_mode=2, comm_quant_mode=2, hidden=40, top_k=5,
+        3200, ep=4, tp=1, virtual=(1, 1, 1), mask="assignments", quant_mode=2, comm_quant_mode=2, hidden=40, top_k=5,
         shared_x=True, nums_type=0, dtype=HALF,
     ),
 }  # fmt: skip

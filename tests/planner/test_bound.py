@@ -75,7 +75,7 @@ def test_no_placement_beats_it(case: tuple[np.ndarray, em.Placement]) -> None:
 
 
 def test_what_the_published_bound_misses() -> None:
-    # max(1, least largest replica / mean): 5.18 for these loads, where the lightest company makes it 5.30.
+    # max(1, least largest replica / mean): 5.18 for these loads, where the lightest co-located experts make it 5.30.
     random = np.random.default_rng(0)
     weight = random.permuted(1.0 / np.arange(1, 257))
     load = random.poisson(weight / weight.sum() * 200_000).astype(float)
@@ -102,7 +102,7 @@ def test_a_hot_expert_and_others_that_do_not_fit_beside_it() -> None:
 
 
 def test_counts_rise_only() -> None:
-    # A share that shrinks with its count can become the lightest company; the tests once went back and forth for ever.
+    # A share that shrinks with its count can become the lightest of those co-located; the tests once went to and fro.
     loads = np.array([[23.74, 21.57, 19.16, 16.91, 16.81, 16.45, 11.05]])
     peaks = np.array([np.inf])
     lower_bounds(loads, 4, 3, peaks)

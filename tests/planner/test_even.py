@@ -169,7 +169,7 @@ def test_more_slots_do_not_make_the_plan_worse(num_experts: int, num_ranks: int)
 
 def test_a_slot_that_must_be_filled_can_hurt() -> None:
     # Four slots divide 3 + 2 and 4 + 1 exactly. Six slots must hold two experts twice, on different ranks; whichever
-    # two are left whole, they differ by at least 1 of 5. So the law above is one of random loads, not of all.
+    # two are left whole, they differ by at least 1 of 5. So the property above is one of random loads, not of all.
     load = np.array([[3.0, 2.0, 4.0, 1.0]])
     assert check(load, 2, 4) == pytest.approx(1.0)
     assert check(load, 2, 6) == pytest.approx(1.1)

@@ -96,7 +96,7 @@ def test_neither_names_nor_units_matter(problem: tuple[Load, int, int], seed: in
     renamed = np.empty_like(load)
     renamed[:, :, names] = load * 2.0 ** random.integers(-40, 40, (*load.shape[:2], 1))
     if len(load) == 1 or num_slots >= num_ranks * load.shape[2]:
-        return  # planned as one load, whose laws are the static plan's
+        return  # planned as one load, whose properties are the static plan's
     idle = load.sum(axis=(0, 2)) == 0  # in a layer without load nothing tells the experts apart
     assert np.array_equal(plan_windows(renamed, num_ranks, num_slots, seed=1)[~idle], names[plain][~idle])
 
@@ -181,7 +181,7 @@ def test_equal_windows_are_planned_as_one() -> None:
 
 
 def test_more_slots_do_not_make_the_plan_worse() -> None:
-    """On the windows planned from. A law of such loads, not of all: four slots can divide what six cannot.
+    """On the windows planned from. A property of such loads, not of all: four slots can divide what six cannot.
 
     The search is a random one and aims at a smoothed peak, so neighbours may change places by the 0.005 allowed; a
     replica for every second expert gains 0.1 and more.

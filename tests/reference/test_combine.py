@@ -101,7 +101,7 @@ def test_rows_of_tokens_behind_a_one_dimensional_mask_are_zero():
     assert masked(torch.tensor([False, True, True]), shared_expert_x=shared) == [111.0, 122.0, 0.0]
 
 
-def test_a_two_dimensional_mask_drops_single_entries_and_inactive_tokens():
+def test_a_two_dimensional_mask_drops_single_assignments_and_inactive_tokens():
     mask = torch.tensor([[False, True], [False, False], [True, False]])
     assert masked(mask) == [10.0, 0.0, 3.0]
     assert masked(mask, shared_expert_x=[torch.full((3, 1), 100.0)]) == [110.0, 0.0, 103.0]

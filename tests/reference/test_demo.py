@@ -83,8 +83,8 @@ def test_step_2_dispatch(tp2):
             assert (result.tp_recv_counts.tolist(), result.expert_token_nums.tolist()) == ([0, 0], [0])
             continue
         assert bits_of(result.expand_x) == {tp2.bits}
-        triples = [number for source in range(EP) for token in range(BS) for number in (source, token, rank)]
-        assert result.assist_info_for_combine[:192].tolist() == triples
+        assist = [number for source in range(EP) for token in range(BS) for number in (source, token, rank)]
+        assert result.assist_info_for_combine[:192].tolist() == assist
         assert not result.assist_info_for_combine[192:].any()
         assert result.ep_recv_counts.tolist() == [8, 16, 24, 32, 40, 48, 56, 64] * 2
         assert (result.tp_recv_counts.tolist(), result.expert_token_nums.tolist()) == ([64, 64], [128])

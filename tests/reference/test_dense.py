@@ -112,7 +112,7 @@ def case(
     return x, ids, scales, Experts(up, down)
 
 
-def dull(x: torch.Tensor, ids: torch.Tensor, scales: torch.Tensor, experts: Experts, shards: int) -> tuple:
+def plain_loop(x: torch.Tensor, ids: torch.Tensor, scales: torch.Tensor, experts: Experts, shards: int) -> tuple:
     """Sums, sums of magnitudes, and the docstring's bound, in Python's own floats."""
     tokens, hidden = x.shape
     inner = experts.up.shape[1]
@@ -168,7 +168,7 @@ def test_it_is_the_triple_loop(given_case, shards):
     """
     x, ids, scales, experts = given_case
     total, bound = dense_moe(x, ids, scales, experts, shards)
-    sums, sizes, bounds = dull(x, ids, scales, experts, shards)
+    sums, sizes, bounds = plain_loop(x, ids, scales, experts, shards)
     assert total.dtype == bound.dtype == torch.float64
     assert total.shape == bound.shape == x.shape
     assert (np.abs(total.numpy() - sums) <= 1e-12 * sizes).all()
@@ -266,7 +266,7 @@ def norm_chain(total: torch.Tensor, residual: torch.Tensor, gamma: torch.Tensor,
     return x.bfloat16(), ((x * rstd).bfloat16().float() * gamma.float()).bfloat16()
 
 
-def dull_norm(total, bound, residual, gamma, eps) -> tuple[np.ndarray, ...]:
+def plain_norm(total, bound, residual, gamma, eps) -> tuple[np.ndarray, ...]:
     """The docstring's formulas, value by value."""
     outputs = tuple(np.zeros(total.shape) for _ in range(4))
     x_out, x_bound, y_out, y_bound = outputs
@@ -317,13 +317,13 @@ def test_the_norm_is_its_formula():
     generator = torch.Generator().manual_seed(1)
     residual, gamma = (torch.randn(shape, generator=generator).bfloat16() for shape in (x.shape, x.shape[1:]))
     for eps in (1e-6, 0.3):
-        for ours, dull_one in zip(
+        for ours, plain_one in zip(
             dense_add_rms_norm(total, bound, residual, gamma, eps),
-            dull_norm(total, bound, residual, gamma, eps),
+            plain_norm(total, bound, residual, gamma, eps),
             strict=True,
         ):
             # float64 and the same formulas, at most 64 terms to a sum: far below 1e-10 where nothing cancels.
-            assert ours.numpy() == pytest.approx(dull_one, rel=1e-10, abs=1e-14)
+            assert ours.numpy() == pytest.approx(plain_one, rel=1e-10, abs=1e-14)
 
 
 def test_the_norms_bound_is_close():

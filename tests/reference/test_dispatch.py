@@ -22,12 +22,12 @@ def as_ids(*ids: list[list[int]]) -> list[torch.Tensor]:
     return [torch.tensor(rank_ids, dtype=torch.int32) for rank_ids in ids]
 
 
-def check(result, *, rows, triples, recv, nums):
+def check(result, *, rows, assist, recv, nums):
     """Compare one rank's outputs with the written parts, and find zeros behind them."""
     assert result.expand_x[: len(rows), 0].tolist() == rows
     assert (result.expand_x == result.expand_x[:, :1]).all()
     assert not result.expand_x[len(rows) :].any()
-    flat = [number for triple in triples for number in triple]
+    flat = [number for info in assist for number in info]
     assert result.assist_info_for_combine[: len(flat)].tolist() == flat
     assert not result.assist_info_for_combine[len(flat) :].any()
     assert result.ep_recv_counts.tolist() == recv
@@ -41,7 +41,7 @@ IDS = as_ids([[0, 3], [5, 0]], [[1, 2], [0, 4]], [[3, 5], [3, 1]], [[2, 0], [4, 
 WORLD = {"num_experts": 6, "shared_expert_num": 1, "shared_expert_rank_num": 1}
 
 ROWS = [[0, 1, 10, 11, 20, 21, 30, 31], [0, 1, 11, 30, 10, 21], [10, 30, 0, 20, 21], [11, 31, 1, 20, 31]]
-TRIPLES = [
+ASSIST = [
     [(0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2), (2, 0, 2), (2, 1, 2), (3, 0, 2), (3, 1, 2)],
     [(0, 0, 0), (0, 1, 1), (1, 1, 0), (3, 0, 1), (1, 0, 0), (2, 1, 1)],
     [(1, 0, 1), (3, 0, 0), (0, 0, 1), (2, 0, 0), (2, 1, 0)],
@@ -56,7 +56,7 @@ NUMS = {1: [[8], [4, 2], [2, 3], [2, 3]], 0: [[8], [4, 6], [2, 5], [2, 5]]}
 def test_worked_example(nums_type, dtype):
     results = dispatch(labelled(4, 2, dtype), IDS, expert_token_nums_type=nums_type, **WORLD)
     for rank, result in enumerate(results):
-        check(result, rows=ROWS[rank], triples=TRIPLES[rank], recv=RECV[rank], nums=NUMS[nums_type][rank])
+        check(result, rows=ROWS[rank], assist=ASSIST[rank], recv=RECV[rank], nums=NUMS[nums_type][rank])
         assert result.expand_x.dtype == dtype
         assert not result.dynamic_scales.any()
 
@@ -66,16 +66,16 @@ def test_worked_example_with_a_mask():
     masks[2] = torch.tensor([[True, False], [False, False]])
     results = dispatch(labelled(4, 2), IDS, x_active_mask=masks, **WORLD)
     rows = [[0, 1, 10, 11, 20, 30, 31], [0, 1, 11, 30, 10], [10, 30, 0, 20], [11, 31, 1, 31]]
-    triples = [
-        [triple for triple in TRIPLES[0] if triple != (2, 1, 2)],
-        [triple for triple in TRIPLES[1] if triple != (2, 1, 1)],
-        [triple for triple in TRIPLES[2] if triple != (2, 1, 0)],
-        [triple for triple in TRIPLES[3] if triple != (2, 0, 1)],
+    assist = [
+        [info for info in ASSIST[0] if info != (2, 1, 2)],
+        [info for info in ASSIST[1] if info != (2, 1, 1)],
+        [info for info in ASSIST[2] if info != (2, 1, 0)],
+        [info for info in ASSIST[3] if info != (2, 0, 1)],
     ]
     recv = [[2, 4, 5, 7], [2, 3, 3, 4, 4, 5, 5, 5], [0, 1, 1, 2, 3, 3, 4, 4], [0, 1, 1, 2, 3, 3, 3, 4]]
     nums = [[7], [4, 1], [2, 2], [2, 2]]
     for rank, result in enumerate(results):
-        check(result, rows=rows[rank], triples=triples[rank], recv=recv[rank], nums=nums[rank])
+        check(result, rows=rows[rank], assist=assist[rank], recv=recv[rank], nums=nums[rank])
 
 
 def test_worked_example_with_two_shared_experts():
@@ -84,10 +84,10 @@ def test_worked_example_with_two_shared_experts():
     even, odd = [0, 2, 4, 6], [1, 3, 5, 7]
     for rank, sources, k in [(0, even, 2), (1, odd, 2), (2, even, 3), (3, odd, 3)]:
         recv = [sum(source <= s for source in sources) for s in range(8)]
-        triples = [(source, 0, k) for source in sources]
-        check(results[rank], rows=[10 * s for s in sources], triples=triples, recv=recv, nums=[4])
-    triples = [(0, 0, 0), (3, 0, 1), (4, 0, 0), (7, 0, 1)]
-    check(results[4], rows=[0, 30, 40, 70], triples=triples, recv=[1, 1, 1, 2, 3, 3, 3, 4], nums=[4])
+        assist = [(source, 0, k) for source in sources]
+        check(results[rank], rows=[10 * s for s in sources], assist=assist, recv=recv, nums=[4])
+    assist = [(0, 0, 0), (3, 0, 1), (4, 0, 0), (7, 0, 1)]
+    check(results[4], rows=[0, 30, 40, 70], assist=assist, recv=[1, 1, 1, 2, 3, 3, 3, 4], nums=[4])
     assert [int(result.expert_token_nums[0]) for result in results[5:]] == [4, 4, 4]
 
 
@@ -131,9 +131,9 @@ def test_ranks_with_different_numbers_of_tokens():
     x = [labelled(3, n)[rank] for rank, n in enumerate([3, 0, 1])]
     ids = [torch.tensor([[0], [2], [0]]), torch.zeros((0, 1), dtype=torch.int64), torch.tensor([[0]])]
     results = dispatch(x, ids, num_experts=3, global_bs=9)
-    check(results[0], rows=[0, 2, 20], triples=[(0, 0, 0), (0, 2, 0), (2, 0, 0)], recv=[2, 2, 3], nums=[3])
-    check(results[1], rows=[], triples=[], recv=[0, 0, 0], nums=[0])
-    check(results[2], rows=[1], triples=[(0, 1, 0)], recv=[1, 1, 1], nums=[1])
+    check(results[0], rows=[0, 2, 20], assist=[(0, 0, 0), (0, 2, 0), (2, 0, 0)], recv=[2, 2, 3], nums=[3])
+    check(results[1], rows=[], assist=[], recv=[0, 0, 0], nums=[0])
+    check(results[2], rows=[1], assist=[(0, 1, 0)], recv=[1, 1, 1], nums=[1])
     assert [result.expand_x.shape for result in results] == [(9, 3)] * 3
 
 
@@ -143,8 +143,8 @@ def test_ranks_with_different_numbers_of_tokens():
 def test_of_a_one_dimensional_mask_only_the_number_of_true_counts():
     masks = [torch.tensor([False, True]), torch.tensor([False, False])]
     results = dispatch(labelled(2, 2), as_ids([[0], [1]], [[0], [1]]), num_experts=2, x_active_mask=masks)
-    check(results[0], rows=[0], triples=[(0, 0, 0)], recv=[1, 1], nums=[1])
-    check(results[1], rows=[], triples=[], recv=[0, 0], nums=[0])
+    check(results[0], rows=[0], assist=[(0, 0, 0)], recv=[1, 1], nums=[1])
+    check(results[1], rows=[], assist=[], recv=[0, 0], nums=[0])
 
 
 def test_a_one_dimensional_mask_holds_for_shared_experts_too():
@@ -157,8 +157,8 @@ def test_a_one_dimensional_mask_holds_for_shared_experts_too():
         shared_expert_rank_num=1,
         x_active_mask=masks,
     )
-    check(results[0], rows=[0], triples=[(0, 0, 1)], recv=[1, 1], nums=[1])
-    check(results[1], rows=[0], triples=[(0, 0, 0)], recv=[1, 1], nums=[1])
+    check(results[0], rows=[0], assist=[(0, 0, 1)], recv=[1, 1], nums=[1])
+    check(results[1], rows=[0], assist=[(0, 0, 0)], recv=[1, 1], nums=[1])
 
 
 def test_a_two_dimensional_mask_keeps_the_original_token_and_k():
@@ -172,8 +172,8 @@ def test_a_two_dimensional_mask_keeps_the_original_token_and_k():
         shared_expert_rank_num=1,
         x_active_mask=masks,
     )
-    check(results[0], rows=[0, 2], triples=[(0, 0, 2), (0, 2, 2)], recv=[2, 2], nums=[2])
-    check(results[1], rows=[0, 2], triples=[(0, 0, 1), (0, 2, 0)], recv=[2, 2, 2, 2], nums=[2, 0])
+    check(results[0], rows=[0, 2], assist=[(0, 0, 2), (0, 2, 2)], recv=[2, 2], nums=[2])
+    check(results[1], rows=[0, 2], assist=[(0, 0, 1), (0, 2, 0)], recv=[2, 2, 2, 2], nums=[2, 0])
 
 
 def test_virtual_experts_are_not_sent_but_do_not_keep_a_token_from_the_shared_expert():
@@ -188,9 +188,9 @@ def test_virtual_experts_are_not_sent_but_do_not_keep_a_token_from_the_shared_ex
         copy_expert_num=1,
         const_expert_num=1,
     )
-    triples = [(0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2)]
-    check(results[0], rows=[0, 1, 10, 11], triples=triples, recv=[2, 4], nums=[4])
-    check(results[1], rows=[10, 1], triples=[(1, 0, 0), (0, 1, 1)], recv=[0, 1, 2, 2], nums=[1, 1])
+    assist = [(0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2)]
+    check(results[0], rows=[0, 1, 10, 11], assist=assist, recv=[2, 4], nums=[4])
+    check(results[1], rows=[10, 1], assist=[(1, 0, 0), (0, 1, 1)], recv=[0, 1, 2, 2], nums=[1, 1])
 
 
 # --- TP (§2.12) ---
@@ -207,10 +207,10 @@ def test_tp_peers_hold_the_same_rows_own_first(nums_type):
         tp_world_size=2,
         expert_token_nums_type=nums_type,
     )
-    check(results[0], rows=[0, 20, 30], triples=[(0, 0, 0), (1, 0, 0)], recv=[1, 2, 0, 1], nums=[3])
-    check(results[1], rows=[30, 0, 20], triples=[(1, 0, 0)], recv=[0, 1, 1, 2], nums=[3])
-    check(results[2], rows=[10], triples=[], recv=[0, 0, 1, 1], nums=[1])
-    check(results[3], rows=[10], triples=[(0, 0, 0)], recv=[1, 1, 0, 0], nums=[1])
+    check(results[0], rows=[0, 20, 30], assist=[(0, 0, 0), (1, 0, 0)], recv=[1, 2, 0, 1], nums=[3])
+    check(results[1], rows=[30, 0, 20], assist=[(1, 0, 0)], recv=[0, 1, 1, 2], nums=[3])
+    check(results[2], rows=[10], assist=[], recv=[0, 0, 1, 1], nums=[1])
+    check(results[3], rows=[10], assist=[(0, 0, 0)], recv=[1, 1, 0, 0], nums=[1])
     assert [result.tp_recv_counts.tolist() for result in results] == [[2, 1], [2, 1], [0, 1], [0, 1]]
 
 
@@ -225,8 +225,8 @@ def test_tp_shared_ranks():
         shared_expert_rank_num=1,
     )
     for d, rows in enumerate([[0, 20, 10, 30], [10, 30, 0, 20]] * 2):
-        triples = [(0, 0, 1 - d // 2), (1, 0, 1 - d // 2)]
-        check(results[d], rows=rows, triples=triples, recv=[1, 2, 1, 2], nums=[4])
+        assist = [(0, 0, 1 - d // 2), (1, 0, 1 - d // 2)]
+        check(results[d], rows=rows, assist=assist, recv=[1, 2, 1, 2], nums=[4])
         assert results[d].tp_recv_counts.tolist() == [2, 2]
 
 

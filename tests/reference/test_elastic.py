@@ -1,4 +1,4 @@
-"""Elastic worlds by hand (§2.11): ranks die, the others are renumbered, buffers keep their size."""
+"""Elastic worlds by hand (§2.11): ranks die, the active ranks are remapped, buffers keep their size."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_virtual_ids_start_behind_the_new_experts():
 
 @pytest.mark.parametrize("old_ranks", [[0, 1, 3], [3, 0, 1], [1, 3, 0]])
 def test_a_scaled_down_world_equals_a_small_world_with_the_new_ranks(old_ranks):
-    """Whatever the renumbering (no shared ranks here): rows, triples and counts are those of a fresh world of 3."""
+    """Whatever the remapping (no shared ranks here): rows, assist info and counts are those of a fresh world of 3."""
     table1 = [old_ranks.index(old) if old in old_ranks else -1 for old in range(4)]
     vector = torch.tensor([1, 3, 0, 6, *table1, *old_ranks, -1], dtype=torch.int32)
     x = [labelled(old) for old in range(4)]

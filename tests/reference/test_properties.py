@@ -1,4 +1,4 @@
-"""Laws of whole worlds, on random ones: §2.5 as a formula, §11.5, and a dense MoE in float64."""
+"""Properties of whole worlds, on random ones: §2.5 as a formula, §11.5, and a dense MoE in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HIDDEN = 3
 
 @dataclass
 class Case:
-    """One random world; `active[d][τ][k]` says which entries take part, `tp` is 0, 1 or 2."""
+    """One random world; `active[d][τ][k]` says which assignments take part, `tp` is 0, 1 or 2."""
 
     tp: int
     ep: int
@@ -73,7 +73,7 @@ def cases(draw) -> Case:
     num_virtual = draw(st.sampled_from([0, 0, 2]))
     top_k = draw(st.integers(1, min(4, num_experts + num_virtual)))
     ep = shared_ranks + moe_ranks
-    kind = draw(st.sampled_from(["none", "tokens", "entries"]))
+    kind = draw(st.sampled_from(["none", "tokens", "assignments"]))
     max_bs = draw(st.integers(0, 4))
     equal = kind != "none" or draw(st.booleans())  # a mask needs equal Bs on all ranks
     sizes = [max_bs if equal else draw(st.integers(0, max_bs)) for _ in range(ep * max(tp, 1))]
@@ -84,14 +84,14 @@ def cases(draw) -> Case:
     if kind == "tokens":
         masks = [torch.from_numpy(generator.random(n) < 0.7) for n in sizes]
         active = [np.repeat(np.arange(len(mask))[:, None] < int(mask.sum()), top_k, axis=1) for mask in masks]
-    if kind == "entries":
+    if kind == "assignments":
         active = [generator.random((n, top_k)) < 0.6 for n in sizes]
         masks = [torch.from_numpy(entries) for entries in active]
     return Case(tp, ep, shared_experts, shared_ranks, num_experts, num_virtual, ids, masks, active, max_bs, generator)
 
 
-def triples_by_formula(case: Case, rank: int, tp_rank: int) -> list[list[tuple[int, int, int]]]:
-    """The triples of EP rank `rank`, one list per (local expert, source), written as the formula of §2.5."""
+def assist_by_formula(case: Case, rank: int, tp_rank: int) -> list[list[tuple[int, int, int]]]:
+    """The assist info of EP rank `rank`, one list per (local expert, source), written as the formula of §2.5."""
     at = lambda source: source * max(case.tp, 1) + tp_rank  # noqa: E731
     if rank < case.shared_ranks:
         group = case.shared_ranks // case.shared_experts
@@ -124,14 +124,14 @@ def test_dispatch_is_the_formula(case, nums_type):
     copies = max(case.tp, 1)
     for d, result in enumerate(results):
         rank, tp_rank = divmod(d, copies)
-        own = triples_by_formula(case, rank, tp_rank)
+        own = assist_by_formula(case, rank, tp_rank)
         parts = [(tp_rank, own)]
         if case.tp == 2:
-            parts.append((1 - tp_rank, triples_by_formula(case, rank, 1 - tp_rank)))
+            parts.append((1 - tp_rank, assist_by_formula(case, rank, 1 - tp_rank)))
         rows = [x[s * copies + t][token].tolist() for t, pairs in parts for pair in pairs for s, token, _ in pair]
         assert result.expand_x[: len(rows)].tolist() == rows
         assert not result.expand_x[len(rows) :].any()
-        flat = [number for pair in own for triple in pair for number in triple]
+        flat = [number for pair in own for info in pair for number in info]
         assert result.assist_info_for_combine[: len(flat)].tolist() == flat
         assert not result.assist_info_for_combine[len(flat) :].any()
         assert result.ep_recv_counts.tolist() == [
@@ -149,7 +149,7 @@ def test_dispatch_is_the_formula(case, nums_type):
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_every_entry_arrives_exactly_once(case):
-    """§11.5: per TP rank, the triples of all EP ranks are the active, non-virtual entries and one per shared expert."""
+    """§11.5: per TP rank, assist info names the active, non-virtual assignments and one row per shared expert."""
     copies = max(case.tp, 1)
     results = dispatch([torch.zeros((len(ids), 1)) for ids in case.ids], case.ids, **case.world)
     for tp_rank in range(copies):
@@ -158,7 +158,7 @@ def test_every_entry_arrives_exactly_once(case):
             num_local = len(result.expert_token_nums)
             n = int(result.ep_recv_counts[case.ep * num_local - 1])
             assert case.tp == 2 or n == int(result.expert_token_nums.sum())
-            seen.update(tuple(triple) for triple in result.assist_info_for_combine[: 3 * n].reshape(-1, 3).tolist())
+            seen.update(tuple(info) for info in result.assist_info_for_combine[: 3 * n].reshape(-1, 3).tolist())
         expected: Counter = Counter()
         for s in range(case.ep):
             ids, active = case.ids[s * copies + tp_rank].numpy(), case.active[s * copies + tp_rank]
@@ -174,7 +174,7 @@ def test_every_entry_arrives_exactly_once(case):
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_combine_undoes_dispatch(case):
-    """§11.5: with experts that do nothing and weights that sum to 1 over the entries sent, tokens come back unchanged
+    """§11.5: with experts that do nothing, and weights that sum to 1 over what is sent, tokens come back unchanged
     (plus once per shared expert; times 2 with TP: both peers hold every row). Small integers, dyadic weights: exact."""
     x = [torch.from_numpy(case.generator.integers(-8, 9, (len(ids), HIDDEN))).bfloat16() for ids in case.ids]
     dispatched = dispatch(x, case.ids, **case.world)

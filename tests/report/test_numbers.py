@@ -31,6 +31,13 @@ def mean(values):
     return math.fsum(values) / len(values)
 
 
+def copying(policy):
+    """Of a step: the first copies spread over 3,000 steps, later ones over the 60 of the replay."""
+    begun = policy.refreshes.tolist()
+    first = float(policy.copy_time[begun[0]]) if begun else 0.0
+    return first / 3000 + math.fsum(policy.copy_time[begun[1:]].tolist()) / 60
+
+
 def all_pars(policy):
     return [float(value) for row in policy.par for value in row]
 
@@ -60,22 +67,21 @@ def signed(value):
 def test_all_policies(root, simulation):
     base = simulation.policies[0]
     for policy, row in zip(simulation.policies, table(root, "All policies on the same steps"), strict=True):
-        step, copying = mean(policy.step_time.tolist()), mean(policy.copy_time.tolist())
-        base_step, base_copying = mean(base.step_time.tolist()), mean(base.copy_time.tolist())
+        step, base_step = mean(policy.step_time.tolist()), mean(base.step_time.tolist())
         gain = 100 * (1 - step / base_step)
-        net = 100 * (1 - (step + copying) / (base_step + base_copying))
+        net = 100 * (1 - (step + copying(policy)) / base_step)
         extra = 100 * (policy.memory_per_rank - base.memory_per_rank) / base.memory_per_rank
         copies = sum(int(n) for layers in policy.copies for n in layers)
         par, worst = mean(all_pars(policy)), max(all_pars(policy))
         assert row[0].shown == policy.name
         assert_cells(
             row[1:],
-            (par, worst, step, copying, gain, net, copies, policy.break_even_steps, extra),
+            (par, worst, step, copying(policy), gain, net, copies, policy.break_even_steps, extra),
             [
                 f"{par:.3f}",
                 f"{worst:.3f}",
                 significant(step / 1000),  # the longest step takes milliseconds
-                significant(copying / 1000),
+                significant(copying(policy) / 1000),
                 signed(gain),
                 signed(net),
                 f"{copies:,}",
@@ -86,10 +92,10 @@ def test_all_policies(root, simulation):
 
 
 def test_the_best_policy_is_the_fastest_that_could_be_run(root, simulation):
-    times = {p.name: mean((p.step_time + p.copy_time).tolist()) for p in simulation.policies[1:-1]}
+    times = {p.name: mean(p.step_time.tolist()) + copying(p) for p in simulation.policies[1:-1]}
     best = min(times, key=lambda name: times[name])
-    base = mean((simulation.policies[0].step_time + simulation.policies[0].copy_time).tolist())
-    assert times[best] > mean((simulation.policies[-1].step_time + simulation.policies[-1].copy_time).tolist())
+    base = mean(simulation.policies[0].step_time.tolist())
+    assert times[best] > mean(simulation.policies[-1].step_time.tolist()) + copying(simulation.policies[-1])
     lead = next(p for p in root.all("p") if p.attributes.get("class") == "lead").text
     assert lead.startswith(f"With {best} a step takes {signed(100 * (1 - times[best] / base))[1:]} less time")
     cards = next(d for d in root.all("dl") if d.attributes.get("class") == "cards")
@@ -179,7 +185,7 @@ def test_costs(root, simulation):
     for policy, row in zip(simulation.policies, table(root, "Costs by the model in the settings"), strict=True):
         copies, refreshes = int(policy.copies.sum()), len(policy.refreshes)
         expected = (
-            mean(policy.step_time.tolist()) + mean(policy.copy_time.tolist()),
+            mean(policy.step_time.tolist()) + copying(policy),
             math.fsum(policy.copy_time.tolist()),
             copies,
             refreshes,

@@ -1,4 +1,4 @@
-"""Random layers and placements for the rules: tables with don't-care entries, and the routing of several ranks."""
+"""Random layers and placements for the rules: tables with don't-care columns, and the routing of several ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import evenmoe as em
 
 @st.composite
 def layers(draw):
-    """A table with don't-care entries, its number of slots, and the routing and masks of several ranks."""
+    """A table with don't-care columns, its number of slots, and the routing and masks of several ranks."""
     num_experts = draw(st.integers(1, 6))
     counts = draw(st.lists(st.integers(1, 5), min_size=num_experts, max_size=num_experts))
     num_slots = sum(counts)

@@ -1,4 +1,4 @@
-"""Random MoE layers for `ExpertParallel`, the chain over one rank, and a dull loop that says what must come out."""
+"""Random MoE layers for `ExpertParallel`, the chain over one rank, and a plain loop that says what must come out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ExpertParallel` on random layers, over threads and over processes, against dull loops."""
+"""`ExpertParallel` on random layers, over threads and over processes, against plain loops."""
 
 from __future__ import annotations
 

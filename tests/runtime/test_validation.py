@@ -48,7 +48,7 @@ def told(call: Callable[[], object]) -> tuple[type, str, int]:
 
 
 def still_right(ep: em.ExpertParallel) -> bool:
-    """After a refusal the ranks are in step: a right call gives 0.5·x per entry."""
+    """After an error the ranks are in step: a right call gives 0.5·x per entry."""
     dispatched = ep.dispatch(**arguments())
     y = ep.combine(dispatched, dispatched.rows)
     return y.tolist() == [[0.0, 1.0], [2.0, 3.0], [2.0, 2.5]]
@@ -311,7 +311,7 @@ def run(request):
             yield lambda job, *arguments: world.run(lambda rank: job(rank, *arguments))
 
 
-def check_refusal(outcomes: list, operator: str, kind: type, text: str) -> None:
+def check_error(outcomes: list, operator: str, kind: type, text: str) -> None:
     status = {ConstraintError: 561002, UnsupportedTypeError: 161002}[kind]
     for rank, (cls, message, code) in enumerate(outcomes):
         if rank == WRONG_RANK:
@@ -330,7 +330,7 @@ def test_wrong_arguments_of_dispatch(run, name):
     _, kind, text = DISPATCH[name]
     for rule in ("occurrence", "batch"):
         outcomes, after = zip(*run(wrong_dispatch, name, rule), strict=True)
-        check_refusal(outcomes, "dispatch", kind, text)
+        check_error(outcomes, "dispatch", kind, text)
         assert all(after)
 
 
@@ -338,7 +338,7 @@ def test_wrong_arguments_of_dispatch(run, name):
 def test_wrong_arguments_of_combine(run, name):
     _, kind, text = COMBINE[name]
     outcomes, after, rows = zip(*run(wrong_combine, name, "rank"), strict=True)
-    check_refusal(outcomes, "combine", kind, text.format(rows=rows[WRONG_RANK], less=rows[WRONG_RANK] - 1))
+    check_error(outcomes, "combine", kind, text.format(rows=rows[WRONG_RANK], less=rows[WRONG_RANK] - 1))
     assert all(after)
 
 
@@ -470,7 +470,7 @@ def test_construction(name):
 
 
 def test_a_rank_that_fails_alone_wakes_the_others():
-    """A constructor exchanges nothing, so the others learn of its refusal when their dispatch finds that rank gone."""
+    """A constructor exchanges nothing, so the others learn of its error when their dispatch finds that rank gone."""
 
     def step(rank):
         ep = make(rank, rule="no rule" if rank.index == 1 else "rank")

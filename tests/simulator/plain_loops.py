@@ -38,6 +38,9 @@ class Setup:
     between_per_s: float = 5e10
     latency: float = 20e-6
     once: bool = True
+    first: int | None = None  # of policies that do not say a refresh; by default it
+    horizon: int = 3000
+    overlap: bool = True
 
 
 @dataclass
@@ -53,6 +56,7 @@ class ByHand:
     refreshes: list[int] = field(default_factory=list)
     memory: int = 0
     break_even: float = 0.0
+    net_us: list[float] = field(default_factory=list)  # of the judged steps
 
 
 def assign(starts: list[int], setup: Setup) -> list[list[list[int]]]:
@@ -93,7 +97,7 @@ def greedy(load: list[float], setup: Setup, slots: int) -> list[int]:
 
 
 def choose(placement: em.Placement, layer: int, batch: list[list[list[int]]], rule: str) -> list[list[list[int]]]:
-    """The slot of every pick: batch[rank][token][k] is an expert."""
+    """The slot of every assignment: batch[rank][token][k] is an expert."""
     ranks = len(batch)
     row = {expert: [] for expert in range(placement.num_experts)}
     for slot in sorted(range(placement.num_slots), key=lambda slot: placement.replica_index[layer, slot]):
@@ -102,8 +106,8 @@ def choose(placement: em.Placement, layer: int, batch: list[list[list[int]]], ru
     if rule == "batch":
         total = [0] * placement.num_experts
         for tokens in batch:
-            for picks in tokens:
-                for expert in picks:
+            for experts in tokens:
+                for expert in experts:
                     total[expert] += 1
         quota = em.split_batch(np.array(total), placement.slot_to_expert[layer], ranks).tolist()
         line = {expert: [slot for slot in slots for _ in range(quota[slot])] for expert, slots in row.items()}
@@ -112,9 +116,9 @@ def choose(placement: em.Placement, layer: int, batch: list[list[list[int]]], ru
     for rank, tokens in enumerate(batch):
         here = [0] * placement.num_experts
         chosen.append([])
-        for number, picks in enumerate(tokens):
+        for number, experts in enumerate(tokens):
             chosen[rank].append([])
-            for expert in picks:
+            for expert in experts:
                 slots = row[expert]
                 if rule == "rank":
                     slot = slots[rank // math.ceil(ranks / len(slots))]
@@ -224,41 +228,78 @@ def replay(routing: np.ndarray, starts: list[int], experts: int, setup: Setup, p
         current = em.Placement([[s % experts for s in range(slots)]] * layers, setup.ranks)
         past: list[np.ndarray] = []
         is_first = True
+        coming, waiting = None, 0.0  # a placement whose copies are under way, and their time left
         for step, tokens in enumerate(batches):
-            picks = [[[routing[token, layer].tolist() for token in rank] for rank in tokens] for layer in range(layers)]
+            batch = [[[routing[token, layer].tolist() for token in rank] for rank in tokens] for layer in range(layers)]
             load = np.zeros((layers, experts))
             for layer in range(layers):
-                for rank in picks[layer]:
+                for rank in batch[layer]:
                     for chosen in rank:
                         for expert in chosen:
                             load[layer, expert] += 1
             refresh, window = options.get("refresh", setup.refresh), options.get("window", setup.window)
+            first = options.get("refresh", setup.first or refresh)
             due = (kind == "static" and step == window) or (
-                kind in ("greedy", "evenmoe") and step > 0 and step % refresh == 0
+                kind in ("greedy", "evenmoe") and step >= first and (step - first) % refresh == 0
             )
             copies, spent = [0] * layers, 0.0
-            if due or kind == "oracle":
+            if coming is not None and waiting <= 0:
+                current, coming = coming, None
+            if (due and coming is None) or kind == "oracle":
                 seen = load if kind == "oracle" else sum(past[max(0, step - window) :])
                 new = plan_by_hand(kind, rule, seen, setup, current, is_first, options)
                 is_first = False
                 if new != current and step > 0:
                     copies, spent = copy(current, new, setup)
                     result.refreshes.append(step)
-                current = new
+                if setup.overlap and kind != "oracle" and len(result.refreshes) > 1 and spent > 0:
+                    coming, waiting = new, spent
+                else:
+                    current = new
             result.copies.append(copies)
             result.copy_us.append(0.0 if kind == "oracle" else spent)
-            parts = [serve_layer(current, n, choose(current, n, picks[n], rule), setup) for n in range(layers)]
+            parts = [serve_layer(current, n, choose(current, n, batch[n], rule), setup) for n in range(layers)]
             result.loads.append([loads for loads, _, _ in parts])
             result.par.append([max(loads) / (sum(loads) / len(loads)) for loads, _, _ in parts])
             result.rows.append([sum(rows[kind] for _, rows, _ in parts) for kind in range(4)])
             result.step_us.append(sum(time for _, _, time in parts))
+            waiting -= result.step_us[-1]
             past.append(load)
         result.memory = round(layers * slots // setup.ranks * setup.expert_bytes)
+    begin, end = judged_steps(batches, policies, setup)
+    base = next(iter(found.values())).step_us[begin:end]
     for result in found.values():
+        steps = result.step_us[begin:end]
+        once = result.copy_us[result.refreshes[0]] if result.refreshes else 0.0
+        if setup.overlap:
+            share = min(1.0, once / (sum(base) / len(base)) / setup.horizon)
+            result.net_us = [share * old + (1 - share) * new for old, new in zip(base, steps, strict=True)]
+        else:
+            later = [0.0 if [n] == result.refreshes[:1] else time for n, time in enumerate(result.copy_us)]
+            result.net_us = [
+                step + copy + once / setup.horizon for step, copy in zip(steps, later[begin:end], strict=True)
+            ]
         if sum(result.copy_us) > 0:
-            since = result.refreshes[0]
-            base = next(iter(found.values())).step_us[since:]
-            gain = (sum(base) - sum(result.step_us[since:])) / len(base)
+            gain = (sum(base) - sum(steps)) / len(base)
             spent = sum(result.copy_us) / len(result.refreshes)
             result.break_even = spent / gain if gain > 0 else math.inf
     return found
+
+
+def judged_steps(batches: list[list[list[int]]], policies, setup: Setup) -> tuple[int, int]:
+    """From the last first plan to the first step with a token that an earlier step has had; else all steps."""
+    begin = 0
+    for _, kind, _, options in policies:
+        if kind == "static":
+            begin = max(begin, options.get("window", setup.window))
+        if kind in ("greedy", "evenmoe"):
+            begin = max(begin, options.get("refresh", setup.first or setup.refresh))
+    seen: set[int] = set()
+    end = 0
+    for batch in batches:
+        tokens = {token for rank in batch for token in rank}
+        if tokens & seen:
+            break
+        seen |= tokens
+        end += 1
+    return (begin, end) if begin < end else (0, len(batches))

@@ -35,7 +35,7 @@ def make_simulation(
         results.append(
             PolicyResult(
                 name=name,
-                description=f"{name}, made up for a test",
+                description=f"{name}, synthetic, for a test",
                 rule=("rank", "token", "occurrence", "batch", "even")[number % 5],
                 par=1.0 + rng.random((steps, layers)) * 2 / (1 + number),
                 rank_tokens=loads.sum(axis=0),
@@ -55,7 +55,7 @@ def make_simulation(
         )
     load = rng.integers(0, 500, (layers, experts))
     return Simulation(
-        trace="made up",
+        trace="synthetic",
         settings=(("ranks", str(ranks), ""), ("tokens per rank", "128", "tokens"), ("link", "5e+10", "bytes/s")),
         num_ranks=ranks,
         num_nodes=2,
@@ -64,5 +64,5 @@ def make_simulation(
         tokens=np.full(steps, ranks * 128, np.int64),
         load=load.astype(np.int64),
         policies=tuple(results),
-        notes=("Every number here is made up.",),
+        notes=("Every number here is invented.",),
     )

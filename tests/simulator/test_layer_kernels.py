@@ -1,4 +1,4 @@
-"""Shares and rows from counts, against the same pick by pick."""
+"""Shares and rows from counts, against the same assignment by assignment."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_rules_have_the_numbers_of_the_kernels():
 
 @st.composite
 def worlds(draw):
-    """A placement whose replicas are in any order, and picks (G, B, K)."""
+    """A placement whose replicas are in any order, and routing (G, B, K)."""
     ranks, width, tokens = draw(st.integers(1, 6)), draw(st.integers(1, 4)), draw(st.integers(1, 7))
     experts = draw(st.integers(1, ranks * width))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
@@ -36,8 +36,10 @@ def worlds(draw):
         order[held] = rng.permutation(len(held))
     top_k = draw(st.integers(1, experts))
     skew = rng.exponential(size=experts) ** 3
-    picks = np.argsort(-(np.log(skew) + rng.gumbel(size=(ranks, tokens, experts))), axis=2)[:, :, :top_k]
-    return em.Placement(slots[None], ranks, num_experts=experts, replica_index=order[None]), np.ascontiguousarray(picks)
+    routing = np.argsort(-(np.log(skew) + rng.gumbel(size=(ranks, tokens, experts))), axis=2)[:, :, :top_k]
+    return em.Placement(slots[None], ranks, num_experts=experts, replica_index=order[None]), np.ascontiguousarray(
+        routing
+    )
 
 
 def table(placement):
@@ -50,15 +52,15 @@ def table(placement):
 
 @settings(deadline=None)
 @given(worlds(), st.sampled_from(COMPILED))
-def test_picks_and_counts_give_the_same_shares_as_plain_loops(world, rule):
-    placement, picks = world
+def test_routing_and_counts_give_the_same_shares_as_plain_loops(world, rule):
+    placement, routing = world
     first, slots = table(placement)
     counts = np.full((placement.num_experts, placement.num_ranks), -1, np.int32)
-    batch_kernels.count_assignments(picks, counts)
+    batch_kernels.count_assignments(routing, counts)
     quotas = em.split_batch(counts.sum(axis=1), placement.slot_to_expert[0], placement.num_ranks)
-    chosen = np.full(picks.shape, -1, np.int32)
-    layer_kernels.choose_slots(picks, first, slots, RULES.get(rule).kernel, quotas, chosen)
-    assert chosen.tolist() == choose(placement, 0, picks.tolist(), rule)
+    chosen = np.full(routing.shape, -1, np.int32)
+    layer_kernels.choose_slots(routing, first, slots, RULES.get(rule).kernel, quotas, chosen)
+    assert chosen.tolist() == choose(placement, 0, routing.tolist(), rule)
     per_slot = np.full((placement.num_slots, placement.num_ranks), -1, np.int32)
     layer_kernels.count_chosen(chosen, per_slot)
     expected = np.zeros_like(per_slot)
@@ -72,7 +74,7 @@ def test_picks_and_counts_give_the_same_shares_as_plain_loops(world, rule):
         np.testing.assert_array_equal(per_slot, expected)
 
 
-def test_quotas_that_do_not_cover_the_picks_leave_them_to_the_last_replica():
+def test_quotas_that_do_not_cover_the_assignments_leave_them_to_the_last_replica():
     counts = np.array([[4, 3]], np.int32)
     per_slot = np.zeros((2, 2), np.int32)
     layer_kernels.share_counts(
@@ -84,19 +86,19 @@ def test_quotas_that_do_not_cover_the_picks_leave_them_to_the_last_replica():
 def test_many_tokens_take_turns_exactly():
     """The floor is taken by a multiplication, which must not be off by one anywhere."""
     for count in (2, 3, 7, 49, 320):
-        picks = np.concatenate([np.arange(2000), (np.arange(1, 2000) * count - 1)]).astype(np.int32)
-        per_slot = np.zeros((count, picks.size), np.int32)
+        assignments = np.concatenate([np.arange(2000), (np.arange(1, 2000) * count - 1)]).astype(np.int32)
+        per_slot = np.zeros((count, assignments.size), np.int32)
         layer_kernels.share_counts(
-            picks[None],
+            assignments[None],
             np.array([0, count]),
             np.arange(count),
             layer_kernels.OCCURRENCE,
             np.zeros(count, np.int64),
             per_slot,
         )
-        np.testing.assert_array_equal(per_slot.sum(axis=0), picks)
-        np.testing.assert_array_equal(per_slot.min(axis=0), picks // count)
-        np.testing.assert_array_equal(per_slot.max(axis=0), -(-picks // count))
+        np.testing.assert_array_equal(per_slot.sum(axis=0), assignments)
+        np.testing.assert_array_equal(per_slot.min(axis=0), assignments // count)
+        np.testing.assert_array_equal(per_slot.max(axis=0), -(-assignments // count))
 
 
 @settings(deadline=None)
@@ -104,14 +106,14 @@ def test_many_tokens_take_turns_exactly():
     st.integers(1, 4),
     st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), min_size=1, max_size=3),
 )
-def test_expected_rows_are_the_mean_over_all_ways_to_pick(tokens, counts):
+def test_expected_rows_are_the_mean_over_all_ways_to_choose(tokens, counts):
     """One rank with up to three slots, three source ranks: average over every choice of the rows behind each count."""
     per_slot = np.minimum(np.array(counts, np.int32), tokens)
     elsewhere = np.zeros((2 * len(per_slot), 3), np.int32)  # the slots of ranks 1 and 2 take nothing
     sent, received = np.zeros((2, 2, 3))
     layer_kernels.expect_rows_once(np.concatenate([per_slot, elsewhere]), tokens, 3, sent, received)
     for source in (1, 2):
-        ways = [list(itertools.combinations(range(tokens), picks)) for picks in per_slot[:, source].tolist()]
+        ways = [list(itertools.combinations(range(tokens), count)) for count in per_slot[:, source].tolist()]
         sizes = [len(set().union(*map(set, way))) for way in itertools.product(*ways)]
         # products of at most three factors with denominators up to 4
         assert sent[0, source] == pytest.approx(np.mean(sizes), abs=1e-12)
@@ -123,12 +125,12 @@ def test_expected_rows_are_the_mean_over_all_ways_to_pick(tokens, counts):
 @settings(deadline=None)
 @given(worlds(), st.data())
 def test_rows_are_counted_at_both_ends(world, data):
-    placement, picks = world
+    placement, routing = world
     ranks, width = placement.num_ranks, placement.slots_per_rank
     near = data.draw(st.sampled_from([n for n in range(1, ranks + 1) if ranks % n == 0]))
     first, slots = table(placement)
-    chosen = np.empty(picks.shape, np.int32)
-    layer_kernels.choose_slots(picks, first, slots, layer_kernels.OCCURRENCE, np.zeros(len(slots), np.int64), chosen)
+    chosen = np.empty(routing.shape, np.int32)
+    layer_kernels.choose_slots(routing, first, slots, layer_kernels.OCCURRENCE, np.zeros(len(slots), np.int64), chosen)
     per_slot = np.empty((placement.num_slots, ranks), np.int32)
     layer_kernels.count_chosen(chosen, per_slot)
     for once in (False, True):
@@ -138,7 +140,7 @@ def test_rows_are_counted_at_both_ends(world, data):
         else:
             layer_kernels.count_rows(per_slot, near, sent, received)
         expected_sent, expected_received = np.zeros((2, 2, ranks))
-        for rank, token in itertools.product(range(ranks), range(picks.shape[1])):
+        for rank, token in itertools.product(range(ranks), range(routing.shape[1])):
             targets = (chosen[rank, token] // width).tolist()
             for target in set(targets) if once else targets:
                 if target != rank:

@@ -9,10 +9,19 @@ from evenmoe.errors import ConstraintError
 from evenmoe.planner.plan import plan
 from evenmoe.rules import RULES
 from evenmoe.simulator.batches import Cluster
-from evenmoe.simulator.policies import DEFAULT, Oracle, Policy, Refreshed, Static, check_policy, parse_policies
+from evenmoe.simulator.policies import (
+    Oracle,
+    Policy,
+    Refreshed,
+    Static,
+    check_policy,
+    default_policies,
+    parse_policies,
+)
 from evenmoe.simulator.policy_text import PolicyText
 
 CLUSTER = Cluster(8, 2, 16)
+DEFAULT = default_policies(32, 24, once=False)
 
 
 def parse(*texts: str):
@@ -24,6 +33,26 @@ def test_the_defaults_are_every_kind():
     assert [policy.name for policy in policies] == list(DEFAULT)
     assert {type(policy) for policy in policies} == {Policy, Static, Refreshed, Oracle}
     assert {policy.planner for policy in policies if isinstance(policy, Refreshed)} == {"greedy", "evenmoe"}
+
+
+def test_what_needs_no_more_slots_is_always_among_the_defaults():
+    assert default_policies(32, 24, once=False) == (
+        "identity", "static", "static:slots=24", "greedy", "evenmoe:slots=24", "evenmoe:rule=rank",
+        "evenmoe:rule=occurrence", "evenmoe:rule=batch", "oracle",
+    )  # fmt: skip
+    assert default_policies(24, 24, once=False) == tuple(name for name in DEFAULT if "slots" not in name)
+    assert default_policies(32, 24, once=True) == tuple(name for name in DEFAULT if "static" not in name)
+
+
+def test_the_first_plan_may_come_before_a_refresh_is_over():
+    found = parse_policies(
+        ["evenmoe", "greedy:refresh=4", "static", "oracle"],
+        CLUSTER, num_experts=20, num_slots=32, refresh=10, window=7, first=6,
+    )  # fmt: skip
+    planned = [[step for step in range(30) if policy.is_due(step)] for policy in found]
+    assert planned == [[], [6, 16, 26], [4, 8, 12, 16, 20, 24, 28], [7], []]
+    assert [policy.first_plan for policy in found] == [0, 6, 4, 7, 0]
+    assert "made every 10 steps from step 6 on" in found[1].description
 
 
 def test_what_is_not_said_comes_from_the_call():
@@ -104,9 +133,9 @@ def test_the_same_policy_twice_is_refused():
 def test_descriptions_say_what_is_done():
     *_, policy = parse("evenmoe:rule=batch,pieces=2,max-copies=3,target-par=1.1")
     assert policy.description == (
-        "evenmoe's plan for the batch rule, made every 10 steps from the 7 steps before as 2 windows, starting from "
-        "the placement in use but for the first time, at most 3 copies a layer, down to a PAR of 1.1, replicas chosen "
-        "by the batch rule."
+        "evenmoe's plan for the batch rule on 32 slots, made every 10 steps from the 7 steps before as 2 windows, "
+        "starting from the placement in use but for the first time, at most 3 copies a layer, down to a PAR of 1.1, "
+        "replicas chosen by the batch rule."
     )
     assert len({policy.description for policy in parse(*DEFAULT)}) == len(DEFAULT)
 

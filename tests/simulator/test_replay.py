@@ -1,4 +1,4 @@
-"""Laws of a replay: plans see only the past, and nothing depends on threads or on the other policies."""
+"""Properties of a replay: plans see only the past, and nothing depends on threads or on the other policies."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def loads_only(windows: int = 12, by_rank: int = 0) -> Trace:
     return Trace("loads", load.sum(axis=1), load_by_rank=load if by_rank else None)
 
 
-def run(trace: Trace, policies=POLICIES, **options):
+def run(trace: Trace, policies=POLICIES, costs=COSTS, **options):
     options = {"num_slots": 42, "num_steps": STEPS, "refresh": REFRESH, "workers": 1} | WORLD | options
     if trace.routing is None:
         options.setdefault("top_k", 4)
-    return simulate(trace, policies, costs=COSTS, details=True, **options)
+    return simulate(trace, policies, costs=costs, details=True, **options)
 
 
 def other_future(trace: Trace, last: int) -> Trace:
@@ -109,7 +109,8 @@ def test_the_seed_decides_the_draws():
 
 
 def test_every_policy_plans_when_it_says():
-    found = {policy.name: policy for policy in run(with_requests(), [*POLICIES, "greedy:refresh=5,window=2"]).policies}
+    policies = [*POLICIES, "greedy:refresh=5,window=2"]
+    found = {policy.name: policy for policy in run(with_requests(), policies, copy_overlap=False).policies}
     assert found["identity"].refreshes.tolist() == []
     assert found["static:pieces=2"].refreshes.tolist() == [REFRESH]
     assert found["greedy:rule=token"].refreshes.tolist() == [3, 6, 9]
@@ -141,14 +142,14 @@ def test_drawn_totals_add_up():
     for policy in simulation.policies:
         assert policy.rank_tokens.sum() == simulation.load.sum()
         assert policy.details is not None
-        np.testing.assert_array_equal(policy.details.rank_loads.sum(axis=0), policy.rank_tokens)
-    # 3 layers × 48 tokens × 4 picks × 12 steps; each pick is a chance, so the variance is below the mean
-    expected = 3 * 48 * 4 * 12
+        np.testing.assert_array_equal(policy.details.rank_loads[REFRESH:].sum(axis=0), policy.rank_tokens)
+    # 3 layers × 48 tokens × 4 experts × 9 judged steps; each assignment is drawn, so the variance is below the mean
+    expected = 3 * 48 * 4 * (STEPS - REFRESH)
     assert abs(simulation.load.sum() - expected) < 6 * np.sqrt(expected)
 
 
 def test_large_batches_are_counted_in_larger_integers():
-    """40,000 tokens of a rank that all pick one expert do not fit 16 bits."""
+    """40,000 tokens of a rank that all use one expert do not fit 16 bits."""
     load = np.zeros((1, 1, 4), np.int64)
     load[0, 0, 1] = 1
     for tokens, counted in ((32767, np.int16), (40000, np.int32)):
@@ -173,8 +174,71 @@ def test_defaults():
     simulation = simulate(with_requests(), num_ranks=4, tokens_per_rank=32, costs=COSTS)
     assert len(simulation.tokens) == 16  # 2,048 tokens, 128 a step
     settings = {name: value for name, value, _ in simulation.settings}
-    assert (settings["refresh every"], settings["window"], settings["slots"]) == ("1", "1", "36")
-    assert len(simulate(loads_only(), ["identity"], num_ranks=2, costs=COSTS, top_k=2).tokens) == 100
+    assert (settings["refresh every"], settings["window"], settings["slots"]) == ("3000", "5", "36")
+    assert (settings["first plan before step"], settings["experts are copied"]) == ("5", "beside the steps")
+    assert simulation.num_warmup_steps == 5
+    names = [policy.name for policy in simulation.policies]
+    assert "evenmoe:slots=32" in names
+    assert "static" not in names  # which would repeat evenmoe:rule=rank
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(1, 100), (45, 89), (3000, 1)])
+def test_loads_alone_are_not_drawn_from_more_often_than_they_have_tokens(tokens, steps):
+    """16,162 tokens with 2 experts each in 12 windows, on 4 ranks: no more than 100 steps."""
+    trace = loads_only()
+    recorded = int(trace.load.sum(axis=(0, 2)).max()) // 2
+    found = simulate(trace, ["identity"], num_ranks=4, tokens_per_rank=tokens, costs=COSTS, top_k=2)
+    assert len(found.tokens) == max(1, min(100, recorded // (4 * tokens))) == steps
+    assert found.recorded_tokens == recorded
+
+
+def test_the_warm_up_ends_when_the_last_policy_has_planned():
+    trace = small_trace()  # requests of one token, so that none comes twice before all have come
+    found = run(trace, ["static:window=2", "greedy:refresh=5,window=2", "evenmoe:rule=token"])
+    assert (found.num_warmup_steps, found.num_judged_steps) == (5, STEPS - 5)
+    summary = found.summary
+    for policy, shown in zip(found.policies, summary.policies, strict=True):
+        assert shown.worst_par == policy.par[5:].max()
+        assert shown.mean_par == pytest.approx(policy.par[5:].mean(), rel=1e-13)
+        assert shown.step_time_us == pytest.approx(policy.step_time[5:].mean(), rel=1e-13)
+        np.testing.assert_array_equal(policy.rank_tokens, policy.details.rank_loads[5:].sum(axis=0))
+    alone = run(trace, ["identity", "oracle"])
+    assert (alone.num_warmup_steps, alone.num_judged_steps) == (0, STEPS)
+
+
+@pytest.mark.parametrize(("tokens", "fresh"), [(12 * 48, 12), (12 * 48 - 1, 11), (5 * 48, 5), (3 * 48, 3)])
+def test_tokens_that_come_again_are_not_judged(tokens, fresh):
+    trace = small_trace()
+    trace = replace(trace, routing=trace.routing[:tokens])
+    found = run(trace, ["greedy"])
+    assert (found.num_warmup_steps, found.num_judged_steps) == (REFRESH, fresh - REFRESH)
+    if fresh == REFRESH:  # there is nothing to judge, so figures are of everything
+        assert found.judged == slice(0, STEPS)
+        assert found.policies[1].rank_tokens.sum() == found.load.sum() == STEPS * 48 * 4 * trace.num_layers
+    else:
+        assert found.load.sum() == (fresh - REFRESH) * 48 * 4 * trace.num_layers
+
+
+def test_copies_beside_the_steps_take_effect_when_they_are_done():
+    """Copies of about 2.5 steps serve from the third or fourth step on, and no plan is made meanwhile."""
+    trace, policies = small_trace(), ["greedy:rule=token,refresh=1,window=1"]
+    slow = replace(COSTS, within_bytes_per_s=1e9, between_bytes_per_s=1e9, latency_us=0.0)
+    first = run(trace, policies, costs=slow, copy_overlap=False).policies[1]
+    slow = replace(slow, copy_bytes=slow.copy_bytes * 2.5 * first.step_time.mean() / first.copy_time[2])
+    policy = run(trace, policies, costs=slow).policies[1]
+    assert policy.refreshes[0] == 1  # and serves at once, so that the next plan is made before step 2
+    expected = [1]
+    step = 2
+    while step < STEPS:
+        expected.append(step)
+        left = policy.copy_time[step]
+        while left > 0 and step < STEPS:
+            left -= policy.step_time[step]
+            step += 1
+    assert policy.refreshes.tolist() == expected
+    assert 3 < len(expected) < 7
+    between = run(trace, policies, costs=slow, copy_overlap=False).policies[1]
+    assert between.refreshes.tolist() == list(range(1, STEPS))
 
 
 def test_redundancy_costs_memory():
@@ -193,6 +257,7 @@ def test_redundancy_costs_memory():
         ({"num_steps": 0}, "`num_steps` is 0"),
         ({"refresh": 0}, "`refresh` is 0"),
         ({"window": -1}, "`window` is -1"),
+        ({"horizon": 0}, "`horizon` is 0"),
         ({"chunk": 3}, "use one of [1, 2, 4, 8]"),
         ({"seed": -1}, "`seed` is -1"),
         ({"workers": 0}, "`workers` is 0"),
@@ -244,7 +309,7 @@ def test_what_is_no_whole_number(name):
             "CostModel.for_model of a known model, or CostModel.for_expert of an expert's sizes.",
         ),
         ({"costs": "deepseek-v3"}, "`costs` is 'deepseek-v3' of type str: it must be an"),
-        ({"policies": None}, "`policies` is None: it must be a sequence of texts; put each policy in a list."),
+        ({"policies": 5}, "`policies` is 5: it must be a sequence of texts; put each policy in a list."),
         (
             {"trace": Trace("t", np.ones((1, 1, 8), int), metadata={"top_k": "two"}), "top_k": None},
             "`trace` is one whose `top_k` is 'two': it must have a whole number there; correct its metadata.",

@@ -114,8 +114,10 @@ def test_wrong_arrays_are_named(saved, change, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda head: head.update(evenmoe_simulation=2), "of another version"),
+        (lambda head: head.update(evenmoe_simulation=1), "of another version"),
         (lambda head: head.update(num_ranks=0), "`num_ranks` 0"),
+        (lambda head: head.update(num_judged_steps=10**6), "must have all steps it names"),
+        (lambda head: head.update(horizon_steps=0), "`horizon_steps` 0"),
         (lambda head: head.update(num_ranks=True), "`num_ranks` True"),
         (lambda head: head.update(num_experts="8"), "`num_experts` '8'"),
         (lambda head: head.update(policies=[]), "at least one"),

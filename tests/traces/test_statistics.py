@@ -1,4 +1,4 @@
-"""Statistics of traces against plain loops, and the laws that they obey."""
+"""Statistics of traces against plain loops, and the properties that they have."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def test_drift_by_hand(load):
         total = load[:, layer].sum(axis=0)
         squares, windows = 0.0, 0
         for window in load[:, layer]:
-            picks = int(window.sum())
-            if picks == 0:
+            assignments = int(window.sum())
+            if assignments == 0:
                 continue
             windows += 1
             for expert, count in enumerate(window.tolist()):
                 mean = total[expert] / total.sum()
                 if mean > 0:
-                    squares += (count / picks - mean) ** 2 / mean - (1 - mean) / picks
+                    squares += (count / assignments - mean) ** 2 / mean - (1 - mean) / assignments
         expected = math.sqrt(max(squares / windows, 0.0)) if windows else 0.0
         # The square is a difference of numbers up to E: what rounding leaves of zero is its root.
         assert drift(load)[layer] == pytest.approx(expected, rel=1e-9, abs=1e-6)
@@ -70,7 +70,7 @@ def test_drift_takes_sampling_noise_off():
 
 @settings(max_examples=60, deadline=None)
 @given(loads(), st.integers(1, 4))
-def test_comovement_by_hand(load, factors):
+def test_common_factor_share_by_hand(load, factors):
     rows = []
     for window in load:
         row = []
@@ -87,7 +87,7 @@ def test_comovement_by_hand(load, factors):
     assert common_factor_share(load, 100) == pytest.approx(1.0)
 
 
-def test_comovement_of_more_windows_than_experts_is_the_same():
+def test_common_factor_share_of_more_windows_than_experts_is_the_same():
     """Either matrix of products: windows are repeated until they outnumber the experts."""
     load = np.random.default_rng(1).integers(1, 50, (5, 2, 6))
     assert common_factor_share(np.tile(load, (4, 1, 1)), 2) == pytest.approx(common_factor_share(load, 2))

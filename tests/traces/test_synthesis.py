@@ -14,15 +14,11 @@ from evenmoe.errors import ConstraintError
 from evenmoe.traces import ModelShape, Trace, load_trace, save_trace, synthesize
 from evenmoe.traces.sampling import (
     TraceParameters,
-    draw_counts,
     draw_tokens,
-    factor_parts,
     layer_popularity,
-    overdispersion,
-    pick_probability,
-    request_factors,
 )
 from evenmoe.traces.statistics import common_factor_share, drift, gini, locality, skew
+from evenmoe.traces.synthesis import small_trace
 from tests.effort import effort
 
 
@@ -33,8 +29,8 @@ def counted(trace: Trace, windows: int, tokens: int, ranks: int) -> np.ndarray:
     for window in range(windows):
         for rank in range(ranks):
             for token in range(rank * tokens // ranks, (rank + 1) * tokens // ranks):
-                for layer, picked in enumerate(trace.routing[window * tokens + token]):
-                    load[window, rank, layer, picked] += 1
+                for layer, chosen in enumerate(trace.routing[window * tokens + token]):
+                    load[window, rank, layer, chosen] += 1
     return load
 
 
@@ -110,19 +106,6 @@ def test_counts_are_distributed_as_tokens_are(model):
     assert np.abs(tokens.mean(axis=0) - counts.mean(axis=0)).mean() < 0.012
 
 
-def test_picks_stop_at_the_right_time():
-    """Against the race itself, for top-1, where exp(-w t) is exact only in the limit: w over the sum of w."""
-    popularity = np.log(np.array([[1.0, 2.0, 3.0, 94.0], [1.0, 1.0, 1.0, 1.0]]))
-    assert np.abs(pick_probability(popularity, 1)[1] - 0.25).max() < 1e-12
-    for top_k in (1, 2, 3, 4):
-        assert np.abs(pick_probability(popularity, top_k).sum(axis=1) - top_k).max() < 1e-9
-    rng = np.random.default_rng(0)
-    popularity = rng.standard_normal((1, 8))
-    arrival = rng.standard_exponential((200_000, 8)) / np.exp(popularity)
-    raced = np.bincount(np.argsort(arrival, axis=1)[:, :2].ravel(), minlength=8) / 200_000
-    assert np.abs(pick_probability(popularity, 2) - raced).max() < 0.05
-
-
 def test_extreme_popularity_is_no_trouble():
     load = synthesize("gpt-oss-20b", num_windows=2, tokens_per_window=50, requests=1, skew=8.0, num_layers=2).load
     assert (load.sum(axis=2) == 200).all()
@@ -130,68 +113,6 @@ def test_extreme_popularity_is_no_trouble():
     even = synthesize("gpt-oss-20b", num_windows=2, tokens_per_window=50_000, skew=0, drift=0, locality=0).load
     # 96 × 16 binomial counts of mean 6,250 and standard deviation 74: none is six of them away.
     assert np.abs(even - 6250).max() < 6 * 74 + 1
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 20), st.integers(1, 300), st.integers(1, 8), st.integers(0, 2**32))
-def test_drawn_counts_sum_and_fit(rows, experts, tokens, top_k, seed):
-    rng = np.random.default_rng(seed)
-    top_k = min(top_k, experts)
-    probability = pick_probability(3 * rng.standard_normal((rows, experts)), top_k)
-    amount = rng.integers(1, tokens, rows, endpoint=True)
-    mean = probability * amount[:, None]
-    counts = draw_counts(mean, mean * (1 - probability) * rng.uniform(1, 50), amount, top_k, rng)
-    assert counts.sum(axis=1).tolist() == (amount * top_k).tolist()
-    assert counts.min() >= 0
-    assert (counts <= amount[:, None]).all()
-
-
-@pytest.mark.parametrize("clumps", [1.0, 9.0])
-def test_drawn_counts_have_the_mean_and_the_spread(clumps):
-    """20,000 rows: the mean of a count is known to 0.7 % of its standard deviation, and that to 0.5 %. Fixing the sum
-    takes about 1/E off the variance, 3 % here, and rounding adds at most 1/4."""
-    rng = np.random.default_rng(1)
-    probability = pick_probability(0.5 * rng.standard_normal((1, 32)), 4)
-    mean = np.tile(1000 * probability, (20_000, 1))
-    variance = mean * (1 - probability) * clumps
-    counts = draw_counts(mean, variance, np.full(20_000, 1000), 4, rng)
-    assert np.abs((counts.mean(axis=0) - mean[0]) / np.sqrt(variance[0])).max() < 0.05
-    assert np.abs(counts.var(axis=0) / variance[0] - 1).max() < 0.12
-
-
-def test_overdispersion_is_that_of_drawn_tokens():
-    """Counts over 64 tokens of one request, 4,000 times: their variance over a binomial's, against the closed form.
-
-    A variance of 4,000 samples is known to 2.2 %. The closed form leaves out that every token picks 32: where 22 of 64
-    experts hold most of the variance, each gives up about 1/22 of its own for what the others do; hence 15 %."""
-    sticky = np.repeat([0.0, 0.5, 0.9], [20, 22, 22])
-    runs = np.arange(4001) * 64
-    popularity = np.zeros((1, 64))
-    request = np.zeros(4000, np.int64)
-    chosen = draw_tokens(popularity, sticky, request, runs, 32, (1, 1), np.random.default_rng(2))
-    picked = np.zeros((len(chosen), 64), bool)
-    np.put_along_axis(picked, chosen.astype(np.intp), True, axis=1)
-    assert np.abs(picked.mean(axis=0) - 0.5).max() < 0.02
-    found = picked.reshape(4000, 64, 64).sum(axis=1).var(axis=0) / 16
-    for kind in (0.0, 0.5, 0.9):
-        expected = overdispersion(np.array([kind]), 64)[0]
-        assert found[sticky == kind].mean() == pytest.approx(expected, rel=0.15)
-
-
-def test_tokens_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch):
-    """A run goes on from block to block: neighbours resemble each other across the border too."""
-    monkeypatch.setattr("evenmoe.traces.sampling._NUMBERS_AT_ONCE", 8)
-    chosen = draw_tokens(
-        np.zeros((1, 8)),
-        np.full(8, 0.98),
-        np.zeros(2, np.int64),
-        np.array([0, 500, 1000]),
-        2,
-        (1, 1),
-        np.random.default_rng(3),
-    )
-    same = (np.sort(chosen[1:]) == np.sort(chosen[:-1])).all(axis=1)
-    assert same.mean() > 0.8
 
 
 def test_a_request_begins_afresh():
@@ -272,28 +193,8 @@ def test_parameters_do_what_they_say():
         values = [statistic(of(name, value)) for value in (0.05, 0.4, 0.9)]
         assert values[0] < values[1] < values[2], name
     independent = of("locality", 0.0)
-    # 24 requests × 199 pairs × 8 picks of 64 experts: the overlap is known to under 1 %.
+    # 24 requests × 199 pairs × 8 of 64 experts: the overlap is known to under 1 %.
     assert np.abs(locality(independent.routing, independent.seq_start) - 1).max() < 0.04
-
-
-def test_factors_are_common_to_all_layers():
-    character = TraceParameters(0.0, 1.0, 0.0, 1.0)
-    factors = request_factors(50, character, np.random.default_rng(0))
-    for layer in (1, 2):
-        popularity, sticky = layer_popularity(16, factors, character, np.random.default_rng(layer))
-        lengths = np.linalg.svd(popularity - popularity.mean(axis=0), compute_uv=False)
-        # Its largest is subtracted from each request: two lines meet in zero, so one factor gives two at most.
-        assert (lengths[:3] ** 2).sum() / (lengths**2).sum() > 0.999
-        assert (sticky == 0).all()
-        assert np.abs(popularity.max(axis=1)).max() == 0
-
-
-@pytest.mark.parametrize("part", [0.0, 0.01, 1 / 64, 0.02, 0.3, 0.9, 1.0])
-def test_factor_parts(part):
-    parts = factor_parts(part)
-    assert parts[0] == pytest.approx(part, abs=1e-9)
-    assert parts.sum() == pytest.approx(min(1, 64 * part))
-    assert (np.diff(parts) <= 1e-12).all()
 
 
 def test_ceiling_cuts_the_hottest():
@@ -325,7 +226,7 @@ def test_real_scale_in_time_and_memory():
     assert peak < 1 << 30
 
 
-REFUSALS = [
+ERRORS = [
     ({"num_windows": 0}, "`num_windows` is 0: it must be 1 to 1073741824, a count; pass a whole number in that range."),
     ({"num_windows": 2.0}, "`num_windows` is 2.0: it must be 1 to "),
     ({"tokens_per_window": True}, "`tokens_per_window` is True: it must be 1 to "),
@@ -359,8 +260,46 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "text"), REFUSALS)
-def test_refusals(arguments, text):
+@pytest.mark.parametrize(("arguments", "text"), ERRORS)
+def test_wrong_arguments(arguments, text):
     with pytest.raises(ConstraintError) as caught:
         synthesize(**arguments)
     assert str(caught.value).startswith(text)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_the_small_traces_loads_count_its_routing(seed):
+    trace = small_trace(seed)
+    assert trace.load.shape == (8, 4, 32)
+    assert trace.routing is not None
+    assert trace.routing.shape == (8 * 256, 4, 4)
+    assert (trace.load.dtype, trace.routing.dtype) == (np.int64, np.uint16)
+    for window in range(8):
+        tokens = trace.routing[256 * window : 256 * (window + 1)]
+        for layer in range(4):
+            counted = [int((tokens[:, layer] == expert).sum()) for expert in range(32)]
+            assert trace.load[window, layer].tolist() == counted
+    assert all(len(set(row)) == 4 for row in trace.routing.reshape(-1, 4).tolist())  # distinct experts
+
+
+def test_the_small_trace_is_skewed_as_real_routing_is():
+    """ "About 4" times the mean; over seeds and layers."""
+    ratios = [load.max() / load.mean() for seed in range(5) for load in small_trace(seed).load.sum(axis=0)]
+    assert 3.3 <= np.median(ratios) <= 5.6
+    assert min(ratios) > 2.5
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_small_traces_windows_drift(seed):
+    """Without drift an expert's tokens in a window are binomial: variance over mean at most 7/8 over 8 windows.
+
+    The mean of 128 such ratios scatters by √(2/7)/√128 = 0.05.
+    """
+    load = small_trace(seed).load.astype(float)
+    assert (load.var(axis=0) / load.mean(axis=0)).mean() > 1.5
+
+
+def test_the_seed_decides_the_small_trace():
+    assert (small_trace(3).load == small_trace(3).load).all()
+    assert (small_trace(3).routing == small_trace(3).routing).all()
+    assert (small_trace(3).load != small_trace(4).load).any()

@@ -78,7 +78,7 @@ def claiming(shape: str, data: bytes = b"\x01" * 8, dtype: str = "<i8") -> bytes
     return archive({"load.npy": npy_claiming(header, data)})
 
 
-REFUSALS = {
+ERRORS = {
     "text": (b"layer,expert,load\n0,0,17\n", "not an intact .npz file (File is not a zip file)" + INTACT),
     "nothing": (b"", "not an intact .npz file (File is not a zip file)" + INTACT),
     "a bare .npy": (npy(LOAD), "not an intact .npz file (File is not a zip file)" + INTACT),
@@ -167,9 +167,9 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("mistake", REFUSALS)
-def test_refusals(tmp_path, mistake):
-    data, text = REFUSALS[mistake]
+@pytest.mark.parametrize("mistake", ERRORS)
+def test_wrong_files(tmp_path, mistake):
+    data, text = ERRORS[mistake]
     path = at(tmp_path / "wrong.npz", data)
     tracemalloc.start()
     try:

@@ -142,7 +142,7 @@ STARTS = (
 RANKS = "it must be (2, ranks, 3, 4), as `load` is; record the ranks' loads of the same windows."
 IDS = "it must be distinct and not negative; use the model's own layer numbers, or leave it out."
 VALUES = "it must hold texts and finite numbers under text keys; leave other values out, or write them as text."
-REFUSALS = {
+ERRORS = {
     "requests without tokens": (
         {"seq_start": [0, 5]},
         "`seq_start` without `routing`: it must split the tokens of `routing`; leave it out.",
@@ -210,9 +210,9 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("mistake", REFUSALS)
-def test_refusals(tmp_path, mistake):
-    arrays, text = REFUSALS[mistake]
+@pytest.mark.parametrize("mistake", ERRORS)
+def test_wrong_arrays(tmp_path, mistake):
+    arrays, text = ERRORS[mistake]
     path = at(tmp_path / "wrong.npz", npz(load=LOAD, **{name: np.asarray(array) for name, array in arrays.items()}))
     with pytest.raises(FileFormatError) as caught:
         load_trace(path)
@@ -273,9 +273,9 @@ def test_nothing_wrong_is_made(change, text):
     assert str(caught.value) == text
 
 
-@pytest.mark.parametrize("mistake", [name for name, (arrays, _) in REFUSALS.items() if "metadata" not in arrays])
+@pytest.mark.parametrize("mistake", [name for name, (arrays, _) in ERRORS.items() if "metadata" not in arrays])
 def test_what_a_file_may_not_hold_is_not_made_either(mistake):
-    arrays, text = REFUSALS[mistake]
+    arrays, text = ERRORS[mistake]
     with pytest.raises(ConstraintError) as caught:
         Trace("wrong", **{"load": LOAD, **arrays})
     assert str(caught.value).endswith(text.partition(": it ")[2])

@@ -268,9 +268,9 @@ class Running:
             rows, counts = torch.cat([rows, peer.rows]), torch.cat([counts, peer.counts.cumsum(0)])
         scales = torch.full((len(rows),), 1.0 if self.batch.quant_mode else 0.0)
         padding = (0, 0, 0, len(result.expand_x) - len(rows))
-        triples = torch.tensor(own.keys, dtype=torch.int64).reshape(count, 4)[:, 1:]
+        assist = torch.tensor(own.keys, dtype=torch.int64).reshape(count, 4)[:, 1:]
         compared = (
-            ("assist info", result.assist_info_for_combine[: 3 * count].view(count, 3).long(), triples),
+            ("assist info", result.assist_info_for_combine[: 3 * count].view(count, 3).long(), assist),
             ("ep_recv_counts", result.ep_recv_counts.long(), counts),
             ("expand_x", result.expand_x.float(), torch.nn.functional.pad(rows.view(-1, hidden), padding)),
             ("dynamic_scales", result.dynamic_scales[: len(rows)], scales),

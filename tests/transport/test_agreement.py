@@ -54,7 +54,7 @@ LONG = "ä€" * 200
 
 @settings(max_examples=20, deadline=None)
 @given(cut=st.integers(0, 20))
-def test_a_long_refusal_is_cut_even_within_a_character(cut):
+def test_a_long_error_is_cut_even_within_a_character(cut):
     """320 bytes travel; ä takes two of them and € three."""
     told: list[str] = []
 

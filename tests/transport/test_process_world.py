@@ -198,7 +198,7 @@ import torch
 import evenmoe as em
 from evenmoe.errors import LostRankError
 
-signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the survivors a tenth of a second after a death
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the other ranks a tenth of a second after a death
 torch.set_num_threads(1)
 rank = em.process_world(3, backend="gloo", timeout_s=30.0)
 ids = torch.tensor([[0, 1], [2, 1]], dtype=torch.int32)
@@ -222,7 +222,7 @@ def test_a_rank_that_dies_under_torchrun_is_named(tmp_path, dead):
         [sys.executable, *map(str, command)], check=False, capture_output=True, text=True, timeout=300
     )
     assert done.returncode != 0  # torchrun reports the death
-    survivors = {index: (tmp_path / str(index)) for index in range(3) if index != dead}
-    assert {index: path.read_text() for index, path in survivors.items() if path.exists()} == dict.fromkeys(
-        survivors, f"({dead},)"
+    others = {index: (tmp_path / str(index)) for index in range(3) if index != dead}
+    assert {index: path.read_text() for index, path in others.items() if path.exists()} == dict.fromkeys(
+        others, f"({dead},)"
     )

@@ -201,7 +201,7 @@ def test_some_ranks_exchange_without_the_others(run, members, counts, dtype, see
     assert run(send_among, members, counts, dtype, seed) == [True] * SIZE
 
 
-def send_renumbered(rank: Rank, old_rank_of: list[int], counts: list[list[int]], dtype: str, seed: int) -> bool:
+def send_remapped(rank: Rank, old_rank_of: list[int], counts: list[list[int]], dtype: str, seed: int) -> bool:
     if rank.index not in old_rank_of:
         return True
     group = RemappedTransport(rank.ep, old_rank_of)
@@ -220,8 +220,8 @@ def send_renumbered(rank: Rank, old_rank_of: list[int], counts: list[list[int]],
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**20),
 )
-def test_renumbered_ranks(run, old_rank_of, counts, dtype, seed):
-    assert run(send_renumbered, old_rank_of, counts, dtype, seed) == [True] * SIZE
+def test_remapped_ranks(run, old_rank_of, counts, dtype, seed):
+    assert run(send_remapped, old_rank_of, counts, dtype, seed) == [True] * SIZE
 
 
 def exchange_many(rank: Rank, times: int) -> int:

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from operator import index
 from typing import Any, TypeAlias
 
 import torch
@@ -19,17 +18,17 @@ from evenmoe.ascend.groups import Membership, find_group, late_ranks, peers_here
 from evenmoe.ascend.status import AclError, of_the_chip
 from evenmoe.ascend.stream import Stream
 from evenmoe.ascend.tensors import check_unchanged, number_of, write_outputs
-from evenmoe.contract.calls import AddRmsNormCall, CombineCall, DispatchCall, DistributeCall, UpdateExpertCall
-from evenmoe.contract.combine import check_combine_add_rms_norm_call, check_combine_call
+from evenmoe.contract.calls import CombineCall, DispatchCall, DistributeCall, UpdateExpertCall
+from evenmoe.contract.combine import check_combine_call
 from evenmoe.contract.dispatch import check_dispatch_call
 from evenmoe.contract.layout import Layout, scale_down
 from evenmoe.contract.limits import ATLAS_A3
 from evenmoe.contract.operators import SIGNATURES, Kind
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.contract.update_expert import check_update_expert_call
-from evenmoe.errors import ConstraintError, EvenmoeError, UnsupportedTypeError
+from evenmoe.errors import ConstraintError, EvenmoeError, UnsupportedTypeError, as_integer
 from evenmoe.ops import combine, combine_add_rms_norm, dispatch, update_expert
-from evenmoe.ops.operator import CALL_TYPES, Call, Prepared, perform, specs_of
+from evenmoe.ops.operator import CALL_TYPES, Call, Prepared, find_groups, perform, specs_of
 
 _PREPARED: dict[str, Prepared[Any, Any]] = {  # importing the operators registers them
     "combine": combine.PREPARED,
@@ -55,7 +54,7 @@ def check_call(specs: Specs) -> Layout | None:
         return check_update_expert_call(specs)
     if isinstance(specs, DispatchCall):
         return check_dispatch_call(specs)
-    return check_combine_add_rms_norm_call(specs) if isinstance(specs, AddRmsNormCall) else check_combine_call(specs)
+    return check_combine_call(specs)
 
 
 def stage_one(operator: str, given: Mapping[str, object]) -> Executor:
@@ -102,7 +101,8 @@ class Executor:
         self.tensors: dict[str, torch.Tensor | None] = {name: getattr(call, name) for name in signature.names("tensor")}
         self.outputs: dict[str, torch.Tensor | None] = {name: getattr(call, name) for name in signature.names("output")}
         self._call, self._specs, self._layout = call, specs, layout
-        self.groups = _groups_of(call) if isinstance(call, DistributeCall) else []
+        found = find_groups(call, find_group) if isinstance(call, DistributeCall) else ()
+        self.groups = [(group.name, group.rank, group.world_size) for group in found if group is not None]
         self._state = threading.Lock()
         self._launched = self._destroyed = False
         self._memberships: list[Membership] = []
@@ -265,23 +265,10 @@ def _of_type(kind: Kind, name: str, value: Any) -> object:
             return float(value)
         except OverflowError:
             raise ConstraintError(name, "out of range", "must fit into a double", "pass a float") from None
-    try:
-        value = index(value)
-    except TypeError:
-        raise ConstraintError(name, repr(value), "must be an integer", "pass an int") from None
+    value = as_integer(name, value)
     if value not in _INT64:
         raise ConstraintError(name, value, "must fit into 64 bits", "pass an int64")
     return value
-
-
-def _groups_of(call: DistributeCall[torch.Tensor]) -> list[tuple[str, int, int]]:
-    """(name, rank, world size) of the groups that the call exchanges over; all of them are open."""
-    groups = [("group_ep", (call.group_ep or "", call.ep_rank_id, call.ep_world_size))]
-    if call.tp_world_size == 2:
-        groups.append(("group_tp", (call.group_tp or "", call.tp_rank_id, call.tp_world_size)))
-    for argument, group in groups:
-        find_group(argument, *group)
-    return [group for _, group in groups]
 
 
 def _copy_of(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -29,10 +29,9 @@ def find_group(argument: str, name: str, rank: int, world_size: int) -> Transpor
     Raises:
         ConstraintError: no such group is open here, or its rank or size is another.
     """
-    try:
+    transport = None
+    with suppress(ConstraintError):
         transport = find_transport(argument, name, rank, world_size)
-    except ConstraintError:
-        transport = None
     if name in _adopted or (transport is None and dist.is_available() and dist.is_initialized()):
         _adopt(name)
         transport = None
@@ -41,15 +40,12 @@ def find_group(argument: str, name: str, rank: int, world_size: int) -> Transpor
 
 def peers_here(name: str, world_size: int) -> list[int]:
     """The ranks of a group that live in this process: all of a local world, one of a process group."""
-    return [rank for rank in range(world_size) if _is_here(name, rank, world_size)]
-
-
-def _is_here(name: str, rank: int, world_size: int) -> bool:
-    try:
-        find_transport("group", name, rank, world_size)
-    except ConstraintError:
-        return False
-    return True
+    here = []
+    for rank in range(world_size):
+        with suppress(ConstraintError):
+            find_transport("group", name, rank, world_size)
+            here.append(rank)
+    return here
 
 
 def _adopt(name: str) -> None:

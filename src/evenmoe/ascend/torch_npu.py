@@ -27,7 +27,7 @@ from evenmoe.contract.limits import ATLAS_A3
 from evenmoe.contract.operators import OPERATORS, Argument, Kind
 from evenmoe.contract.tensor_spec import TensorSpec, check_dims
 from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError
-from evenmoe.ops.operator import CALL_TYPES, check_devices, check_types, in_order, parts_of, specs_of
+from evenmoe.ops.operator import CALL_TYPES, check_devices, check_types, find_groups, in_order, parts_of, specs_of
 from evenmoe.transport.call import together
 from evenmoe.transport.transport import Transport
 
@@ -70,21 +70,14 @@ def _function(
     by_position, by_keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     positions = [names.get(argument.name, argument.name) for argument in first]
     defaults = {argument.name: argument.default for argument in others}
-    signature = inspect.Signature(
-        [
-            inspect.Parameter(name, by_position, annotation=_TYPES[argument.kind])
-            for name, argument in zip(positions, first, strict=True)
-        ]
-        + [
-            inspect.Parameter(
-                argument.name,
-                by_keyword,
-                default=argument.default,
-                annotation=_TYPES[argument.kind] if argument.default is not None else _TYPES[argument.kind] | None,
-            )
-            for argument in others
-        ]
-    )
+    parameters = [
+        inspect.Parameter(name, by_position, annotation=_TYPES[argument.kind])
+        for name, argument in zip(positions, first, strict=True)
+    ]
+    for argument in others:
+        kind = _TYPES[argument.kind] if argument.default is not None else _TYPES[argument.kind] | None
+        parameters.append(inspect.Parameter(argument.name, by_keyword, default=argument.default, annotation=kind))
+    signature = inspect.Signature(parameters)
 
     def decorate(function: Callable[..., _Result]) -> Callable[..., _Result]:
         @wraps(function)
@@ -287,10 +280,7 @@ def _perform(operator: str, call: _Collective, check_first: Callable[[], None] =
 
 def _find_groups(operator: str, call: _Collective) -> tuple[Transport, Transport | None]:
     try:
-        ep = find_group("group_ep", call.group_ep or "", call.ep_rank_id, call.ep_world_size)
-        if call.tp_world_size != 2:
-            return ep, None
-        return ep, find_group("group_tp", call.group_tp or "", call.tp_rank_id, 2)
+        return find_groups(call, find_group)
     except (ConstraintError, TypeError):
         # What is wrong with the call itself comes first, as on the chip.
         call = _completed(call)

@@ -72,8 +72,23 @@ class SimulateCommand(FileOptions, WorldOptions):
     top_k: Annotated[int | None, Option(min=1, help="Experts per token, if the trace does not say.")] = None
     steps: Annotated[int | None, Option(min=1, help="Default: once through the tokens; 100 for loads alone.")] = None
     slots: Annotated[int | None, Option(min=1, help="Total slots. Default: one a rank more than experts need.")] = None
-    refresh: Annotated[int | None, Option(min=1, help="Steps between plans. Default: steps / 10.")] = None
-    window: Annotated[int | None, Option(min=1, help="Past steps a plan is made from. Default: --refresh.")] = None
+    refresh: Annotated[
+        str, Option(help="Steps between plans; auto: what pays on the warm-up, else --horizon.", metavar="STEPS|auto")
+    ] = "auto"
+    window: Annotated[
+        int | None,
+        Option(min=1, help="Past steps a plan is made from. Default: --refresh, or a third of the steps, to 1000."),
+    ] = None
+    horizon: Annotated[
+        int, Option(min=1, help="Steps that a first plan serves, which share its copies. Default: vLLM's interval.")
+    ] = 3000
+    copy_overlap: Annotated[
+        bool,
+        Option(
+            "--copy-overlap/--no-copy-overlap",
+            help="Experts are copied beside the steps, as vLLM does; or between them, which wait.",
+        ),
+    ] = True
     hidden: Annotated[int | None, Option(min=1, help="Numbers in a row, of 2 bytes each. Default: the model's.")] = None
     expert_flops: Annotated[float | None, Option(help="FLOP of one expert per row. Default: the model's.")] = None
     expert_bytes: Annotated[float | None, Option(help="Weights of one expert. Default: the model's.")] = None
@@ -98,7 +113,6 @@ class SimulateCommand(FileOptions, WorldOptions):
         """Replay, write the files that were asked for, and print the tables or the object."""
         from evenmoe.cli.trace_source import digests, find_shape
         from evenmoe.simulator.batches import Cluster
-        from evenmoe.simulator.policies import DEFAULT
         from evenmoe.simulator.replay import simulate
         from evenmoe.simulator.store import save_simulation
 
@@ -114,7 +128,7 @@ class SimulateCommand(FileOptions, WorldOptions):
         with progress_bar("replaying") as progress:
             simulation = simulate(
                 trace,
-                self.policy or DEFAULT,
+                self.policy or None,
                 num_ranks=self.ranks,
                 num_nodes=num_nodes,
                 tokens_per_rank=self.tokens_per_rank,
@@ -122,8 +136,10 @@ class SimulateCommand(FileOptions, WorldOptions):
                 num_slots=self.slots,
                 num_groups=self.groups,
                 num_steps=self.steps,
-                refresh=self.refresh,
+                refresh=self._refresh(),
                 window=self.window,
+                horizon=self.horizon,
+                copy_overlap=self.copy_overlap,
                 chunk=self.chunk,
                 top_k=top_k,
                 seed=self.seed,
@@ -152,6 +168,13 @@ class SimulateCommand(FileOptions, WorldOptions):
         else:
             _print(simulation.summary)
         return 0
+
+    def _refresh(self) -> int | None:
+        if self.refresh == "auto":
+            return None
+        if not self.refresh.isascii() or not self.refresh.isdigit() or not 1 <= int(self.refresh) < 1 << 31:
+            raise ConstraintError("--refresh", self.refresh, "must be a number of steps or auto", "use 1 or more")
+        return int(self.refresh)
 
     def _check_outputs(self) -> None:
         """Raise where the trace would be overwritten, or one file by the other, before any time is spent."""

@@ -6,28 +6,18 @@ The same class holds an operator's tensors (`DispatchCall[torch.Tensor]`), and t
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import wraps
-from operator import index
-from typing import Generic, Literal, ParamSpec, TypeAlias, TypeVar
+from typing import Generic, Literal, TypeAlias, TypeVar
 
 from evenmoe.contract.limits import ATLAS_A3, Limits
 from evenmoe.contract.tensor_spec import ALLOCATED, Allocated
-from evenmoe.errors import ConstraintError
+from evenmoe.errors import as_integer
 
 Tensor = TypeVar("Tensor")
 Input: TypeAlias = Tensor | None
 Output: TypeAlias = Tensor | Allocated | None
 
-#: Fields that are evenmoe's own, and that no check looks at.
-BEYOND_THE_CHIP = ("check_values", "dispatch_number")
-
 _Call = TypeVar("_Call", bound="_Fields")
-_AnyCall = TypeVar("_AnyCall")
-_Result = TypeVar("_Result")
-_Arguments = ParamSpec("_Arguments")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,40 +215,15 @@ class AddRmsNormCall(CombineCall[Tensor]):
     rstd_out: Output[Tensor] = ALLOCATED
 
 
-def takes(
-    call_type: Callable[_Arguments, _AnyCall],
-) -> Callable[[Callable[[_AnyCall], _Result]], Callable[_Arguments, _Result]]:
-    """Turns a function of one call object into a function of that object's fields, so that they are listed once.
-
-    >>> takes(UpdateExpertCall)(lambda call: call.world_size)(expert_ids=None, eplb_table=None, world_size=8)
-    8
-    """
-    signature = inspect.signature(call_type)
-    shown = [parameter for name, parameter in signature.parameters.items() if name not in BEYOND_THE_CHIP]
-
-    def decorate(check: Callable[[_AnyCall], _Result]) -> Callable[_Arguments, _Result]:
-        @wraps(check)
-        def check_fields(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-            return check(call_type(*args, **kwargs))
-
-        setattr(check_fields, "__signature__", signature.replace(parameters=shown))  # noqa: B010  what help() shows
-        return check_fields
-
-    return decorate
-
-
 def with_integers(call: _Call, names: tuple[str, ...]) -> _Call:
     """The same call, NumPy's whole numbers as Python's.
 
     Raises:
         ConstraintError: an attribute that is no whole number, None included.
+
+    >>> with_integers(UpdateExpertCall(expert_ids=None, eplb_table=None, world_size=True), ("world_size",)).world_size
+    1
     """
-    converted: dict[str, int] = {}
-    for name in names:
-        value = getattr(call, name)
-        if type(value) is not int:
-            try:
-                converted[name] = index(value)
-            except TypeError:
-                raise ConstraintError(name, repr(value), "must be an integer", "pass an int") from None
+    given = {name: getattr(call, name) for name in names}
+    converted = {name: as_integer(name, value) for name, value in given.items() if type(value) is not int}
     return replace(call, **converted) if converted else call

@@ -9,7 +9,7 @@ from __future__ import annotations
 from math import prod
 
 from evenmoe.contract import distribute as common
-from evenmoe.contract.calls import AddRmsNormCall, CombineCall, Output, takes, with_integers
+from evenmoe.contract.calls import AddRmsNormCall, CombineCall, Output, with_integers
 from evenmoe.contract.distribute import INTEGER_ATTRIBUTES, Sizes
 from evenmoe.contract.layout import Layout
 from evenmoe.contract.tensor_spec import (
@@ -30,9 +30,9 @@ Call = CombineCall[TensorSpec]
 
 
 def check_combine_call(call: Call) -> Layout:
-    """Checks one rank's call of combine, and derives its layout; of several mistakes the first of §3.6 is raised.
+    """Checks one rank's call of either operator, and derives its layout; the first mistake of §3.6 is raised.
 
-    `check_combine` is the same with the fields of `CombineCall` by keyword.
+    In an `AddRmsNormCall` a virtual expert number is an error only when it is −1 (specification §4).
 
     Raises:
         MissingArgumentError: a null tensor or group name.
@@ -43,44 +43,25 @@ def check_combine_call(call: Call) -> Layout:
 
     >>> from evenmoe.contract.limits import RELAXED
     >>> from evenmoe.contract.tensor_spec import TensorSpec
-    >>> layout = check_combine(
-    ...     expand_x=TensorSpec((64, 7168), "bfloat16"), expert_ids=TensorSpec((8, 3), "int32"),
-    ...     assist_info_for_combine=TensorSpec((8192,), "int32"), ep_send_counts=TensorSpec((8,), "int32"),
-    ...     expert_scales=TensorSpec((8, 3), "float32"),
-    ...     group_ep="ep", ep_world_size=8, ep_rank_id=0, moe_expert_num=8, limits=RELAXED)
+    >>> given = {
+    ...     "expand_x": TensorSpec((64, 7168), "bfloat16"), "expert_ids": TensorSpec((8, 3), "int32"),
+    ...     "assist_info_for_combine": TensorSpec((8192,), "int32"), "ep_send_counts": TensorSpec((8,), "int32"),
+    ...     "expert_scales": TensorSpec((8, 3), "float32"),
+    ...     "group_ep": "ep", "ep_world_size": 8, "ep_rank_id": 0, "moe_expert_num": 8, "limits": RELAXED}
+    >>> layout = check_combine_call(CombineCall(**given))
     >>> layout.num_tokens, layout.hidden
     (8, 7168)
-    """
-    check_wrapper(call)
-    return check_tiling(call)
-
-
-def check_combine_add_rms_norm_call(call: AddRmsNormCall[TensorSpec]) -> Layout:
-    """Checks one rank's call of combine with add and RMS norm, and derives its layout.
-
-    `check_combine_add_rms_norm` is the same with the fields of `AddRmsNormCall` by keyword. The order and the errors
-    are those of `check_combine`; a virtual expert number is an error only when it is −1 (specification §4).
-
-    >>> from evenmoe.contract.tensor_spec import TensorSpec
-    >>> check_combine_add_rms_norm(
-    ...     expand_x=TensorSpec((64, 7168), "bfloat16"), expert_ids=TensorSpec((8, 3), "int32"),
-    ...     assist_info_for_combine=TensorSpec((8192,), "int32"), ep_send_counts=TensorSpec((8,), "int32"),
-    ...     expert_scales=TensorSpec((8, 3), "float32"), residual_x=None, gamma=TensorSpec((7168,), "bfloat16"),
-    ...     group_ep="ep", ep_world_size=8, ep_rank_id=0, moe_expert_num=8)
+    >>> check_combine_call(AddRmsNormCall(**given, residual_x=None, gamma=TensorSpec((7168,), "bfloat16")))
     Traceback (most recent call last):
     evenmoe.errors.MissingArgumentError: `residual_x` is None: it must be given; pass what is added before the norm.
     """
     check_wrapper(call)
-    # The wrapper lets these pass, so they come after the group names (§4, §10).
-    check_given("residual_x", call.residual_x, "pass what is added before the norm")
-    check_given("gamma", call.gamma, "pass the norm's weight")
-    check_given("y_out", call.y_out, "pass a tensor for this output")
-    check_given("rstd_out", call.rstd_out, "pass a tensor for this output")
+    if isinstance(call, AddRmsNormCall):  # the wrapper lets these pass, so they come after the group names (§4, §10)
+        check_given("residual_x", call.residual_x, "pass what is added before the norm")
+        check_given("gamma", call.gamma, "pass the norm's weight")
+        check_given("y_out", call.y_out, "pass a tensor for this output")
+        check_given("rstd_out", call.rstd_out, "pass a tensor for this output")
     return check_tiling(call)
-
-
-check_combine = takes(CombineCall)(check_combine_call)
-check_combine_add_rms_norm = takes(AddRmsNormCall)(check_combine_add_rms_norm_call)
 
 
 def check_wrapper(call: Call) -> None:

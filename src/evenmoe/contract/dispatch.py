@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evenmoe.contract import distribute as common
-from evenmoe.contract.calls import DispatchCall, takes, with_integers
+from evenmoe.contract.calls import DispatchCall, with_integers
 from evenmoe.contract.distribute import INTEGER_ATTRIBUTES, Sizes
 from evenmoe.contract.layout import Layout
 from evenmoe.contract.tensor_spec import (
@@ -25,8 +25,6 @@ Call = DispatchCall[TensorSpec]
 def check_dispatch_call(call: Call) -> Layout:
     """Checks one rank's call of dispatch, and derives its layout; of several mistakes the first of §2.13 is raised.
 
-    `check_dispatch` is the same with the fields of `DispatchCall` by keyword.
-
     Raises:
         MissingArgumentError: a null tensor or group name, or a group name of 128 characters or more.
         UnsupportedTypeError: a dtype that the operator does not take.
@@ -35,17 +33,14 @@ def check_dispatch_call(call: Call) -> Layout:
     Eight ranks with one expert each, 8 tokens on every rank, each for 3 experts: at most 64 rows for the expert here.
 
     >>> from evenmoe.contract.tensor_spec import TensorSpec
-    >>> layout = check_dispatch(
+    >>> call = DispatchCall(
     ...     x=TensorSpec((8, 7168), "bfloat16"), expert_ids=TensorSpec((8, 3), "int32"),
     ...     group_ep="ep", ep_world_size=8, ep_rank_id=0, moe_expert_num=8)
-    >>> layout.capacity
+    >>> check_dispatch_call(call).capacity
     64
     """
     check_wrapper(call)
     return check_tiling(call)
-
-
-check_dispatch = takes(DispatchCall)(check_dispatch_call)
 
 
 def check_wrapper(call: Call) -> None:
@@ -171,7 +166,7 @@ def check_outputs(call: Call, layout: Layout) -> None:
         check_length("expand_x", call.expand_x, layout.expand_x_rows, "the rows that may arrive")
         check_shape("expand_x", call.expand_x, (call.expand_x.shape[0], layout.hidden), "as wide as x")
     if call.quant_mode == _DYNAMIC_QUANT:
-        check_length("dynamic_scales", call.dynamic_scales, layout.dynamic_scales_length, "one per row")
+        check_length("dynamic_scales", call.dynamic_scales, layout.expand_x_rows, "one per row")
     # Assist info only: the 128 ints per row that combine asks for are more than dispatch fills (§2.3).
     check_length("assist_info_for_combine", call.assist_info_for_combine, 3 * layout.capacity, "three per row")
     check_shape("expert_token_nums", call.expert_token_nums, (layout.local_experts,), "one per local expert")
@@ -184,7 +179,7 @@ def infer_dispatch(layout: Layout, dtype: str, quant_mode: int) -> dict[str, Ten
     """The outputs that dispatch allocates (specification §5), by name, in the operator's order.
 
     Args:
-        layout: from `check_dispatch`.
+        layout: from `check_dispatch_call`.
         dtype: of x.
         quant_mode: 0 or 2.
 
@@ -200,13 +195,15 @@ def infer_dispatch(layout: Layout, dtype: str, quant_mode: int) -> dict[str, Ten
     tp_recv_counts int32 (0,)
     expand_scales float32 (6,)
     """
-    sent = "int8" if quant_mode == _DYNAMIC_QUANT else dtype
+    sent, rows = "int8" if quant_mode == _DYNAMIC_QUANT else dtype, layout.expand_x_rows
+    local_experts = (layout.original or layout).local_experts
+    assist_info = max(layout.num_tokens * layout.top_k, 128 * layout.capacity)
     return {
-        "expand_x": TensorSpec((layout.expand_x_rows, layout.hidden), sent),
-        "dynamic_scales": TensorSpec((layout.dynamic_scales_length,), "float32"),
-        "assist_info_for_combine": TensorSpec((layout.assist_info_length,), "int32"),
-        "expert_token_nums": TensorSpec((layout.expert_token_nums_length,), "int64"),
+        "expand_x": TensorSpec((rows, layout.hidden), sent),
+        "dynamic_scales": TensorSpec((rows,), "float32"),
+        "assist_info_for_combine": TensorSpec((assist_info,), "int32"),
+        "expert_token_nums": TensorSpec((local_experts,), "int64"),
         "ep_recv_counts": TensorSpec((layout.ep_recv_counts_length,), "int32"),
-        "tp_recv_counts": TensorSpec((layout.tp_recv_counts_length,), "int32"),
-        "expand_scales": TensorSpec((layout.expand_scales_length,), "float32"),
+        "tp_recv_counts": TensorSpec((layout.tp,), "int32"),
+        "expand_scales": TensorSpec((layout.capacity,), "float32"),
     }

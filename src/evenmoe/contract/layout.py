@@ -56,40 +56,16 @@ class Layout:
         """The rank that holds physical MoE expert 0…num_experts−1."""
         return self.shared_ranks + expert // self.experts_per_rank
 
-    def world_rank(self, rank: int) -> int:
-        """The rank that the transport knows `rank` by: another one only after `scale_down`."""
-        return self.active_ranks[rank] if self.active_ranks else rank
-
-    # What the operator allocates for its outputs (specification §5). Always from the original layout (§2.11).
+    # Lengths of outputs that both checks and allocations need: always from the original layout (§2.11, §5).
 
     @property
     def expand_x_rows(self) -> int:
         return self.capacity * max(self.tp, 1)
 
     @property
-    def dynamic_scales_length(self) -> int:
-        return self.capacity * max(self.tp, 1)
-
-    @property
-    def assist_info_length(self) -> int:
-        return max(self.num_tokens * self.top_k, 128 * self.capacity)
-
-    @property
-    def expert_token_nums_length(self) -> int:
-        return (self.original or self).local_experts
-
-    @property
     def ep_recv_counts_length(self) -> int:
         before = self.original or self
         return before.ep * before.local_experts * max(self.tp, 1)
-
-    @property
-    def tp_recv_counts_length(self) -> int:
-        return self.tp
-
-    @property
-    def expand_scales_length(self) -> int:
-        return self.capacity
 
 
 def make_layout(
@@ -172,8 +148,8 @@ def scale_down(layout: Layout, elastic_info: Sequence[int], smooth_scales: bool 
 
     >>> before = make_layout(ep=4, rank=3, num_experts=8, num_tokens=2, hidden=8, top_k=2, elastic=True)
     >>> after = scale_down(before, [1, 3, 0, 6, 0, -1, 1, 2, 0, 2, 3, -1])
-    >>> after.rank, after.rank_of_expert(4), after.world_rank(2)
-    (2, 2, 3)
+    >>> after.rank, after.rank_of_expert(4), after.active_ranks
+    (2, 2, (0, 2, 3))
     >>> after.ep, after.ep_recv_counts_length  # the buffer still has room for 4 ranks of 2 experts
     (3, 8)
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evenmoe.contract.calls import UpdateExpertCall, takes, with_integers
+from evenmoe.contract.calls import UpdateExpertCall, with_integers
 from evenmoe.contract.tensor_spec import (
     TensorSpec,
     check_absent,
@@ -22,19 +22,17 @@ Call = UpdateExpertCall[TensorSpec]
 def check_update_expert_call(call: Call) -> None:
     """Checks a call of update expert; of several mistakes the first in the order of §1.7 is raised.
 
-    `check_update_expert` is the same with the fields of `UpdateExpertCall` by keyword.
-
     Raises:
         MissingArgumentError: a null tensor.
         UnsupportedTypeError: a dtype that the operator does not take.
         ConstraintError: everything else.
 
-    With 8 ranks a table row can list 8 replicas after its count:
+    A table row can list as many replicas after its count as there are ranks:
 
     >>> from evenmoe.contract.tensor_spec import TensorSpec
-    >>> ids = TensorSpec((128, 8), "int32")
-    >>> check_update_expert(expert_ids=ids, eplb_table=TensorSpec((256, 9), "int32"), local_rank_id=0, world_size=8)
-    >>> check_update_expert(expert_ids=ids, eplb_table=TensorSpec((256, 10), "int32"), local_rank_id=0, world_size=8)
+    >>> ids, table = TensorSpec((128, 8), "int32"), TensorSpec((256, 10), "int32")
+    >>> check_update_expert_call(UpdateExpertCall(expert_ids=ids, eplb_table=table, local_rank_id=0, world_size=9))
+    >>> check_update_expert_call(UpdateExpertCall(expert_ids=ids, eplb_table=table, local_rank_id=0, world_size=8))
     Traceback (most recent call last):
     evenmoe.errors.ConstraintError: `eplb_table` is int32 (256, 10): it must have 2 to 9 columns, for no rank reaches \
 more than world_size 8 replicas; drop the columns behind, or lift this bound of atlas-a3 with limits="unlimited".
@@ -47,9 +45,6 @@ more than world_size 8 replicas; drop the columns behind, or lift this bound of 
     check_table_shape(call)
     check_pruning_inputs(call)
     check_output_shapes(call)
-
-
-check_update_expert = takes(UpdateExpertCall)(check_update_expert_call)
 
 
 def infer_update_expert(expert_ids: TensorSpec, eplb_table: TensorSpec) -> tuple[TensorSpec, TensorSpec]:

@@ -281,12 +281,12 @@ def _return_rows(
     layout, world_size, packed = plan.layout, part.group.world_size, call.comm_quant_mode == BLOCK_INT8
     source, token, k = assist_info.unbind(dim=1)
     travelling = pack_blocks(rows) if packed else rows
-    returning = prepare_returning(source, world_size, travelling.shape[1:], travelling, numbered=True)
+    order, outgoing = prepare_returning(source, world_size, travelling.shape[1:], travelling, numbered=True)
     nothing = torch.zeros((world_size, 0), dtype=torch.int64)
-    part.agree(plan.header, nothing, returning.outgoing, _dispatch_number(call, 0))
+    part.agree(plan.header, nothing, outgoing, _dispatch_number(call, 0))
     each = layout.top_k + layout.shared_experts
-    sent = (token * each + k)[returning.order]
-    incoming = part.exchange(travelling, returning.order, sent.int())
+    sent = (token * each + k)[order]
+    incoming = part.exchange(travelling, order, sent.int())
     assignments = incoming.numbers.long()
     if call.check_values:
         _check_returned(assignments, due.flatten())

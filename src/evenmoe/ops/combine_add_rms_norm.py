@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from evenmoe.contract.calls import AddRmsNormCall
-from evenmoe.contract.combine import check_combine_add_rms_norm_call
+from evenmoe.contract.combine import check_combine_call
 from evenmoe.dispatched import Dispatched
 from evenmoe.ops.combine import combine_and_sum, combining, make_plan
 from evenmoe.ops.numerics import reciprocal_sqrt, tree_sum
@@ -91,7 +91,7 @@ def combine_add_rms_norm(
         return perform("combine_add_rms_norm", call)
 
 
-PREPARED = Prepared("combine_add_rms_norm", check_combine_add_rms_norm_call, make_plan)
+PREPARED = Prepared("combine_add_rms_norm", check_combine_call, make_plan)
 
 
 def _run(call: AddRmsNormCall[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -273,27 +273,22 @@ def received_order(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 # And back --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Returning:
-    """What a rank sends back: its rows in `order`, by the rank that each came from; `outgoing`, how many go where."""
-
-    order: torch.Tensor
-    outgoing: Outgoing
-
-
 def prepare_returning(
     source: torch.Tensor, world_size: int, shape: tuple[int, ...], like: torch.Tensor, numbered: bool
-) -> Returning:
+) -> tuple[torch.Tensor, Outgoing]:
     """Work out how rows return to the ranks that they came from.
 
     Args:
         source: integers (N,), the source rank of each row.
         shape, like: of one row as it travels, and a tensor of its dtype and device.
         numbered: whether one number travels with each row.
+
+    Returns:
+        int64 (N,), the rows in the order of the ranks that they go to; and how many go where.
     """
     counts = torch.bincount(source, minlength=world_size).tolist()
     outgoing = Outgoing(counts if numbered else [0] * world_size, counts, shape, like)
-    return Returning(stable_order(source, world_size), outgoing)
+    return stable_order(source, world_size), outgoing
 
 
 def positions_of(incoming: Incoming, assignments: torch.Tensor, num_assignments: int) -> torch.Tensor:

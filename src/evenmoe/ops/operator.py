@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from operator import attrgetter, index
+from operator import attrgetter
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from evenmoe.contract.layout import Layout
 from evenmoe.contract.limits import resolve_limits
 from evenmoe.contract.operators import OPERATORS, schema
 from evenmoe.contract.tensor_spec import TensorSpec
-from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError, UnsupportedTypeError
+from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError, UnsupportedTypeError, as_integer
 from evenmoe.transport.agreement import digest
 from evenmoe.transport.call import GroupCall, together
 from evenmoe.transport.process_group import RemappedTransport
@@ -99,17 +99,12 @@ def check_types(name: str, call: object) -> dict[str, Any]:
         value = getattr(call, argument)
         if kind == "tensor":
             if value is not None and not isinstance(value, torch.Tensor):
-                raise UnsupportedTypeError(
-                    argument, f"a {type(value).__name__}", "must be a torch.Tensor", "use torch.tensor"
-                )
+                check_tensors(**{argument: value})
         elif argument == "limits":
             value = value.name
         elif kind == "int":
             if not isinstance(value, int):
-                try:
-                    value = index(value)
-                except TypeError:
-                    raise _wrong(argument, value, "an integer", "an int") from None
+                value = as_integer(argument, value)
         elif kind == "float" and not isinstance(value, float | int):
             raise _wrong(argument, value, "a number", "a float")
         elif kind == "str" and not isinstance(value, str):
@@ -243,12 +238,16 @@ def common_sizes(call: DistributeCall[TensorSpec], layout: Layout) -> dict[str, 
 # The groups of a call: transports for the caller, names and numbers for the registered operator ------------------
 
 
-def find_groups(call: DistributeCall[torch.Tensor]) -> tuple[Transport, Transport | None]:
-    """The transports behind the names; no TP transport unless there are two peers."""
-    ep = find_transport("group_ep", call.group_ep or "", call.ep_rank_id, call.ep_world_size)
-    if call.tp_world_size != 2:
-        return ep, None
-    return ep, find_transport("group_tp", call.group_tp or "", call.tp_rank_id, 2)
+def find_groups(
+    call: DistributeCall[torch.Tensor], find: Callable[[str, str, int, int], Transport] = find_transport
+) -> tuple[Transport, Transport | None]:
+    """The transports behind the names; no TP transport unless there are two peers.
+
+    Args:
+        find: (argument, name, rank, world size) -> the transport; raises if no such group is open.
+    """
+    ep = find("group_ep", call.group_ep or "", call.ep_rank_id, call.ep_world_size)
+    return ep, find("group_tp", call.group_tp or "", call.tp_rank_id, 2) if call.tp_world_size == 2 else None
 
 
 def elastic_values(call: DistributeCall[torch.Tensor]) -> tuple[int, ...] | None:

@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 
 from evenmoe.contract.layout import Layout, make_layout
-from evenmoe.errors import ConstraintError, UnsupportedTypeError
+from evenmoe.errors import ConstraintError, UnsupportedTypeError, require
 from evenmoe.ops.exchange import Routing, exchange, positions_of, prepare_returning, prepare_sending, route
 from evenmoe.ops.operator import check_devices, check_tensors
 from evenmoe.ops.weighted_sum import add_rows
@@ -115,16 +115,11 @@ class ExpertParallel:
         self._group = ep = transport_of(group)
         self._rule, self._check_values = RULES.get(rule), check_values
         self.num_slots, self.rule = num_slots, self._rule.name
-        if num_slots < 1 or num_slots % ep.world_size:
-            nearest = max(1, round(num_slots / ep.world_size)) * ep.world_size
-            raise ConstraintError(
-                "num_slots",
-                num_slots,
-                f"must be a multiple of the {ep.world_size} ranks",
-                f"use {nearest}, the nearest that is",
-            )
-        if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < 2**62):
-            raise ConstraintError("layer", repr(layer), "must be a whole number from 0", "pass the layer's index")
+        nearest = max(1, round(num_slots / ep.world_size)) * ep.world_size
+        rule, fix = f"must be a multiple of the {ep.world_size} ranks", f"use {nearest}, the nearest that is"
+        require(num_slots >= 1 and num_slots % ep.world_size == 0, "num_slots", num_slots, rule, fix)
+        known = layer is None or (isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer < 2**62)
+        require(known, "layer", repr(layer), "must be a whole number from 0", "pass the layer's index")
         check_table_of_slots(eplb_table, num_slots)
         self._table = eplb_table.clone()  # it is read at every step, when its owner may have changed it
         self._choose = prepared(self._rule, self._table, num_slots, ep.rank, ep.world_size)
@@ -229,11 +224,10 @@ class ExpertParallel:
         with together(call):
             header = self._check_combine(dispatched, expert_out)
             source, routing, weights = dispatched.source_rank, dispatched.routing, dispatched.topk_weights
-            returning = prepare_returning(
-                source, self._group.world_size, expert_out.shape[1:], expert_out, numbered=False
-            )
-            back = torch.tensor(returning.outgoing.rows)[:, None]
-            home = call.agree(header, back, returning.outgoing, dispatched.number)[:, 0].tolist()
+            shape, world_size = expert_out.shape[1:], self._group.world_size
+            order, outgoing = prepare_returning(source, world_size, shape, expert_out, numbered=False)
+            back = torch.tensor(outgoing.rows)[:, None]
+            home = call.agree(header, back, outgoing, dispatched.number)[:, 0].tolist()
             sent_out = routing.counts.sum(dim=1).tolist()
             if home != sent_out:
                 raise ConstraintError(
@@ -242,7 +236,7 @@ class ExpertParallel:
                     "must be what dispatch returned, unchanged",
                     "pass it to combine as it is",
                 )
-            incoming = call.exchange(expert_out, returning.order)
+            incoming = call.exchange(expert_out, order)
             # Rows return in the order in which `routing` sent the tokens out, so each one's position is known.
             assignments = routing.token * weights.shape[1] + routing.k
             position = positions_of(incoming, assignments, weights.numel()).view(weights.shape)
@@ -352,22 +346,13 @@ class ExpertParallel:
     def _check(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
         check_tensors(x=x, topk_ids=topk_ids, topk_weights=topk_weights)
         check_devices({"x": x, "topk_ids": topk_ids, "topk_weights": topk_weights})
-        if x.dim() != 2:
-            raise ConstraintError("x", f"of shape {tuple(x.shape)}", "must be (tokens, hidden)", "flatten the batch")
-        if topk_ids.dim() != 2 or topk_ids.shape[0] != x.shape[0] or topk_ids.shape[1] < 1:
-            raise ConstraintError(
-                "topk_ids",
-                f"of shape {tuple(topk_ids.shape)}",
-                f"must be (tokens, k) with the {x.shape[0]} tokens of x",
-                "pass the router's indices",
-            )
-        if topk_weights.shape != topk_ids.shape:
-            raise ConstraintError(
-                "topk_weights",
-                f"of shape {tuple(topk_weights.shape)}",
-                f"must have the shape of topk_ids, {tuple(topk_ids.shape)}",
-                "pass one weight per index",
-            )
+        require(x.dim() == 2, "x", f"of shape {tuple(x.shape)}", "must be (tokens, hidden)", "flatten the batch")
+        ids, weights = tuple(topk_ids.shape), tuple(topk_weights.shape)
+        rule = f"must be (tokens, k) with the {x.shape[0]} tokens of x"
+        fits = len(ids) == 2 and ids[0] == x.shape[0] and ids[1] >= 1
+        require(fits, "topk_ids", f"of shape {ids}", rule, "pass the router's indices")
+        rule = f"must have the shape of topk_ids, {ids}"
+        require(weights == ids, "topk_weights", f"of shape {weights}", rule, "pass one weight per index")
         if topk_ids.dtype not in (torch.int32, torch.int64):
             raise UnsupportedTypeError("topk_ids", topk_ids.dtype, "must be int32 or int64", "convert it")
         _check_floats("x", x)

@@ -67,9 +67,11 @@ class Batches(Protocol):
 
     Attributes:
         notes: sentences on how they come about.
+        repeated: of the step's tokens, how many an earlier step has had.
     """
 
     notes: tuple[str, ...]
+    repeated: int
 
     def advance(self) -> None:
         """Go to the next step; the first call goes to step 0."""
@@ -110,6 +112,8 @@ class RoutedBatches:
         self._position, self._end = np.zeros(streams, np.int64), np.zeros(streams, np.int64)
         self._following = 0
         self._tokens = np.empty((streams, chunk), np.int64)
+        self._seen = np.zeros(len(trace.routing), bool)
+        self.repeated = 0
         self._batch: npt.NDArray[np.integer] | None = None
         self.notes: tuple[str, ...] = (
             "Every token-expert assignment is the recorded one: rank loads, rows and copies are exact.",
@@ -123,6 +127,8 @@ class RoutedBatches:
         self._following = batch_kernels.assign_tokens(
             self._starts, self._tokens.shape[1], self._position, self._end, self._following, self._tokens
         )
+        self.repeated = int(self._seen[self._tokens].sum())
+        self._seen[self._tokens] = True
         chosen = self._routing[self._tokens.reshape(self._cluster.num_ranks, -1)]
         self._batch = np.ascontiguousarray(chosen.transpose(2, 0, 1, 3))
 
@@ -140,7 +146,9 @@ class DrawnBatches:
     """Counts drawn from loads, because no token is known.
 
     Step n of N takes the windows from n × T // N on, up to those of step n + 1 and at least one, added up: a short
-    trace is stretched over the steps and a long one condensed. Each of a source rank's B tokens goes to expert e with
+    trace is stretched over the steps and a long one condensed. Steps that share a window have disjoint parts of it, to
+    which each of its assignments goes by chance, so that none is judged on what an earlier one has shown. Each of a
+    source rank's B tokens goes to expert e with
     the chance K × load / total load of the layer, at most 1, independently; so a token has K experts on average.
     Where the trace knows loads by source rank they give every rank its own chances: source rank g of G takes recorded
     rank g × R // G, or with G < R the sum of the ranks from there to (g + 1) × R // G.
@@ -158,7 +166,9 @@ class DrawnBatches:
         self._seed = seed
         self._step = -1
         self._window: tuple[int, int] = (0, 0)
+        self._left = load[:0]  # of a window that several steps share
         self._chances: FloatArray = np.zeros((0, 0, 0))
+        self.repeated = 0
         self._known = np.asarray(load.any(axis=(1, 3)))  # (T, L)
         by_rank = "" if trace.load_by_rank is None else " of its own"
         self.notes: tuple[str, ...] = (
@@ -176,25 +186,41 @@ class DrawnBatches:
 
     def advance(self) -> None:
         self._step += 1
-        windows = len(self._load)
-        begin = self._step * windows // self._num_steps
-        end = max(begin + 1, (self._step + 1) * windows // self._num_steps)
+        windows, steps = len(self._load), self._num_steps
+        begin = self._step * windows // steps
+        end = max(begin + 1, (self._step + 1) * windows // steps)
         if (begin, end) != self._window:
             self._window = (begin, end)
-            load = self._load[begin:end].sum(axis=0, dtype=np.float64)
-            self._fill_in(load, begin)
-            if len(load) > 1:
-                load = _fit_ranks(load, self._cluster.num_ranks)
-            # (L, E, R), as the draws go through it
-            self._chances = np.ascontiguousarray(expert_chances(load, self._top_k).transpose(1, 2, 0))
+            self._left = self._filled_in(self._load[begin:end].sum(axis=0), begin)
+        until = -(-end * steps // windows) if windows < steps else self._step + 1  # the first step of the next window
+        load = self._part(until - self._step)
+        if len(load) > 1:
+            load = _fit_ranks(load, self._cluster.num_ranks)
+        # (L, E, R), as the draws go through it
+        self._chances = np.ascontiguousarray(expert_chances(load, self._top_k).transpose(1, 2, 0))
 
-    def _fill_in(self, load: FloatArray, begin: int) -> None:
-        """Give the layers of `load` (R, L, E), from window `begin` on, that have no token those of another window."""
+    def _part(self, shares: int) -> FloatArray:
+        """Take one of as many equal shares of what is left of the window, assignment by assignment, as float64.
+
+        A layer of which nothing falls to the share is drawn from all that is left.
+        """
+        left = self._left
+        if shares == 1:
+            return left.astype(np.float64)
+        part = np.random.default_rng((self._seed, self._step)).binomial(left, 1 / shares)
+        self._left = left - part
+        empty = ~part.any(axis=(0, 2))
+        part[:, empty] = left[:, empty]
+        return part.astype(np.float64)
+
+    def _filled_in(self, load: npt.NDArray[np.int64], begin: int) -> npt.NDArray[np.int64]:
+        """`load` (R, L, E), from window `begin` on, whose layers without a token have those of another window."""
         for layer in np.flatnonzero(~load.any(axis=(0, 2))).tolist():
             known = np.flatnonzero(self._known[:, layer])
             if known.size:
                 before = known[known < begin]
                 load[:, layer] = self._load[before[-1] if before.size else known[0], :, layer]
+        return load
 
     def experts(self, layer: int) -> None:
         return None

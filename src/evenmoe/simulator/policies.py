@@ -33,15 +33,6 @@ from evenmoe.rules.rule import Rule
 from evenmoe.simulator.batches import Cluster
 from evenmoe.simulator.policy_text import PolicyText
 
-DEFAULT = (
-    "identity",
-    "static",
-    "greedy",
-    "evenmoe:rule=rank",
-    "evenmoe:rule=occurrence",
-    "evenmoe:rule=batch",
-    "oracle",
-)
 _ADDS_UP = ("greedy",)  # planners that look at the sum of windows alone, so that pieces would be ignored
 
 
@@ -81,6 +72,11 @@ class Policy:
     @property
     def _choice(self) -> str:
         return f"replicas chosen by the {self.rule.name} rule"
+
+    @property
+    def first_plan(self) -> int:
+        """The step before which the first plan is made from steps that are over; 0 where none ever is."""
+        return 0
 
     def is_due(self, step: int) -> bool:
         """Whether a plan is made before this step, from the steps that are over."""
@@ -168,6 +164,7 @@ class Planned(Policy):
             plan = "The published greedy plan"
         elif self.planner == "evenmoe":
             plan = f"evenmoe's plan for the {RULES.get(self.plan_for).name} rule"
+        plan += f" on {self.num_slots} slots"
         return plan + (f" with {self.num_groups} groups kept inside nodes" if self.num_groups > 1 else "")
 
     @property
@@ -187,6 +184,11 @@ class Static(Planned):
     def description(self) -> str:
         """See `Policy.description`."""
         return f"{self._plan}, made once from {self._past} step {self.window}, {self._choice}."
+
+    @property
+    def first_plan(self) -> int:
+        """See `Policy.first_plan`."""
+        return self.window
 
     def is_due(self, step: int) -> bool:
         """See `Policy.is_due`."""
@@ -218,10 +220,12 @@ class Refreshed(Planned):
     """A planner that is asked again and again.
 
     Attributes:
-        refresh: steps between refreshes.
+        first: the step before which the first plan is made.
+        refresh: steps between plans.
         start: which plans are made anew: "first" the first one, "scratch" all, "previous" none.
     """
 
+    first: int = 1
     refresh: int = 1
     start: str = "scratch"
 
@@ -257,6 +261,7 @@ class Refreshed(Planned):
             policy,
             max_copies=text.number("max-copies", max(1, policy.num_slots // 8)) if bounded else None,
             target_par=text.real("target-par") if "target-par" in text.given else None,
+            first=text.number("refresh" if "refresh" in text.given else "first"),
             refresh=text.number("refresh"),
             start=start,
         )
@@ -268,15 +273,39 @@ class Refreshed(Planned):
         begin += " but for the first time" if self.start == "first" else ""
         begin += "" if self.max_copies is None else f", at most {self.max_copies} copies a layer"
         begin += "" if self.target_par is None else f", down to a PAR of {self.target_par:g}"
-        return f"{self._plan}, made every {self.refresh} steps from {self._past}{begin}, {self._choice}."
+        after = "" if self.first == self.refresh else f" from step {self.first} on"
+        return f"{self._plan}, made every {self.refresh} steps{after} from {self._past}{begin}, {self._choice}."
+
+    @property
+    def first_plan(self) -> int:
+        """See `Policy.first_plan`."""
+        return self.first
 
     def is_due(self, step: int) -> bool:
         """See `Policy.is_due`."""
-        return step > 0 and step % self.refresh == 0
+        return step >= self.first and (step - self.first) % self.refresh == 0
 
     def starts_anew(self, has_planned: bool) -> bool:
         """See `Policy.starts_anew`."""
         return self.start == "scratch" or (self.start == "first" and not has_planned)
+
+
+def default_policies(num_slots: int, fewest: int, *, once: bool) -> tuple[str, ...]:
+    """What is compared where nobody says: every kind, and what rearranging does without a slot more than there must be.
+
+    Args:
+        num_slots: S of policies that do not say.
+        fewest: the slots that hold every expert.
+        once: whether a single plan is made in the replay, so that `static` would repeat evenmoe's.
+
+    >>> default_policies(40, 32, once=True)[:3]
+    ('identity', 'greedy', 'evenmoe:slots=32')
+    """
+    without = (f":slots={fewest}",) if num_slots > fewest else ()
+    static = () if once else ("static", *(f"static{slots}" for slots in without))
+    rearranged = (f"evenmoe{slots}" for slots in without)
+    by_rule = tuple(f"evenmoe:rule={rule}" for rule in ("rank", "occurrence", "batch"))
+    return ("identity", *static, "greedy", *rearranged, *by_rule, "oracle")
 
 
 _SCHEDULES: dict[str, type[Policy]] = {"identity": Policy, "static": Static, "oracle": Oracle}
@@ -291,12 +320,14 @@ def parse_policies(
     num_groups: int = 1,
     refresh: int,
     window: int,
+    first: int | None = None,
 ) -> tuple[Policy, ...]:
     """The policies of a run, the first identity in front (added where there is none).
 
     Args:
         texts: as given to `--policy`.
         num_slots, num_groups, refresh, window: where a policy does not say.
+        first: the step before which those plan for the first time that do not say a refresh; by default `refresh`.
 
     Raises:
         ConstraintError: names the policy, the key and what it may be.
@@ -307,6 +338,7 @@ def parse_policies(
     ('identity', 4, 'token', 9)
     """
     defaults = {"slots": num_slots, "groups": num_groups, "refresh": refresh, "window": window, "pieces": 1}
+    defaults["first"] = refresh if first is None else first
     policies = [_read(PolicyText(text, defaults), cluster, num_experts) for text in texts]
     baseline = next((policy for policy in policies if type(policy) is Policy), None)
     if baseline is None:

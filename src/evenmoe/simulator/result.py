@@ -60,12 +60,12 @@ class PolicyResult:
         description: one sentence: planner, rule, when it is refreshed.
         rule: replica rule, "rank", "token", "occurrence", "batch" or "even".
         par: float64 (N, L), peak-to-average load of the ranks.
-        rank_tokens: int64 (L, G), rows computed by each rank, all steps together.
-        copies: int64 (N, L), experts copied before each step.
-        refreshes: int64 (R,), the steps before which the placement was replaced (not the first placement).
+        rank_tokens: int64 (L, G), rows computed by each rank, all judged steps together.
+        copies: int64 (N, L), experts whose copying begins before each step.
+        refreshes: int64 (R,), the steps before which copies for another placement begin.
         traffic: token rows communicated.
         step_time: float64 (N,), microseconds of one step: all layers, the busiest rank of each, and the exchange.
-        copy_time: float64 (N,), microseconds spent copying before each step.
+        copy_time: float64 (N,), microseconds of the copying that begins before each step.
         initial, final: the placements of the first and the last step.
         memory_per_rank: int, bytes of expert weights on a rank, all layers.
         break_even_steps: float, steps after which a mean refresh has paid for its copies, compared with the default
@@ -89,6 +89,11 @@ class PolicyResult:
     break_even_steps: float
     details: Details | None = None
 
+    @property
+    def first_copy_time(self) -> float:
+        """Microseconds of copying for the first change of the placement; 0.0 without one."""
+        return float(self.copy_time[self.refreshes[:1]].sum())
+
 
 @dataclass(frozen=True)
 class Simulation:
@@ -100,10 +105,16 @@ class Simulation:
             order to be shown.
         num_ranks, num_nodes, num_experts, top_k: int.
         tokens: int64 (N,), tokens of each step over all ranks.
-        load: int64 (L, E), rows per logical expert, all steps together.
+        load: int64 (L, E), rows per logical expert, all judged steps together.
         policies: the first one is the baseline, the default placement.
         notes: sentences on what is exact and what is drawn or expected, to be shown with the numbers.
         empty_windows: int, windows of the trace that were left out because nothing was recorded in them.
+        num_warmup_steps: int, steps before every policy has made its first plan.
+        num_judged_steps: int, steps after them, up to the first that has a token which was replayed before; 0 where
+            there are none, and figures are then of all steps.
+        horizon_steps: int, steps over which the copies of a policy's first plan are charged.
+        copy_overlap: whether experts are copied beside the steps.
+        recorded_tokens: int, tokens of the trace.
     """
 
     trace: str
@@ -117,11 +128,42 @@ class Simulation:
     policies: tuple[PolicyResult, ...]
     notes: tuple[str, ...] = ()
     empty_windows: int = 0
+    num_warmup_steps: int = 0
+    num_judged_steps: int = 0
+    horizon_steps: int = 3000
+    copy_overlap: bool = False
+    recorded_tokens: int = 0
+
+    @property
+    def judged(self) -> slice:
+        """The steps that figures are of."""
+        if not self.num_judged_steps:
+            return slice(0, len(self.tokens))
+        return slice(self.num_warmup_steps, self.num_warmup_steps + self.num_judged_steps)
+
+    def net_times(self, policy: PolicyResult) -> FloatArray:
+        """Microseconds of each judged step with its share of copying, float64 (judged steps,).
+
+        Copies between steps add their time: those of the first change of the placement spread over the horizon, later
+        ones before their step. Copies beside the steps cost what the old placement takes longer meanwhile: the replay
+        shows it of later changes, and for the first one the default placement serves as many steps of the horizon as
+        its copies take.
+        """
+        judged = self.judged
+        step, base = policy.step_time[judged], self.policies[0].step_time[judged]
+        first = policy.first_copy_time
+        if self.copy_overlap:
+            horizon = float(base.mean()) * self.horizon_steps
+            share = first / horizon if first < horizon else float(first > 0)
+            return step + share * (base - step)
+        later = policy.copy_time.copy()
+        later[policy.refreshes[:1]] = 0.0
+        return step + later[judged] + first / self.horizon_steps
 
     @cached_property
     def summary(self) -> Summary:
         """The figures that are shown, computed once."""
-        policies = tuple(_summarize(policy, self.policies[0]) for policy in self.policies)
+        policies = tuple(_summarize(self, policy) for policy in self.policies)
         return Summary(
             trace=self.trace,
             num_steps=len(self.tokens),
@@ -132,6 +174,10 @@ class Simulation:
             top_k=self.top_k,
             tokens_per_step=int(self.tokens[0]),
             num_empty_windows=self.empty_windows,
+            num_warmup_steps=self.num_warmup_steps,
+            num_judged_steps=self.num_judged_steps,
+            horizon_steps=self.horizon_steps,
+            copy_overlap=self.copy_overlap,
             best_policy=policies[_best(policies)].name,
             settings=tuple({"name": name, "value": value, "unit": unit} for name, value, unit in self.settings),
             notes=self.notes,
@@ -203,6 +249,7 @@ class Summary:
         num_steps, num_layers: N and L.
         tokens_per_step: of the first step, over all ranks.
         num_empty_windows: windows of the trace that were left out because nothing was recorded in them.
+        num_warmup_steps, num_judged_steps, horizon_steps, copy_overlap: as in `Simulation`.
         best_policy: the name of the policy with the least time per step, copying included, that could be run; the
             first, if it is alone.
         settings: name, value and unit of everything that was chosen.
@@ -218,6 +265,10 @@ class Summary:
     top_k: int
     tokens_per_step: int
     num_empty_windows: int
+    num_warmup_steps: int
+    num_judged_steps: int
+    horizon_steps: int
+    copy_overlap: bool
     best_policy: str
     settings: tuple[dict[str, str], ...]
     notes: tuple[str, ...]
@@ -237,28 +288,32 @@ class Summary:
         return [getattr(policy, name) for policy in self.policies]
 
 
-def _summarize(policy: PolicyResult, baseline: PolicyResult) -> PolicySummary:
-    traffic, copies, refreshes = policy.traffic, int(policy.copies.sum()), len(policy.refreshes)
-    step, copying = float(policy.step_time.mean()), float(policy.copy_time.mean())
-    base_step, base_copying = float(baseline.step_time.mean()), float(baseline.copy_time.mean())
-    rows = [float(kind.mean()) for kind in (traffic.within_node, traffic.between_nodes)]
-    once = [float(kind.mean()) for kind in (traffic.within_node_once, traffic.between_nodes_once)]
+def _summarize(simulation: Simulation, policy: PolicyResult) -> PolicySummary:
+    judged, baseline = simulation.judged, simulation.policies[0]
+    copies, refreshes = int(policy.copies.sum()), len(policy.refreshes)
+    par, step = policy.par[judged], float(policy.step_time[judged].mean())
+    net, base_net = (float(simulation.net_times(each).mean()) for each in (policy, baseline))
+    later = policy.copy_time.copy()
+    later[policy.refreshes[:1]] = 0.0
+    traffic = policy.traffic
+    rows = [float(kind[judged].mean()) for kind in (traffic.within_node, traffic.between_nodes)]
+    once = [float(kind[judged].mean()) for kind in (traffic.within_node_once, traffic.between_nodes_once)]
     memory, base_memory = int(policy.memory_per_rank), int(baseline.memory_per_rank)
     return PolicySummary(
         name=policy.name,
         description=policy.description,
         rule=policy.rule,
         num_slots=policy.final.num_slots,
-        mean_par=float(policy.par.mean()),
-        worst_par=float(policy.par.max()),
-        mean_par_per_layer=policy.par.mean(axis=0).tolist(),
+        mean_par=float(par.mean()),
+        worst_par=float(par.max()),
+        mean_par_per_layer=par.mean(axis=0).tolist(),
         step_time_us=step,
-        copy_time_us=copying,
-        net_time_us=step + copying,
+        copy_time_us=float(later[judged].mean()) + policy.first_copy_time / simulation.horizon_steps,
+        net_time_us=net,
         total_copy_time_us=float(policy.copy_time.sum()),
         refresh_copy_time_us=float(policy.copy_time.sum() / refreshes) if refreshes else 0.0,
-        gain_percent=_saved(step, base_step),
-        net_gain_percent=_saved(step + copying, base_step + base_copying),
+        gain_percent=_saved(step, float(baseline.step_time[judged].mean())),
+        net_gain_percent=_saved(net, base_net),
         copies=copies,
         refreshes=refreshes,
         copies_per_refresh=copies / refreshes if refreshes else 0.0,

@@ -20,7 +20,7 @@ from evenmoe.io.output import whole_file
 from evenmoe.placement import Placement
 from evenmoe.simulator.result import Details, PolicyResult, Simulation, Traffic
 
-VERSION = 1
+VERSION = 2
 MOST = 1e100  # of a time or a ratio, so that no sum, square or quotient that is shown overflows
 _MOST_COUNTED = 1 << 62
 _MOST_JSON = 1 << 24  # bytes; a hundred policies need less than a hundredth
@@ -78,6 +78,11 @@ def save_simulation(path: str | Path, simulation: Simulation) -> None:
         "top_k": simulation.top_k,
         "notes": simulation.notes,
         "empty_windows": simulation.empty_windows,
+        "num_warmup_steps": simulation.num_warmup_steps,
+        "num_judged_steps": simulation.num_judged_steps,
+        "horizon_steps": simulation.horizon_steps,
+        "copy_overlap": simulation.copy_overlap,
+        "recorded_tokens": simulation.recorded_tokens,
         "policies": policies,
     }
     # A file's name may hold bytes that are no text: escaped as JSON does, it is read back as it was.
@@ -132,6 +137,9 @@ def _read(archive: zipfile.ZipFile, path: Path) -> Simulation:
     names = [policy.name for policy in found]
     if len(set(names)) < len(names):
         raise _refuse(path, f"with policies {names}", "must name each policy once", _AGAIN)
+    warmup, judged = (_whole(path, head, f"num_{part}_steps", least=0) for part in ("warmup", "judged"))
+    if warmup + judged > sizes["N"]:
+        raise _refuse(path, f"with {warmup} + {judged} of {sizes['N']} steps", "must have all steps it names", _AGAIN)
     return Simulation(
         trace=_text(path, head, "trace"),
         settings=tuple(tuple(row) for row in _rows(path, head, "settings")),  # pyright: ignore[reportArgumentType]
@@ -141,7 +149,12 @@ def _read(archive: zipfile.ZipFile, path: Path) -> Simulation:
         top_k=_whole(path, head, "top_k"),
         policies=found,
         notes=tuple(_texts(path, head, "notes")),
-        empty_windows=_whole(path, {"empty_windows": 0, **head}, "empty_windows", least=0),  # younger than version 1
+        empty_windows=_whole(path, head, "empty_windows", least=0),
+        num_warmup_steps=warmup,
+        num_judged_steps=judged,
+        horizon_steps=_whole(path, head, "horizon_steps"),
+        copy_overlap=head.get("copy_overlap") is True,
+        recorded_tokens=_whole(path, head, "recorded_tokens", least=0),
         **{name: _array(archive, path, name, dtype, sizes, axes) for name, (dtype, axes) in _ARRAYS.items()},
     )
 

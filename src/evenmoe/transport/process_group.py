@@ -19,13 +19,13 @@ import torch.distributed as dist
 
 from evenmoe.errors import LostRankError
 from evenmoe.transport.mesh import LastWord, Mesh
-from evenmoe.transport.transport import Buffers, GroupEnd, Ints, Members, Transport
+from evenmoe.transport.transport import Buffers, Ints, Members, Transport
 
 _GRACE_S = 1.0  # after a failed exchange, for a rank to be seen to have stopped; 0.12 s sufficed in 150 kills
 
 
-class ProcessGroupTransport(GroupEnd):
-    """One rank's end of a torch.distributed process group; implements `Transport`.
+class ProcessGroupTransport(Transport):
+    """One rank's end of a torch.distributed process group.
 
     Rows travel as bytes, since backends differ in the dtypes they take (gloo takes no fp8 in collectives).
 
@@ -206,8 +206,8 @@ def _split(rows: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
     return [rows[start:stop] for start, stop in pairwise(edges)]
 
 
-class RemappedTransport:
-    """The active ranks of a group, numbered 0…n−1 by `old_rank_of`; implements `Transport`.
+class RemappedTransport(Transport):
+    """The active ranks of a group, numbered 0…n−1 by `old_rank_of`; what ends the group ends it for them.
 
     Only they call; the ranks that are gone need not exist any more.
     """
@@ -215,8 +215,7 @@ class RemappedTransport:
     def __init__(self, transport: Transport, old_rank_of: Ints) -> None:
         self._transport, self._old_rank_of = transport, list(old_rank_of)
         self._members = sorted(old_rank_of)
-        self.name, self.rank = transport.name, self._old_rank_of.index(transport.rank)
-        self.world_size = len(self._old_rank_of)
+        super().__init__(transport.name, self._old_rank_of.index(transport.rank), len(self._old_rank_of))
 
     @property
     def broken(self) -> bool:
@@ -226,33 +225,23 @@ class RemappedTransport:
         assert members is None, "a remapped group is not narrowed again"
         return self._transport.number(self._members)
 
-    def next_layer(self) -> int:
-        return self._transport.next_layer()
-
-    def take_turn(self) -> None:
-        self._transport.take_turn()
-
-    def end_turn(self) -> None:
-        self._transport.end_turn()
-
     def check_usable(self) -> None:
         self._transport.check_usable()
 
-    def break_off(self, reason: str, ranks: tuple[int, ...] | None = None) -> None:
-        old = None if ranks is None else tuple(sorted(self._old_rank_of[rank] for rank in ranks))
-        self._transport.break_off(reason, old)
+    def last_counts(self) -> torch.Tensor:
+        return self._transport.last_counts()[self._old_rank_of]
 
-    def exchange_counts(self, counts: torch.Tensor, members: Ints | None = None) -> torch.Tensor:
+    def rows_to_send(self, shape: Ints, like: torch.Tensor) -> torch.Tensor:
+        return self._transport.rows_to_send(shape, like)
+
+    def _exchange_counts(self, counts: torch.Tensor, members: Ints | None) -> torch.Tensor:
         assert members is None, "a remapped group is not narrowed again"
         full = counts.new_zeros((self._transport.world_size, counts.shape[1]))
         full[self._old_rank_of] = counts
         return self._transport.exchange_counts(full, self._members)[self._old_rank_of]
 
-    def last_counts(self) -> torch.Tensor:
-        return self._transport.last_counts()[self._old_rank_of]
-
-    def exchange_rows(
-        self, rows: torch.Tensor, send_counts: Ints, recv_counts: Ints, members: Ints | None = None, reuse: bool = False
+    def _exchange_rows(
+        self, rows: torch.Tensor, send_counts: Ints, recv_counts: Ints, members: Ints | None, reuse: bool
     ) -> torch.Tensor:
         assert members is None, "a remapped group is not narrowed again"
         by_old_rank = self._reordered(
@@ -264,10 +253,11 @@ class RemappedTransport:
         in_old_order = [recv_counts[self._old_rank_of.index(old)] for old in self._members]
         return self._reordered(received, in_old_order, [self._members.index(old) for old in self._old_rank_of])
 
-    def rows_to_send(self, shape: Ints, like: torch.Tensor) -> torch.Tensor:
-        return self._transport.rows_to_send(shape, like)
+    def _tell(self, reason: str, because_of: Members | None) -> None:
+        old = None if because_of is None else tuple(sorted(self._old_rank_of[rank] for rank in because_of))
+        self._transport.break_off(reason, old)
 
-    def close(self) -> None:
+    def _end(self) -> None:
         self._transport.close()
 
     def _spread(self, counts: Ints) -> list[int]:

@@ -15,10 +15,10 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
-from evenmoe.errors import ConstraintError, LostRankError, MissingArgumentError, UnsupportedTypeError
+from evenmoe.errors import LostRankError, MissingArgumentError, UnsupportedTypeError, require
 from evenmoe.transport import mesh
 from evenmoe.transport.process_group import ProcessGroupTransport
-from evenmoe.transport.transport import GroupEnd, Transport, register, unregister
+from evenmoe.transport.transport import Transport, register, unregister
 from evenmoe.transport.world import Rank, check_world
 
 #: What a public function takes for a group.
@@ -69,17 +69,14 @@ def process_world(
         processes = size
     assert store is not None
     assert index is not None
-    if not 0 <= index < processes:
-        raise ConstraintError(
-            "index", index, f"must be 0 to {processes - 1}", "number the processes of the world from 0"
-        )
-    if size != processes:
-        raise ConstraintError(
-            "ep_size",
-            f"{ep_size} with tp_size {tp_size}",
-            f"must give the number of processes, {processes}, as ep_size * tp_size",
-            f"use ep_size={processes // tp_size} with tp_size={tp_size}, or start {size} processes",
-        )
+    rule, fix = f"must be 0 to {processes - 1}", "number the processes of the world from 0"
+    require(0 <= index < processes, "index", index, rule, fix)
+    value, rule = (
+        f"{ep_size} with tp_size {tp_size}",
+        f"must give the number of processes, {processes}, as ep_size * tp_size",
+    )
+    fix = f"use ep_size={processes // tp_size} with tp_size={tp_size}, or start {size} processes"
+    require(size == processes, "ep_size", value, rule, fix)
     e, t = divmod(index, tp_size)
     own = distributed_c10d.PrefixStore(f"evenmoe/world{next(_worlds)}", store)
     _call_the_roll(own, index, size, timeout)
@@ -120,31 +117,21 @@ def transport_of(group: object, argument: str = "group", *, timeout_s: float = 6
         MissingArgumentError, UnsupportedTypeError, ConstraintError: it is none of these, or has other axes.
         LostRankError: a rank did not come.
     """
-    if isinstance(group, (GroupEnd, Transport)):  # in this order, since to ask a protocol costs 10 µs
+    if isinstance(group, Transport):
         return group
     if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            raise ConstraintError(
-                argument,
-                f"a mesh of {group.ndim} axes",
-                "must have one axis, that of the experts",
-                f"pass that axis, such as mesh[{(group.mesh_dim_names or ('ep',))[0]!r}]",
-            )
+        fix = f"pass that axis, such as mesh[{(group.mesh_dim_names or ('ep',))[0]!r}]"
+        require(
+            group.ndim == 1, argument, f"a mesh of {group.ndim} axes", "must have one axis, that of the experts", fix
+        )
         group = group.get_group()
     if group is None:
-        raise MissingArgumentError(
-            argument,
-            None,
-            "must be the transport of the expert-parallel group",
-            "pass rank.ep of an open world, a ProcessGroup, or one axis of a DeviceMesh",
-        )
+        fix = "pass rank.ep of an open world, a ProcessGroup, or one axis of a DeviceMesh"
+        raise MissingArgumentError(argument, None, "must be the transport of the expert-parallel group", fix)
     if not isinstance(group, dist.ProcessGroup):
-        raise UnsupportedTypeError(
-            argument,
-            f"a {type(group).__name__}",
-            "must be a transport, a ProcessGroup or a DeviceMesh of which this process is a member",
-            "pass rank.ep of an open world, the group itself, or one axis of a mesh",
-        )
+        rule = "must be a transport, a ProcessGroup or a DeviceMesh of which this process is a member"
+        fix = "pass rank.ep of an open world, the group itself, or one axis of a mesh"
+        raise UnsupportedTypeError(argument, f"a {type(group).__name__}", rule, fix)
     known, transport = _of_groups.get(group.group_name, (None, None))
     if known is not group or transport is None:
         transport = _beside(group, timeout_s)

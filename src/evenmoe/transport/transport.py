@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from math import prod
-from typing import NoReturn, Protocol, TypeAlias, runtime_checkable
+from typing import NoReturn, TypeAlias
 
 import torch
 
@@ -22,38 +22,53 @@ Members = tuple[int, ...]
 Ints: TypeAlias = Sequence[int]
 
 
-@runtime_checkable
-class Transport(Protocol):
-    """One rank's end of a group.
-
-    Attributes: `name` (of the group, the same on all its ranks), `rank` (0…W−1), `world_size` (W), `broken` (bool, no
-    exchange may follow).
+class Transport(ABC):
+    """One rank's end of a group; a kind of group says how counts and rows are exchanged, and what ends it.
 
     Properties, tested over every implementation: what rank s puts into row d of its counts is row s of what rank d
     gets; rows arrive unchanged, ordered by source rank and then as they were sent; two exchanges never mix; a rank that
     fails or ends turns the wait of the others into a LostRankError; after a LostRankError every further exchange raises
     one that names the same ranks.
+
+    Every exchange has a number, the same on all ranks that take part in it: exchanges of all ranks are counted
+    together, and those of each narrower set of `members` by themselves. Whoever copies what holds an end shares it,
+    since it is a connection to other ranks; nobody can pickle it.
+
+    Attributes: `name` (of the group, the same on all its ranks), `rank` (0…W−1), `world_size` (W).
     """
 
-    @property
-    def name(self) -> str: ...
+    def __init__(self, name: str, rank: int, world_size: int) -> None:
+        self.name, self.rank, self.world_size = name, rank, world_size
+        self._numbers: Counter[Members] = Counter()
+        self._layers = 0
+        self._turn = threading.RLock()  # an operator's parts take their turn within the operator's
+        self._broken: tuple[str, Members] | None = None  # why no exchange may follow, and whose fault it is
+        self._closed = False
+
+    def __copy__(self) -> Transport:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Transport:
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        value, rule = "an open connection to other ranks", "cannot be pickled"
+        fix = "pickle the placement, and open the world anew where it is loaded"
+        raise ConstraintError(type(self).__name__, value, rule, fix)
 
     @property
-    def rank(self) -> int: ...
-
-    @property
-    def world_size(self) -> int: ...
-
-    @property
-    def broken(self) -> bool: ...
+    def broken(self) -> bool:
+        """Whether no exchange may follow, for any reason."""
+        return self._closed or self._broken is not None
 
     def number(self, members: Ints | None = None) -> int:
         """Return how many exchanges have been made with exactly these members, None for all: equal on all of them."""
-        ...
+        return self._numbers[() if members is None else self._key(members)]
 
     def next_layer(self) -> int:
         """Return 0, 1, … at successive calls: the number of a layer, equal on ranks that make the same layers."""
-        ...
+        self._layers += 1
+        return self._layers - 1
 
     def take_turn(self) -> None:
         """Begin a call of this rank, which may have parts that take their turn within it.
@@ -61,11 +76,15 @@ class Transport(Protocol):
         Raises:
             ConstraintError: another thread's call is not over.
         """
-        ...
+        # One call at a time, since the others' exchanges are paired with this rank's in their order.
+        if not self._turn.acquire(blocking=False):
+            value = f"group {self.name!r}, in the midst of another call of rank {self.rank}"
+            fix = "let the calls of a rank follow each other, or open a group for each of its threads"
+            raise ConstraintError("ep", value, "serves one call of a rank at a time", fix)
 
     def end_turn(self) -> None:
         """End what `take_turn` began."""
-        ...
+        self._turn.release()
 
     def check_usable(self) -> None:
         """Raise what ended this end of the group, if anything did.
@@ -74,16 +93,28 @@ class Transport(Protocol):
             ConstraintError: it was closed.
             LostRankError: an earlier exchange lost a rank or was left out of step.
         """
-        ...
+        if self._closed:
+            value, fix = (
+                f"group {self.name!r}, which is closed",
+                "make calls before the world is closed, or open another one",
+            )
+            raise ConstraintError("ep", value, "must be open", fix)
+        if self._broken is not None:
+            reason, ranks = self._broken
+            raise LostRankError(
+                f"group {self.name!r} is closed for good on rank {self.rank}: {reason}; open another world", ranks
+            )
 
-    def break_off(self, reason: str, ranks: tuple[int, ...] | None = None) -> None:
+    def break_off(self, reason: str, ranks: Members | None = None) -> None:
         """Make no exchange any more and let the other ranks know, who get a LostRankError.
 
         Args:
             reason: follows this rank in a sentence, as in "failed with MemoryError".
             ranks: whose fault it is; None for this one's own.
         """
-        ...
+        if not self.broken:
+            self._broken = f"rank {self.rank} {reason}", (self.rank,) if ranks is None else ranks
+            self._tell(reason, ranks)
 
     def exchange_counts(self, counts: torch.Tensor, members: Ints | None = None) -> torch.Tensor:
         """Send row d of `counts` to rank d; return what every rank sent here.
@@ -98,11 +129,17 @@ class Transport(Protocol):
         Raises:
             LostRankError: a rank failed or ended instead of taking part, now or in an earlier exchange.
         """
-        ...
+        if self._closed or self._broken is not None:
+            self.check_usable()
+        try:
+            return self._exchange_counts(counts, members)
+        except BaseException as error:
+            self._note_end(error)
+            raise
 
+    @abstractmethod
     def last_counts(self) -> torch.Tensor:
         """Return once more what was received in the last `exchange_counts` that ended."""
-        ...
 
     def exchange_rows(
         self, rows: torch.Tensor, send_counts: Ints, recv_counts: Ints, members: Ints | None = None, reuse: bool = False
@@ -121,112 +158,6 @@ class Transport(Protocol):
         Raises:
             LostRankError: a rank failed or ended instead of taking part, now or in an earlier exchange.
         """
-        ...
-
-    def rows_to_send(self, shape: Ints, like: torch.Tensor) -> torch.Tensor:
-        """An uninitialized tensor of `shape`, with dtype and device of `like`, to be filled and given to exchange_rows.
-
-        Where the other ranks have read the rows when exchange_rows returns, the next call may give the same memory.
-        """
-        ...
-
-    def close(self) -> None:
-        """Give the group back; no exchange may follow."""
-        ...
-
-
-class GroupEnd(ABC):
-    """One rank's end of a group; implements `Transport` over `_exchange_counts`, `_exchange_rows` and `_tell`.
-
-    Every exchange has a number, the same on all ranks that take part in it: exchanges of all ranks are counted
-    together, and those of each narrower set of `members` by themselves. Whoever copies what holds an end shares it,
-    since it is a connection to other ranks; nobody can pickle it.
-    """
-
-    def __init__(self, name: str, rank: int, world_size: int) -> None:
-        self.name, self.rank, self.world_size = name, rank, world_size
-        self._numbers: Counter[Members] = Counter()
-        self._layers = 0
-        self._turn = threading.RLock()  # an operator's parts take their turn within the operator's
-        self._broken: tuple[str, Members] | None = None  # why no exchange may follow, and whose fault it is
-        self._closed = False
-
-    def __copy__(self) -> GroupEnd:
-        return self
-
-    def __deepcopy__(self, memo: object) -> GroupEnd:
-        return self
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise ConstraintError(
-            type(self).__name__,
-            "an open connection to other ranks",
-            "cannot be pickled",
-            "pickle the placement, and open the world anew where it is loaded",
-        )
-
-    @property
-    def broken(self) -> bool:
-        """Whether no exchange may follow, for any reason."""
-        return self._closed or self._broken is not None
-
-    def number(self, members: Ints | None = None) -> int:
-        """Exchanges made so far with exactly these members, None for all ranks."""
-        return self._numbers[() if members is None else self._key(members)]
-
-    def next_layer(self) -> int:
-        """Number the layers made on this end of the group, from 0; ranks that make the same layers agree."""
-        self._layers += 1
-        return self._layers - 1
-
-    def take_turn(self) -> None:
-        # One call at a time, since the others' exchanges are paired with this rank's in their order.
-        if not self._turn.acquire(blocking=False):
-            raise ConstraintError(
-                "ep",
-                f"group {self.name!r}, in the midst of another call of rank {self.rank}",
-                "serves one call of a rank at a time",
-                "let the calls of a rank follow each other, or open a group for each of its threads",
-            )
-
-    def end_turn(self) -> None:
-        self._turn.release()
-
-    def check_usable(self) -> None:
-        """Raise what ended this end of the group, if anything did: see `Transport`."""
-        if self._closed:
-            raise ConstraintError(
-                "ep",
-                f"group {self.name!r}, which is closed",
-                "must be open",
-                "make calls before the world is closed, or open another one",
-            )
-        if self._broken is not None:
-            reason, ranks = self._broken
-            raise LostRankError(
-                f"group {self.name!r} is closed for good on rank {self.rank}: {reason}; open another world", ranks
-            )
-
-    def break_off(self, reason: str, ranks: Members | None = None) -> None:
-        if not self.broken:
-            self._broken = f"rank {self.rank} {reason}", (self.rank,) if ranks is None else ranks
-            self._tell(reason, ranks)
-
-    def exchange_counts(self, counts: torch.Tensor, members: Ints | None = None) -> torch.Tensor:
-        if self._closed or self._broken is not None:
-            self.check_usable()
-        try:
-            return self._exchange_counts(counts, members)
-        except BaseException as error:
-            self._note_end(error)
-            raise
-
-    @abstractmethod
-    def last_counts(self) -> torch.Tensor: ...
-
-    def exchange_rows(
-        self, rows: torch.Tensor, send_counts: Ints, recv_counts: Ints, members: Ints | None = None, reuse: bool = False
-    ) -> torch.Tensor:
         if self._closed or self._broken is not None:
             self.check_usable()
         try:
@@ -236,9 +167,14 @@ class GroupEnd(ABC):
             raise
 
     @abstractmethod
-    def rows_to_send(self, shape: Ints, like: torch.Tensor) -> torch.Tensor: ...
+    def rows_to_send(self, shape: Ints, like: torch.Tensor) -> torch.Tensor:
+        """An uninitialized tensor of `shape`, with dtype and device of `like`, to be filled and given to exchange_rows.
+
+        Where the other ranks have read the rows when exchange_rows returns, the next call may give the same memory.
+        """
 
     def close(self) -> None:
+        """Give the group back; no exchange may follow."""
         if not self._closed:
             self._closed = True
             self._end()
@@ -334,17 +270,13 @@ def find_transport(argument: str, name: str, rank: int, world_size: int) -> Tran
     transport = _open.get((name, rank))
     if transport is None:
         known = sorted({group for group, _ in _open})
-        raise ConstraintError(
-            argument,
-            f"{name!r} (rank {rank})",
-            f"must name an open group that this rank belongs to; open are {known or 'none'}",
-            "open a world with evenmoe.local_world or evenmoe.process_world, and use its groups' names",
-        )
+        rule = f"must name an open group that this rank belongs to; open are {known or 'none'}"
+        fix = "open a world with evenmoe.local_world or evenmoe.process_world, and use its groups' names"
+        raise ConstraintError(argument, f"{name!r} (rank {rank})", rule, fix)
     if transport.world_size != world_size:
-        raise ConstraintError(
-            argument,
+        value, rule = (
             f"{name!r} with {transport.world_size} ranks",
             f"must have the {world_size} ranks that the call names",
-            "pass the world size of the group",
         )
+        raise ConstraintError(argument, value, rule, "pass the world size of the group")
     return transport

@@ -13,13 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import index as whole_number
 from typing import Any, Generic, TypeVar
 
 import torch
 
-from evenmoe.errors import ConstraintError, LostRankError
-from evenmoe.transport.transport import Buffers, GroupEnd, Ints, Members, Transport, register, unregister
+from evenmoe.errors import ConstraintError, LostRankError, as_integer, require
+from evenmoe.transport.transport import Buffers, Ints, Members, Transport, register, unregister
 
 Result = TypeVar("Result")
 _world_numbers = itertools.count()
@@ -109,8 +108,8 @@ class Rendezvous:
         )
 
 
-class LocalTransport(GroupEnd):
-    """One rank's end of a group of threads; implements `Transport`."""
+class LocalTransport(Transport):
+    """One rank's end of a group of threads."""
 
     def __init__(self, rendezvous: Rendezvous, rank: int, on_close: Callable[[], None] | None = None) -> None:
         super().__init__(rendezvous.name, rank, rendezvous.world_size)
@@ -228,16 +227,14 @@ class LocalWorld(Generic[Result]):
             ConstraintError: the world is closed, or another thread's run is not over.
         """
         if self._closed:
-            raise ConstraintError(
-                "run", f"called on a world that {self._closed}", "needs an open world", "open another"
-            )
+            value = f"called on a world that {self._closed}"
+            raise ConstraintError("run", value, "needs an open world", "open another")
         if not self._running.acquire(blocking=False):
-            raise ConstraintError(
-                "run",
+            value, fix = (
                 "called while another thread runs the same world",
-                "serves one call at a time",
                 "wait for it, or open a world for each thread",
             )
+            raise ConstraintError("run", value, "serves one call at a time", fix)
         try:
             return self._run(fn)
         finally:
@@ -343,22 +340,13 @@ def check_world(ep_size: object, tp_size: object, timeout_s: object) -> tuple[in
     Raises:
         ConstraintError: they make no world.
     """
-    sizes = []
-    for name, size, most, why in (
-        ("ep_size", ep_size, None, "a world has at least one rank"),
-        ("tp_size", tp_size, 2, "the operators serve two tensor-parallel peers at most"),
-    ):
-        try:
-            number = whole_number(size)  # pyright: ignore[reportArgumentType]
-        except TypeError:
-            raise ConstraintError(name, repr(size), "must be an integer", "pass the number of ranks") from None
-        if number < 1 or isinstance(size, bool):
-            raise ConstraintError(name, size, "must be 1 or more", "a world has at least one rank")
-        if most is not None and number > most:
-            raise ConstraintError(name, size, f"must be 1 or {most}", why)
-        sizes.append(number)
+    why = "a world has at least one rank"
+    ep, tp = (as_integer(n, s, "pass the number of ranks") for n, s in (("ep_size", ep_size), ("tp_size", tp_size)))
+    require(ep >= 1 and not isinstance(ep_size, bool), "ep_size", ep_size, "must be 1 or more", why)
+    require(tp >= 1 and not isinstance(tp_size, bool), "tp_size", tp_size, "must be 1 or more", why)
+    fix = "the operators serve two tensor-parallel peers at most"
+    require(tp <= 2, "tp_size", tp_size, "must be 1 or 2", fix)
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
-        raise ConstraintError(
-            "timeout_s", repr(timeout_s), "must be a number of seconds above 0", "say how long to wait for a rank"
-        )
-    return sizes[0], sizes[1], float(timeout_s)
+        rule, fix = "must be a number of seconds above 0", "say how long to wait for a rank"
+        raise ConstraintError("timeout_s", repr(timeout_s), rule, fix)
+    return ep, tp, float(timeout_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from evenmoe.ascend import status
 from evenmoe.ascend.cann.build import c_names
@@ -120,7 +121,7 @@ class Calls:
             rule = f"must be below {len(tensors)}, the {side}s of aclnn{executor.operator}"
             raise acl_error(status.PARAM_INVALID, "index", index, rule, "count them in the order of the first stage")
         name, before = list(tensors.items())[index]
-        description = self.tensors.get("tensor", tensor).moved(address)
+        description = replace(self.tensors.get("tensor", tensor), address=address)
         try:
             after = view(self._memory, "addr", description, side == "output")
         except EvenmoeError as error:

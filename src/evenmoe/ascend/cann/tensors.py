@@ -9,7 +9,7 @@ import bisect
 import ctypes
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from evenmoe.ascend import status
 from evenmoe.ascend.status import ACL_INVALID_PARAM, RT_MEMORY_ALLOCATION, AclError, acl_error, null_pointer
 from evenmoe.ascend.tensors import check_no_overlap
-from evenmoe.errors import ConstraintError, MissingArgumentError, UnsupportedTypeError
+from evenmoe.errors import MissingArgumentError, UnsupportedTypeError, require
 
 DTYPES = {  # aclDataType; those without an entry have no torch dtype
     0: torch.float32,
@@ -160,22 +160,15 @@ def check_copy(memory: Memory, destination: int, room: int, source: int, size: i
             one live allocation, a host's side that is device memory (107000).
     """
     if kind not in _KINDS:
-        raise acl_error(
-            ACL_INVALID_PARAM, "kind", kind, "must be an aclrtMemcpyKind, 0 to 3", "say where both sides are"
-        )
+        rule = "must be an aclrtMemcpyKind, 0 to 3"
+        raise acl_error(ACL_INVALID_PARAM, "kind", kind, rule, "say where both sides are")
     for argument, address in (("dst", destination), ("src", source)):
         if address == 0:
             raise null_pointer(ACL_INVALID_PARAM, argument)
     if size > room:
         raise acl_error(ACL_INVALID_PARAM, "count", size, f"must be at most destMax, {room}", "copy less")
-    sides = [
-        _check_side(memory, argument, address, size, on_device)
-        for argument, address, on_device in (
-            ("dst", destination, kind in _TO_DEVICE),
-            ("src", source, kind in _FROM_DEVICE),
-        )
-    ]
-    return Copy(destination, source, size, (sides[0], sides[1]))
+    into = _check_side(memory, "dst", destination, size, kind in _TO_DEVICE)
+    return Copy(destination, source, size, (into, _check_side(memory, "src", source, size, kind in _FROM_DEVICE)))
 
 
 def _check_side(memory: Memory, argument: str, address: int, size: int, on_device: bool) -> Block | None:
@@ -202,10 +195,6 @@ class TensorDescription:
     format: int
     address: int
 
-    def moved(self, address: int) -> TensorDescription:
-        """The same view of other memory."""
-        return replace(self, address=address)
-
 
 def describe_tensor(
     dims: Sequence[int] | None,
@@ -230,8 +219,8 @@ def describe_tensor(
             raise null_pointer(status.PARAM_NULLPTR, argument)
         _check_not_negative(argument, values or ())
     shape = tuple(dims or ())
-    if strides is None:
-        strides = _contiguous(shape)
+    if strides is None:  # those of a contiguous tensor
+        strides = [prod(max(size, 1) for size in shape[i + 1 :]) for i in range(len(shape))]
     _check_not_negative("stride", strides)
     _check_not_negative("offset", [offset])
     return TensorDescription(shape, tuple(strides), offset, dtype, format, address)
@@ -242,41 +231,25 @@ def _check_not_negative(argument: str, values: Sequence[int]) -> None:
         raise _invalid(argument, list(values), "must not be negative", "pass 0 or more")
 
 
-def _contiguous(shape: tuple[int, ...]) -> list[int]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return strides[::-1]
-
-
-def check_size(argument: str, tensor: TensorDescription) -> None:
-    """Torch counts elements in 64 bits.
-
-    Raises:
-        ConstraintError: a shape with 2^63 elements or more.
-    """
-    if prod(max(size, 1) for size in tensor.shape) >= 2**63:
-        raise ConstraintError(argument, f"{tensor.shape}", "must have fewer than 2^63 elements", "use a smaller shape")
-
-
-def check_type(argument: str, tensor: TensorDescription) -> torch.dtype:
-    """The torch dtype of a tensor.
+def dtype_of(argument: str, tensor: TensorDescription) -> torch.dtype:
+    """The torch dtype of a tensor whose elements torch can count, in 64 bits.
 
     Raises:
         UnsupportedTypeError: a data type that torch does not have.
+        ConstraintError: a shape with 2^63 elements or more.
     """
     dtype = DTYPES.get(tensor.dtype)
     if dtype is None:
         rule = "must be a type that the operator takes"
         raise UnsupportedTypeError(argument, f"of aclDataType {tensor.dtype}", rule, "convert it")
+    fits = prod(max(size, 1) for size in tensor.shape) < 2**63
+    require(fits, argument, f"{tensor.shape}", "must have fewer than 2^63 elements", "use a smaller shape")
     return dtype
 
 
 def shape_only(argument: str, tensor: TensorDescription) -> torch.Tensor:
     """A tensor of this shape and type without any memory, for checks that look at nothing else."""
-    dtype = check_type(argument, tensor)
-    check_size(argument, tensor)
+    dtype = dtype_of(argument, tensor)
     return torch.empty((), dtype=dtype, device="meta").as_strided(tensor.shape, [0] * len(tensor.shape))
 
 
@@ -292,10 +265,9 @@ def view(memory: Memory, argument: str, tensor: TensorDescription, written: bool
         UnsupportedTypeError: memory that is not the device's, too small, or not aligned to the element.
         ConstraintError: the format NZ; an output whose elements overlap.
     """
-    dtype = check_type(argument, tensor)
-    check_size(argument, tensor)
-    if tensor.format == _FRACTAL_NZ:
-        raise ConstraintError(argument, "in format ACL_FORMAT_FRACTAL_NZ", "must be ND", "use ACL_FORMAT_ND")
+    dtype = dtype_of(argument, tensor)
+    value = "in format ACL_FORMAT_FRACTAL_NZ"
+    require(tensor.format != _FRACTAL_NZ, argument, value, "must be ND", "use ACL_FORMAT_ND")
     if 0 in tensor.shape:
         return torch.empty(tensor.shape, dtype=dtype)
     if tensor.address == 0:
