@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.cli.processes import forked
+from tests.patience import until
 
 #: Compilers that stand in for g++; each is called in the tree's folder as `g++ … -o TARGET …`.
 WRITES = 'while [ "$1" != -o ]; do shift; done; head -c 100 /dev/zero > "$2"'
-INTERRUPTED = f'echo $$ > "$COMPILER_PID"; {WRITES}; kill -INT $PPID; exec sleep 100'
+INTERRUPTED = f'echo $$ > "$COMPILER_PID"; {WRITES}; kill -INT $PPID; exec sleep 1000'
 FULL = "echo 'as: error: can not write: No space left on device' >&2; exit 1"
 
 
@@ -48,16 +48,13 @@ def test_a_tree_is_replaced_whole(tmp_path, room):
 
 
 def test_an_interrupt_while_it_compiles(tmp_path, room):
-    """The compiler is stopped, too: it would go on for 100 s, and write."""
+    """The compiler is stopped, too: it would go on for 1000 s, longer than `until` waits."""
     before = names(room)
     done = forked(tmp_path, ["cann", "--out", room], compiler(tmp_path, INTERRUPTED))
     assert (done.code, done.err) == (130, "")
     assert names(room) == before
     waiting = (tmp_path / "pid").read_text().strip()
-    deadline = time.monotonic() + 50  # half of what it would sleep
-    while _runs(waiting):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: not _runs(waiting))
 
 
 def _runs(pid: str) -> bool:
