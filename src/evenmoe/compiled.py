@@ -25,7 +25,27 @@ def compiled(function: Function) -> Function:
     >>> double(21)
     42
     """
-    decorate: Any = njit(nogil=True)
+    return _compile(function, counts_references=True)
+
+
+def compiled_inner(function: Function) -> Function:
+    """As `compiled`, for a small kernel that makes no array and is called by others all the time.
+
+    Its arrays are the caller's, so references to them are not counted: two locked instructions for each array of each
+    call, which were a fifth of the time of the planner's searches.
+
+    >>> @compiled_inner
+    ... def first(x):
+    ...     return x[0]
+    >>> import numpy as np
+    >>> first(np.array([7]))
+    7
+    """
+    return _compile(function, counts_references=False)
+
+
+def _compile(function: Function, *, counts_references: bool) -> Function:
+    decorate: Any = njit(nogil=True, _nrt=counts_references)
     dispatcher = decorate(function)
     if hasattr(dispatcher, "enable_caching"):  # numba gives the function back where compiling is switched off
         with suppress(RuntimeError):  # "no locator available": no folder can be written

@@ -12,8 +12,12 @@ BAD = '{"physical_to_logical_map": [[0, 0, 1, 3], [0, 1, 2, 3]]}'
 
 def test_nothing_wrong(evenmoe):
     done = evenmoe("check", GOOD, "--ranks", 2)
-    assert (done.code, done.err) == (0, "")
-    assert done.out == f"{GOOD}: sglang-location, 2 layers, 4 slots, 2 ranks\nnothing wrong\n"
+    assert done.code == 0
+    assert done.out == f"{GOOD}: sglang-location, 2 layers, 4 slots, 2 ranks, 3 experts\nnothing wrong\n"
+    assert done.err == (
+        "note: took 3 experts for all, which the slots show: with more, the last would be missing (--experts)\n"
+    )
+    assert evenmoe("check", GOOD, "--ranks", 2, "--experts", 3).err == ""
 
 
 def test_findings_name_layer_rank_and_slot_and_exit_with_1(evenmoe):
@@ -65,8 +69,8 @@ def test_many_findings_are_cut_in_text_and_whole_in_json(evenmoe):
     text = json.dumps({"physical_to_logical_map": [[0] * 150 + [1] * 150]})
     done = evenmoe("check", text, "--ranks", 1)
     assert done.code == 1
-    assert "200 more; --json lists them" in done.out
-    assert len(json.loads(evenmoe("check", text, "--ranks", 1, "--json").out)["findings"]) == 300
+    assert "198 more; --json lists them" in done.out
+    assert len(json.loads(evenmoe("check", text, "--ranks", 1, "--json").out)["findings"]) == 298
 
 
 def test_standard_input(evenmoe, monkeypatch):

@@ -77,9 +77,10 @@ def test_help_and_version(evenmoe):
 
 
 MISTAKES = {
-    "text": (b"layer,expert,tokens\n0,0,17\n", "is not an intact .npz file (File is not a zip file)"),
-    "cut": (npz(load=LOAD)[:200], "is not an intact .npz file (File is not a zip file)"),
-    "without load": (npz(loads=LOAD), "is a file of loads: it must hold `load`"),
+    "text": (b"layer,expert,tokens\n0,0,17\n", "is a csv file of no known format"),
+    "cut": (npz(load=LOAD)[:200], "is a damaged zip (File is not a zip file)"),
+    "without load": (npz(loads=LOAD), "is a npz file of no known format"),
+    "a placement": (b'{"0": [0, 1, 0, 1]}', "is a placement (vllm-layer-map): it must be a load or a trace; name"),
     "fractions": (npz(load=LOAD / 2), "is `load` of dtype float64: it must hold integers"),
     "negative": (npz(load=LOAD - 9), "is `load` with counts from -8 to 15: it must hold token counts"),
     "objects": (npz(load=LOAD.astype(object)), "is `load` of dtype object: it must hold integers"),

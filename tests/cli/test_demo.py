@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import evenmoe as em
+from evenmoe import formats
 from evenmoe.cli.demo import _fitting_ranks
 from evenmoe.errors import ConstraintError
 from evenmoe.traces.synthesis import small_trace
@@ -184,3 +185,14 @@ def test_a_recorded_trace(small_demo, tmp_path, name):
     assert done.code == 0
     with np.load(path, allow_pickle=False) as file:
         check(json.loads(done.out), file["load"], path.stem, ranks=8, top_k=6)
+
+
+def test_a_load_of_any_tool(small_demo, tmp_path):
+    formats.write(tmp_path / "l.pt", np.arange(1, 17).reshape(1, 2, 8), format="sglang-stat", layer_ids=[1, 2])
+    done = small_demo("--json", "--trace", tmp_path / "l.pt", "--ranks", 4)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert (found["trace"], found["num_layers"], found["num_experts"], found["num_ranks"]) == ("l", 2, 8, 4)
+    done = small_demo("--layers", "1")
+    assert (done.code, done.out) == (2, "")
+    assert "`--layers` is 1: it must come with --trace; leave it out, or name a file." in done.err

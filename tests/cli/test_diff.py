@@ -95,3 +95,17 @@ def test_copies_add_up_to_what_metrics_count(placement):
 def test_another_number_of_slots():
     change = formats.diff(Placement([[0, 1]], 2), Placement([[0, 1, 1, 0]], 2))
     assert (change.copies.tolist(), change.slots_changed.tolist()) == ([[1, 1]], [-1])
+
+
+def test_trivial_takes_its_sizes_from_the_other(evenmoe, tmp_path):
+    """Three layers that begin with the model's fifth, four slots for three experts: [0, 1 | 2, 0] is in use."""
+    formats.write(
+        tmp_path / "p.json", Placement([[0, 1, 2, 0]] * 3, 2), format="evenmoe-placement", layer_ids=[5, 6, 7]
+    )
+    for files in (("trivial", tmp_path / "p.json"), (tmp_path / "p.json", "trivial")):
+        done = evenmoe("diff", *files, "--json")
+        assert done.code == 0, done.err
+        found = json.loads(done.out)
+        assert (found["layer_ids"], found["copies"]) == ([5, 6, 7], 0)
+    done = evenmoe("diff", "trivial", tmp_path / "p.json", "--experts", 4)
+    assert done.code == 2

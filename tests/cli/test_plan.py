@@ -96,7 +96,7 @@ def test_text(evenmoe: Run, tmp_path, trace):
     assert "\x1b" not in done.out  # no colour off a terminal
 
 
-@pytest.mark.parametrize("name", [n for n in FORMATS if FORMATS.get(n).kind == "load"])
+@pytest.mark.parametrize("name", [n for n in FORMATS if FORMATS.get(n).kind == "load" and FORMATS.get(n).write])
 def test_every_load_gives_the_same_plan(evenmoe: Run, tmp_path, load, name):
     total = load.sum(axis=0, keepdims=True)
     container = FORMATS.get(name).containers[0]
@@ -122,7 +122,10 @@ def test_every_placement_format_holds_the_plan(evenmoe: Run, tmp_path, trace, lo
     expected = plan(load, num_ranks=RANKS, num_slots=SLOTS)
     assert written is not None
     # SGLang's file has a row for the dense layer 0 as well.
-    assert (written.slot_to_expert[-3:] == expected.slot_to_expert).all()
+    held, planned = written.slot_to_expert[-3:], expected.slot_to_expert
+    if name == "omni-pattern":  # which sorts the slots of a rank
+        planned = np.sort(planned.reshape(3, RANKS, -1), axis=2).reshape(3, -1)
+    assert (held == planned).all()
     assert written.num_layers == (4 if name == "sglang-location" else 3)
     kept = tmp_path / "kept.json"
     again = evenmoe("plan", trace, "--ranks", RANKS, "--previous", target, "--max-copies", 0, "-o", kept, "--json")
@@ -244,6 +247,11 @@ def test_mistakes(evenmoe: Run, tmp_path, trace):
         ((trace,), "`--ranks` is not given: it must say how large the world is; pass --ranks, or --previous with"),
         ((trace, "--ranks", 4), "`--slots` is not given: "),
         ((tmp_path / "none.npz", *world), "none.npz` is "),
+        (
+            (other, "--ranks", 8),
+            "is a placement (evenmoe-placement): it must be a load or a trace; name the recorded load",
+        ),
+        (('{"0": [0, 1, 0, 1]}', "--ranks", 8), "is a placement (vllm-layer-map): it must be a load or a trace"),
         ((other, *world), "is a placement (evenmoe-placement): it must be a load or a trace; name the recorded load"),
         (
             (trace, *world, "--to", "vllm-jsonl"),

@@ -230,3 +230,25 @@ def test_a_trace_from_a_pipe_keeps_its_routing(evenmoe, trace, monkeypatch):
     done = evenmoe("simulate", "-", *SMALL, "--policy", "greedy")
     assert done.code == 0, done.err
     assert "Every token-expert assignment is the recorded one" in done.err
+
+
+def test_mixed_windows_are_more_even_and_said_to_be_wanted(evenmoe, tmp_path):
+    """Windows that each have one hot expert; as many mixed as there are experts are even."""
+    load = np.full((8, 1, 8), 10)
+    load[np.arange(8), 0, np.arange(8)] += 800
+    np.savez(tmp_path / "l.npz", load=load)
+    sizes = ("--top-k", 1, "--ranks", 4, "--slots", 8, "--hidden", 8, "--expert-flops", 1, "--expert-bytes", 1000)
+    sizes += ("--steps", 8, "-p", "static", "--workers", 1, "--tokens-per-rank", 512)
+    alone, mixed = (evenmoe("simulate", tmp_path / "l.npz", *sizes, *more) for more in ((), ("--mix", 8)))
+    assert "Every step is drawn from one window of the trace" in " ".join(alone.err.split())
+    pars = [
+        json.loads(evenmoe("simulate", tmp_path / "l.npz", *sizes, *more, "--json").out)["policies"][0]["mean_par"]
+        for more in ((), ("--mix", 8))
+    ]
+    assert pars[0] > 3
+    # 2,048 tokens on 4 ranks: 512 ± 20 each, and the largest of four is 1.03 standard deviations above their mean.
+    assert 1 <= pars[1] < 1.15
+    assert mixed.code == 0
+    done = evenmoe("simulate", tmp_path / "l.npz", *sizes, "--mix", 9)
+    assert (done.code, done.out) == (2, "")
+    assert "`--mix` is 9: it must be 1 to 8, the windows with tokens; mix fewer windows, or record more." in done.err

@@ -20,7 +20,8 @@ Rows = list[list[int]]
 
 RANKS, EXPERTS, SLOTS = 2, 4, 6
 SUFFIX = {"slot-map": "npy", "eplb-table": "npy", "deepseek": "npz"}
-NAMES = [name for name in FORMATS if FORMATS.get(name).kind == "placement"]
+#: omni-infer's file is left out, which does not keep the order of a rank's slots: `test_omni`.
+NAMES = [name for name in FORMATS if FORMATS.get(name).kind == "placement" and name != "omni-pattern"]
 HOLD_MTP = {"ascend-map", "evenmoe-placement", "tensorrt-llm"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 
 from evenmoe import formats
 from evenmoe.formats.catalogue import FORMATS, Format
+from evenmoe.io.npz import npy_bytes, npz_bytes
 from evenmoe.io.torch_file import torch_bytes
 from evenmoe.placement import Placement
 
@@ -56,7 +58,7 @@ def told_for(entry: Format) -> dict[str, Any]:
 
 def write_sample(entry: Format, container: str, folder: Path) -> Path:
     """The placement or the load above, in this format and file type."""
-    target = folder / (entry.name + ("" if container == "folder" else f".{container}"))
+    target = folder / (entry.name + {"folder": "", "text": ".txt"}.get(container, f".{container}"))
     numbers = range(LAYERS) if entry.model_layers else None
     formats.write(target, PLACEMENT if entry.kind == "placement" else LOAD, format=entry.name, layer_ids=numbers)
     return target
@@ -67,7 +69,7 @@ def samples(folder: Path) -> list[Sample]:
     found = []
     for entry in map(FORMATS.get, FORMATS):
         for container in entry.containers:
-            if container == "text":
+            if entry.write is None or (entry.name, container) == ("sglang-location", "text"):
                 continue
             path = write_sample(entry, container, folder)
             files = {file.name: file.read_bytes() for file in path.iterdir()} if path.is_dir() else {}
@@ -115,7 +117,54 @@ def _variants() -> list[Sample]:
         Sample("mindie-csv.ranks", FORMATS.get("mindie-csv"), ranks, {"placement": PLACEMENT}),
         Sample("eplb-table.layers", FORMATS.get("eplb-table"), torch_bytes([table, table]), {"num_ranks": 2}),
         Sample("deepseek.list", FORMATS.get("deepseek"), _deepseek_list(), {"num_ranks": RANKS}),
+        *_read_only(),
         Sample("vllm-list.one", FORMATS.get("vllm-list"), b"[0, 1, 2, 3, 0, 1]", {"num_ranks": 2, "num_layers": 3}),
+    ]
+
+
+def _read_only() -> list[Sample]:
+    """What other programs write and evenmoe only reads."""
+    rng = np.random.default_rng(8)
+    ids = np.argsort(rng.random((9, LAYERS + 1, EXPERTS)), axis=2)[:, :, :2].astype(np.uint8)
+    ids[:, 0] = 0  # a dense layer
+    npy, flat = base64.b64encode(npy_bytes(ids)).decode(), base64.b64encode(ids.astype("<i4").tobytes()).decode()
+    joined = {"routed_experts": ids, "lengths": np.array([4, 5])}
+    counts = {"prompt_tokens": 4, "completion_tokens": 6}
+    dump = {
+        "loads": rng.integers(1, 9, (LAYERS, 3, EXPERTS), dtype=np.int32),
+        "layer_numbers": np.arange(1, LAYERS + 1, dtype=np.int32),
+        "forward_counts": np.array([3, 2, 3], np.int32),
+        "ep_group_ranks": np.array([0, 1], np.int32),
+    }
+    tensor = {"shape": [2, 4], "dtype": "torch.int32", "value": [1, 2, 3, 4, 5, 6, 7, 8]}
+    slots = {"shape": [2, 4], "dtype": "torch.int64", "value": [0, 1, 2, 0, 2, 1, 0, 1]}
+    payload = [
+        {"step_idx": n, "ep_size": 2, "expert_load_pass": tensor, "physical_to_logical_map": slots} for n in (0, 1)
+    ]
+    layers = json.dumps({"layer_3": [5, 6, 7, 8], "layer_4": [1, 2, 3, 4]}).encode()
+    routed, megatron = FORMATS.get("routed-experts"), FORMATS.get("megatron-load")
+    return [
+        Sample("routed-experts.npy", routed, npy_bytes(ids)),
+        Sample("routed-experts.npz", routed, npz_bytes(joined, compress=False)),
+        Sample("routed-experts.requests", routed, {f"{n}.npy": npy_bytes(ids[:n]) for n in (3, 9)}),
+        Sample("routed-experts.vllm", routed, json.dumps({"choices": [{"index": 0, "routed_experts": npy}]}).encode()),
+        Sample(
+            "routed-experts.sglang",
+            routed,
+            json.dumps({"text": "word " * 99, "meta_info": {**counts, "routed_experts": flat}}).encode(),
+        ),
+        Sample("vllm-payload.json", FORMATS.get("vllm-payload"), json.dumps(payload[0]).encode()),
+        Sample("vllm-payload.jsonl", FORMATS.get("vllm-payload"), "\n".join(map(json.dumps, payload)).encode()),
+        Sample("dlblas-load.json", FORMATS.get("dlblas-load"), layers),
+        Sample(
+            "dlblas-load.ranks", FORMATS.get("dlblas-load"), {f"expert_load_rank{rank}.json": layers for rank in (0, 1)}
+        ),
+        Sample("megatron-load.npz", megatron, npz_bytes({**dump, "global_rank": np.int32(1)}, compress=False)),
+        Sample(
+            "megatron-load.ranks",
+            megatron,
+            {f"{n}.npz": npz_bytes({**dump, "global_rank": np.int32(n)}, compress=False) for n in (0, 1)},
+        ),
     ]
 
 

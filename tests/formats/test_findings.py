@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from evenmoe import formats
+from evenmoe.formats.catalogue import FORMATS
 from evenmoe.io.torch_file import torch_bytes
+from evenmoe.placement import Placement
 
 
 def places(text: str, **told) -> list[tuple]:
@@ -23,7 +25,7 @@ def test_a_clean_placement_has_no_finding():
     checked = formats.check(sglang([0, 1, 2, 0], [2, 1, 0, 1]), num_ranks=2)
     assert checked.findings == ()
     assert checked.clean
-    assert checked.summary == {"num_layers": 2, "num_slots": 4, "num_ranks": 2}
+    assert checked.summary == {"num_layers": 2, "num_slots": 4, "num_ranks": 2, "num_experts": 3}
 
 
 def test_all_findings_come_not_only_the_first():
@@ -53,16 +55,69 @@ def test_duplicate_replicas_name_both_slots_and_do_not_stop_reading():
     ("ranks", "replicas", "reached"),
     [(8, 5, 4), (8, 6, 4), (8, 7, 4), (16, 5, 4), (16, 9, 8), (32, 12, 11), (8, 4, 4), (8, 8, 8), (16, 4, 4)],
 )
-def test_replicas_that_the_rank_rule_leaves_idle(ranks, replicas, reached):
+def test_replicas_that_the_rank_rule_leaves_idle(ranks, replicas, reached, tmp_path):
     """ceil(W / ceil(W / c)): the published table of the rule, runtime reference §1.3."""
     row = [0] * replicas + list(range(1, 2 * ranks - replicas + 1))
     per_rank = np.array(row).reshape(2, ranks).T.reshape(-1).tolist()  # two slots a rank, no duplicate replicas
-    idle = [f for f in formats.check(sglang(per_rank), num_ranks=ranks).findings if f.kind == "unreachable"]
+    own = tmp_path / "p.json"
+    formats.write(own, Placement([per_rank], ranks), format="evenmoe-placement")
+    idle = [f for f in formats.check(own).findings if f.kind == "unreachable"]
     assert len(idle) == (reached < replicas)
     if idle:
         assert f"over {ranks} ranks it reaches {reached}" in idle[0].rule
         slots = [slot for slot, expert in enumerate(per_rank) if expert == 0]
         assert (idle[0].slot, idle[0].rank, idle[0].severity) == (slots[reached], slots[reached] // 2, "warning")
+
+
+@pytest.mark.parametrize("entry", [e for e in map(FORMATS.get, FORMATS) if e.kind == "placement" and e.write])
+def test_idle_replicas_are_found_only_where_the_rank_rule_may_be_in_use(entry, tmp_path):
+    """5 replicas over 8 ranks, of which it reaches 4; the rules of SGLang, vLLM and vllm-ascend reach every one."""
+    row = np.array([0] * 5 + list(range(1, 12))).reshape(2, 8).T.reshape(-1)
+    target = tmp_path / f"p.{entry.containers[0]}"
+    formats.write(target, Placement([row], 8), format=entry.name, layer_ids=[0] if entry.model_layers else None)
+    kinds = [f.kind for f in formats.check(target, format=entry.name, num_ranks=8).findings]
+    assert ("unreachable" in kinds) == (entry.name in ("evenmoe-placement", "eplb-table"))
+
+
+def test_check_says_how_many_experts_it_took():
+    """The last expert of an 8-expert model is missing, which the file alone cannot tell."""
+    checked = formats.check(sglang([0, 1, 2, 3, 4, 5, 6, 0]), num_ranks=2)
+    assert (checked.findings, checked.summary["num_experts"]) == ((), 7)
+    assert checked.notes[-1] == (
+        "took 7 experts for all, which the slots show: with more, the last would be missing (--experts)"
+    )
+    told = formats.check(sglang([0, 1, 2, 3, 4, 5, 6, 0]), num_ranks=2, num_experts=8)
+    assert (told.summary["num_experts"], [f.kind for f in told.findings], told.notes) == (8, ["missing-expert"], ())
+
+
+def block(first: int, last: int, experts: int, layers: int = 4) -> np.ndarray:
+    load = np.zeros((1, layers, experts), np.int64)
+    load[:, :, first:last] = np.arange(1, last - first + 1)
+    return load
+
+
+@pytest.mark.parametrize(
+    ("load", "ranks"),
+    [
+        (block(8, 16, 32), 4),
+        (block(0, 16, 32), 2),
+        (block(9, 16, 32), 4),  # an expert without a token
+        (block(4, 12, 32), 2),  # of the first half
+        (block(12, 20, 32), 0),  # of two ranks at any number of them
+        (block(8, 16, 32, layers=1), 0),  # 3 other ranks in one layer: too little to say
+        (block(0, 32, 32), 0),
+        (block(5, 6, 32), 0),  # one hot expert
+        (block(0, 2, 2), 0),
+    ],
+)
+def test_tokens_of_one_ranks_experts_alone_are_found(load, ranks, tmp_path):
+    np.savez(tmp_path / "l.npz", load=load)
+    found = [f for f in formats.check(tmp_path / "l.npz").findings if f.kind == "one-rank"]
+    assert len(found) == (ranks > 0)
+    for finding in found:
+        assert finding.severity == "warning"
+        assert finding.text.endswith(f"of {load.shape[2]} alone, in all 4 layers")
+        assert f"the counts that one of {ranks} ranks took of its own experts" in finding.fix
 
 
 def test_slots_that_do_not_divide():
@@ -72,7 +127,7 @@ def test_slots_that_do_not_divide():
 def test_without_ranks_nothing_is_said_about_them():
     checked = formats.check(sglang([0, 0, 1]))
     assert checked.findings == ()
-    assert "--ranks" in checked.notes[-1]
+    assert "--ranks" in checked.notes[0]
 
 
 def test_layers_of_different_widths():

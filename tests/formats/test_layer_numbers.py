@@ -231,7 +231,8 @@ def test_an_mtp_layer_is_read_apart_and_said(ascend):
     assert contents.placement == Placement(WITH_MTP.moe, RANKS)
     assert contents.metadata == {"mtp_layers": WITH_MTP.mtp}
     assert contents.notes == ("kept the MTP layer apart from the MoE layers",)
-    assert formats.check(ascend).summary == {"num_layers": 2, "num_slots": 6, "num_mtp_layers": 1, "num_ranks": 2}
+    sizes = {"num_layers": 2, "num_slots": 6, "num_mtp_layers": 1, "num_ranks": 2, "num_experts": 4}
+    assert formats.check(ascend).summary == sizes
 
 
 @pytest.mark.parametrize("to", [name for name in NAMES if name not in HOLD_MTP])

@@ -23,7 +23,7 @@ def test_counts_per_pass_are_brought_to_experts_by_the_map_of_the_dump(tmp_path)
     assert contents.notes[0] == "left out 1 records of other gatherers than `primary`"
 
 
-def test_tokens_of_one_rank_are_counted_and_the_fixed_k_is_said(tmp_path):
+def test_tokens_of_one_rank_are_counted_and_a_token_of_one_expert_twice_is_no_routing(tmp_path):
     ids = np.full((1, 3, 8), -1, np.int32)  # the recorder keeps 8 places, the model uses 2
     ids[0, :, :2] = [[0, 1], [0, 2], [2, 0]]
     record = {"forward_pass_id": 1, "rank": 3, "gatherer_key": "primary", "topk_ids_of_layer": ids}
@@ -31,8 +31,11 @@ def test_tokens_of_one_rank_are_counted_and_the_fixed_k_is_said(tmp_path):
     contents = formats.read(written(tmp_path, torch_bytes(dump)))
     assert contents.load is not None
     assert contents.load.tolist() == [[[5, 1]]]
-    assert contents.notes[0] == "counted at most 8 experts a token, as many as the recorder keeps"
-    assert contents.notes[1].startswith("rank 3 alone: ")
+    assert contents.notes[0] == (
+        "counted 2 of 3 tokens, but left them out of the routing: they do not have 2 different experts in every layer"
+    )
+    assert contents.notes[1] == "kept the routing of 1 tokens, 2 experts each"
+    assert contents.notes[2].startswith("rank 3 alone: ")
 
 
 def detail(path: Path, *records: dict, slots=((0, 1, 2, 3),)) -> Path:
@@ -78,10 +81,10 @@ def test_tokens_of_all_ranks_are_counted_together(tmp_path):
     contents = formats.read(tmp_path / "dumps")
     assert contents.load is not None
     assert contents.load.tolist() == [[[3, 2, 0, 1]]]
-    assert contents.notes == (
-        "counted at most 8 experts a token, as many as the recorder keeps",
-        "summed the passes of 3 ranks",
-    )
+    assert contents.notes == ("kept the routing of 3 tokens, 2 experts each", "summed the passes of 3 ranks")
+    assert contents.trace is not None
+    assert contents.trace.routing is not None
+    assert contents.trace.routing.tolist() == [[[0, 1]], [[3, 0]], [[0, 1]]]
 
 
 def test_a_pass_of_a_rank_is_counted_once(tmp_path):

@@ -197,6 +197,7 @@ PLACEMENT_FORMATS = {
     "sglang-location": "json",
     "ascend-map": "json",
     "slot-map": "npy",
+    "omni-pattern": "npy",
     "vllm-list": "json",
     "vllm-layer-map": "json",
     "tensorrt-llm": "yaml",
@@ -205,7 +206,7 @@ PLACEMENT_FORMATS = {
 }
 MORE_PLACEMENTS = (
     ("sglang-location", "pt"), ("slot-map", "pt"), ("tensorrt-llm", "json"), ("deepseek", "pt"),
-    ("eplb-table", "npz"), ("eplb-table", "pt"),
+    ("eplb-table", "npz"), ("eplb-table", "pt"), ("omni-pattern", "txt"),
 )  # fmt: skip
 LOAD_FORMATS = (
     ("evenmoe-trace", "npz"), ("sglang-logical-count", "json"), ("sglang-logical-count", "pt"), ("sglang-stat", "pt"),
@@ -233,7 +234,7 @@ def _convert(source: str, form: str, ending: str, back: str | None, read: tuple[
 
 def _conversions() -> None:
     for form, ending in (*PLACEMENT_FORMATS.items(), *MORE_PLACEMENTS):
-        read = () if form in ("evenmoe-placement", "ascend-map", "slot-map") else ("--ranks", 4)
+        read = () if form in ("evenmoe-placement", "ascend-map", "slot-map", "omni-pattern") else ("--ranks", 4)
         read += ("--first-layer", 0) if form == "sglang-location" else ()
         cases.add(f"convert/{form}.{ending}", partial(_convert, "plan.json", form, ending, "evenmoe-placement", read))
     for form, ending in LOAD_FORMATS:

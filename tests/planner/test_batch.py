@@ -141,12 +141,31 @@ def searches(draw):
     return held, np.ascontiguousarray(tokens * num_ranks / tokens.sum(1, keepdims=True)), rng
 
 
+def peaks_of(held, scenarios, limit):
+    return evaluate(held, scenarios, np.ones(len(scenarios)), np.arange(len(scenarios)), limit)
+
+
+@settings(max_examples=150, deadline=None)
+@given(searches())
+def test_the_order_of_scenarios_changes_nothing(case):
+    held, scenarios, rng = case
+    number = len(scenarios)
+    total, peaks, closed, load = peaks_of(held, scenarios, np.inf)
+    for limit in (np.inf, total + 1e-9, total - 1e-9, total - 2e-3, number):  # of equal sums the last bit decides
+        floors, order = 1 + rng.random(number) * (peaks - 1), rng.permutation(number)
+        found = evaluate(held, scenarios, floors, order, limit)
+        assert found[0] == (total if total <= limit else np.inf)
+        if total <= limit:
+            for one, other in zip(found[1:], (peaks, closed, load), strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
 @settings(max_examples=150, deadline=None)
 @given(searches())
 def test_peaks_are_those_of_the_exact_split(case):
     held, scenarios, _ = case
     num_ranks = len(held)
-    total, peaks, closed, load = evaluate(held, scenarios, np.ones(len(scenarios)), np.inf)
+    total, peaks, closed, load = peaks_of(held, scenarios, np.inf)
     placement = em.Placement(held.reshape(1, -1), num_ranks, num_experts=scenarios.shape[1])
     exact = RULES.get("batch").rank_loads(scenarios[:, None], placement)[:, 0].max(-1)
     # A peak is accepted once its set of ranks is within 2e-4 of it; nothing is below the exact one but rounding.
@@ -156,7 +175,7 @@ def test_peaks_are_those_of_the_exact_split(case):
     np.testing.assert_allclose(load.sum(1), num_ranks)
     mean_of_closed = (load * closed).sum(1) / closed.sum(1)
     assert (mean_of_closed <= exact + 1e-9).all()  # the proof that the peak cannot be lower
-    assert evaluate(held, scenarios, np.ones(len(scenarios)), total - 1e-9)[0] == np.inf
+    assert peaks_of(held, scenarios, total - 1e-9)[0] == np.inf
 
 
 @settings(max_examples=100, deadline=None)
@@ -168,7 +187,7 @@ def test_no_move_that_helps_is_screened_out(case):
     num_experts = scenarios.shape[1]
     if any(len(set(rank.tolist())) < width for rank in held):
         return  # with duplicates the screen is a guess, and only `evaluate` decides
-    total, _, closed, load = evaluate(held, scenarios, np.ones(len(scenarios)), np.inf)
+    total, _, closed, load = peaks_of(held, scenarios, np.inf)
     hot = int(rng.integers(num_ranks))
     moves = np.empty((1000, 5), np.int64)
     floors = np.empty((1000, len(scenarios)))
@@ -182,7 +201,7 @@ def test_no_move_that_helps_is_screened_out(case):
         trial[rank, theirs] = held[hot, mine]
         if not keeps:
             trial[hot, mine] = held[rank, theirs]
-        assert (evaluate(trial, scenarios, np.ones(len(scenarios)), np.inf)[1] >= floor - 1e-9).all()
+        assert (peaks_of(trial, scenarios, np.inf)[1] >= floor - 1e-9).all()
     for mine in range(width):
         for rank in set(range(num_ranks)) - {hot}:
             for theirs in range(width):
@@ -194,7 +213,7 @@ def test_no_move_that_helps_is_screened_out(case):
                     trial[rank, theirs] = a
                     if not keeps:
                         trial[hot, mine] = b
-                    if evaluate(trial, scenarios, np.ones(len(scenarios)), np.inf)[0] < total - 5 * 2.1e-4:
+                    if peaks_of(trial, scenarios, np.inf)[0] < total - 5 * 2.1e-4:
                         assert (mine, rank, theirs, keeps) in listed
 
 

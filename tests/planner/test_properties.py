@@ -133,7 +133,7 @@ def goal(mode: Mode, load: Load, placement: em.Placement) -> Load:
         for layer, slots in enumerate(held):
             order = np.argsort(-load[:, layer].mean(axis=0), kind="stable")
             cases = scenarios_of(load[:, layer, order], placement.num_ranks, *factors)
-            found = evaluate(np.argsort(order)[slots], cases, np.ones(len(cases)), np.inf)[0]
+            found = evaluate(np.argsort(order)[slots], cases, np.ones(len(cases)), np.arange(len(cases)), np.inf)[0]
             peaks.append(found / len(cases))
         return np.array(peaks)
     rule = mode.rule if mode.rule == "rank" else "occurrence"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from evenmoe.cli.options import Command, make_command, print_json
+from evenmoe.cli.options import FileOptions, make_command, print_json
 from evenmoe.errors import ConstraintError
 from evenmoe.quantities import par
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoCommand(Command):
+class DemoCommand(FileOptions):
     """Run the whole chain on this machine and compare it with a dense model.
 
     Plans a placement for the trace, then runs update_expert, dispatch, real expert matrix products, combine, residual
@@ -35,27 +35,30 @@ class DemoCommand(Command):
 
     trace: Annotated[
         Path | None,
-        Option(help="Routing to run on: an .npz with `load` (windows, layers, experts), optionally `routing`."),
+        Option(help="Trace or load to run on, in any format; recorded tokens are run where it has them."),
     ] = None
     ranks: Annotated[int, Option(help="Expert-parallel ranks of the trace's world, as threads.", min=1)] = 8
     seed: Annotated[int, Option(help="Of tokens, weights and the synthetic trace.", min=0)] = 0
 
     def run(self) -> int:
         """Print what the command promises; 0 when every difference is explained by rounding."""
+        if self.trace is None:
+            for flag, value in self.given_of_file():
+                raise ConstraintError(flag, value, "must come with --trace", "leave it out, or name a file")
         import torch
         from rich.console import Console
 
         import evenmoe as em
         from evenmoe.cli import chain
+        from evenmoe.cli.trace_source import read_trace
         from evenmoe.placement import default_placement
         from evenmoe.traces.synthesis import small_trace
-        from evenmoe.traces.trace import load_trace
 
         # One thread: on a busy machine two that wait for each other take ten times as long, on an idle one half as
         # long.
         torch.set_num_threads(1)
         console = Console(stderr=True, quiet=self.json or not chain.is_first_process())
-        trace = small_trace(self.seed) if self.trace is None else load_trace(self.trace)
+        trace = small_trace(self.seed) if self.trace is None else read_trace(str(self.trace), self)[0]
         processes = chain.num_processes()
         ranks = _fitting_ranks(trace, processes or self.ranks, exact=bool(processes))
         total, num_slots = trace.load.sum(axis=0), trace.num_experts + ranks

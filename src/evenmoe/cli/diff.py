@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typer import Argument, Option
 from evenmoe.cli.options import PlacementFileOptions, make_command, print_json, print_notes, table_console
 
 if TYPE_CHECKING:
+    from evenmoe.formats.contents import Contents, ReadOptions
     from evenmoe.formats.difference import Difference
 
 _RANKS_SHOWN = 16  # of a layer in text; --json has them all
@@ -40,6 +42,9 @@ class DiffCommand(PlacementFileOptions):
         from evenmoe.formats.reading import read_placement
 
         options = self.read_options()
+        if "trivial" in (self.before, self.after) and self.before != self.after:
+            given = read_placement(self.after if self.before == "trivial" else self.before, options)
+            options = _sizes_of(given, options)
         first = read_placement(self.before, options)
         second = read_placement(self.after, options)
         previous, placement, common, left_out = common_layers(first, second)
@@ -52,6 +57,16 @@ class DiffCommand(PlacementFileOptions):
             _print_difference(change, layers)
             print_notes([*first.notes, *second.notes, *left_out])
         return 0
+
+
+def _sizes_of(contents: Contents, options: ReadOptions) -> ReadOptions:
+    """The options for a `trivial` as large as the other placement, where they do not say it."""
+    found = contents.placement
+    assert found is not None
+    known = {name: getattr(found, name) for name in ("num_layers", "num_experts", "num_slots", "num_ranks")}
+    known["first_layer"] = None if contents.layer_ids is None else contents.layer_ids[0]
+    missing = {name: size for name, size in known.items() if getattr(options, name) is None}
+    return dataclasses.replace(options, **missing)
 
 
 def _summary(change: Difference) -> dict[str, object]:

@@ -109,7 +109,9 @@ class FileOptions(Command):
         str | None,
         Option(help="Only these, in the file's numbering: first:end (end left out), first:end:step, or one number."),
     ] = None
-    num_layers: Annotated[int | None, Option(help="MoE layers, of appended dumps or one list for all.", min=1)] = None
+    num_layers: Annotated[
+        int | None, Option(help="Layers, where the file leaves open how many: the error says which count.", min=1)
+    ] = None
     experts: Annotated[int | None, Option(help="Logical experts. Default: those that the file shows.", min=1)] = None
     first_layer: Annotated[
         int | None,

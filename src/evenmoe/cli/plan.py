@@ -75,6 +75,7 @@ class PlanCommand(FileOptions, WorldOptions):
 
     def run(self) -> int:
         """Read, plan, write, show."""
+        from evenmoe.formats.reading import read_load
         from evenmoe.formats.writing import write
         from evenmoe.metrics import as_load, within_range
         from evenmoe.planner.bound import lower_bound
@@ -82,7 +83,7 @@ class PlanCommand(FileOptions, WorldOptions):
         from evenmoe.planner.plan import plan_with
 
         self._check_target()
-        contents = self._read_load()
+        contents = read_load(self.source, self.read_options())
         previous, notes_on_previous = self._read_previous(contents)
         ranks, slots = self._sizes(previous)
         world = {"num_ranks": ranks, "num_slots": slots, "num_nodes": self.num_nodes(ranks), "num_groups": self.groups}
@@ -130,19 +131,6 @@ class PlanCommand(FileOptions, WorldOptions):
         if self.to not in _PLACEMENT_FORMATS and find_format("--to", self.to).kind != "placement":
             fitting = ", ".join(_PLACEMENT_FORMATS)
             raise ConstraintError("--to", repr(self.to), "must be a format of placements", f"use one of {fitting}")
-
-    def _read_load(self) -> Contents:
-        from evenmoe.formats.reading import read
-
-        contents = read(self.source, self.read_options())
-        if contents.load is None:
-            raise ConstraintError(
-                self.source,
-                f"a placement ({contents.format})",
-                "must be a load or a trace",
-                "name the recorded load; a placement in use goes to --previous",
-            )
-        return contents
 
     def _read_previous(self, contents: Contents) -> tuple[Placement | None, list[str]]:
         """The placement in use, row by row the load's layers; and what of it is no part of the plan."""

@@ -71,6 +71,10 @@ class SimulateCommand(FileOptions, WorldOptions):
     ] = None
     top_k: Annotated[int | None, Option(min=1, help="Experts per token, if the trace does not say.")] = None
     steps: Annotated[int | None, Option(min=1, help="Default: once through the tokens; 100 for loads alone.")] = None
+    mix: Annotated[
+        int | None,
+        Option(min=1, help="Windows of a load that a step sums, where one holds less than a step, a request."),
+    ] = None
     slots: Annotated[int | None, Option(min=1, help="Total slots. Default: one a rank more than experts need.")] = None
     refresh: Annotated[
         str, Option(help="Steps between plans; auto: what pays on the warm-up, else --horizon.", metavar="STEPS|auto")
@@ -120,6 +124,10 @@ class SimulateCommand(FileOptions, WorldOptions):
         Cluster(self.ranks, num_nodes, self.tokens_per_rank)  # says what cannot be before anything is read
         self._check_outputs()
         trace, contents = self._open_trace()
+        if self.mix is not None:
+            from evenmoe.traces.mixing import mix_windows
+
+            trace = mix_windows(trace, self.mix, self.seed)
         model = find_shape(trace, self.model)
         top_k = self.top_k
         if top_k is None and trace.routing is None and "top_k" not in trace.metadata and model is not None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from evenmoe.cli.options import FileOptions
 from evenmoe.errors import ConstraintError
 from evenmoe.formats.contents import Contents
-from evenmoe.formats.reading import read
+from evenmoe.formats.reading import read_load
 from evenmoe.metrics import FloatArray, as_load
 from evenmoe.traces.models import MODELS, ModelShape, find_model
 from evenmoe.traces.trace import MOST_TOKENS, Trace, load_trace
@@ -46,14 +46,8 @@ def read_trace(source: str, files: FileOptions) -> tuple[Trace, Contents | None]
     """
     if not files.given_of_file() and _is_trace_file(source):
         return load_trace(source), None
-    contents = read(source, files.read_options())
-    if contents.load is None:
-        raise ConstraintError(
-            source,
-            f"a placement ({contents.format})",
-            "must be a load or a trace",
-            "name a recorded load: policies make their own placements",
-        )
+    contents = read_load(source, files.read_options())
+    assert contents.load is not None
     name = "standard input" if source == "-" else Path(source).stem
     if contents.trace is not None:
         return replace(contents.trace, name=name), None  # the replay leaves its empty windows out, and counts them

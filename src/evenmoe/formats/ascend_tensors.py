@@ -20,9 +20,16 @@ from evenmoe.errors import ConstraintError
 from evenmoe.formats.catalogue import ENTRIES, Format
 from evenmoe.formats.contents import Finding, IntArray, Load, RawLoad, RawPlacement, ReadOptions, WriteOptions
 from evenmoe.formats.document import Document
+from evenmoe.formats.omni import is_pattern
 from evenmoe.formats.values import array_bytes, arrays_bytes, one_window, slots_of
 from evenmoe.io import Value
 from evenmoe.placement import Placement
+
+_OF_TOKENS = (
+    np.uint8,
+    np.int16,
+    np.uint16,
+)  # in which vLLM keeps the experts of tokens; no recorder of loads counts so
 
 
 def _matches_slot_map(document: Document) -> bool:
@@ -37,6 +44,7 @@ def _is_slot_map(value: object) -> bool:
         and value.dtype.kind == "i"
         and value.size > 0
         and int(value.min()) == -1
+        and not (value.dtype == np.int16 and bool(((value < 0).all(axis=2) == (value < 0).any(axis=2)).all()))
     )
 
 
@@ -199,6 +207,8 @@ def _matches_load(document: Document) -> bool:
     value = document.value
     if not isinstance(value, np.ndarray) or value.ndim not in (2, 3, 4) or value.dtype.kind not in "iuf":
         return False
+    if value.ndim == 3 and (value.dtype in _OF_TOKENS or is_pattern(value)):
+        return False
     return not _is_slot_map(value) and not _is_table(value)
 
 
@@ -221,5 +231,5 @@ def _write_load(value: Load, options: WriteOptions) -> bytes:
 
 
 SLOT_MAP = Format(ENTRIES["slot-map"], _matches_slot_map, _read_slot_map, _write_slot_map, stores_ranks=True)
-EPLB_TABLE = Format(ENTRIES["eplb-table"], _matches_eplb_table, _read_eplb_table, _write_eplb_table)
+EPLB_TABLE = Format(ENTRIES["eplb-table"], _matches_eplb_table, _read_eplb_table, _write_eplb_table, rank_rule=True)
 LOAD = Format(ENTRIES["vllm-ascend-load"], _matches_load, _read_load, _write_load)

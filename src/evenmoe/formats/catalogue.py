@@ -58,6 +58,8 @@ class Format:
         optional_layers: whether the model's own layer numbers are stored where they are known.
         dense_rows: whether every hidden layer has a row, so that a reader must be told which rows are MoE layers.
         mtp_layers: whether the layers of multi-token prediction (MTP), which follow the hidden layers, have a place.
+        rank_rule: whether tokens of its placements may choose replicas by the rank rule, which leaves some idle; the
+            programs behind other formats have rules of their own, which reach every replica.
         whole_traces: whether it holds a `Trace` with routing, requests and loads by rank, and checks it itself.
         kept_metadata: names in `Contents.metadata` that are written; None for all texts and numbers.
     """
@@ -71,6 +73,7 @@ class Format:
     optional_layers: bool = False
     dense_rows: bool = False
     mtp_layers: bool = False
+    rank_rule: bool = False
     whole_traces: bool = False
     kept_metadata: tuple[str, ...] | None = ()
 
@@ -179,6 +182,14 @@ _OWN = (
         f"{_ASCEND}:MINDIE_CSV",
     ),
     Entry(
+        "omni-pattern",
+        "placement",
+        "omni-infer: 0 or 1 for each (device, MoE layer, expert), as .npy, or as text behind the header `D L E`",
+        ("npy", "text"),
+        "evenmoe.formats.omni:PATTERN",
+        arrays=True,
+    ),
+    Entry(
         "vllm-list",
         "placement",
         "vLLM #49572: JSON list of P logical experts for all layers, or L lists",
@@ -210,12 +221,29 @@ _OWN = (
         "record_type",
     ),
     Entry(
+        "vllm-payload",
+        "load",
+        "vLLM's profiling marks: expert_load_pass and physical_to_logical_map of a step; a folder of all ranks' files",
+        ("json", "jsonl", "folder"),
+        "evenmoe.formats.vllm_payload:PAYLOAD",
+        "expert_load_pass",
+    ),
+    Entry(
+        "routed-experts",
+        "load",
+        "vLLM, SGLang: `routed_experts` of requests, every token's experts: arrays (tokens, layers, K) or responses",
+        ("npz", "npy", "pt", "json", "jsonl", "folder"),
+        "evenmoe.formats.routed_experts:ROUTED_EXPERTS",
+        r"routed_experts|arr_\d+|meta_info|choices|sgl_?ext",
+        arrays=True,
+    ),
+    Entry(
         "tensorrt-llm",
         "placement",
         "TensorRT-LLM: YAML or JSON with num_slots and initial_global_assignments by model layer",
         ("yaml", "json"),
         "evenmoe.formats.tensorrt_llm:PLACEMENT",
-        "initial_global_assignments",
+        "initial_global_assignments|num_slots",
     ),
     Entry(
         "tensorrt-llm-statistics",
@@ -248,6 +276,22 @@ _OWN = (
         ("json",),
         f"{_VLLM}:LMDEPLOY",
         arrays=True,
+    ),
+    Entry(
+        "dlblas-load",
+        "load",
+        "DLBlas: expert_load_rank<r>.json, one rank's counts by model layer; a folder of all ranks' files",
+        ("json", "folder"),
+        "evenmoe.formats.dlblas:LOAD",
+        "layer_[0-9]+",
+    ),
+    Entry(
+        "megatron-load",
+        "load",
+        "Megatron-Core's recorder: one rank's .npz of loads (L, forwards, E); a folder of all ranks' files",
+        ("npz", "folder"),
+        "evenmoe.formats.megatron:LOAD",
+        "loads",
     ),
 )
 

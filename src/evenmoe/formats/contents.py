@@ -33,8 +33,8 @@ class Contents:
             "has_dense_rows" is there where `placement` has rows of dense layers that the file does not tell apart.
         notes: one sentence for everything that was dropped or assumed.
         empty_windows: windows of a load file that were dropped because nothing at all was recorded in them.
-        trace: of an evenmoe-trace file everything it holds, as `write` takes it, empty windows of its load included; or
-            None.
+        trace: of a file that is a trace or holds tokens everything it holds, as `write` takes it, empty windows of its
+            load included; or None.
     """
 
     kind: Kind
@@ -143,12 +143,14 @@ class RawLoad:
         load: (T, L, E), counts per logical expert; per slot only where `ReadOptions.placement` says whose they are.
         placement: as in `Contents`.
         has_own_map: whether the file holds the map of its slots, by which they are converted to experts already.
+        ids_may_be_slots: whether the routing in `trace` names slots where `ReadOptions.placement` is given.
     """
 
     load: Load
     layer_ids: tuple[int, ...] | None = None
     placement: Placement | None = None
     has_own_map: bool = False
+    ids_may_be_slots: bool = False
     metadata: dict[str, Value] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import stat
 import sys
 import zipfile
@@ -26,6 +27,8 @@ _LARGEST_PIPE_BYTES = 1 << 30  # a pipe does not say how much it holds
 _MOST_ENTRIES = 1 << 17  # a record of a long detail dump is one entry
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _MOST_TOKENS = 2.0**53
+_RANK_IN_NAME = re.compile(r"rank_?([0-9]{1,6})(?![0-9])", re.IGNORECASE)
+_PATTERN_HEADER = re.compile(rb"([0-9]{1,9})[ \t]+([0-9]{1,9})[ \t]+([0-9]{1,9})[ \t\r]*")
 
 
 @dataclass(frozen=True)
@@ -257,12 +260,27 @@ def _parse_text(data: bytes) -> tuple[str, Value]:
     if start[:1] in (b"{", b"["):
         return _parse_json(data)
     line = start.split(b"\n", 1)[0]
+    sizes = _PATTERN_HEADER.fullmatch(line)
+    if sizes is not None:
+        return "text", _parse_pattern(data, data.index(line) + len(line), tuple(map(int, sizes.groups())))
     numeric = not line.strip().translate(None, b"0123456789.+-eE, ")
     if numeric or (b":" not in line and line[:1] not in (b"#", b"%", b"-")):  # what YAML may begin with
         return "csv", parse_csv(data)
     from evenmoe.io.yaml_text import parse_yaml
 
     return "yaml", parse_yaml(data)
+
+
+def _parse_pattern(data: bytes, start: int, shape: tuple[int, ...]) -> np.ndarray:
+    """int8 of this shape, from digits 0 and 1 with spaces between."""
+    text = np.frombuffer(data, np.uint8, offset=start)
+    digits = text[text > ord(" ")]
+    if len(digits) != shape[0] * shape[1] * shape[2]:
+        raise DamagedFileError(f"a pattern of {len(digits)} digits with the header {' '.join(map(str, shape))}")
+    is_digit = text > ord(" ")
+    if (digits < ord("0")).any() or (digits > ord("1")).any() or (is_digit[1:] & is_digit[:-1]).any():
+        raise DamagedFileError("a pattern with something else than 0 and 1, separated by spaces")
+    return (digits - ord("0")).astype(np.int8).reshape(shape)
 
 
 def _parse_json(data: bytes) -> tuple[str, Value]:
@@ -300,6 +318,25 @@ def left_out(folder: Path, files: list[Path]) -> list[str]:
     """The note on the folder's other files, if there are any."""
     others = sum(path.is_file() for path in folder.iterdir()) - len(files)
     return [f"left out {others} other files of the folder"] if others else []
+
+
+def rank_in_name(name: str) -> int | None:
+    """The rank that a file's name tells, as in expert_load_rank3.json."""
+    match = _RANK_IN_NAME.search(Path(name).name)
+    return int(match.group(1)) if match else None
+
+
+def one_rank_alone(rank: int | None) -> str:
+    """The note on counts of a single rank."""
+    return (
+        f"{'one rank' if rank is None else f'rank {rank}'} alone: the recorder counts each rank's own tokens; "
+        "name the folder of all ranks' files to have them summed"
+    )
+
+
+def ranks_summed(ranks: list[int], what: str) -> str:
+    """The note on ranks that were added up."""
+    return f"summed the {what} of {len(ranks)} ranks" if ranks else f"summed the {what} of all files"
 
 
 def first_line(path: Path, most: int) -> bytes:

@@ -9,14 +9,16 @@ import numpy as np
 from evenmoe.formats.contents import Finding, IntArray, Load, RawLoad, RawPlacement
 
 _INT32 = 2**31 - 1
+_LAYERS_TO_TELL = 4  # layers times other ranks, from where on tokens of one rank's experts alone are no accident
 
 
-def inspect_placement(raw: RawPlacement, num_ranks: int | None, num_experts: int | None) -> Iterator[Finding]:
+def inspect_placement(
+    raw: RawPlacement, num_ranks: int | None, num_experts: int | None, *, rank_rule: bool
+) -> Iterator[Finding]:
     """Every finding of a placement, layer by layer; those of its reader first."""
     yield from raw.findings
     yield from _shapes(raw, num_ranks)
-    widest = max(len(slots) for slots in raw.slots)
-    experts = num_experts or raw.num_experts or _experts(raw.slots, widest)
+    experts = num_experts or raw.num_experts or shown_experts(raw)
     for row, slots in enumerate(raw.slots):
         layer = raw.layer_ids[row] if raw.layer_ids else row
         sizes = _rank_sizes(raw, row, num_ranks)
@@ -29,7 +31,8 @@ def inspect_placement(raw: RawPlacement, num_ranks: int | None, num_experts: int
             order = None
         if ranks is not None and sizes is not None:
             yield from _duplicates(slots, ranks, layer)
-            yield from _unreachable(slots, ranks, layer, len(sizes), order)
+            if rank_rule:
+                yield from _unreachable(slots, ranks, layer, len(sizes), order)
 
 
 def inspect_load(raw: RawLoad) -> Iterator[Finding]:
@@ -82,7 +85,33 @@ def inspect_load(raw: RawLoad) -> Iterator[Finding]:
             layer=layer,
             expert=expert,
         )
+    yield from _one_block(load)
     yield from number_gaps(raw.layer_ids)
+
+
+def _one_block(load: Load) -> Iterator[Finding]:
+    """A warning where all tokens are of one rank's experts, as the rank itself counts that computes them."""
+    used = np.flatnonzero(load.any(axis=(0, 1)))
+    if len(used) < 2:
+        return
+    experts, first, last = load.shape[2], int(used[0]), int(used[-1])
+    width = last - first + 1
+    ranks = next(
+        (n for n in range(experts // width, 1, -1) if experts % n == 0 and _in_block(first, last, experts // n)), 0
+    )
+    if ranks < 2 or load.shape[1] * (ranks - 1) < _LAYERS_TO_TELL or 2 * ranks * len(used) < experts:
+        return
+    yield Finding(
+        "warning",
+        "one-rank",
+        f"tokens for experts {first} to {last} of {experts} alone, in all {load.shape[1]} layers",
+        "should hold the tokens of all ranks' experts",
+        f"this looks like the counts that one of {ranks} ranks took of its own experts: put all ranks' counts together",
+    )
+
+
+def _in_block(first: int, last: int, size: int) -> bool:
+    return first // size == last // size
 
 
 def _tokens(count: float) -> str:
@@ -126,9 +155,10 @@ def number_gaps(layer_ids: tuple[int, ...] | None) -> Iterator[Finding]:
         )
 
 
-def _experts(slots: list[IntArray], widest: int) -> int:
-    # Every expert needs a slot, so an id beyond the slots is a mistake and not a sign of more experts.
-    return 1 + max((int(row[row < widest].max(initial=-1)) for row in slots), default=-1)
+def shown_experts(raw: RawPlacement) -> int:
+    """The experts that the slots show: every expert needs a slot, so an id beyond the slots shows no more of them."""
+    widest = max(len(slots) for slots in raw.slots)
+    return 1 + max((int(row[row < widest].max(initial=-1)) for row in raw.slots), default=-1)
 
 
 def _rank_sizes(raw: RawPlacement, row: int, num_ranks: int | None) -> list[int] | None:

@@ -193,7 +193,8 @@ def by_placement(document: Document, raw: RawLoad, options: ReadOptions) -> RawL
         return raw
     leave_out = "leave placement (--map) out"
     trace = raw.trace
-    if trace is not None and (trace.routing is not None or trace.load_by_rank is not None):
+    names_experts = trace is not None and (trace.routing is not None or trace.load_by_rank is not None)
+    if names_experts and not raw.ids_may_be_slots:
         raise document.error(
             "a trace with routing or loads by rank, which name experts",
             "must count slots alone to take a placement (--map)",
@@ -211,8 +212,24 @@ def by_placement(document: Document, raw: RawLoad, options: ReadOptions) -> RawL
     held = _layers_of(document, placement, raw.load.shape[1], raw.layer_ids, options.placement_layers)
     load = to_logical(document, raw.load, held.slot_to_expert.astype(np.int64), held.num_experts)
     if trace is not None:
-        trace = dataclasses.replace(trace, load=load)
+        routing = None if trace.routing is None else _to_experts(document, trace.routing, held)
+        trace = dataclasses.replace(trace, load=load, routing=routing)
     return dataclasses.replace(raw, load=load, placement=held, trace=trace)
+
+
+def _to_experts(document: Document, slots: np.ndarray, placement: Placement) -> np.ndarray:
+    """The experts of chosen slots (tokens, L, K). Raises FileFormatError where a token would have one twice."""
+    experts = placement.slot_to_expert[np.arange(placement.num_layers)[:, None], slots]
+    ordered = np.sort(experts, axis=2)
+    twice = np.argwhere(ordered[:, :, 1:] == ordered[:, :, :-1])
+    if len(twice):
+        token, row, k = twice[0].tolist()
+        raise document.error(
+            f"with expert {ordered[token, row, k]} twice for token {token} under its placement",
+            "must name slots of different experts for a token",
+            "pass the placement that was in use when it was recorded, or leave placement (--map) out",
+        )
+    return experts.astype(np.uint16 if placement.num_experts <= 1 << 16 else np.int32)
 
 
 def _layers_of(

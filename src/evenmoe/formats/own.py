@@ -192,6 +192,7 @@ PLACEMENT = Format(
     stores_ranks=True,
     optional_layers=True,
     mtp_layers=True,
+    rank_rule=True,
 )
 TRACE = Format(
     ENTRIES["evenmoe-trace"],

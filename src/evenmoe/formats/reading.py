@@ -13,20 +13,20 @@ import numpy as np
 
 from evenmoe.errors import ConstraintError, FileFormatError
 from evenmoe.formats.catalogue import ENTRIES, FORMATS, Entry, Format
+from evenmoe.formats.chosen_layers import select_layers
 from evenmoe.formats.contents import Contents, Finding, Raw, RawLoad, RawPlacement, ReadOptions
 from evenmoe.formats.document import Document, open_document
-from evenmoe.formats.findings import inspect_load, inspect_placement, without_empty_windows
+from evenmoe.formats.findings import inspect_load, inspect_placement, shown_experts, without_empty_windows
 from evenmoe.formats.layer_numbers import (
+    HIDDEN_LAYERS,
     MTP_LAYERS,
     apart_from_mtp,
     by_placement,
     check_hidden_layers,
-    choose_rows,
     number_rows,
-    row_numbers,
 )
 from evenmoe.io import DamagedFileError
-from evenmoe.placement import Placement, layers_of
+from evenmoe.placement import Placement
 from evenmoe.registry import blaming
 
 _FLAGS = {
@@ -104,7 +104,7 @@ def check(source: str | Path, options: ReadOptions | None = None, **fields: obje
     options = merged(options, fields)
     document, format, raw = open_raw(source, options)
     _check_use(document, format, raw, options)
-    findings = tuple(islice(_inspect(raw, options), _MOST_FINDINGS))
+    findings = tuple(islice(_inspect(raw, format, options), _MOST_FINDINGS))
     notes = list(raw.notes)
     if isinstance(raw, RawPlacement):
         summary = {"num_layers": len(raw.slots) - raw.mtp_layers, "num_slots": len(raw.slots[0])}
@@ -117,6 +117,12 @@ def check(source: str | Path, options: ReadOptions | None = None, **fields: obje
         else:
             notes.append(
                 "the file does not say how slots divide among ranks: nothing about ranks was checked (--ranks)"
+            )
+        summary["num_experts"] = options.num_experts or raw.num_experts or shown_experts(raw)
+        if options.num_experts is None and raw.num_experts is None:
+            notes.append(
+                f"took {summary['num_experts']} experts for all, which the slots show: with more, the last would be "
+                "missing (--experts)"
             )
     else:
         load, empty = without_empty_windows(raw.load)
@@ -146,6 +152,23 @@ def read_placement(
     return contents_of(document, format, raw, options)
 
 
+def read_load(source: str | Path, options: ReadOptions) -> Contents:
+    """As `read`, of what must be a load.
+
+    Raises:
+        ConstraintError: it is a placement.
+    """
+    document, format = _open_format(source, options)
+    if format.kind != "load":
+        raise ConstraintError(
+            str(source),
+            f"a placement ({format.name})",
+            "must be a load or a trace",
+            "name the recorded load (evenmoe check and diff take placements)",
+        )
+    return contents_of(document, format, _read_raw(document, format, options), options)
+
+
 def merged(options: ReadOptions | None, fields: Mapping[str, object]) -> ReadOptions:
     """The options with these fields in place of their own."""
     return dataclasses.replace(options or ReadOptions(), **fields)
@@ -165,7 +188,7 @@ def contents_of(
     Raises FileFormatError on the first finding that leaves no placement or load.
     """
     _check_use(document, format, raw, options)
-    for finding in _inspect(raw, options):
+    for finding in _inspect(raw, format, options):
         if finding.fatal:
             raise document.error(
                 f"with {finding.text}", finding.rule, f"{finding.fix} (evenmoe check lists all findings)"
@@ -305,17 +328,17 @@ def _read_raw(document: Document, format: Format, options: ReadOptions) -> Raw:
     raw = number_rows(document, format, raw, options)
     if isinstance(raw, RawLoad):
         raw = _check_sizes(document, by_placement(document, raw, options), options)
-    return _select_layers(document, raw, options.layers, shift) if options.layers else raw
+    return select_layers(document, raw, options.layers, shift) if options.layers else raw
 
 
 def _damaged(document: Document, error: DamagedFileError) -> FileFormatError:
     return document.error(error, "must be an intact .npz file", "write or download it again")
 
 
-def _inspect(raw: Raw, options: ReadOptions) -> Iterator[Finding]:
+def _inspect(raw: Raw, format: Format, options: ReadOptions) -> Iterator[Finding]:
     """Everything that is wrong with it."""
     if isinstance(raw, RawPlacement):
-        return inspect_placement(raw, options.num_ranks, options.num_experts)
+        return inspect_placement(raw, options.num_ranks, options.num_experts, rank_rule=format.rank_rule)
     return inspect_load(raw)
 
 
@@ -336,6 +359,8 @@ def _check_sizes(document: Document, raw: RawLoad, options: ReadOptions) -> RawL
     """The load, if it has the sizes that were given. Raises FileFormatError."""
     for name, found in (("num_layers", raw.load.shape[1]), ("num_experts", raw.load.shape[2])):
         given = getattr(options, name)
+        if name == "num_layers" and given == raw.metadata.get(HIDDEN_LAYERS):
+            continue  # dense ones counted
         if given is not None and given != found:
             what = name.removeprefix("num_")
             fix = f"leave {name} ({_FLAGS[name]}) out"
@@ -343,37 +368,3 @@ def _check_sizes(document: Document, raw: RawLoad, options: ReadOptions) -> RawL
                 fix = f"if it counts slots, pass their placement (--map FILE); else {fix}"
             raise document.error(f"a load with {found} {what}", f"must have the {given} that were asked for", fix)
     return raw
-
-
-def _select_layers(document: Document, raw: Raw, layers: str, shift: int) -> Raw:
-    """Only the layers "first:end" or "first:end:step" of the file's own numbering, `shift` less than the raw one."""
-    parts = layers.split(":")
-    try:
-        start = int(parts[0]) if parts[0] or len(parts) == 1 else 0
-        stop = start + 1 if len(parts) == 1 else int(parts[1]) if parts[1] else 2**62
-        step = int(parts[2]) if len(parts) == 3 else 1
-        if len(parts) > 3 or step < 1:
-            raise ValueError
-    except ValueError:
-        raise ConstraintError(
-            "layers", repr(layers), "must be first:end or a number, or first:end:step", "write 3:61, 3: or 3, or 1:48:2"
-        ) from None
-    numbers = [number - shift for number in row_numbers(raw)]
-    kept = [row for row, number in enumerate(numbers) if number in range(start, stop, step)]
-    if not kept:
-        raise document.error(
-            f"of layers {numbers[0]} to {numbers[-1]}", f"must have a layer in {layers}", "check --layers"
-        )
-    if len(kept) < len(numbers):
-        raw.notes.append(f"kept {len(kept)} of {len(numbers)} layers, {numbers[kept[0]]} to {numbers[kept[-1]]}")
-    if isinstance(raw, RawPlacement):
-        return choose_rows(raw, kept)
-    remaining = {numbers[row] + shift for row in kept}
-    return dataclasses.replace(
-        raw,
-        load=raw.load[:, kept],
-        layer_ids=raw.layer_ids and tuple(raw.layer_ids[row] for row in kept),
-        placement=None if raw.placement is None else layers_of(raw.placement, kept),
-        findings=[finding for finding in raw.findings if finding.layer is None or finding.layer in remaining],
-        trace=raw.trace and raw.trace.of_layers(kept),
-    )

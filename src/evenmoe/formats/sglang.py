@@ -32,11 +32,13 @@ _UTILIZATION = "average_utilization_rate_over_window"
 
 
 def _matches_location(document: Document) -> bool:
-    return document.value == "trivial" if document.container == "text" else _MAP in document.fields
+    if document.container == "text":
+        return isinstance(document.value, str)
+    return _MAP in document.fields and "expert_load_pass" not in document.fields  # vLLM's payload has a map, too
 
 
 def _read_location(document: Document, options: ReadOptions) -> RawPlacement:
-    if document.container == "text":
+    if isinstance(document.value, str):
         return _trivial(document, options)
     if _MAP not in document.fields:
         raise document.error(f"without `{_MAP}`", "must hold it", "see sglang-logical-count for loads")

@@ -1,10 +1,10 @@
 """SGLang's recorder, whose ranks write files of their own: of passes or tokens, and in its old version CSV.
 
 Modes per_pass and per_token: {"records": [...], "last_physical_to_logical_map": (L, P)}.
-A per_pass record has `global_physical_count` (L, P); a per_token record `topk_ids_of_layer` (L, tokens, 8), slots, -1
-where a model chooses fewer than the 8 that the recorder's code fixes. Either counts the tokens of the record's own
-`rank` alone, in spite of the name, and every rank writes files of its own: in a folder of them, the ranks of a
-`forward_pass_id` are summed. Each pass is a window. A rank may have several files, each with the map of its time.
+Records have `global_physical_count` (L, P), those of per_token every token's slots besides (`sglang_tokens`). Either
+counts the tokens of the record's own `rank` alone, in spite of the name, and every rank writes files of its own: in a
+folder of them, the ranks of a `forward_pass_id` are summed. Each pass is a window. A rank may have several files, each
+with the map of its time.
 
 The old recorder's CSV has the header layer_id,expert_id,count; layer ids are the model's. Every rank writes files of
 its own, expert_distribution_rank<r>_timestamp<t>.csv, of its own tokens, and starts anew after each. In a folder of
@@ -29,19 +29,21 @@ from evenmoe.formats.document import (
     first_line,
     left_out,
     missing_ranks,
+    one_rank_alone,
     parse_document,
+    rank_in_name,
+    ranks_summed,
     read_bytes,
 )
 from evenmoe.formats.layer_numbers import HIDDEN_LAYERS, load_with_dense, without_dense
+from evenmoe.formats.sglang_tokens import Tokens, add_routing, chosen_slots, tokens_of
 from evenmoe.formats.values import one_window, smallest_counts, to_logical, whole_counts
 from evenmoe.io import ALLOWANCE_BYTES, Value
 from evenmoe.io.torch_file import torch_bytes
 
 _HEADER = ["layer_id", "expert_id", "count"]
-_RANK = re.compile(r"rank_?([0-9]{1,6})(?![0-9])", re.IGNORECASE)
 _TIME = re.compile(r"timestamp_?([0-9]{1,12}(?:\.[0-9]{1,9})?)", re.IGNORECASE)
-_MAP, _PASS, _TOKENS = "last_physical_to_logical_map", "global_physical_count", "topk_ids_of_layer"
-_RECORDED_K = 8  # fixed in the recorder
+_MAP, _PASS = "last_physical_to_logical_map", "global_physical_count"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class _Record:
     rank: int | None
     counts: Load
     file: str
+    tokens: Tokens | None
 
 
 def _matches_detail(document: Document) -> bool:
@@ -76,10 +79,12 @@ def _read_detail(document: Document, options: ReadOptions) -> RawLoad:
     raw = without_dense(document, load)
     raw.has_own_map = True
     raw.notes += notes
+    in_order = [record.tokens for number in sorted(by_pass) for record in by_pass[number]]
+    add_routing(document, raw, in_order)
     if len({(record.rank, record.file if record.rank is None else "") for record in records}) == 1:
-        raw.notes.append(_alone(ranks[0] if ranks else None))
+        raw.notes.append(one_rank_alone(ranks[0] if ranks else None))
         return raw
-    raw.notes.append(_summed(ranks, "passes"))
+    raw.notes.append(ranks_summed(ranks, "passes"))
     raw.findings.extend(missing_ranks(ranks))
     raw.findings.extend(_incomplete(by_pass, ranks))
     return raw
@@ -116,15 +121,13 @@ def _records_of(document: Document, num_experts: int | None, notes: list[str]) -
     logical = to_logical(document, windows, slots, num_experts)
     if len(kept) < len(records):
         notes.append(f"left out {len(records) - len(kept)} records of other gatherers than `primary`")
-    if _TOKENS in kept[0][1]:
-        text = f"counted at most {_RECORDED_K} experts a token, as many as the recorder keeps"
-        notes.extend([] if text in notes else [text])
     return [
         _Record(
             _number(document, record, "forward_pass_id", i, f"records[{i}]"),
             _number(document, record, "rank", None, f"records[{i}]"),
             counts,
             document.name,
+            tokens_of(document, record, slots, f"records[{i}]"),
         )
         for (i, record), counts in zip(kept, logical, strict=True)
     ]
@@ -182,18 +185,8 @@ def _per_slot(document: Document, record: Mapping[str, Value], slots: IntArray, 
                 "record again",
             )
         return counts
-    value = record.get(_TOKENS)
-    layers, width = slots.shape
-    if isinstance(value, np.ndarray) and value.ndim == 3 and len(value) == layers and not value.shape[1]:
-        return np.zeros(slots.shape, np.int64)  # a rank that had no token in this pass
-    ids = document.numbers(value, f"{where}.{_TOKENS}", (3,), integers=True)
-    if len(ids) != layers or ids.min() < -1 or ids.max() >= width:
-        raise document.error(
-            f"with {where}.{_TOKENS} of shape {ids.shape}, slots {ids.min()} to {ids.max()}",
-            f"must have {layers} layers and slots -1 to {width - 1}",
-            "record again",
-        )
-    return np.stack([np.bincount(layer[layer >= 0], minlength=width) for layer in ids])
+    ids = chosen_slots(document, record, slots, where)
+    return np.stack([np.bincount(layer[layer >= 0], minlength=slots.shape[1]) for layer in ids])
 
 
 def _bytes(records: list[tuple[int, Mapping[str, Value]]]) -> int:
@@ -211,8 +204,8 @@ def _read_csv(document: Document, options: ReadOptions) -> RawLoad:
     if document.container == "folder":
         windows, ranks, several = _csv_folder(document, notes)
     else:
-        match = _RANK.search(Path(document.name).name)
-        windows, ranks, several = [[_lines(document)]], [int(match.group(1))] if match else [], False
+        rank = rank_in_name(document.name)
+        windows, ranks, several = [[_lines(document)]], [] if rank is None else [rank], False
     table = np.concatenate([lines for window in windows for lines in window])
     numbers = np.unique(table[:, 0])
     width = max(int(table[:, 1].max()) + 1, options.num_experts or 0)
@@ -237,10 +230,10 @@ def _read_csv(document: Document, options: ReadOptions) -> RawLoad:
     if twice:
         raw.notes.append(f"added up {twice} lines that name a layer and an expert again")
     if several:
-        raw.notes.append(_summed(ranks, "counts"))
+        raw.notes.append(ranks_summed(ranks, "counts"))
         raw.findings.extend(missing_ranks(ranks))
     else:
-        raw.notes.append(_alone(ranks[0] if ranks else None))
+        raw.notes.append(one_rank_alone(ranks[0] if ranks else None))
     return raw
 
 
@@ -270,8 +263,8 @@ def _csv_folder(document: Document, notes: list[str]) -> tuple[list[list[np.ndar
     notes += left_out(document.value, files)
     by_rank: dict[object, list[tuple[float, str, bytes]]] = {}
     for path in files:
-        rank, time = _RANK.search(path.name), _TIME.search(path.name)
-        key = int(rank.group(1)) if rank else path.name
+        rank, time = rank_in_name(path.name), _TIME.search(path.name)
+        key = path.name if rank is None else rank
         by_rank.setdefault(key, []).append((float(time.group(1)) if time else 0.0, path.name, read_bytes(path)))
     for rank, dumps in by_rank.items():
         dumps.sort()
@@ -306,7 +299,7 @@ def _check_once(document: Document, rank: object, dumps: list[tuple[float, str, 
 
 
 def _lines_of(document: Document, name: str, data: bytes) -> np.ndarray:
-    if data.count(b"\n") <= 1 and len(data) < 100:  # a rank without a token writes the header _alone
+    if data.count(b"\n") <= 1 and len(data) < 100:  # a rank without a token writes the header alone
         return np.empty((0, 3), np.int64)
     return _lines(parse_document(str(Path(document.name) / name), data))
 
@@ -323,19 +316,6 @@ def _lines(document: Document) -> np.ndarray:
             f"with ids from {table[:, :2].min()} to {table[:, :2].max()}", "must have ids from 0", "correct them"
         )
     return table
-
-
-def _alone(rank: int | None) -> str:
-    """The note on counts of a single rank."""
-    return (
-        f"{'one rank' if rank is None else f'rank {rank}'} alone: the recorder counts each rank's own tokens; "
-        "name the folder of all ranks' files to have them summed"
-    )
-
-
-def _summed(ranks: list[int], what: str) -> str:
-    """The note on ranks that were added up."""
-    return f"summed the {what} of {len(ranks)} ranks" if ranks else f"summed the {what} of all files"
 
 
 DETAIL = Format(

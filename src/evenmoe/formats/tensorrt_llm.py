@@ -39,10 +39,18 @@ _LAYERS, _UPDATES = "initial_global_assignments", "layer_updates_per_iter"
 
 
 def _matches_placement(document: Document) -> bool:
-    return _LAYERS in document.fields and "record_type" not in document.fields
+    fields = document.fields
+    return "record_type" not in fields and (_LAYERS in fields or {"num_slots", _UPDATES} <= set(fields))
 
 
 def _read_placement(document: Document, options: ReadOptions) -> RawPlacement:
+    if _LAYERS not in document.fields and "num_slots" in document.fields:
+        raise document.error(
+            f"of {document.integer(document.fields['num_slots'], '`num_slots`')} slots without `{_LAYERS}`, as the "
+            "online load balancer takes it",
+            "must say which expert each slot holds to be a placement",
+            "plan one from recorded statistics (evenmoe plan --to tensorrt-llm); the server itself starts without one",
+        )
     rows, _ = numbered_rows(document, document.fields.get(_LAYERS), f"`{_LAYERS}`")
     raw = RawPlacement(list(rows.values()), layer_ids=tuple(rows))
     stated = document.fields.get("num_slots")

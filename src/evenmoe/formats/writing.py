@@ -42,6 +42,7 @@ _BY_SUFFIX = {
     ".yaml": "yaml",
     ".yml": "yaml",
     ".csv": "csv",
+    ".txt": "text",
     ".npy": "npy",
     ".npz": "npz",
     ".pt": "pt",
@@ -166,7 +167,7 @@ def _checked(value: Placement | npt.ArrayLike, entry: Format) -> Placement | Loa
             "format",
             entry.name,
             f"must hold a {kind}, for that is the value, and holds a {entry.kind}",
-            f"use one of {', '.join(name for name in FORMATS if FORMATS.get(name).kind == kind)}",
+            f"use one of {', '.join(n for n in FORMATS if (f := FORMATS.get(n)).kind == kind and f.write)}",
         )
     if isinstance(value, Placement):
         return value

@@ -22,7 +22,8 @@ _NUMBER_STARTS = tuple(bytes([mark]) for mark in b"-0123456789")
 _OF_NUMBERS = b"0123456789+-.eE, \t\r\n"
 _WORDS = {b"true": True, b"false": False, b"null": None}
 _DEEPEST = 16  # levels; the deepest format has five
-_LONGEST_STRING = 1 << 16
+_LONGEST_KEY = 1 << 16
+_MOST_QUOTES = 1 << 22  # escaped ones in a string: a second
 _MOST_PARTS = 1 << 19  # lists, objects, words: five seconds; the largest map that we know of has 60,000
 _EMPTY = np.empty(0, np.int64)
 _EMPTY.flags.writeable = False
@@ -247,13 +248,17 @@ class _Parser:
 
     def string(self, key: bool = False) -> str:
         end = self.at
-        while True:
-            end = self.data.find(b'"', end + 1, self.at + _LONGEST_STRING)
+        for _ in range(_MOST_QUOTES):
+            end = self.data.find(b'"', end + 1, self.at + _LONGEST_KEY if key else len(self.data))
             if end < 0:
-                raise self.wrong(f"a string without an end, or of more than {_LONGEST_STRING} bytes")
-            before = self.data[self.at + 1 : end]
-            if (len(before) - len(before.rstrip(b"\\"))) % 2 == 0:
+                raise self.wrong("a string without an end" + (f", or of more than {_LONGEST_KEY} bytes" if key else ""))
+            before = end
+            while self.data[before - 1 : before] == b"\\":
+                before -= 1
+            if (end - before) % 2 == 0:
                 break
+        else:
+            raise self.wrong(f"a string with more than {_MOST_QUOTES} quotes")
         text = self.data[self.at : end + 1]
         if key and text in self.keys:
             self.at = end + 1

@@ -82,7 +82,7 @@ def mean_peaks(load: FloatArray, slots: Slots, num_ranks: int, seed: int) -> Flo
     held = slots.experts.astype(np.int64).reshape(num_layers, num_ranks, -1)
     peaks = np.ones(num_layers)
     for layer, scenarios in _scenarios(windows, num_ranks, num_slots, seed):
-        peaks[layer] = evaluate(held[layer], scenarios, np.ones(len(scenarios)), np.inf)[0] / len(scenarios)
+        peaks[layer] = _evaluate_all(held[layer], scenarios)[0] / len(scenarios)
     return peaks
 
 
@@ -104,13 +104,14 @@ def _best_draft(static: Held, scenarios: FloatArray, seed: int) -> Held:
     order = np.argsort(-mean, kind="stable")
     rng = np.random.default_rng(seed)
     floors = np.ones(len(scenarios))
-    best, lowest = static, evaluate(static, scenarios, floors, np.inf)[0]
+    best, (lowest, peaks, _, _) = static, _evaluate_all(static, scenarios)
+    hard_first = np.argsort(-peaks, kind="stable")
     for _ in range(_DRAFTS):
         power, slack, regularization = rng.uniform(0.85, 1.1), rng.uniform(0.1, 0.4), rng.uniform(0.0, 3.0)
         _, counts = replicate(mean**power, static.size, num_ranks)
         held = np.empty_like(static)
         if draft(mean, spread, order, counts, rng.random(num_ranks), slack, regularization, held):
-            total = evaluate(held, scenarios, floors, lowest)[0]
+            total = evaluate(held, scenarios, floors, hard_first, lowest)[0]
             if total < lowest:
                 best, lowest = held, total
     return best
@@ -143,7 +144,7 @@ class _Search:
         self.tried = 0
         self._moves = np.empty((_CANDIDATES, 5), np.int64)
         self._floors = np.empty((_CANDIDATES, len(scenarios)))
-        self._take(held, scenarios, evaluate(held, scenarios, np.ones(len(scenarios)), np.inf))
+        self._take(held, scenarios, _evaluate_all(held, scenarios))
 
     def step(self, copies: int, tries: int) -> int | None:
         """Make one move that pays for at most `copies` more; returns its copies, or None after `tries` in vain."""
@@ -175,7 +176,8 @@ class _Search:
                 trial[rank, theirs] = self.held[busy, mine]
                 if not keeps:
                     trial[busy, mine] = self.held[rank, theirs]
-                judged = evaluate(trial, self.scenarios, floors[move], limit - price * max(cost, 0))
+                doubtful_first = np.argsort(floors[move] - self.peaks, kind="stable")
+                judged = evaluate(trial, self.scenarios, floors[move], doubtful_first, limit - price * max(cost, 0))
                 if judged[0] < np.inf:
                     self._take(trial, self.scenarios, judged)
                     return cost
@@ -184,9 +186,14 @@ class _Search:
     def _take(self, held: Held, scenarios: FloatArray, judged: Judged) -> None:
         self.held = held
         self.total, peaks, closed, load = judged
-        worst_first = np.argsort(-peaks, kind="stable")  # a bad move then shows after few scenarios
+        worst_first = np.argsort(-peaks, kind="stable")  # so a bad move shows early where the floors do not say how
         self.scenarios, self.closed = scenarios[worst_first], closed[worst_first]
         self.load, self.peaks = load[worst_first], peaks[worst_first]
+
+
+def _evaluate_all(held: Held, scenarios: FloatArray) -> Judged:
+    number = len(scenarios)
+    return evaluate(held, scenarios, np.ones(number), np.arange(number), np.inf)
 
 
 def _busiest(peaks: FloatArray, closed: npt.NDArray[np.bool_]) -> list[int]:

@@ -85,6 +85,7 @@ def draw_counts(chance, num_tokens, seed, step, layer, counts):
     num_experts, num_ranks = counts.shape
     key = layer_key(seed, step, layer)
     table = np.empty(num_tokens + 1, np.int64)
+    weight = np.empty(num_tokens + 1)
     guide = np.empty(_GUIDES, np.int64)
     for expert in range(num_experts):
         state = mix(key + np.uint64(expert) * _GOLDEN)
@@ -92,7 +93,7 @@ def draw_counts(chance, num_tokens, seed, step, layer, counts):
         bits = np.uint64(0)
         for rank in range(num_ranks):
             if rank == 0 or chance.shape[1] > 1:
-                least = _tabulate(chance[expert, rank if chance.shape[1] > 1 else 0], num_tokens, table, guide)
+                least = _tabulate(chance[expert, rank if chance.shape[1] > 1 else 0], num_tokens, weight, table, guide)
             if rank % 2 == 0:
                 state += _GOLDEN
                 bits = mix(state)
@@ -105,7 +106,7 @@ def draw_counts(chance, num_tokens, seed, step, layer, counts):
 
 
 @compiled
-def _tabulate(chance, num_tokens, table, guide):
+def _tabulate(chance, num_tokens, weight, table, guide):
     """Cumulative probabilities × 2³² of a binomial number from the returned least value on, and where to look first."""
     if chance <= 0.0 or chance >= 1.0:
         table[0] = 1 << 32
@@ -118,18 +119,24 @@ def _tabulate(chance, num_tokens, table, guide):
     center = min(int(mean), most)
     odds = chance / (1.0 - chance)
     # By ratios from the center outwards: (1 − chance)^tokens itself underflows for long batches.
-    weight = np.empty(most - least + 1)
     weight[center - least] = 1.0
-    for value in range(center, most):
-        weight[value + 1 - least] = weight[value - least] * odds * (num_tokens - value) / (value + 1)
-    for value in range(center, least, -1):
-        weight[value - 1 - least] = weight[value - least] / odds * value / (num_tokens - value + 1)
-    scale = 4294967296.0 / weight.sum()
+    high = low = center
+    while high < most or low > least:  # both ways at once, since each step waits for the division of the one before
+        if high < most:
+            weight[high + 1 - least] = weight[high - least] * odds * (num_tokens - high) / (high + 1)
+            high += 1
+        if low > least:
+            weight[low - 1 - least] = weight[low - least] / odds * low / (num_tokens - low + 1)
+            low -= 1
+    size = most - least + 1
     below = 0.0
-    for above in range(weight.size):
+    for above in range(size):
         below += weight[above]
-        table[above] = np.int64(below * scale)
-    table[weight.size - 1] = 1 << 32
+        weight[above] = below
+    scale = 4294967296.0 / below
+    for above in range(size - 1):
+        table[above] = np.int64(weight[above] * scale)
+    table[size - 1] = 1 << 32
     above = 0
     for entry in range(_GUIDES):
         while table[above] <= entry << 26:

@@ -77,8 +77,8 @@ class Batches(Protocol):
         """Go to the next step; the first call goes to step 0."""
         ...
 
-    def experts(self, layer: int) -> npt.NDArray[np.integer] | None:
-        """The experts of every token in this step, (G, B, K); None where only counts are known."""
+    def experts(self, layers: slice) -> npt.NDArray[np.integer] | None:
+        """The experts of every token in this step, (L, G, B, K); None where only counts are known."""
         ...
 
     def count(self, layer: int, counts: Counts) -> None:
@@ -132,14 +132,15 @@ class RoutedBatches:
         chosen = self._routing[self._tokens.reshape(self._cluster.num_ranks, -1)]
         self._batch = np.ascontiguousarray(chosen.transpose(2, 0, 1, 3))
 
-    def experts(self, layer: int) -> npt.NDArray[np.integer]:
+    def experts(self, layers: slice) -> npt.NDArray[np.integer]:
         assert self._batch is not None
-        return self._batch[layer]
+        return self._batch[layers]
 
     def count(self, layer: int, counts: Counts) -> None:
         from evenmoe.simulator import batch_kernels
 
-        batch_kernels.count_assignments(self.experts(layer), counts)
+        assert self._batch is not None
+        batch_kernels.count_assignments(self._batch[layer], counts)
 
 
 class DrawnBatches:
@@ -177,6 +178,11 @@ class DrawnBatches:
             "the rule works; where it goes by row, the rows that go to an expert are drawn too.",
             "Rows once per rank are expected values: a rank's tokens are taken to combine their experts independently.",
         )
+        if num_steps >= len(load) > 1:
+            self.notes += (
+                "Every step is drawn from one window of the trace, as if that were a step: where it is a request, "
+                "steps are more uneven than a server's, which mix requests (--mix sums windows).",
+            )
         partly = int((np.asarray(self._known.any(axis=0)) & ~self._known.all(axis=0)).sum())
         if partly:
             self.notes += (
@@ -222,7 +228,7 @@ class DrawnBatches:
                 load[:, layer] = self._load[before[-1] if before.size else known[0], :, layer]
         return load
 
-    def experts(self, layer: int) -> None:
+    def experts(self, layers: slice) -> None:
         return None
 
     def count(self, layer: int, counts: Counts) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from evenmoe.metrics import FloatArray
 from evenmoe.simulator.batches import Batches
 from evenmoe.simulator.costs import CostModel
 from evenmoe.simulator.policy_state import PolicyState
+from evenmoe.simulator.slot_choice import StepLayers
 from evenmoe.traces.trace import Trace
 
 
@@ -44,7 +46,8 @@ class Run:
         self._totals = np.zeros((layers, experts), np.int64)
         longest = max(state.policy.window for state in states)
         self._past: deque[FloatArray] = deque(maxlen=longest)
-        self._parts = [part for part in np.array_split(np.arange(layers), workers) if part.size]
+        ends = np.arange(workers + 1) * layers // workers
+        self._parts = [slice(begin, end) for begin, end in pairwise(ends.tolist()) if begin < end]
         top_k = top_k if trace.routing is not None else 0
         self._scratch = [[state.new_scratch(top_k) for state in states] for _ in self._parts]
 
@@ -77,12 +80,15 @@ class Run:
         list(self._pool.map(work, range(len(self._parts))))
 
     def _count(self, part: int) -> None:
-        for layer in self._parts[part].tolist():
+        from evenmoe.simulator import step_kernels  # not at the top: importing numba takes 0.3 s
+
+        layers = self._parts[part]
+        for layer in range(layers.start, layers.stop):
             self._batches.count(layer, self._counts[layer])
-            self._counts[layer].sum(axis=1, dtype=np.int64, out=self._totals[layer])
+        step_kernels.add_ranks(self._counts[layers], self._totals[layers])
 
     def _run_layers(self, step: int, part: int) -> None:
-        for layer in self._parts[part].tolist():
-            key, experts = (self._seed, step, layer), self._batches.experts(layer)
-            for state, scratch in zip(self._states, self._scratch[part], strict=True):
-                state.run_layer(key, self._counts[layer], experts, scratch)
+        layers, key = self._parts[part], (self._seed, step)
+        batch = StepLayers(layers.start, key, self._counts[layers], self._totals[layers], self._batches.experts(layers))
+        for state, scratch in zip(self._states, self._scratch[part], strict=True):
+            state.run_layers(batch, scratch)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from evenmoe.compiled import compiled
+from evenmoe.compiled import compiled, compiled_inner
 from evenmoe.planner.kernels.packing import draw
 
 
@@ -64,11 +64,12 @@ def refine(loads, goal, tries, random, slots):
     `random` uint64 (1,) is the state of the generator, not 0.
     """
     num_ranks, width = slots.shape
-    layer = _new_state(loads.size, num_ranks, width)
+    layer, kept = _new_state(loads.size, num_ranks, width), _new_state(loads.size, num_ranks, width)
     _load_layer(loads, slots, layer)
     _even_out(goal, layer)
     peak = _peak_of(layer)
     _store(layer, slots)
+    is_kept = False
     for _ in range(tries):
         if peak <= goal:
             break
@@ -81,18 +82,31 @@ def refine(loads, goal, tries, random, slots):
         if _peak_of(layer) <= peak:
             peak = _peak_of(layer)
             _store(layer, slots)
-        else:
-            _load_layer(loads, slots, layer)
+            is_kept = False
+            continue
+        if not is_kept:
+            _load_layer(loads, slots, kept)  # not what led to `slots`, whose sums were rounded on the way
+            is_kept = True
+        _copy(kept, layer)
     return peak
 
 
 @compiled
+def _copy(source, target):
+    target.held[:] = source.held
+    target.share[:] = source.share
+    target.load[:] = source.load
+    target.counts[:] = source.counts
+    target.line[:] = source.line
+
+
+@compiled_inner
 def _peak_of(layer):
     """Tokens of the busiest rank, after `_even_out`."""
     return layer.load[layer.line[layer.line.size - 1]]
 
 
-@compiled
+@compiled_inner
 def _store(layer, slots):
     num_ranks, width = slots.shape
     for rank in range(num_ranks):
@@ -100,7 +114,7 @@ def _store(layer, slots):
             slots[rank, slot] = layer.held[rank, slot]
 
 
-@compiled
+@compiled_inner
 def _load_layer(loads, slots, layer):
     """Fill `layer` from the experts in `slots` (G, width)."""
     num_ranks, width = slots.shape
@@ -120,7 +134,7 @@ def _load_layer(loads, slots, layer):
             _put(rank, slot, expert, share, slot + 1, layer)
 
 
-@compiled
+@compiled_inner
 def _holds(rank, expert, layer):
     for slot in range(layer.held.shape[1]):  # noqa: SIM110 (any() of a generator is not for compiled code)
         if layer.held[rank, slot] == expert:
@@ -128,7 +142,7 @@ def _holds(rank, expert, layer):
     return False
 
 
-@compiled
+@compiled_inner
 def _put(rank, slot, expert, share, width, layer):
     """Replace what `slot` _holds and keep the rank's first `width` slots in descending order of share."""
     held, shares = layer.held, layer.share
@@ -141,7 +155,7 @@ def _put(rank, slot, expert, share, width, layer):
     held[rank, slot], shares[rank, slot] = expert, share
 
 
-@compiled
+@compiled_inner
 def _even_out(goal, layer):
     """Swap replicas between the busiest rank and another, until it is within `goal` or no swap helps.
 
@@ -177,7 +191,7 @@ def _even_out(goal, layer):
         _move_in_line(place, layer)
 
 
-@compiled
+@compiled_inner
 def _swap(rank, slot, other, other_slot, layer):
     mine, theirs = layer.held[rank, slot], layer.held[other, other_slot]
     my_share, their_share = layer.share[rank, slot], layer.share[other, other_slot]
@@ -188,7 +202,7 @@ def _swap(rank, slot, other, other_slot, layer):
     layer.load[other] += my_share - their_share
 
 
-@compiled
+@compiled_inner
 def _may_swap(rank, slot, other, other_slot, layer):
     """Whether neither rank would hold two replicas of one expert."""
     mine, theirs = layer.held[rank, slot], layer.held[other, other_slot]
@@ -197,7 +211,7 @@ def _may_swap(rank, slot, other, other_slot, layer):
     )
 
 
-@compiled
+@compiled_inner
 def _least_step(busiest, other, least, most, layer):
     """The pair of slots whose shares differ least, by `least` to `most` tokens; (-1, -1) if there is none."""
     width = layer.held.shape[1]
@@ -215,10 +229,11 @@ def _least_step(busiest, other, least, most, layer):
     return mine, theirs
 
 
-@compiled
+@compiled_inner
 def _lowest_peak(busiest, layer):
     """The swap after which the busier of the two ranks is least busy: (place in line, slot, slot), or -1s."""
     num_ranks, width = layer.held.shape
+    share = layer.share
     found = (-1, -1, -1)
     top = layer.load[busiest]
     peak = top * (1 - 1e-12)  # a gain of rounding size could repeat for ever
@@ -227,14 +242,22 @@ def _lowest_peak(busiest, layer):
         half = (top - layer.load[other]) / 2
         off = peak - (top + layer.load[other]) / 2  # a step within `off` of `half` leaves less than `peak`
         if off <= 0:
+            break  # nor would one with a heavier rank
+        # All pairs without a branch take less time than the pass below, which most ranks then do not need.
+        near = False
+        for slot in range(width):
+            limit = share[busiest, slot] - half
+            for theirs in range(width):
+                near |= abs(limit - share[other, theirs]) < off
+        if not near:
             continue
         at = 0
         for slot in range(width):
-            limit = layer.share[busiest, slot] - half
-            while at < width and layer.share[other, at] > limit:
+            limit = share[busiest, slot] - half
+            while at < width and share[other, at] > limit:
                 at += 1
             for theirs in range(max(at - 1, 0), min(at + 1, width)):
-                miss = abs(limit - layer.share[other, theirs])
+                miss = abs(limit - share[other, theirs])
                 if miss < off and _may_swap(busiest, slot, other, theirs, layer):
                     off = miss
                     found = (place, slot, theirs)
@@ -242,7 +265,7 @@ def _lowest_peak(busiest, layer):
     return found
 
 
-@compiled
+@compiled_inner
 def _move_back(place, layer):
     """Move one rank towards the lighter end of the line, to where it belongs; return its place."""
     line, load = layer.line, layer.load
@@ -254,7 +277,7 @@ def _move_back(place, layer):
     return place
 
 
-@compiled
+@compiled_inner
 def _move_in_line(place, layer):
     """The load of one rank changed: keep the line ascending."""
     line, load = layer.line, layer.load
@@ -266,7 +289,7 @@ def _move_in_line(place, layer):
     line[place] = rank
 
 
-@compiled
+@compiled_inner
 def _change_places(random, layer):
     """Swap two slots at random."""
     num_ranks, width = layer.held.shape
@@ -276,7 +299,7 @@ def _change_places(random, layer):
         _swap(rank, slot, other, other_slot, layer)
 
 
-@compiled
+@compiled_inner
 def _change_count(loads, random, layer):
     """Take a replica from one expert and give its slot to another, half the time one of the busiest rank."""
     num_ranks, width = layer.held.shape
@@ -297,7 +320,7 @@ def _change_count(loads, random, layer):
         _update_share(expert, loads, layer)
 
 
-@compiled
+@compiled_inner
 def _update_share(expert, loads, layer):
     """The number of replicas of `expert` changed: bring every rank that _holds it up to date."""
     num_ranks, width = layer.held.shape
