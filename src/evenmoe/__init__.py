@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from evenmoe.errors import UnsupportedTypeError as UnsupportedTypeError
     from evenmoe.formats.reading import read as read
     from evenmoe.formats.writing import convert as convert
+    from evenmoe.formats.writing import save_placement as save_placement
     from evenmoe.metrics import count_copies as count_copies
     from evenmoe.metrics import peak_to_average as peak_to_average
     from evenmoe.ops.combine import combine as combine
@@ -34,8 +35,13 @@ if TYPE_CHECKING:
     from evenmoe.planner.plan import plan as plan
     from evenmoe.rules.split_batch import split_batch as split_batch
     from evenmoe.runtime.expert_parallel import ExpertParallel as ExpertParallel
+    from evenmoe.simulator.costs import CostModel as CostModel
     from evenmoe.simulator.replay import simulate as simulate
+    from evenmoe.simulator.result import Simulation as Simulation
+    from evenmoe.traces.synthesis import synthesize as synthesize
     from evenmoe.traces.trace import Trace as Trace
+    from evenmoe.traces.trace import load_trace as load_trace
+    from evenmoe.traces.trace import save_trace as save_trace
     from evenmoe.transport.process_world import process_world as process_world
     from evenmoe.transport.world import local_world as local_world
 
@@ -43,6 +49,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "ConstraintError": "evenmoe.errors",
+    "CostModel": "evenmoe.simulator.costs",
     "Dispatched": "evenmoe.dispatched",
     "EvenmoeError": "evenmoe.errors",
     "ExpertParallel": "evenmoe.runtime.expert_parallel",
@@ -51,6 +58,7 @@ _HOME = {
     "MissingArgumentError": "evenmoe.errors",
     "Placement": "evenmoe.placement",
     "RankDisagreementError": "evenmoe.errors",
+    "Simulation": "evenmoe.simulator.result",
     "Trace": "evenmoe.traces.trace",
     "UnsupportedTypeError": "evenmoe.errors",
     "combine": "evenmoe.ops.combine",
@@ -59,14 +67,18 @@ _HOME = {
     "count_copies": "evenmoe.metrics",
     "dispatch": "evenmoe.ops.dispatch",
     "errors": "evenmoe.errors",
+    "load_trace": "evenmoe.traces.trace",
     "local_world": "evenmoe.transport.world",
     "lower_bound": "evenmoe.planner.bound",
     "peak_to_average": "evenmoe.metrics",
     "plan": "evenmoe.planner.plan",
     "process_world": "evenmoe.transport.process_world",
     "read": "evenmoe.formats.reading",
+    "save_placement": "evenmoe.formats.writing",
+    "save_trace": "evenmoe.traces.trace",
     "simulate": "evenmoe.simulator.replay",
     "split_batch": "evenmoe.rules.split_batch",
+    "synthesize": "evenmoe.traces.synthesis",
     "update_expert": "evenmoe.ops.update_expert",
 }
 

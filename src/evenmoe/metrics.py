@@ -5,13 +5,14 @@ Shapes: T windows, L layers, E logical experts, S slots, G ranks. Loads are toke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from evenmoe.errors import ConstraintError
-from evenmoe.placement import Placement, held_by_rank
+from evenmoe.placement import Placement
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -140,8 +141,8 @@ def even_rank_loads(load: npt.ArrayLike, placement: Placement) -> FloatArray:
 def peak_to_average(load: npt.ArrayLike, placement: Placement) -> FloatArray:
     """Peak-to-average load (PAR): the busiest rank's tokens over the mean rank's; 1.0 is perfect.
 
-    Every replica takes an even share of its expert. A layer without any load counts as 1.0; `mean_over_windows` leaves
-    such windows out of a mean.
+    Every replica takes an even share of its expert, and ranks without a slot are left out of the mean. A layer without
+    any load counts as 1.0; `mean_over_windows` leaves such windows out of a mean.
 
     Args:
         load: tokens per logical expert, (L, E) or (T, L, E).
@@ -160,7 +161,20 @@ def peak_to_average(load: npt.ArrayLike, placement: Placement) -> FloatArray:
     """
     tokens = as_load_of(load, placement)
     tokens = within_range(tokens.reshape(-1, tokens.shape[-1])).reshape(tokens.shape)
-    return peak_over_mean(_shared_evenly(tokens, placement))
+    return peak_over_mean(of_holders(_shared_evenly(tokens, placement), placement))
+
+
+def of_holders(loads: FloatArray, placement: Placement) -> FloatArray:
+    """The loads (…, G) of the ranks that have a slot; where all have one, as they are.
+
+    A rank that holds no expert computes nothing under any plan, so it is no part of the mean that a plan is measured
+    by.
+
+    >>> of_holders(np.array([[4.0, 0.0, 4.0]]), Placement([[0, 1]], 3, rank_sizes=[1, 0, 1])).tolist()
+    [[4.0, 4.0]]
+    """
+    sizes = placement.rank_sizes
+    return loads if min(sizes) else loads[..., np.flatnonzero(sizes)]
 
 
 def as_load_of(load: npt.ArrayLike, placement: Placement) -> FloatArray:
@@ -177,17 +191,29 @@ def as_load_of(load: npt.ArrayLike, placement: Placement) -> FloatArray:
 
 
 def _shared_evenly(tokens: FloatArray, placement: Placement) -> FloatArray:
-    return sum_by_rank(tokens / placement.num_replicas, placement.slot_to_expert, placement.num_ranks)
+    return sum_by_rank(tokens / placement.num_replicas, placement.slot_to_expert, placement.rank_sizes)
 
 
-def sum_by_rank(share: FloatArray, slots: npt.NDArray[np.integer], num_ranks: int) -> FloatArray:
+def sum_by_rank(share: FloatArray, slots: npt.NDArray[np.integer], rank_sizes: Sequence[int]) -> FloatArray:
     """Tokens of each rank, (…, L, G), where every slot (L, S) of an expert gets its `share` (…, L, E).
 
-    >>> sum_by_rank(np.array([[3.0, 1.0, 1.0]]), np.array([[0, 1, 0, 2]]), 2).tolist()
+    >>> sum_by_rank(np.array([[3.0, 1.0, 1.0]]), np.array([[0, 1, 0, 2]]), (2, 2)).tolist()
     [[4.0, 4.0]]
     """
     per_slot = np.take_along_axis(share, np.broadcast_to(slots, (*share.shape[:-1], slots.shape[1])), axis=-1)
-    return per_slot.reshape(*share.shape[:-1], num_ranks, -1).sum(axis=-1)
+    return slots_by_rank(per_slot, rank_sizes)
+
+
+def slots_by_rank(per_slot: FloatArray, rank_sizes: Sequence[int]) -> FloatArray:
+    """Sums over the slots of each rank: (…, S) -> (…, G).
+
+    >>> slots_by_rank(np.array([1.0, 2.0, 4.0]), (2, 0, 1)).tolist()
+    [3.0, 0.0, 4.0]
+    """
+    if min(rank_sizes) == max(rank_sizes):
+        return per_slot.reshape(*per_slot.shape[:-1], len(rank_sizes), -1).sum(axis=-1)
+    parts = np.split(per_slot, np.cumsum(rank_sizes)[:-1], axis=-1)
+    return np.stack([part.sum(axis=-1) for part in parts], axis=-1)
 
 
 def peak_over_mean(loads: FloatArray) -> FloatArray:
@@ -205,7 +231,8 @@ def count_copies(previous: Placement, placement: Placement) -> npt.NDArray[np.in
 
     Args:
         previous: the placement in use.
-        placement: the one to move to, of the same layers, slots, ranks and experts.
+        placement: the one to move to, of the same layers and experts. Ranks and slots may be others: rank r is the same
+            rank in both, a rank that only `placement` has held nothing, and one that only `previous` has is left out.
 
     Returns:
         int64 (L,), copies per layer. An expert that changes its slot within a rank is not a copy.
@@ -214,21 +241,42 @@ def count_copies(previous: Placement, placement: Placement) -> npt.NDArray[np.in
 
     >>> count_copies(Placement([[0, 1, 0, 2]], 2), Placement([[2, 1, 1, 0]], 2)).tolist()
     [2]
+
+    A third rank joins, and receives both of its experts:
+
+    >>> count_copies(Placement([[0, 1, 2, 3]], 2), Placement([[0, 1, 2, 3, 0, 2]], 3)).tolist()
+    [2]
     """
-    for name in ("num_layers", "num_experts", "num_ranks"):
+    check_same_model(previous, placement)
+    return arrivals(held_on(previous, placement.num_ranks), placement).sum(axis=1)
+
+
+def check_same_model(previous: Placement, placement: Placement) -> None:
+    """Raise a ConstraintError unless the placements have the same layers and experts."""
+    for name in ("num_layers", "num_experts"):
         if getattr(previous, name) != getattr(placement, name):
             raise ConstraintError(
                 "placement",
                 f"one with {name} {getattr(placement, name)}",
                 f"must have the {name} of the previous placement, {getattr(previous, name)}",
-                "compare placements of one model on one world",
+                "compare placements of one model",
             )
-    held = held_by_rank(previous.slot_to_expert, placement.num_ranks, placement.num_experts)
-    return count_arrivals(held, placement.slot_to_expert)
+
+
+def arrivals(held: npt.NDArray[np.bool_], placement: Placement) -> npt.NDArray[np.bool_]:
+    """Which slots get an expert that their rank does not have among those that it `held` (L, G, E); bool (L, S)."""
+    return ~held[np.arange(placement.num_layers)[:, None], placement.slot_to_rank, placement.slot_to_expert]
+
+
+def held_on(placement: Placement, num_ranks: int) -> npt.NDArray[np.bool_]:
+    """Which experts the first `num_ranks` ranks hold, bool (L, num_ranks, E); ranks that it does not have hold none."""
+    held = placement.held[:, :num_ranks]
+    more = num_ranks - held.shape[1]
+    return np.pad(held, ((0, 0), (0, more), (0, 0))) if more else held
 
 
 def count_arrivals(held: npt.NDArray[np.bool_], slots: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-    """Slots (L, S) whose expert their rank does not have among those that it `held` (L, G, E); int64 (L,)."""
+    """Arrivals among slots (L, S) that the ranks share evenly: int64 (L,), of `held` (L, G, E)."""
     num_layers, num_ranks, _ = held.shape
     ranks = np.arange(slots.shape[1]) * num_ranks // slots.shape[1]
     return (~held[np.arange(num_layers)[:, None], ranks, slots]).sum(axis=1)

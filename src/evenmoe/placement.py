@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,8 @@ import numpy.typing as npt
 from evenmoe.errors import ConstraintError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
 IntArray = npt.NDArray[np.int32]
@@ -20,18 +23,22 @@ IntArray = npt.NDArray[np.int32]
 class Placement:
     """The experts that every slot of every rank holds, layer by layer.
 
-    Slot `s` lives on rank `s // (S / num_ranks)`. Two placements are equal when all their arrays are.
+    Slot `s` lives on rank `s // (S / num_ranks)` where the ranks share the slots evenly; `rank_sizes` says otherwise.
+    Two placements are equal when all their arrays are.
 
     Args:
         slot_to_expert: integers (L, S), the logical expert 0…E−1 that each slot holds. Copied.
-        num_ranks: ranks that share the S slots evenly.
+        num_ranks: ranks that share the S slots, evenly unless `rank_sizes` are given.
         num_experts: E, logical experts per layer. Default: the largest id + 1.
         replica_index: integers (L, S) or None: the position, from 0, of each slot in its expert's EPLB table row.
             It decides which ranks reach which replica under the `rank` rule. Default: by ascending slot.
+        rank_sizes: the number of slots of each rank, in slot order, adding up to S; the same in all layers. 0 is a rank
+            that holds no expert, such as a dead one. Default: S / num_ranks each.
 
     Raises:
         ConstraintError: shapes that do not fit, an id outside 0…E−1, an expert without a slot, slots that do not
-            divide by the ranks, or a `replica_index` that does not count 0, 1, … over each expert's slots.
+            divide by the ranks, sizes that do not add up, or a `replica_index` that does not count 0, 1, … over each
+            expert's slots.
 
     Two ranks with two slots each; expert 0 is held twice, so its table row counts 2 and names slots 0 and 2:
 
@@ -40,14 +47,20 @@ class Placement:
     [[2, 1, 1]]
     >>> placement.eplb_table(0).tolist()
     [[2, 0, 2], [1, 1, 0], [1, 3, 0]]
+
+    Three slots on rank 0 and two on rank 2; rank 1 holds nothing:
+
+    >>> Placement([[0, 1, 2, 0, 3]], num_ranks=3, rank_sizes=[3, 0, 2])
+    Placement(layers=1, experts=4, slots=5, ranks=3, rank_sizes=[3, 0, 2])
     """
 
-    __slots__ = ("__dict__", "num_experts", "num_ranks", "replica_index", "slot_to_expert")
+    __slots__ = ("__dict__", "num_experts", "num_ranks", "rank_sizes", "replica_index", "slot_to_expert")
 
     slot_to_expert: IntArray
     num_ranks: int
     num_experts: int
     replica_index: IntArray
+    rank_sizes: tuple[int, ...]
 
     def __init__(
         self,
@@ -56,6 +69,7 @@ class Placement:
         *,
         num_experts: int | None = None,
         replica_index: npt.ArrayLike | None = None,
+        rank_sizes: Sequence[int] | npt.NDArray[np.integer] | None = None,
     ) -> None:
         slots = _integers("slot_to_expert", slot_to_expert)
         if slots.ndim != 2 or slots.size == 0:
@@ -65,15 +79,7 @@ class Placement:
                 "must be (layers, slots), neither zero",
                 "pass one row per layer",
             )
-        num_slots = slots.shape[1]
-        if num_ranks < 1 or num_slots % num_ranks:
-            fitting = [ranks for ranks in range(1, num_slots + 1) if num_slots % ranks == 0]
-            raise ConstraintError(
-                "num_ranks",
-                num_ranks,
-                f"must divide the {num_slots} slots evenly",
-                f"use one of {fitting}, or a number of slots that divides",
-            )
+        sizes = _checked_sizes(rank_sizes, num_ranks, slots.shape[1])
         if num_experts is None:
             num_experts = int(slots.max()) + 1
         if slots.min() < 0 or slots.max() >= num_experts:
@@ -96,6 +102,7 @@ class Placement:
         _set(self, "slot_to_expert", _frozen(slots))
         _set(self, "num_ranks", int(num_ranks))
         _set(self, "num_experts", int(num_experts))
+        _set(self, "rank_sizes", sizes)
         ascending = ascending_replica_index(self.slot_to_expert)
         if replica_index is None:
             order = ascending
@@ -126,8 +133,46 @@ class Placement:
         return self.slot_to_expert.shape[1]
 
     @property
+    def is_even(self) -> bool:
+        """Whether all ranks have the same number of slots."""
+        return min(self.rank_sizes) == max(self.rank_sizes)
+
+    @property
     def slots_per_rank(self) -> int:
-        return self.num_slots // self.num_ranks
+        """Slots of every rank.
+
+        Raises:
+            ConstraintError: not every rank has as many; `rank_sizes` says how many each has.
+        """
+        if not self.is_even:
+            raise ConstraintError(
+                "placement",
+                f"one whose ranks have {sizes_text(self.rank_sizes)} slots",
+                "must have the same number of slots on every rank here",
+                "plan with one number of slots for all ranks, and without dead ranks",
+            )
+        return self.rank_sizes[0]
+
+    @cached_property
+    def slot_to_rank(self) -> npt.NDArray[np.int64]:
+        """int64 (S,): the rank of each slot, ascending.
+
+        >>> Placement([[0, 1, 2, 0, 3]], num_ranks=3, rank_sizes=[3, 0, 2]).slot_to_rank.tolist()
+        [0, 0, 0, 2, 2]
+        """
+        return ranks_of_slots(self.rank_sizes)
+
+    @cached_property
+    def held(self) -> npt.NDArray[np.bool_]:
+        """Bool (L, G, E): whether each rank holds each logical expert.
+
+        >>> Placement([[0, 1, 2, 0, 3]], num_ranks=3, rank_sizes=[3, 0, 2]).held.sum(axis=2).tolist()
+        [[3, 0, 2]]
+        """
+        held = np.zeros((self.num_layers, self.num_ranks, self.num_experts), bool)
+        held[np.arange(self.num_layers)[:, None], self.slot_to_rank, self.slot_to_expert] = True
+        held.flags.writeable = False
+        return held
 
     @cached_property
     def num_replicas(self) -> IntArray:
@@ -154,27 +199,34 @@ class Placement:
         table[self.slot_to_expert[layer], 1 + self.replica_index[layer]] = np.arange(self.num_slots, dtype=np.int32)
         return table
 
+    def save(self, path: str | Path, format: str = "evenmoe-placement") -> None:
+        """Write the placement to a file; see `evenmoe.save_placement`."""
+        from evenmoe import save_placement  # formats stand above placements, so only the package itself knows them
+
+        save_placement(self, path, format=format)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Placement):
             return NotImplemented
         return (
-            self.num_ranks == other.num_ranks
+            self.rank_sizes == other.rank_sizes
             and self.num_experts == other.num_experts
             and np.array_equal(self.slot_to_expert, other.slot_to_expert)
             and np.array_equal(self.replica_index, other.replica_index)
         )
 
     def __hash__(self) -> int:
-        return hash((self.num_ranks, self.num_experts, self.slot_to_expert.tobytes(), self.replica_index.tobytes()))
+        return hash((self.rank_sizes, self.num_experts, self.slot_to_expert.tobytes(), self.replica_index.tobytes()))
 
     def __repr__(self) -> str:
+        uneven = "" if self.is_even else f", rank_sizes=[{sizes_text(self.rank_sizes)}]"
         return (
             f"Placement(layers={self.num_layers}, experts={self.num_experts}, "
-            f"slots={self.num_slots}, ranks={self.num_ranks})"
+            f"slots={self.num_slots}, ranks={self.num_ranks}{uneven})"
         )
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (self.slot_to_expert, self.num_ranks, self.num_experts, self.replica_index)
+        return _rebuild, (self.slot_to_expert, self.num_ranks, self.num_experts, self.replica_index, self.rank_sizes)
 
 
 def default_placement(num_layers: int, num_experts: int, num_ranks: int, num_slots: int | None = None) -> Placement:
@@ -202,7 +254,36 @@ def layers_of(placement: Placement, layers: Sequence[int] | npt.NDArray[np.int64
         placement.num_ranks,
         num_experts=placement.num_experts,
         replica_index=placement.replica_index[layers],
+        rank_sizes=placement.rank_sizes,
     )
+
+
+def share_slots(num_slots: int, num_ranks: int) -> tuple[int, ...]:
+    """Slots of each rank as even as they can be; where they do not divide, the first ranks have one more.
+
+    >>> share_slots(34, 4)
+    (9, 9, 8, 8)
+    """
+    return tuple(num_slots // num_ranks + (rank < num_slots % num_ranks) for rank in range(num_ranks))
+
+
+def ranks_of_slots(rank_sizes: Sequence[int]) -> npt.NDArray[np.int64]:
+    """int64 (S,): the rank of each slot, of ranks with so many slots.
+
+    >>> ranks_of_slots([3, 0, 2]).tolist()
+    [0, 0, 0, 2, 2]
+    """
+    return np.repeat(np.arange(len(rank_sizes)), rank_sizes)
+
+
+def sizes_text(rank_sizes: Sequence[int]) -> str:
+    """The slots of each rank as text, runs of equal ones shortened.
+
+    >>> sizes_text([3, 0, 2]), sizes_text([9] * 4 + [8] * 4)
+    ('3, 0, 2', '9 x4, 8 x4')
+    """
+    runs = [(size, len(list(run))) for size, run in groupby(rank_sizes)]
+    return ", ".join(str(size) if length == 1 else f"{size} x{length}" for size, length in runs)
 
 
 def count_replicas(slots: npt.NDArray[np.integer], num_experts: int) -> npt.NDArray[np.int64]:
@@ -226,8 +307,34 @@ def held_by_rank(slots: npt.NDArray[np.integer], num_ranks: int, num_experts: in
     return held
 
 
-def _rebuild(slots: IntArray, num_ranks: int, num_experts: int, order: IntArray) -> Placement:
-    return Placement(slots, num_ranks, num_experts=num_experts, replica_index=order)
+def _rebuild(
+    slots: IntArray, num_ranks: int, num_experts: int, order: IntArray, rank_sizes: tuple[int, ...] | None = None
+) -> Placement:
+    return Placement(slots, num_ranks, num_experts=num_experts, replica_index=order, rank_sizes=rank_sizes)
+
+
+def _checked_sizes(given: object, num_ranks: int, num_slots: int) -> tuple[int, ...]:
+    """The slots of each rank."""
+    if given is None:
+        if num_ranks < 1 or num_slots % num_ranks:
+            fitting = [ranks for ranks in range(1, num_slots + 1) if num_slots % ranks == 0]
+            raise ConstraintError(
+                "num_ranks",
+                num_ranks,
+                f"must divide the {num_slots} slots evenly",
+                f"use one of {fitting}, or a number of slots that divides",
+            )
+        return (num_slots // int(num_ranks),) * int(num_ranks)
+    sizes = _integers("rank_sizes", given)  # pyright: ignore[reportArgumentType]
+    if sizes.shape != (num_ranks,) or (sizes < 0).any() or sizes.sum() != num_slots:
+        shown = sizes_text(sizes.tolist()) if sizes.ndim == 1 else f"of shape {sizes.shape}"
+        raise ConstraintError(
+            "rank_sizes",
+            f"[{shown}]",
+            f"must give each of the {num_ranks} ranks 0 slots or more, {num_slots} together",
+            "count the slots of each rank",
+        )
+    return tuple(sizes.tolist())
 
 
 def _set(placement: Placement, name: str, value: object) -> None:

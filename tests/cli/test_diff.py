@@ -41,6 +41,7 @@ def test_the_json_has_the_whole_matrix(evenmoe):
         "expert_bytes": 10,
         "bytes_to_move": 10,
         "bytes_to_move_per_rank": [0, 10],
+        "moves": [{"layer": 0, "expert": 1, "from_rank": 0, "to_rank": 1}],
     }
 
 
@@ -95,6 +96,62 @@ def test_copies_add_up_to_what_metrics_count(placement):
 def test_another_number_of_slots():
     change = formats.diff(Placement([[0, 1]], 2), Placement([[0, 1, 1, 0]], 2))
     assert (change.copies.tolist(), change.slots_changed.tolist()) == ([[1, 1]], [-1])
+
+
+def test_worlds_of_different_sizes(evenmoe, tmp_path):
+    small, large = tmp_path / "small.json", tmp_path / "large.json"
+    formats.write(small, Placement([[0, 1, 2, 3]], 2), format="evenmoe-placement")
+    formats.write(large, Placement([[0, 1, 2, 3, 0, 3]], 3), format="evenmoe-placement")
+    done = evenmoe("diff", small, large)
+    assert done.code == 0
+    assert done.out.endswith("copies per rank: 0 0 2\nsent by rank: 1 1 0\n")
+    said = json.loads(evenmoe("diff", large, small, "--dead", "1", "--json").out)
+    assert said["moves"] == [
+        {"layer": 0, "expert": 2, "from_rank": None, "to_rank": 1},
+        {"layer": 0, "expert": 3, "from_rank": 2, "to_rank": 1},
+    ]
+    done = evenmoe("diff", large, small, "--dead", "1")
+    assert "1 of them are held by no live rank: load their weights from the checkpoint\n" in done.out
+    done = evenmoe("diff", large, small, "--dead", "x")
+    assert (done.code, done.out) == (2, "")
+    assert "`--dead` is 'x': it must be numbers, or ranges from low to high; write 3,7 or 8-15." in done.err
+    done = evenmoe("diff", large, small, "--dead", "3")
+    assert "`--dead` is 3: it must be a rank of the previous placement, 0 to 2; leave it out." in done.err
+
+
+def test_sizes_come_from_the_other_file(evenmoe, tmp_path):
+    own = tmp_path / "p.json"
+    formats.write(own, Placement([[0, 1, 2, 1], [1, 2, 0, 0]], 2), format="evenmoe-placement", layer_ids=[1, 2])
+    for pair in (("trivial", own), (own, "trivial")):
+        said = json.loads(evenmoe("diff", *pair, "--json").out)
+        assert said["layer_ids"] == [1, 2]
+        assert said["slots_changed_per_layer"] == [1, 3]
+    formats.convert(own, tmp_path / "sg.json", "sglang-location")
+    for pair in ((own, tmp_path / "sg.json"), (tmp_path / "sg.json", own)):
+        said = json.loads(evenmoe("diff", *pair, "--json").out)
+        assert (said["layer_ids"], said["copies"]) == ([1, 2], 0)
+    done = evenmoe("diff", tmp_path / "sg.json", own, "--ranks", 4)
+    assert json.loads(evenmoe("diff", tmp_path / "sg.json", own, "--ranks", 4, "--json").out)["copies"] > 0, done.err
+    done = evenmoe("diff", own, tmp_path / "sg.json", "--ranks-after", 4)
+    assert "copies per rank: " in done.out
+    done = evenmoe("diff", tmp_path / "sg.json", "trivial")
+    assert (done.code, done.out) == (2, "")
+    assert "which says nothing of ranks: it must be read with their number; pass --ranks." in done.err
+
+
+def test_a_dense_layer_beside_rows_that_are_merely_counted(evenmoe, tmp_path):
+    """The rows with the trivial map are dense, where they are as many as there are too many."""
+    rows = [[0, 1, 2, 1], [1, 2, 0, 0]]
+    formats.write(tmp_path / "p.json", Placement(rows, 2), format="evenmoe-placement")
+    for dense in ([[0, 1, 2, 0], *rows], [rows[0], [0, 1, 2, 0], rows[1]]):
+        (tmp_path / "sg.json").write_text(json.dumps({"physical_to_logical_map": dense}))
+        done = evenmoe("diff", tmp_path / "p.json", tmp_path / "sg.json")
+        assert "0 copies in 0 of 2 layers" in done.out, done.err
+        assert "taken for dense ones: the other placement counts MoE layers alone" in done.err
+    (tmp_path / "sg.json").write_text(json.dumps({"physical_to_logical_map": [rows[0], *rows]}))
+    done = evenmoe("diff", tmp_path / "p.json", tmp_path / "sg.json")
+    assert (done.code, done.out) == (2, "")
+    assert "say which is the model's first MoE layer with --first-layer." in done.err
 
 
 def test_trivial_takes_its_sizes_from_the_other(evenmoe, tmp_path):

@@ -300,7 +300,7 @@ def test_layer_numbers(evenmoe: Run, tmp_path, load):
 def test_whole_traces_are_read_as_loads(evenmoe: Run, tmp_path):
     """Routing, requests and ranks in the file do no harm."""
     trace = synthesize("olmoe", num_windows=2, tokens_per_window=64, num_layers=2, routing=True, source_ranks=2)
-    save_trace(tmp_path / "whole.npz", trace)
+    save_trace(trace, tmp_path / "whole.npz")
     said = json.loads(evenmoe("plan", tmp_path / "whole.npz", "--ranks", 8, "--slots", 64, "--json").out)
     assert said["num_layers"] == 2
     assert any("routing" in note for note in said["notes"])

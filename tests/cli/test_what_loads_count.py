@@ -113,8 +113,8 @@ def test_simulate_replays_no_empty_window(evenmoe: Run, tmp_path):
     passes = np.random.default_rng(1).integers(1, 90, (4, 2, 4))
     whole = np.zeros((9, 2, 4), np.int64)
     whole[3:7] = passes
-    save_trace(tmp_path / "passes.npz", Trace("", passes))
-    save_trace(tmp_path / "ring.npz", Trace("", whole))
+    save_trace(Trace("", passes), tmp_path / "passes.npz")
+    save_trace(Trace("", whole), tmp_path / "ring.npz")
     formats.write(tmp_path / "ring.pt", whole, format="sglang-stat", layer_ids=[0, 1])
     right = simulated(evenmoe, tmp_path / "passes.npz")
     for name in ("ring.npz", "ring.pt"):
@@ -143,8 +143,8 @@ def test_a_step_draws_a_layer_from_the_window_that_knows_it(evenmoe: Run, tmp_pa
     filled = load.copy()
     load[[0, 4, 5], 1] = 0
     filled[0, 1], filled[4, 1], filled[5, 1] = filled[1, 1], filled[3, 1], filled[3, 1]
-    save_trace(tmp_path / "gaps.npz", Trace("", load))
-    save_trace(tmp_path / "filled.npz", Trace("", filled))
+    save_trace(Trace("", load), tmp_path / "gaps.npz")
+    save_trace(Trace("", filled), tmp_path / "filled.npz")
     found = simulated(evenmoe, tmp_path / "gaps.npz")
     assert found["policies"] == simulated(evenmoe, tmp_path / "filled.npz")["policies"]
     assert any("1 of 2 layers have no token in some windows" in note for note in found["notes"])
@@ -152,8 +152,8 @@ def test_a_step_draws_a_layer_from_the_window_that_knows_it(evenmoe: Run, tmp_pa
 
 def test_a_layer_without_any_token_is_no_layer_of_a_simulation(evenmoe: Run, tmp_path):
     load = np.random.default_rng(2).integers(1, 90, (4, 1, 4))
-    save_trace(tmp_path / "one.npz", Trace("", load))
-    save_trace(tmp_path / "dense.npz", Trace("", np.concatenate([load, np.zeros_like(load)], axis=1)))
+    save_trace(Trace("", load), tmp_path / "one.npz")
+    save_trace(Trace("", np.concatenate([load, np.zeros_like(load)], axis=1)), tmp_path / "dense.npz")
     found = simulated(evenmoe, tmp_path / "dense.npz")
     assert found["policies"] == simulated(evenmoe, tmp_path / "one.npz")["policies"]
     assert (found["num_layers"], "1 of 2 layers were left out, without a token: 1." in found["notes"]) == (1, True)
@@ -193,13 +193,13 @@ def test_the_map_brings_slots_to_experts_in_every_command(evenmoe: Run, tmp_path
 
 def test_simulate_takes_the_map_too(evenmoe: Run, tmp_path, statistics, placement):
     """The same draws as from the experts' own counts; a trace file keeps what else it says."""
-    save_trace(tmp_path / "slots.npz", Trace("", np.array([[[4, 4, 6, 2]]]), layer_ids=np.array([3])))
-    save_trace(tmp_path / "right.npz", Trace("", np.array([[[10, 4, 2]]])))
+    save_trace(Trace("", np.array([[[4, 4, 6, 2]]]), layer_ids=np.array([3])), tmp_path / "slots.npz")
+    save_trace(Trace("", np.array([[[10, 4, 2]]])), tmp_path / "right.npz")
     right = simulated(evenmoe, tmp_path / "right.npz")
     for source in (statistics, tmp_path / "slots.npz"):
         assert simulated(evenmoe, source, "--map", placement)["policies"] == right["policies"]
     routing = np.zeros((2, 1, 1), np.uint16)
-    save_trace(tmp_path / "routed.npz", Trace("", np.array([[[2, 0, 0, 0]]]), routing))
+    save_trace(Trace("", np.array([[[2, 0, 0, 0]]]), routing), tmp_path / "routed.npz")
     for source, text in (
         (tmp_path / "routed.npz", "which name experts: it must count slots alone to take a --map; leave --map"),
         (tmp_path / "right.npz", "a load with 3 counts per layer: it must have one for each of the 4 slots"),
@@ -219,7 +219,7 @@ def test_simulate_takes_the_map_too(evenmoe: Run, tmp_path, statistics, placemen
 def test_a_trace_is_replayed_from_a_pipe_as_from_its_file(evenmoe: Run, tmp_path, monkeypatch, mapped):
     """Empty windows are counted once, and the trace's own top-k is found."""
     load = np.array([[[4, 4, 6, 2]], [[0, 0, 0, 0]], [[4, 2, 6, 4]]])
-    save_trace(tmp_path / "l.npz", Trace("", load, metadata={"top_k": 2}))
+    save_trace(Trace("", load, metadata={"top_k": 2}), tmp_path / "l.npz")
     formats.write(tmp_path / "map.json", Placement([[0, 1, 3, 2]], 2), format="evenmoe-placement")
     without_top_k = [item for item in SIMULATED if item not in ("--top-k", 1)]
     options = (*without_top_k, "--json", *(("--map", tmp_path / "map.json") if mapped else ()))

@@ -30,7 +30,7 @@ WHOLE = Trace(
 
 @pytest.fixture
 def whole(tmp_path):
-    save_trace(tmp_path / "whole.npz", WHOLE)
+    save_trace(WHOLE, tmp_path / "whole.npz")
     return tmp_path / "whole.npz"
 
 
@@ -71,7 +71,7 @@ def test_some_layers_of_a_trace(whole, tmp_path):
 
 
 def test_layers_that_a_trace_does_not_number_are_numbered(tmp_path):
-    save_trace(tmp_path / "counted.npz", dataclasses.replace(WHOLE, layer_ids=None))
+    save_trace(dataclasses.replace(WHOLE, layer_ids=None), tmp_path / "counted.npz")
     formats.convert(tmp_path / "counted.npz", tmp_path / "same.npz", "evenmoe-trace")
     assert load_trace(tmp_path / "same.npz").layer_ids is None
     formats.convert(tmp_path / "counted.npz", tmp_path / "numbered.npz", "evenmoe-trace", first_layer=3)
@@ -82,7 +82,7 @@ def test_layers_that_a_trace_does_not_number_are_numbered(tmp_path):
 
 @pytest.mark.parametrize("ids", [[4, 3], [2**40, 5]])
 def test_layer_numbers_in_any_order_stay_so_in_a_trace(ids, tmp_path):
-    save_trace(tmp_path / "t.npz", dataclasses.replace(WHOLE, layer_ids=np.array(ids)))
+    save_trace(dataclasses.replace(WHOLE, layer_ids=np.array(ids)), tmp_path / "t.npz")
     formats.convert(tmp_path / "t.npz", tmp_path / "u.npz", "evenmoe-trace")
     assert (tmp_path / "u.npz").read_bytes() == (tmp_path / "t.npz").read_bytes()
 
@@ -132,7 +132,7 @@ def test_metadata_that_no_trace_holds_is_named(tmp_path):
 
 def test_metadata_too_long_to_be_read_is_not_written(tmp_path):
     with pytest.raises(FileFormatError, match="`metadata` of 65548 characters: it must be at most 65536 characters"):
-        save_trace(tmp_path / "t.npz", dataclasses.replace(WHOLE, metadata={"text": "x" * (65536)}))
+        save_trace(dataclasses.replace(WHOLE, metadata={"text": "x" * (65536)}), tmp_path / "t.npz")
     assert not (tmp_path / "t.npz").exists()
 
 
@@ -192,7 +192,7 @@ GAP = Trace("gap", np.array([[[0, 0]], [[3, 1]], [[0, 0]], [[1, 1]]]), layer_ids
 
 
 def test_a_trace_that_is_written_again_keeps_its_empty_windows_and_no_note_says_otherwise(tmp_path):
-    save_trace(tmp_path / "gap.npz", GAP)
+    save_trace(GAP, tmp_path / "gap.npz")
     done = formats.convert(tmp_path / "gap.npz", tmp_path / "again.npz", "evenmoe-trace")
     assert (done.notes, done.contents.empty_windows) == ((), 0)
     assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "gap.npz").read_bytes()
@@ -203,7 +203,7 @@ def test_a_trace_that_is_written_again_keeps_its_empty_windows_and_no_note_says_
 
 
 def test_another_format_is_given_the_windows_with_tokens_alone_and_says_so(tmp_path):
-    save_trace(tmp_path / "gap.npz", GAP)
+    save_trace(GAP, tmp_path / "gap.npz")
     done = formats.convert(tmp_path / "gap.npz", tmp_path / "stat.pt", "sglang-stat")
     assert "left out 2 of 4 windows, in which nothing was recorded" in done.notes
     again = formats.read(tmp_path / "stat.pt").load
@@ -217,7 +217,7 @@ def test_another_format_is_given_the_windows_with_tokens_alone_and_says_so(tmp_p
 def test_a_map_brings_a_whole_trace_to_experts(tmp_path):
     """Slots 0 and 2 hold expert 0; what the trace says beside its load stays."""
     slots = np.array([[[4, 4, 6, 2]], [[0, 0, 0, 0]]])
-    save_trace(tmp_path / "slots.npz", Trace("", slots, layer_ids=np.array([5]), metadata={"top_k": 2}))
+    save_trace(Trace("", slots, layer_ids=np.array([5]), metadata={"top_k": 2}), tmp_path / "slots.npz")
     options = ReadOptions(placement=Placement([[0, 1, 0, 2]], 2), placement_layers=(5,))
     formats.convert(tmp_path / "slots.npz", tmp_path / "experts.npz", "evenmoe-trace", options=options)
     again = load_trace(tmp_path / "experts.npz")

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import evenmoe as em
 from evenmoe import formats
-from evenmoe.errors import ConstraintError
+from evenmoe.errors import ConstraintError, UnsupportedTypeError
 from evenmoe.placement import Placement
 
 
@@ -43,3 +44,20 @@ def test_a_folder_with_something_in_it_is_not_touched(tmp_path):
     with pytest.raises(ConstraintError, match="must be a new or an empty folder"):
         formats.write(tmp_path / "old", np.ones((1, 1, 2), int), format="tensorrt-llm-statistics", layer_ids=[0])
     assert [path.name for path in tmp_path.rglob("*")] == ["old", "precious"]
+
+
+def test_a_placement_saves_itself(tmp_path):
+    placement = Placement([[0, 1, 0, 2]], 2)
+    placement.save(tmp_path / "p.json")
+    placement.save(tmp_path / "v.json", format="vllm-list")
+    assert em.read(tmp_path / "p.json").placement == placement
+    assert json.loads((tmp_path / "v.json").read_text()) == [[0, 1, 0, 2]]
+    assert em.save_placement(placement, tmp_path / "p.json") == ()
+    with pytest.raises(UnsupportedTypeError) as caught:
+        em.save_placement(tmp_path / "p.json", placement)
+    assert str(caught.value) == (
+        f"`placement` is of type {type(tmp_path).__name__}: it must be a Placement; "
+        "call save_placement(placement, path), the placement first."
+    )
+    with pytest.raises(ConstraintError, match="must be one of"):
+        placement.save(tmp_path / "x.json", format="parquet")

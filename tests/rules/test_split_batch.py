@@ -17,6 +17,7 @@ from scipy.optimize import linprog
 
 import evenmoe as em
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
+from evenmoe.placement import ranks_of_slots
 from evenmoe.planner.even import plan_static
 from evenmoe.rules import split_kernels
 from evenmoe.rules.split_batch import SplitPlan
@@ -183,7 +184,8 @@ def test_chains_alone_finish_too(seed, monkeypatch):
     monkeypatch.setattr(split_kernels, "_FIRST_SWEEPS", 2)  # one sweep, to put the tokens somewhere
     batches, slots, num_ranks = random_graph(seed)
     num_experts = len(batches[0])
-    graph = split_kernels.graphs_of(slots[None], num_ranks, num_experts)[0]
+    sizes = (len(slots) // num_ranks,) * num_ranks
+    graph = split_kernels.graphs_of(slots[None], ranks_of_slots(sizes), num_ranks, num_experts)[0]
     sections = split_kernels._sections(graph, num_experts, len(slots), num_ranks)
     for tokens in batches:
         flow, load = np.zeros(len(slots), np.int64), np.zeros(num_ranks, np.int64)

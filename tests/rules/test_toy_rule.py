@@ -337,7 +337,7 @@ def evenmoe(monkeypatch, capsys):
 @pytest.fixture
 def trace_file(tmp_path) -> Path:
     path = tmp_path / "trace.npz"
-    save_trace(path, small_trace())
+    save_trace(small_trace(), path)
     return path
 
 

@@ -49,7 +49,7 @@ def test_figures_of_several_files_are_those_of_all_their_requests(model, tmp_pat
         [(slice(5), slice(token), whole.seq_start[:6]), (slice(5, None), slice(token, None), whole.seq_start[5:])]
     ):
         part = Trace("part", whole.load[windows], whole.routing[tokens], starts - starts[0])
-        save_trace(tmp_path / f"{number}.npz", part)
+        save_trace(part, tmp_path / f"{number}.npz")
     parts = measured_traces(replace(measurement, sources=("0.npz (synthesized)", "1.npz (synthesized)")), tmp_path)
     assert [trace.num_windows for trace in parts] == [5, 7]
     for name in measurement.figures:

@@ -83,7 +83,7 @@ def test_counts_and_tokens(windows, tokens, requests, request_windows, ranks, ex
 def test_the_same_arguments_give_the_same_trace(tmp_path):
     for number, routing in enumerate((False, True, False, True)):
         save_trace(
-            tmp_path / f"{number}.npz", synthesize("mixtral", num_windows=3, tokens_per_window=65, routing=routing)
+            synthesize("mixtral", num_windows=3, tokens_per_window=65, routing=routing), tmp_path / f"{number}.npz"
         )
     files = [(tmp_path / f"{number}.npz").read_bytes() for number in range(4)]
     assert files[0] == files[2]

@@ -49,6 +49,9 @@ def start(index: int, absent: int, kind: str, place: str) -> tuple[str, tuple[in
         store = dist.FileStore(place, size)
     if kind == "begun":
         dist.init_process_group("gloo", store=store, rank=index, world_size=size)
+        store.set(f"up/{index}", "")
+        if index == absent:  # not before the others are connected, whose own start would fail else
+            store.wait([f"up/{other}" for other in range(size)])
     if index == absent:
         os._exit(1)
     if kind == "begun":

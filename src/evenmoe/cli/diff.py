@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +9,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from typer import Argument, Option
 
-from evenmoe.cli.options import PlacementFileOptions, make_command, print_json, print_notes, table_console
+from evenmoe.cli.options import (
+    PlacementFileOptions,
+    make_command,
+    numbers_of,
+    print_json,
+    print_notes,
+    table_console,
+)
 
 if TYPE_CHECKING:
-    from evenmoe.formats.contents import Contents, ReadOptions
     from evenmoe.formats.difference import Difference
 
 _RANKS_SHOWN = 16  # of a layer in text; --json has them all
@@ -23,35 +28,49 @@ _RANKS_SHOWN = 16  # of a layer in text; --json has them all
 class DiffCommand(PlacementFileOptions):
     """Count what it takes to move from one placement to another: copies per layer and rank, bytes to move.
 
-    A copy is an expert that a rank must receive because it did not hold it before. The options hold for both files.
+    A copy is an expert that a rank must receive because it did not hold it before. The options hold for both files, and
+    what one file does not say is taken from the other. The worlds may differ: rank r is the same rank in both.
     Exit codes: 0 done, whether they differ or not; 2 a file or an option is wrong.
     """
 
     # What of a placement has these names is no option.
-    words: ClassVar = {"placement": "AFTER", **{name: name for name in ("layers", "num_layers", "num_experts")}}
+    words: ClassVar = {
+        "placement": "AFTER",
+        "dead_ranks": "--dead",
+        **{name: name for name in ("layers", "num_layers", "num_experts")},
+    }
 
     before: Annotated[str, Argument(help="Placement in use: file, `-`, inline JSON, or `trivial`.")]
     after: Annotated[str, Argument(help="Placement to move to, in any format.")]
     expert_bytes: Annotated[
         int | None, Option(help="Bytes of one expert's weights in one layer, for the bytes to move.", min=0)
     ] = None
+    ranks_after: Annotated[int | None, Option(help="Ranks of AFTER, where it has others and does not say.", min=1)] = (
+        None
+    )
+    dead: Annotated[
+        str | None, Option(help="Ranks whose weights are lost, so that nothing is copied from them: 3,7 or 8-15.")
+    ] = None
+    ranks_per_node: Annotated[
+        int, Option(help="Ranks in a row on a node: an expert is copied from the same node where one holds it.", min=1)
+    ] = 8
 
     def run(self) -> int:
         """Print the copies, layer by layer and rank by rank."""
-        from evenmoe.formats.difference import common_layers, diff
-        from evenmoe.formats.reading import read_placement
+        from evenmoe.formats.difference import common_layers, diff, read_pair
 
-        options = self.read_options()
-        if "trivial" in (self.before, self.after) and self.before != self.after:
-            given = read_placement(self.after if self.before == "trivial" else self.before, options)
-            options = _sizes_of(given, options)
-        first = read_placement(self.before, options)
-        second = read_placement(self.after, options)
+        first, second = read_pair(self.before, self.after, self.read_options(), self.ranks_after)
         previous, placement, common, left_out = common_layers(first, second)
-        change = diff(previous, placement, expert_bytes=self.expert_bytes)
+        change = diff(
+            previous,
+            placement,
+            expert_bytes=self.expert_bytes,
+            ranks_per_node=self.ranks_per_node,
+            dead_ranks=numbers_of("--dead", self.dead),
+        )
         layers = list(common or range(len(change.copies)))
         if self.json:
-            print_json({"before": self.before, "after": self.after, "layer_ids": layers, **_summary(change)})
+            print_json({"before": self.before, "after": self.after, "layer_ids": layers, **_summary(change, layers)})
         else:
             print(f"{self.before} -> {self.after}: a copy is an expert that a rank must receive")
             _print_difference(change, layers)
@@ -59,17 +78,7 @@ class DiffCommand(PlacementFileOptions):
         return 0
 
 
-def _sizes_of(contents: Contents, options: ReadOptions) -> ReadOptions:
-    """The options for a `trivial` as large as the other placement, where they do not say it."""
-    found = contents.placement
-    assert found is not None
-    known = {name: getattr(found, name) for name in ("num_layers", "num_experts", "num_slots", "num_ranks")}
-    known["first_layer"] = None if contents.layer_ids is None else contents.layer_ids[0]
-    missing = {name: size for name, size in known.items() if getattr(options, name) is None}
-    return dataclasses.replace(options, **missing)
-
-
-def _summary(change: Difference) -> dict[str, object]:
+def _summary(change: Difference, layers: Sequence[int]) -> dict[str, object]:
     moved = change.bytes_to_move
     return {
         "copies": int(change.copies.sum()),
@@ -79,6 +88,10 @@ def _summary(change: Difference) -> dict[str, object]:
         "expert_bytes": change.expert_bytes,
         "bytes_to_move": None if moved is None else int(moved.sum()),
         "bytes_to_move_per_rank": None if moved is None else moved.sum(axis=0).tolist(),
+        "moves": [
+            {"layer": layers[layer], "expert": expert, "from_rank": None if source < 0 else source, "to_rank": target}
+            for layer, expert, source, target in change.moves.tolist()
+        ],
     }
 
 
@@ -109,6 +122,10 @@ def _print_difference(change: Difference, layers: Sequence[int]) -> None:
     print(total if moved is None else f"{total}, {moved.sum() / 1e9:,.3f} GB to move")
     if copies.any():
         print("copies per rank: " + " ".join(str(count) for count in copies.sum(axis=0)))
+        print("sent by rank: " + " ".join(str(count) for count in change.sent))
+    lost = int((change.moves[:, 2] < 0).sum())
+    if lost:
+        print(f"{lost} of them are held by no live rank: load their weights from the checkpoint")
 
 
 command = make_command("diff", DiffCommand)

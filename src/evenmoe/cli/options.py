@@ -264,6 +264,24 @@ def in_flags(error: EvenmoeError, words: Mapping[str, str]) -> EvenmoeError:
     return type(error)(argument, in_backticks(error.value), translated(error.rule), translated(error.fix))
 
 
+def numbers_of(flag: str, text: str | None) -> tuple[int, ...]:
+    """The numbers that a list such as "3,7" or "8-15" names, ascending; none where the option is not given.
+
+    Raises:
+        ConstraintError: it is no such list; it names the flag.
+
+    >>> numbers_of("--dead", "8-10,3")
+    (3, 8, 9, 10)
+    """
+    numbers: set[int] = set()
+    for part in [] if text is None else text.split(","):
+        found = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
+        if found is None or (found[2] is not None and int(found[2]) < int(found[1])):
+            raise ConstraintError(flag, repr(text), "must be numbers, or ranges from low to high", "write 3,7 or 8-15")
+        numbers.update(range(int(found[1]), int(found[2] or found[1]) + 1))
+    return tuple(sorted(numbers))
+
+
 def print_json(found: Mapping[str, object], file: TextIO | None = None) -> None:
     """Print the object of `--json` on one line, its schema's version first; on standard output by default.
 

@@ -127,7 +127,7 @@ class SynthesizeCommand(Command):
             data = trace_bytes(trace, "standard output")
             write_standard_output(data)
             return trace, len(data)
-        save_trace(self.out, trace)
+        save_trace(trace, self.out)
         return trace, Path(self.out).stat().st_size
 
 

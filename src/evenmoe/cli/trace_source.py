@@ -16,7 +16,8 @@ from evenmoe.formats.contents import Contents
 from evenmoe.formats.reading import read_load
 from evenmoe.metrics import FloatArray, as_load
 from evenmoe.traces.models import MODELS, ModelShape, find_model
-from evenmoe.traces.trace import MOST_TOKENS, Trace, load_trace
+from evenmoe.traces.trace import Trace, load_trace
+from evenmoe.traces.trace_arrays import MOST_TOKENS
 
 SYNTHETIC = "synthetic:"
 _SYNTHETIC_WINDOWS, _REQUEST_WINDOWS = 100, 4

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from evenmoe.registry import Registry
 
@@ -62,6 +62,8 @@ class Format:
             programs behind other formats have rules of their own, which reach every replica.
         whole_traces: whether it holds a `Trace` with routing, requests and loads by rank, and checks it itself.
         kept_metadata: names in `Contents.metadata` that are written; None for all texts and numbers.
+        uneven_ranks: which placements with other numbers of slots on other ranks it holds: "none", "any", or "first",
+            those whose first ranks have one more than the others.
     """
 
     entry: Entry
@@ -76,6 +78,7 @@ class Format:
     rank_rule: bool = False
     whole_traces: bool = False
     kept_metadata: tuple[str, ...] | None = ()
+    uneven_ranks: Literal["none", "first", "any"] = "none"
 
     @property
     def name(self) -> str:

@@ -121,6 +121,8 @@ class RawPlacement:
         replica_index: per layer, int64 like `slots`, as in `Placement`; None for ascending.
         num_experts: where the file says it.
         mtp_layers: how many of the last rows are layers of multi-token prediction.
+        may_be_uneven: whether the program whose file it is lets ranks have different numbers of slots. Where the file
+            has no `rank_sizes`, the first ranks then have one more.
         findings: what the reader saw that `slots` no longer shows: gaps in layer numbers, tables that disagree.
     """
 
@@ -133,6 +135,7 @@ class RawPlacement:
     notes: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     mtp_layers: int = 0
+    may_be_uneven: bool = False
 
 
 @dataclass

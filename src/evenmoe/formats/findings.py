@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from evenmoe.formats.contents import Finding, IntArray, Load, RawLoad, RawPlacement
+from evenmoe.placement import share_slots
 
 _INT32 = 2**31 - 1
 _LAYERS_TO_TELL = 4  # layers times other ranks, from where on tokens of one rank's experts alone are no accident
@@ -165,7 +166,9 @@ def _rank_sizes(raw: RawPlacement, row: int, num_ranks: int | None) -> list[int]
     if raw.rank_sizes is not None:
         return raw.rank_sizes[row]
     slots = len(raw.slots[row])
-    return [slots // num_ranks] * num_ranks if num_ranks and slots % num_ranks == 0 else None
+    if not num_ranks or (slots % num_ranks and not raw.may_be_uneven):
+        return None
+    return list(share_slots(slots, num_ranks))
 
 
 def _shapes(raw: RawPlacement, num_ranks: int | None) -> Iterator[Finding]:
@@ -182,7 +185,12 @@ def _shapes(raw: RawPlacement, num_ranks: int | None) -> Iterator[Finding]:
                 "device-count", text, "must name every device in every layer", "add those missing", layer=layer
             )
         for rank, size in enumerate(sizes):
-            if size != sizes[0]:
+            if raw.may_be_uneven and raw.rank_sizes:
+                if len(sizes) == len(raw.rank_sizes[0]) and size != raw.rank_sizes[0][rank]:
+                    text = f"{size} slots on rank {rank} in layer {layer}, {raw.rank_sizes[0][rank]} in the first"
+                    rule = "must have as many slots on a rank in every layer"
+                    yield _fatal("uneven-layers", text, rule, "move experts", layer=layer, rank=rank)
+            elif size != sizes[0]:
                 text = f"{size} slots on rank {rank} in layer {layer}, {sizes[0]} on rank 0"
                 rule = "must have equally many slots on every rank"
                 yield _fatal("uneven-ranks", text, rule, "move or add experts", layer=layer, rank=rank)
@@ -190,7 +198,7 @@ def _shapes(raw: RawPlacement, num_ranks: int | None) -> Iterator[Finding]:
         if num_ranks is not None and num_ranks != len(raw.rank_sizes[0]):
             text = f"{len(raw.rank_sizes[0])} ranks"
             yield _fatal("device-count", text, f"must have the {num_ranks} that were asked for", "leave --ranks out")
-    elif num_ranks is not None and widths[0] % num_ranks:
+    elif num_ranks is not None and widths[0] % num_ranks and not raw.may_be_uneven:
         text = f"{widths[0]} slots"
         rule = f"must have a number of slots that divides by {num_ranks} ranks"
         yield _fatal("divisibility", text, rule, "add redundant experts, or check --ranks")

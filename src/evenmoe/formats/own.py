@@ -6,7 +6,8 @@ A placement has everything a `Placement` has, and the model's layer numbers:
  "layer_ids": [L] or null, "slot_to_expert": [L][P], "replica_index": [L][P]}
 
 "num_hidden_layers": H follows where dense layers or layers of multi-token prediction (MTP) come behind the last of
-"layer_ids". Version 2 has "mtp_layers": [M][P] besides, so that no reader of version 1 passes over them.
+"layer_ids". Version 2 has "mtp_layers": [M][P] besides, so that no reader of version 1 passes over them. Version 3 has
+"rank_sizes": [D], the slots of each rank in slot order, where these are not P / D, and may have "mtp_layers".
 
 What a trace holds `evenmoe.traces.trace` says. An .npz whose `load` holds no counts, but parts of tokens or mistakes,
 is read as a load without the rest.
@@ -29,7 +30,8 @@ from evenmoe.formats.values import whole_counts
 from evenmoe.io.npz import not_one_text
 from evenmoe.io.text import json_bytes
 from evenmoe.placement import Placement, ascending_replica_index
-from evenmoe.traces.trace import ARRAYS, MOST_TOKENS, checked_trace, parse_metadata, trace_bytes
+from evenmoe.traces.trace import checked_trace, parse_metadata, trace_bytes
+from evenmoe.traces.trace_arrays import ARRAYS, MOST_TOKENS
 
 _OF_A_LOAD = ("load", "layer_ids")
 
@@ -41,8 +43,8 @@ def _matches_placement(document: Document) -> bool:
 def _read_placement(document: Document, options: ReadOptions) -> RawPlacement:
     fields = document.fields
     version = document.integer(fields.get("version"), "`version`")
-    if version not in (1, 2):
-        raise document.error(f"of version {version}", "must be version 1 or 2", "read it with a newer evenmoe")
+    if version not in (1, 2, 3):
+        raise document.error(f"of version {version}", "must be version 1, 2 or 3", "read it with a newer evenmoe")
     slots = document.numbers(fields.get("slot_to_expert"), "`slot_to_expert`", (2,), integers=True)
     order = document.numbers(fields.get("replica_index"), "`replica_index`", (2,), integers=True)
     if order.shape != slots.shape:
@@ -52,10 +54,7 @@ def _read_placement(document: Document, options: ReadOptions) -> RawPlacement:
             "leave the file as evenmoe wrote it",
         )
     num_ranks = document.integer(fields.get("num_ranks"), "`num_ranks`")
-    if num_ranks < 1 or slots.shape[1] % num_ranks:
-        raise document.error(
-            f"with {num_ranks} ranks for {slots.shape[1]} slots", "must have ranks that divide the slots", "correct it"
-        )
+    sizes = _rank_sizes(document, num_ranks, slots.shape[1], uneven=version == 3)
     layer_ids = fields.get("layer_ids")
     if layer_ids is not None:
         numbers = document.numbers(layer_ids, "`layer_ids`", (1,), integers=True)
@@ -66,16 +65,32 @@ def _read_placement(document: Document, options: ReadOptions) -> RawPlacement:
         layer_ids = tuple(numbers.tolist())
     raw = RawPlacement(
         list(slots),
-        [[slots.shape[1] // num_ranks] * num_ranks] * len(slots),
+        [sizes] * len(slots),
         layer_ids,
         replica_index=list(order),
         num_experts=_num_experts(document, slots),
+        may_be_uneven=version == 3,
     )
     if HIDDEN_LAYERS in fields:
         raw.metadata[HIDDEN_LAYERS] = document.integer(fields[HIDDEN_LAYERS], f"`{HIDDEN_LAYERS}`")
     if version == 2 or MTP_LAYERS in fields:
         _add_mtp(document, raw)
     return raw
+
+
+def _rank_sizes(document: Document, num_ranks: int, num_slots: int, *, uneven: bool) -> list[int]:
+    if not uneven:
+        if num_ranks < 1 or num_slots % num_ranks:
+            text = f"with {num_ranks} ranks for {num_slots} slots"
+            raise document.error(text, "must have ranks that divide the slots", "correct it")
+        return [num_slots // num_ranks] * num_ranks
+    sizes = document.numbers(document.fields.get("rank_sizes"), "`rank_sizes`", (1,), integers=True)
+    if len(sizes) != num_ranks or sizes.min() < 0 or sizes.max() > num_slots or sizes.sum() != num_slots:
+        text = f"with `rank_sizes` of {len(sizes)} ranks, {sizes.sum()} slots"
+        raise document.error(
+            text, f"must give each of the {num_ranks} ranks 0 slots or more, {num_slots} together", "correct it"
+        )
+    return sizes.tolist()
 
 
 def _add_mtp(document: Document, raw: RawPlacement) -> None:
@@ -109,8 +124,9 @@ def _num_experts(document: Document, slots: np.ndarray) -> int:
 def _write_placement(value: Placement, options: WriteOptions) -> bytes:
     content = {
         "format": "evenmoe-placement",
-        "version": 2 if options.mtp_slots else 1,
+        "version": (2 if options.mtp_slots else 1) if value.is_even else 3,
         "num_ranks": value.num_ranks,
+        **({} if value.is_even else {"rank_sizes": list(value.rank_sizes)}),
         "num_experts": value.num_experts,
         "layer_ids": options.layer_ids,
         "slot_to_expert": value.slot_to_expert,
@@ -192,6 +208,7 @@ PLACEMENT = Format(
     stores_ranks=True,
     optional_layers=True,
     mtp_layers=True,
+    uneven_ranks="any",
     rank_rule=True,
 )
 TRACE = Format(

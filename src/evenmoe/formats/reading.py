@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from evenmoe.formats.layer_numbers import (
     number_rows,
 )
 from evenmoe.io import DamagedFileError
-from evenmoe.placement import Placement
+from evenmoe.placement import Placement, share_slots
 from evenmoe.registry import blaming
 
 _FLAGS = {
@@ -141,15 +141,23 @@ def read_placement(
     Raises:
         ConstraintError: it is a load.
     """
+    document, format, raw = open_placement(source, options, argument)
+    if not ranks_matter and raw.rank_sizes is None:
+        options = dataclasses.replace(options, num_ranks=options.num_ranks or 1)
+    return contents_of(document, format, raw, options)
+
+
+def open_placement(
+    source: str | Path, options: ReadOptions, argument: str | None = None
+) -> tuple[Document, Format, RawPlacement]:
+    """As `open_raw`, of what must be a placement; errors call it `argument`, where it is that of an option."""
     document, format = _open_format(source, options)
     if format.kind != "placement":
         name, value = (str(source), "a load") if argument is None else (argument, f"{source}, a load")
         raise ConstraintError(name, value, "must be a placement", "plan one from it, or name the file of the placement")
     raw = _read_raw(document, format, options)
     assert isinstance(raw, RawPlacement)
-    if not ranks_matter and raw.rank_sizes is None:
-        options = dataclasses.replace(options, num_ranks=options.num_ranks or 1)
-    return contents_of(document, format, raw, options)
+    return document, format, raw
 
 
 def read_load(source: str | Path, options: ReadOptions) -> Contents:
@@ -217,6 +225,7 @@ def _placement_contents(
         num_ranks,
         num_experts=options.num_experts or raw.num_experts,
         replica_index=None if raw.replica_index is None else np.stack(raw.replica_index),
+        rank_sizes=_rank_sizes(raw, num_ranks),
     )
     if not raw.mtp_layers:
         return Contents("placement", format.name, whole, None, raw.layer_ids, raw.metadata, notes)
@@ -236,6 +245,13 @@ def _placement_contents(
         {**raw.metadata, MTP_LAYERS: slots.tolist()},
         (*notes, f"kept {noun} apart from the MoE layers"),
     )
+
+
+def _rank_sizes(raw: RawPlacement, num_ranks: int) -> Sequence[int] | None:
+    """The slots of each rank; None where all have the same number."""
+    if raw.rank_sizes is not None:
+        return raw.rank_sizes[0]
+    return share_slots(len(raw.slots[0]), num_ranks) if raw.may_be_uneven else None
 
 
 def _open_format(source: str | Path, options: ReadOptions) -> tuple[Document, Format]:

@@ -4,8 +4,9 @@ The load balancer's: YAML or JSON with `num_slots`, `layer_updates_per_iter` and
 
     initial_global_assignments: {model layer: [num_slots logical ids]}
 
-The keys are the model's own layers (3 to 60 for DeepSeek-V3); num_slots / EP slots in a row belong to a rank. Layers of
-multi-token prediction follow the hidden layers (61), and nothing says that they are such.
+The keys are the model's own layers (3 to 60 for DeepSeek-V3); num_slots / EP slots in a row belong to a rank, and where
+EP does not divide them, one more to each of the first (NVIDIA/TensorRT-LLM#13888). Layers of multi-token prediction
+follow the hidden layers (61), and nothing says that they are such.
 
 Statistics: a folder of meta_info.json and rank<r>.safetensors. Each tensor `<iteration>_<layer>` (E,) counts one rank's
 tokens in one iteration and one of the model's own layers; ranks are summed here. Under the load balancer the counts are
@@ -52,7 +53,7 @@ def _read_placement(document: Document, options: ReadOptions) -> RawPlacement:
             "plan one from recorded statistics (evenmoe plan --to tensorrt-llm); the server itself starts without one",
         )
     rows, _ = numbered_rows(document, document.fields.get(_LAYERS), f"`{_LAYERS}`")
-    raw = RawPlacement(list(rows.values()), layer_ids=tuple(rows))
+    raw = RawPlacement(list(rows.values()), layer_ids=tuple(rows), may_be_uneven=True)
     stated = document.fields.get("num_slots")
     if stated is not None and document.integer(stated, "`num_slots`") != len(raw.slots[0]):
         text = f"`num_slots` {stated} and {len(raw.slots[0])} slots in layer {min(rows)}"
@@ -182,6 +183,7 @@ PLACEMENT = Format(
     model_layers=True,
     mtp_layers=True,
     kept_metadata=(_UPDATES,),
+    uneven_ranks="first",
 )
 STATISTICS = Format(
     ENTRIES["tensorrt-llm-statistics"],

@@ -13,7 +13,7 @@ from evenmoe.formats.document import Document
 from evenmoe.io import ALLOWANCE_BYTES, Value
 from evenmoe.io.npz import npy_bytes, npz_bytes
 from evenmoe.io.text import json_bytes
-from evenmoe.placement import Placement
+from evenmoe.placement import Placement, ascending_replica_index
 
 _LAYER_IN_NAME = re.compile(r"(?:.*\.)?layers\.([0-9]{1,6})(?:\..*)?")
 
@@ -151,8 +151,7 @@ def smallest_counts(counts: IntArray, options: WriteOptions) -> np.ndarray:
 
 def slots_of(value: Placement, options: WriteOptions) -> np.ndarray:
     """int32 (L, P); notes what is lost where replicas are not in ascending order."""
-    ascending = Placement(value.slot_to_expert, value.num_ranks, num_experts=value.num_experts)
-    if not np.array_equal(ascending.replica_index, value.replica_index):
+    if not np.array_equal(ascending_replica_index(value.slot_to_expert), value.replica_index):
         options.notes.append("left out the order of replicas, which the format does not hold: ascending slots")
     return value.slot_to_expert
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from evenmoe.errors import ConstraintError
+from evenmoe.errors import ConstraintError, UnsupportedTypeError
 from evenmoe.formats.catalogue import FORMATS, Format
 from evenmoe.formats.contents import Contents, Load, RawLoad, RawPlacement, ReadOptions, WriteOptions
 from evenmoe.formats.layer_numbers import (
@@ -30,7 +30,7 @@ from evenmoe.formats.reading import contents_of, merged, open_raw
 from evenmoe.io import Value
 from evenmoe.io.output import whole_file, whole_folder, write_standard_output
 from evenmoe.metrics import as_array, check_counts
-from evenmoe.placement import Placement
+from evenmoe.placement import Placement, share_slots, sizes_text
 from evenmoe.registry import blaming
 from evenmoe.traces.trace import Trace
 
@@ -97,6 +97,7 @@ def write(
     rows = checked.num_layers if isinstance(checked, Placement) else checked.shape[1]
     options.layer_ids = _checked_layer_ids(layer_ids, rows, entry)
     if isinstance(checked, Placement):
+        _check_ranks(checked, entry)
         checked = for_target(checked, entry, options)
     elif trace is not None:
         options.notes.extend(_left_out(trace, entry))
@@ -113,6 +114,36 @@ def write(
         with whole_file(target) as file:
             file.write(content)
     return tuple(options.notes)
+
+
+def save_placement(
+    placement: Placement,
+    path: str | Path,
+    *,
+    format: str = "evenmoe-placement",
+    layer_ids: Sequence[int] | None = None,
+) -> tuple[str, ...]:
+    """Write a placement; as `write`, with what is written first, as torch.save has it.
+
+    Args:
+        placement: what is written.
+        path: a file there is replaced once the new one is complete.
+        format: one of placements, by its name in `FORMATS`; `evenmoe-placement` is JSON that `evenmoe.read` reads.
+        layer_ids: the model's own number of every layer, dense ones counted; formats that number layers need it.
+
+    Returns:
+        One sentence for everything that was left out.
+
+    Raises:
+        UnsupportedTypeError: something that is no placement, such as the path in its place.
+        ConstraintError: no such format, or one of loads, or one that cannot hold this placement.
+        OSError: the file cannot be written; `filename` names it, and what was there has not changed.
+    """
+    if not isinstance(placement, Placement):
+        first = isinstance(path, Placement)
+        fix = "call save_placement(placement, path), the placement first" if first else "pass a Placement"
+        raise UnsupportedTypeError("placement", f"of type {type(placement).__name__}", "must be a Placement", fix)
+    return write(path, placement, format=format, layer_ids=layer_ids)
 
 
 @dataclass(frozen=True)
@@ -195,6 +226,18 @@ def _checked(value: Placement | npt.ArrayLike, entry: Format) -> Placement | Loa
         load = load.astype(np.float64 if load.dtype.kind == "f" else np.int64)
     check_counts(load, "value", "check the load")
     return load
+
+
+def _check_ranks(value: Placement, entry: Format) -> None:
+    """Raise a ConstraintError where the format cannot say how many slots each rank has."""
+    sizes, first = value.rank_sizes, share_slots(value.num_slots, value.num_ranks)
+    if value.is_even or entry.uneven_ranks == "any" or (entry.uneven_ranks == "first" and sizes == first):
+        return
+    rule, fix = "must have the same number of slots on every rank", "give all ranks one number of slots, none 0"
+    if entry.uneven_ranks == "first":
+        rule, fix = f"{rule}, or one more on each of the first,", f"give the ranks {sizes_text(first)}"
+    uneven = f"a placement whose ranks have {sizes_text(sizes)} slots"
+    raise ConstraintError("value", uneven, f"{rule} for {entry.name}", f"{fix}, or use evenmoe-placement")
 
 
 def _checked_layer_ids(layer_ids: Sequence[int] | None, rows: int, entry: Format) -> tuple[int, ...] | None:

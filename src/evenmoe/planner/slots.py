@@ -73,7 +73,8 @@ def normalized(windows: FloatArray, num_ranks: int) -> FloatArray:
 def even_par(windows: FloatArray, slots: Integers, num_ranks: int) -> FloatArray:
     """As `peak_to_average` for windows (T, L, E) and slots (L, S): float64 (T, L)."""
     tokens = within_range(windows.reshape(-1, windows.shape[-1])).reshape(windows.shape)
-    return peak_over_mean(sum_by_rank(tokens / count_replicas(slots, windows.shape[-1]), slots, num_ranks))
+    sizes = (slots.shape[1] // num_ranks,) * num_ranks
+    return peak_over_mean(sum_by_rank(tokens / count_replicas(slots, windows.shape[-1]), slots, sizes))
 
 
 def lay_over(new: Slots, used: Integers, num_ranks: int, num_nodes: int = 1) -> Slots:

@@ -199,9 +199,8 @@ def _of_worst_layer(content: Content) -> Markup:
         return paragraph(f"In layer {layer}, the worst under {content.before.name}, no expert is replicated.")
     shown = copied[np.argsort(-loads[copied], kind="stable")][:EXPERTS]
     held = np.zeros((len(shown), placement.num_ranks), np.float64)
-    of_rank = placement.slot_to_expert[layer].reshape(placement.num_ranks, -1)
     for row, expert in enumerate(shown.tolist()):
-        held[row] = (of_rank == expert).any(axis=1)
+        held[row] = placement.held[layer, :, expert]
     columns = Buckets.of(placement.num_ranks, RANKS)
     levels = np.where(columns.highest(held, axis=1) > 0, 6, EMPTY)
     borders = node_borders(placement.num_ranks, content.simulation.num_nodes)
@@ -235,11 +234,10 @@ def _expert_axis(experts: list[int]) -> Axis:
 def _experts_table(content: Content, layer: int, experts: list[int]) -> Markup:
     placement, loads = content.after.final, content.simulation.load[layer]
     total = int(loads.sum())
-    ranks = np.arange(placement.num_slots) // placement.slots_per_rank
     rows = []
     for expert in experts:
         share = 100.0 * int(loads[expert]) / total if total else 0.0
-        on = np.unique(ranks[placement.slot_to_expert[layer] == expert]).tolist()
+        on = np.flatnonzero(placement.held[layer, :, expert]).tolist()
         number = int(placement.num_replicas[layer, expert])
         rows.append(
             (

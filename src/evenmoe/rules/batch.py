@@ -42,7 +42,9 @@ class BatchRule(Rule):
 
     def _slot_loads(self, tokens: FloatArray, placement: Placement) -> FloatArray:
         """Every window counts as one batch with its own best split."""
-        return SplitPlan(placement.slot_to_expert, placement.num_ranks, placement.num_experts).split_load(tokens)
+        sizes = placement.rank_sizes
+        plan = SplitPlan(placement.slot_to_expert, len(sizes), placement.num_experts, rank_sizes=sizes)
+        return plan.split_load(tokens)
 
 
 class BatchChooser(Chooser):

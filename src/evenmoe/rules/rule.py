@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.errors import ConstraintError
-from evenmoe.metrics import FloatArray, as_load_of
+from evenmoe.metrics import FloatArray, as_load_of, slots_by_rank
 from evenmoe.placement import Placement
 from evenmoe.registry import blaming
 
@@ -187,7 +187,7 @@ class Rule:
         """
         with self.blaming():
             per_slot = self.slot_loads(load, placement)
-        return per_slot.reshape(*per_slot.shape[:-1], placement.num_ranks, placement.slots_per_rank).sum(axis=-1)
+        return slots_by_rank(per_slot, placement.rank_sizes)
 
     def reachable(self, num_replicas: npt.ArrayLike, world_size: int) -> IntArray:
         """How many of an expert's replicas some rank can choose, integers of the shape of `num_replicas`."""

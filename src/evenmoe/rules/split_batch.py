@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
 from evenmoe.metrics import as_array
+from evenmoe.placement import ranks_of_slots
 
 IntArray = npt.NDArray[np.int64]
 
@@ -18,8 +21,9 @@ class SplitPlan:
 
     Args:
         slot_to_expert: integers (S,), or (L, S) for several layers: the logical expert that each slot holds.
-        num_ranks: ranks that share the S slots evenly.
+        num_ranks: ranks that share the S slots, evenly unless `rank_sizes` are given.
         num_experts: E, logical experts per layer. Default: the largest id + 1.
+        rank_sizes: slots of each rank, as in `Placement`.
 
     Raises:
         UnsupportedTypeError: `slot_to_expert` does not hold integers.
@@ -32,7 +36,14 @@ class SplitPlan:
 
     __slots__ = ("_graphs", "num_experts", "num_ranks", "shape")
 
-    def __init__(self, slot_to_expert: object, num_ranks: int, num_experts: int | None = None) -> None:
+    def __init__(
+        self,
+        slot_to_expert: object,
+        num_ranks: int,
+        num_experts: int | None = None,
+        *,
+        rank_sizes: Sequence[int] | None = None,
+    ) -> None:
         slots = _integers("slot_to_expert", slot_to_expert)
         if slots.ndim not in (1, 2) or slots.size == 0:
             raise ConstraintError(
@@ -41,7 +52,7 @@ class SplitPlan:
                 "must be (slots,) or (layers, slots), neither zero",
                 "pass the logical expert of every slot",
             )
-        if num_ranks < 1 or slots.shape[-1] % num_ranks:
+        if rank_sizes is None and (num_ranks < 1 or slots.shape[-1] % num_ranks):
             raise ConstraintError(
                 "num_ranks",
                 num_ranks,
@@ -55,7 +66,9 @@ class SplitPlan:
         self.num_ranks = int(num_ranks)
         self.num_experts = num_experts
         self.shape = slots.shape
-        self._graphs = split_kernels.graphs_of(slots.reshape(-1, self.shape[-1]), self.num_ranks, num_experts)
+        sizes = rank_sizes or (self.shape[-1] // self.num_ranks,) * self.num_ranks
+        layers, ranks = slots.reshape(-1, self.shape[-1]), ranks_of_slots(sizes)
+        self._graphs = split_kernels.graphs_of(layers, ranks, self.num_ranks, num_experts)
         if not self._graphs.size:
             raise ConstraintError(
                 "slot_to_expert",

@@ -80,8 +80,11 @@ def _sections(graph, num_experts, num_slots, num_ranks):
 
 
 @compiled
-def graphs_of(slot_to_expert, num_ranks, num_experts):
-    """Graphs of all layers: slot_to_expert int64 (L, S) -> int64 (L, graph_size); no layer if an id is out of range."""
+def graphs_of(slot_to_expert, slot_to_rank, num_ranks, num_experts):
+    """Graphs of all layers: slot_to_expert int64 (L, S) -> int64 (L, graph_size); no layer if an id is out of range.
+
+    `slot_to_rank` int64 (S,) ascends.
+    """
     num_layers, num_slots = slot_to_expert.shape
     for layer in range(num_layers):
         for slot in range(num_slots):
@@ -89,30 +92,29 @@ def graphs_of(slot_to_expert, num_ranks, num_experts):
                 return np.zeros((0, 0), np.int64)
     graphs = np.zeros((num_layers, graph_size(num_experts, num_slots, num_ranks)), np.int64)
     for layer in range(num_layers):
-        _find_holders(slot_to_expert[layer], num_ranks, num_experts, graphs[layer])
+        _find_holders(slot_to_expert[layer], slot_to_rank, num_ranks, num_experts, graphs[layer])
         _find_replicated(graphs[layer], num_ranks, num_experts, num_slots)
     return graphs
 
 
 @compiled
-def _find_holders(slot_to_expert, num_ranks, num_experts, graph):
+def _find_holders(slot_to_expert, slot_to_rank, num_ranks, num_experts, graph):
     num_slots = slot_to_expert.shape[0]
-    slots_per_rank = num_slots // num_ranks
     first_holder, _, holder_rank, holder_expert, holder_slots, slot_holder, slot_number, _, _ = _sections(
         graph, num_experts, num_slots, num_ranks
     )
     last_rank = np.full(num_experts, -1, np.int64)
     for slot in range(num_slots):
         expert = slot_to_expert[slot]
-        if last_rank[expert] != slot // slots_per_rank:
-            last_rank[expert] = slot // slots_per_rank
+        if last_rank[expert] != slot_to_rank[slot]:
+            last_rank[expert] = slot_to_rank[slot]
             first_holder[expert + 1] += 1
     for expert in range(num_experts):
         first_holder[expert + 1] += first_holder[expert]
     end = first_holder[:-1].copy()
     for slot in range(num_slots):
         expert = slot_to_expert[slot]
-        rank = slot // slots_per_rank
+        rank = slot_to_rank[slot]
         holder = end[expert] - 1
         if holder < first_holder[expert] or holder_rank[holder] != rank:
             holder += 1
