@@ -54,8 +54,8 @@ def keys_of(value: object, path: str = "") -> Iterator[str]:
 
 
 SIMULATION = (
-    "--ranks", 2, "--tokens-per-rank", 4, "--steps", 6, "--refresh", 2, "--top-k", 1, "--hidden", 8,
-    "--expert-flops", 1, "--expert-bytes", 1000, "--workers", 1,
+    "--ranks", 2, "--tokens-per-rank", 4, "--steps", 18, "--refresh", 2, "--top-k", 1, "--hidden", 8, "--slots", 6,
+    "--expert-flops", 1e10, "--expert-bytes", 1000, "--workers", 1,
 )  # fmt: skip
 
 
@@ -68,13 +68,22 @@ def inputs(tmp_path, monkeypatch) -> None:
     formats.write("ring.pt", load, format="sglang-stat", layer_ids=[0, 1, 2])
     formats.write("before.json", Placement([[0, 1, 2, 3]] * 3, 2), format="evenmoe-placement", layer_ids=[0, 1, 2])
     formats.write("after.json", Placement([[0, 2, 1, 3]] * 3, 2), format="evenmoe-placement", layer_ids=[0, 1, 2])
+    skewed = np.random.default_rng(2).multinomial(999, [0.6, 0.3, 0.05, 0.05], (40, 3))
+    np.savez("skewed.npz", load=skewed)  # of which a gain is claimed
     Path("bad.json").write_text("[[0, 0, 2, 3], [0, 1, 2, 2]]")
 
 
 WORLD = ("--ranks", 2, "--slots", 4)
 CALLS = {
-    "simulate": [("simulate", "ring.pt", *SIMULATION, "--json")],
-    "report": [("simulate", "ring.pt", *SIMULATION, "--out", "s.sim"), ("report", "s.sim", "--png", "png", "--json")],
+    "simulate": [("simulate", name, *SIMULATION, "--json") for name in ("ring.pt", "skewed.npz")],
+    "report": [
+        call
+        for name in ("ring.pt", "skewed.npz")
+        for call in (
+            ("simulate", name, *SIMULATION, "--out", "s.sim"),
+            ("report", "s.sim", "--png", "png", "--json"),
+        )
+    ],
     "plan": [
         ("plan", "ring.pt", *WORLD, "--json"),
         ("plan", "ring.pt", "--previous", "before.json", "--rule", "batch", "--out", "p.json", "--json"),

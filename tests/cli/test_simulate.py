@@ -35,7 +35,7 @@ def loads(tmp_path) -> Path:
 def test_the_tables_name_every_policy(evenmoe, trace):
     done = evenmoe("simulate", trace, *SMALL)
     assert done.code == 0, done.err
-    assert "trace: 6 steps of 64 tokens on 4 ranks, 1 nodes" in done.out
+    assert "trace: 6 steps of 64 tokens on 4 ranks, 1 node" in done.out
     for word in (
         "identity",
         "greedy",

@@ -45,7 +45,8 @@ def make_replay(
     )
     return Simulation(
         trace, settings, ranks, nodes, experts, 8, np.full(steps, ranks * 128), loads.sum(axis=0), tuple(results),
-        ("Everything here is synthetic.",),
+        ("Everything here is synthetic.",), num_judged_steps=steps, recorded_tokens=steps * ranks * 128,
+        assignments_per_step=ranks * 128 * 8,
     )  # fmt: skip
 
 

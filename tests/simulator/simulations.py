@@ -65,4 +65,13 @@ def make_simulation(
         load=load.astype(np.int64),
         policies=tuple(results),
         notes=("Every number here is invented.",),
+        num_warmup_steps=min(2, steps - 1),
+        num_judged_steps=steps - min(2, steps - 1),
+        horizon_steps=700,
+        copy_overlap=seed % 2 == 1,
+        recorded_tokens=steps * ranks * 128,
+        recorded_windows=seed % 3,
+        assignments_per_step=ranks * 256,
+        recorded_assignments_per_step=300.5 * (seed % 3),
+        hardware="none",
     )

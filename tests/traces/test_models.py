@@ -12,9 +12,11 @@ from evenmoe.traces.sampling import MEASUREMENTS, NEAREST, parameters_of
 # Parameters of all routed experts in billions, from the models' own announcements: nearly all of the total that each
 # states, the rest being attention, dense layers, shared experts and embeddings.
 TOTALS = {
+    "deepseek-moe-16b": (16.4, 0.88),
     "deepseek-v2-lite": (15.7, 0.88),
     "deepseek-v3": (671, 0.97),
     "deepseek-v3.2": (671, 0.97),
+    "deepseek-v4-flash": (284, 0.97),
     "glm-4.5": (355, 0.94),
     "gpt-oss-20b": (20.9, 0.90),
     "gpt-oss-120b": (116.8, 0.97),
@@ -69,7 +71,7 @@ def test_unknown_names(name, nearest):
     with pytest.raises(ConstraintError) as caught:
         find_model(name)
     text = str(caught.value)
-    assert text.startswith(f"`model` is {name!r}: it must be one of deepseek-v2-lite, deepseek-v3, ")
+    assert text.startswith(f"`model` is {name!r}: it must be one of deepseek-moe-16b, deepseek-v2-lite, ")
     assert f"the nearest is {nearest}" in text
 
 

@@ -16,6 +16,7 @@ from evenmoe.cli.options import Command, make_command, out_option, print_json
 from evenmoe.errors import ConstraintError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from evenmoe.simulator.result import Summary
@@ -59,12 +60,23 @@ class ReportCommand(Command):
             }
             print_json({**files, **simulation.summary.as_json()})
             return 0
-        Console().print(summary_table(simulation.summary, _SHOWN))
+        console = Console()
+        print_headline(simulation.summary, console)
+        console.print(summary_table(simulation.summary, _SHOWN))
         if simulation.empty_windows:
             print(f"{count(simulation.empty_windows)} empty windows of the trace left out")
         for path in written:
             print(f"{path}  {count(path.stat().st_size)} bytes")
         return 0
+
+
+def print_headline(summary: Summary, console: Console) -> None:
+    """Print the headline, what goes with it, and what it was measured on."""
+    headline = summary.headline
+    console.print(headline.sentence, style="bold", markup=False, highlight=False)
+    for text in (*headline.details, headline.measured_on):
+        console.print(text, markup=False, highlight=False)
+    console.print()
 
 
 def summary_table(summary: Summary, names: tuple[str, ...]) -> Table:

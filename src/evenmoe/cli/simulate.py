@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from typer import Argument, Option
 
 from evenmoe.cli.options import FileOptions, WorldOptions, completed, make_command, out_option, print_json
-from evenmoe.cli.report import summary_table
+from evenmoe.cli.report import print_headline, summary_table
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.planner import PLANNERS
 from evenmoe.rules import RULES
@@ -256,12 +256,15 @@ def _print(summary: Summary) -> None:
     """Two tables, because one would not fit 80 columns: what a policy gains, and what it costs."""
     from rich.console import Console
 
+    from evenmoe.quantities import counted
+
     print(
-        f"{summary.trace}: {summary.num_steps} steps of {summary.tokens_per_step:,} tokens "
-        f"on {summary.num_ranks} ranks, {summary.num_nodes} nodes"
+        f"{summary.trace}: {counted(summary.num_steps, 'step')} of {counted(summary.tokens_per_step, 'token')} "
+        f"on {counted(summary.num_ranks, 'rank')}, {counted(summary.num_nodes, 'node')}"
         + (f"; {summary.num_empty_windows:,} empty windows left out" if summary.num_empty_windows else "")
     )
     console = Console()
+    print_headline(summary, console)
     console.print(summary_table(summary, _GAINS))
     console.print(summary_table(summary, _PRICES))
     notes = Console(stderr=True)

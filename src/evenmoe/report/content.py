@@ -38,7 +38,7 @@ class Content:
 
     @cached_property
     def best(self) -> int:
-        """Index of the best policy."""
+        """Index of the headline's policy."""
         return [policy.name for policy in self.summaries].index(self.summary.best_policy)
 
     @property
@@ -48,7 +48,7 @@ class Content:
 
     @property
     def after(self) -> PolicyResult:
-        """The best policy; the baseline if it is alone."""
+        """The headline's policy; the baseline if it is alone."""
         return self.simulation.policies[self.best]
 
     @property

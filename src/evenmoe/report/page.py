@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib.resources import files
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from evenmoe import __version__, quantities
 from evenmoe.io.output import made_folder, whole_files
-from evenmoe.quantities import MINUS, QUANTITIES, count, counted
+from evenmoe.quantities import QUANTITIES, count, counted
 from evenmoe.quantities import percent as _percent
 from evenmoe.report.charts import swatch
 from evenmoe.report.content import Content
@@ -18,7 +17,7 @@ from evenmoe.report.drawing import color_rules
 from evenmoe.report.maps import load, replicas
 from evenmoe.report.markup import Column, Markup, data, element, join, name, paragraph, section, table
 from evenmoe.report.sections import COSTS, TRAFFIC, balance, cost, traffic
-from evenmoe.simulator.result import PolicySummary, Simulation
+from evenmoe.simulator.result import Simulation
 
 #: Nothing may be fetched or run; styles stand in the page.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -77,56 +76,19 @@ def headline(content: Content) -> Markup:
 
 
 def _sentence(content: Content) -> Markup:
-    baseline, best = content.summaries[0], content.summaries[content.best]
-    if not content.compares:
-        return paragraph(
-            "Only ", name(baseline.name), " was replayed, so there is nothing to compare it with. Its busiest rank "
-            "carries ", element("strong", f"{quantities.par(baseline.mean_par)} times the mean load"), ".",
-            class_="lead",
-        )  # fmt: skip
-    balance = join(
-        element("strong", f"{quantities.par(best.mean_par)} times the mean load"),
-        f" instead of {quantities.par(baseline.mean_par)}, for {_more_memory(content)}.",
+    said = content.summary.headline
+    return join(
+        paragraph(said.sentence, class_="lead"),
+        *(paragraph(text, class_="also") for text in said.details),
+        paragraph(said.measured_on, class_="note"),
     )
-    if best.net_gain_percent > 0:
-        return paragraph(
-            "With ", name(best.name), " a step takes ",
-            element("strong", f"{_saved(best.net_gain_percent)} less time"), " than with ", name(baseline.name),
-            ", copying included: the busiest rank carries ", balance, class_="lead",
-        )  # fmt: skip
-    return paragraph(
-        element("strong", "No policy makes a step faster"), " than ", name(baseline.name), ", copying included. ",
-        name(best.name), " comes nearest", _but_for_copying(best), ". Its busiest rank carries ", balance,
-        class_="lead",
-    )  # fmt: skip
-
-
-def _saved(gain: float) -> str:
-    return _percent(gain).removeprefix("+")
-
-
-def _but_for_copying(summary: PolicySummary) -> str:
-    if not (summary.gain_percent > 0 and math.isfinite(summary.break_even_steps)):
-        return ""
-    return (
-        f": without copying it would save {_saved(summary.gain_percent)}, and a refresh has paid for its copies "
-        f"after {quantities.steps(summary.break_even_steps)} steps"
-    )
-
-
-def _more_memory(content: Content) -> str:
-    extra = content.summaries[content.best].extra_memory_bytes_per_rank
-    if extra == 0:
-        return "no more memory"
-    size = content.with_unit("extra_memory_bytes_per_rank")[content.best]
-    return f"{size.lstrip(MINUS)} {'more' if extra > 0 else 'less'} memory on every rank"
 
 
 def _cards(content: Content) -> Markup:
     best = content.summaries[content.best]
     cards = [
         ("PAR, mean", _was(content, "mean_par", "1 is perfect")),
-        ("PAR, worst", _was(content, "worst_par", "of any step and layer")),
+        ("PAR, worst", _was(content, "worst_par", "of any judged step and layer")),
         ("Time per step", _was(content, "net_time_us", "copying included",
                                f", gain {_percent(best.net_gain_percent)}")),
         ("Experts copied", (data(best.copies, quantities.count(best.copies)),
@@ -137,7 +99,7 @@ def _cards(content: Content) -> Markup:
                                  f", {_percent(best.extra_memory_percent)}")),
     ]  # fmt: skip
     items = (element("div", element("dt", a), element("dd", b), element("dd", c, class_="note")) for a, (b, c) in cards)
-    heading = join("Figures of ", name(best.name), ", the policy with the least time per step")
+    heading = join("Figures of ", name(best.name))
     if content.compares:
         heading = join(heading, ", beside ", name(content.before.name))
     return join(paragraph(heading, ".", class_="note"), element("dl", *items, class_="cards"))

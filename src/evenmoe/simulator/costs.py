@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -93,6 +93,12 @@ class CostModel:
         """
         shape = find_model(name)
         return CostModel.for_expert(shape.hidden, shape.expert_bytes, shape.expert_flops_per_token, **figures)
+
+    @property
+    def hardware(self) -> str:
+        """What the figures of a rank and its links are of, in words."""
+        own = all(getattr(self, field.name) == field.default for field in fields(self) if field.default is not MISSING)
+        return "an H800 node with rows in bf16 (the defaults)" if own else "the figures in the settings"
 
     def layer_time(self, tokens: IntArray, busy: IntArray, sent: FloatArray, received: FloatArray) -> FloatArray:
         """Microseconds of each layer, float64 (L,): the busiest rank's experts, then the busiest rank's exchanges.

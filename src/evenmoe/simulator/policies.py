@@ -82,6 +82,10 @@ class Policy:
         """Whether a plan is made before this step, from the steps that are over."""
         return False
 
+    def is_scheduled(self, first: int) -> bool:
+        """Whether its plans, the first of the run's being before step `first`, come at the run's interval."""
+        return False
+
     def starts_anew(self, has_planned: bool) -> bool:
         """Whether the next plan takes no account of the placement in use."""
         return True
@@ -284,6 +288,10 @@ class Refreshed(Planned):
     def is_due(self, step: int) -> bool:
         """See `Policy.is_due`."""
         return step >= self.first and (step - self.first) % self.refresh == 0
+
+    def is_scheduled(self, first: int) -> bool:
+        """See `Policy.is_scheduled`."""
+        return self.first == first and self.refresh != self.first
 
     def starts_anew(self, has_planned: bool) -> bool:
         """See `Policy.starts_anew`."""

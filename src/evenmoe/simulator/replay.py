@@ -5,22 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 
 from evenmoe.errors import ConstraintError, MissingArgumentError
+from evenmoe.metrics import FloatArray
 from evenmoe.planner.options import whole_number
-from evenmoe.simulator.batches import Cluster, new_batches, recorded_part
+from evenmoe.simulator.batches import Batches, Cluster, new_batches, recorded_part
 from evenmoe.simulator.costs import CostModel
-from evenmoe.simulator.policies import check_policy, default_policies, parse_policies
+from evenmoe.simulator.policies import Policy, Refreshed, check_policy, default_policies, parse_policies
 from evenmoe.simulator.policy_state import PolicyState
 from evenmoe.simulator.result import Simulation
 from evenmoe.simulator.run import Run
-from evenmoe.simulator.schedule import HORIZON, make_schedule
+from evenmoe.simulator.schedule import HORIZON, choose_refresh, make_schedule
 from evenmoe.simulator.settings import describe_settings
 from evenmoe.traces.trace import Trace
 
 Progress = Callable[[int, int], None]
+_Replayed = tuple[Run, list[PolicyState], Batches]
 
 _MOST_DRAWN = 100  # steps, where no token is known and their number is not given
 
@@ -106,34 +109,57 @@ def simulate(
     schedule = make_schedule(num_steps, refresh, window, horizon, copy_overlap)
     fewest = cluster.fewest_slots(trace.num_experts)
     num_slots = fewest + num_ranks if num_slots is None else whole_number("num_slots", num_slots, 1)
-    if policies is None:
-        policies = default_policies(num_slots, fewest, once=schedule.once)
-    texts = None if isinstance(policies, str) or not isinstance(policies, Iterable) else list(policies)
-    if texts is None or not all(isinstance(text, str) for text in texts):
-        raise ConstraintError("policies", repr(policies), "must be a sequence of texts", "put each policy in a list")
-    chosen = parse_policies(
-        texts,
-        cluster,
-        num_experts=trace.num_experts,
-        num_slots=num_slots,
-        num_groups=whole_number("num_groups", num_groups, 1),
-        refresh=schedule.refresh,
-        window=schedule.window,
-        first=schedule.first,
-    )
-    for policy in chosen:
-        check_policy(policy, cluster, trace.num_experts)
-    sizes = cluster, trace.num_layers, trace.num_experts, num_steps
-    states = [PolicyState(policy, *sizes, copy_overlap=copy_overlap, details=details) for policy in chosen]
-    warmup = min(max(policy.first_plan for policy in chosen), num_steps)
-    batches = new_batches(trace, cluster, num_steps, top_k, whole_number("seed", seed, 0), chunk)
+    if policies is not None:
+        texts = None if isinstance(policies, str) or not isinstance(policies, Iterable) else list(policies)
+        if texts is None or not all(isinstance(text, str) for text in texts):
+            raise ConstraintError(
+                "policies", repr(policies), "must be a sequence of texts", "put each policy in a list"
+            )
+        policies = texts
+    num_groups = whole_number("num_groups", num_groups, 1)
+    seed = whole_number("seed", seed, 0)
     workers = (os.cpu_count() or 1) if workers is None else whole_number("workers", workers, 1)
-    with ThreadPoolExecutor(workers) as pool:
-        run = Run(trace, batches, states, costs, seed, top_k, pool, workers, warmup)
-        for step in range(num_steps):
-            run.advance(step)
-            if progress is not None:
-                progress(step + 1, num_steps)
+
+    def read(texts: Sequence[str]) -> tuple[Policy, ...]:
+        return parse_policies(
+            tuple(texts),
+            cluster,
+            num_experts=trace.num_experts,
+            num_slots=num_slots,
+            num_groups=num_groups,
+            refresh=schedule.refresh,
+            window=schedule.window,
+            first=schedule.first,
+        )
+
+    def replay(chosen: Sequence[Policy], steps: int, warmup: int, progress: Progress | None) -> _Replayed:
+        for policy in chosen:
+            check_policy(policy, cluster, trace.num_experts)
+        sizes = cluster, trace.num_layers, trace.num_experts, steps
+        states = [PolicyState(policy, *sizes, copy_overlap=copy_overlap, details=details) for policy in chosen]
+        batches = new_batches(trace, cluster, num_steps, top_k, seed, chunk)
+        with ThreadPoolExecutor(workers) as pool:
+            run = Run(trace, batches, states, costs, seed, top_k, pool, workers, warmup)
+            for step in range(steps):
+                run.advance(step)
+                if progress is not None:
+                    progress(step + 1, steps)
+        return run, states, batches
+
+    def trial(first: int, until: int, intervals: list[int]) -> list[FloatArray]:
+        _, plan = read(["evenmoe:rule=even"])
+        assert isinstance(plan, Refreshed)
+        tried = [replace(plan, first=first, window=first, refresh=interval) for interval in intervals]
+        _, states, _ = replay(tried, until, 0, None)
+        found = [state.result(states[0], costs, None) for state in states]
+        waits = 0.0 if copy_overlap else 1.0
+        return [policy.step_time[first:] + waits * policy.later_copy_time[first:] for policy in found]
+
+    if refresh is None and (policies is None or any(policy.is_scheduled(schedule.first) for policy in read(policies))):
+        schedule = choose_refresh(schedule, trial)
+    chosen = read(default_policies(num_slots, fewest, once=schedule.once) if policies is None else policies)
+    warmup = min(max(policy.first_plan for policy in chosen), num_steps)
+    run, states, batches = replay(chosen, num_steps, warmup, progress)
     num_judged = max(0, run.fresh_steps - warmup)
     judged = slice(warmup, warmup + num_judged) if num_judged else None
     return Simulation(
@@ -153,6 +179,10 @@ def simulate(
         horizon_steps=schedule.horizon,
         copy_overlap=copy_overlap,
         recorded_tokens=recorded,
+        recorded_windows=0 if trace.routing is not None else trace.num_windows,
+        assignments_per_step=num_ranks * tokens_per_rank * top_k,
+        recorded_assignments_per_step=0.0 if trace.routing is not None else recorded * top_k / num_steps,
+        hardware=costs.hardware,
     )
 
 

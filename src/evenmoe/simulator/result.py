@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from evenmoe.placement import Placement
 from evenmoe.quantities import QUANTITIES, Shown
+from evenmoe.simulator.headline import Headline, find_headline
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -94,6 +95,13 @@ class PolicyResult:
         """Microseconds of copying for the first change of the placement; 0.0 without one."""
         return float(self.copy_time[self.refreshes[:1]].sum())
 
+    @property
+    def later_copy_time(self) -> FloatArray:
+        """Microseconds of the copying before each step, float64 (N,), that of the first change left out."""
+        later = self.copy_time.copy()
+        later[self.refreshes[:1]] = 0.0
+        return later
+
 
 @dataclass(frozen=True)
 class Simulation:
@@ -115,6 +123,11 @@ class Simulation:
         horizon_steps: int, steps over which the copies of a policy's first plan are charged.
         copy_overlap: whether experts are copied beside the steps.
         recorded_tokens: int, tokens of the trace.
+        recorded_windows: int, windows that counts were drawn from; 0 where tokens are known.
+        assignments_per_step: int, of a layer.
+        recorded_assignments_per_step: float, those of a layer that a step's counts were drawn from; 0.0 where tokens
+            are known.
+        hardware: what times are modeled for, in words; "" where that is not known.
     """
 
     trace: str
@@ -133,6 +146,10 @@ class Simulation:
     horizon_steps: int = 3000
     copy_overlap: bool = False
     recorded_tokens: int = 0
+    recorded_windows: int = 0
+    assignments_per_step: int = 0
+    recorded_assignments_per_step: float = 0.0
+    hardware: str = ""
 
     @property
     def judged(self) -> slice:
@@ -156,14 +173,13 @@ class Simulation:
             horizon = float(base.mean()) * self.horizon_steps
             share = first / horizon if first < horizon else float(first > 0)
             return step + share * (base - step)
-        later = policy.copy_time.copy()
-        later[policy.refreshes[:1]] = 0.0
-        return step + later[judged] + first / self.horizon_steps
+        return step + policy.later_copy_time[judged] + first / self.horizon_steps
 
     @cached_property
     def summary(self) -> Summary:
         """The figures that are shown, computed once."""
         policies = tuple(_summarize(self, policy) for policy in self.policies)
+        headline = find_headline(self, policies)
         return Summary(
             trace=self.trace,
             num_steps=len(self.tokens),
@@ -178,7 +194,8 @@ class Simulation:
             num_judged_steps=self.num_judged_steps,
             horizon_steps=self.horizon_steps,
             copy_overlap=self.copy_overlap,
-            best_policy=policies[_best(policies)].name,
+            best_policy=headline.policy,
+            headline=headline,
             settings=tuple({"name": name, "value": value, "unit": unit} for name, value, unit in self.settings),
             notes=self.notes,
             policies=policies,
@@ -250,8 +267,8 @@ class Summary:
         tokens_per_step: of the first step, over all ranks.
         num_empty_windows: windows of the trace that were left out because nothing was recorded in them.
         num_warmup_steps, num_judged_steps, horizon_steps, copy_overlap: as in `Simulation`.
-        best_policy: the name of the policy with the least time per step, copying included, that could be run; the
-            first, if it is alone.
+        best_policy: the name of the headline's policy.
+        headline: the one figure that counts, with what it was measured on.
         settings: name, value and unit of everything that was chosen.
         policies: in the simulation's order; the first is the baseline.
     """
@@ -270,6 +287,7 @@ class Summary:
     horizon_steps: int
     copy_overlap: bool
     best_policy: str
+    headline: Headline
     settings: tuple[dict[str, str], ...]
     notes: tuple[str, ...]
     policies: tuple[PolicySummary, ...]
@@ -293,8 +311,6 @@ def _summarize(simulation: Simulation, policy: PolicyResult) -> PolicySummary:
     copies, refreshes = int(policy.copies.sum()), len(policy.refreshes)
     par, step = policy.par[judged], float(policy.step_time[judged].mean())
     net, base_net = (float(simulation.net_times(each).mean()) for each in (policy, baseline))
-    later = policy.copy_time.copy()
-    later[policy.refreshes[:1]] = 0.0
     traffic = policy.traffic
     rows = [float(kind[judged].mean()) for kind in (traffic.within_node, traffic.between_nodes)]
     once = [float(kind[judged].mean()) for kind in (traffic.within_node_once, traffic.between_nodes_once)]
@@ -308,7 +324,7 @@ def _summarize(simulation: Simulation, policy: PolicyResult) -> PolicySummary:
         worst_par=float(par.max()),
         mean_par_per_layer=par.mean(axis=0).tolist(),
         step_time_us=step,
-        copy_time_us=float(later[judged].mean()) + policy.first_copy_time / simulation.horizon_steps,
+        copy_time_us=float(policy.later_copy_time[judged].mean()) + policy.first_copy_time / simulation.horizon_steps,
         net_time_us=net,
         total_copy_time_us=float(policy.copy_time.sum()),
         refresh_copy_time_us=float(policy.copy_time.sum() / refreshes) if refreshes else 0.0,
@@ -332,12 +348,3 @@ def _summarize(simulation: Simulation, policy: PolicyResult) -> PolicySummary:
 def _saved(value: float, baseline: float, of_nothing: float = math.nan) -> float:
     """Per cent of the baseline that the value is below it."""
     return 100.0 * (1.0 - value / baseline) if baseline > 0 else of_nothing
-
-
-def _best(policies: tuple[PolicySummary, ...]) -> int:
-    """The fastest policy; neither the baseline nor one that sees the future unless nothing else is there.
-
-    Of equal ones the first wins, the baseline last of all.
-    """
-    runnable = [i for i, policy in enumerate(policies) if i and not policy.sees_future]
-    return min(runnable or range(len(policies) - 1, -1, -1), key=lambda i: policies[i].net_time_us)

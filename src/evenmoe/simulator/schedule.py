@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
+import numpy as np
+
+from evenmoe.evidence import paired_gain
 from evenmoe.planner.options import whole_number
 
 #: Steps between plans where an engine is left to itself: vLLM's step_interval (0.33).
@@ -59,3 +63,30 @@ def make_schedule(
         window = min(_MOST_WINDOW, max(1, num_steps // _WARMUP_PARTS))
     window = whole_number("window", window, 1)
     return Schedule(num_steps, window, horizon, window, horizon, copy_overlap, "the horizon")
+
+
+#: A trial of plans at these intervals, the first plan before step `first`, in the steps before step `until`: for each,
+#: microseconds of every step from `first` on, copying included, float64 (until - first,).
+Trial = Callable[[int, int, list[int]], list[np.ndarray]]
+
+
+def choose_refresh(schedule: Schedule, trial: Trial) -> Schedule:
+    """The schedule with the interval that pays in the warm-up, or else as it is, with one plan for the whole horizon.
+
+    The first half of the warm-up makes a plan. In the second half, plans at a half, a quarter and an eighth of its
+    length are tried beside that plan alone, each made from as many steps; copies are charged. Of the intervals that are
+    shown to be faster (`evenmoe.evidence`, at one in a hundred for all of them), the fastest is taken: only where what
+    is busy changes so much in so few steps that new plans have earned more than their copies cost.
+    """
+    half = schedule.first // 2
+    intervals = sorted({-(-half // parts) for parts in (2, 4, 8)} - {half}, reverse=True)
+    if schedule.first >= schedule.num_steps or not intervals or half < 2:
+        return schedule
+    once, *others = trial(half, schedule.first, [schedule.first, *intervals])
+    gains = [paired_gain(once, times, comparisons=len(others)) for times in others]
+    shown = [n for n, gain in enumerate(gains) if gain.is_significant]
+    if not shown:
+        return replace(schedule, why="the horizon: in the warm-up no shorter interval is shown to pay")
+    best = min(shown, key=lambda n: float(others[n].mean()))
+    why = f"in the warm-up {gains[best].percent:.1f} % faster than one plan, copying included"
+    return replace(schedule, refresh=intervals[best], why=why)

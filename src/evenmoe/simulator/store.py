@@ -83,6 +83,10 @@ def save_simulation(path: str | Path, simulation: Simulation) -> None:
         "horizon_steps": simulation.horizon_steps,
         "copy_overlap": simulation.copy_overlap,
         "recorded_tokens": simulation.recorded_tokens,
+        "recorded_windows": simulation.recorded_windows,
+        "assignments_per_step": simulation.assignments_per_step,
+        "recorded_assignments_per_step": simulation.recorded_assignments_per_step,
+        "hardware": simulation.hardware,
         "policies": policies,
     }
     # A file's name may hold bytes that are no text: escaped as JSON does, it is read back as it was.
@@ -140,6 +144,10 @@ def _read(archive: zipfile.ZipFile, path: Path) -> Simulation:
     warmup, judged = (_whole(path, head, f"num_{part}_steps", least=0) for part in ("warmup", "judged"))
     if warmup + judged > sizes["N"]:
         raise _refuse(path, f"with {warmup} + {judged} of {sizes['N']} steps", "must have all steps it names", _AGAIN)
+    drawn_from = head.get("recorded_assignments_per_step")
+    if not isinstance(drawn_from, int | float) or isinstance(drawn_from, bool) or not 0 <= drawn_from <= MOST:
+        rule = f"must be a number, 0 to {MOST}"
+        raise _refuse(path, f"with `recorded_assignments_per_step` {drawn_from!r}", rule, _AGAIN)
     return Simulation(
         trace=_text(path, head, "trace"),
         settings=tuple(tuple(row) for row in _rows(path, head, "settings")),  # pyright: ignore[reportArgumentType]
@@ -155,6 +163,10 @@ def _read(archive: zipfile.ZipFile, path: Path) -> Simulation:
         horizon_steps=_whole(path, head, "horizon_steps"),
         copy_overlap=head.get("copy_overlap") is True,
         recorded_tokens=_whole(path, head, "recorded_tokens", least=0),
+        recorded_windows=_whole(path, head, "recorded_windows", least=0),
+        assignments_per_step=_whole(path, head, "assignments_per_step", least=0),
+        recorded_assignments_per_step=drawn_from,
+        hardware=_text(path, head, "hardware"),
         **{name: _array(archive, path, name, dtype, sizes, axes) for name, (dtype, axes) in _ARRAYS.items()},
     )
 

@@ -82,9 +82,15 @@ _DEEPSEEK_V3 = {
 MODELS: dict[str, ModelShape] = {
     shape.name: shape
     for shape in (
+        ModelShape(
+            "deepseek-moe-16b", 27, 64, 6, 2048, 1408, 2, first_layer=1, source="deepseek-ai/deepseek-moe-16b-base"
+        ),
         ModelShape("deepseek-v2-lite", 26, 64, 6, 2048, 1408, 2, first_layer=1, source="deepseek-ai/DeepSeek-V2-Lite"),
         ModelShape("deepseek-v3", **_DEEPSEEK_V3, source="deepseek-ai/DeepSeek-V3"),
         ModelShape("deepseek-v3.2", **_DEEPSEEK_V3, source="deepseek-ai/DeepSeek-V3.2-Exp"),
+        ModelShape(
+            "deepseek-v4-flash", 43, 256, 6, 4096, 2048, 1, weight_bytes=_MXFP4, source="deepseek-ai/DeepSeek-V4-Flash"
+        ),
         ModelShape("glm-4.5", 89, 160, 8, 5120, 1536, 1, first_layer=3, source="zai-org/GLM-4.5"),
         ModelShape("gpt-oss-20b", 24, 32, 4, 2880, 2880, weight_bytes=_MXFP4, source="openai/gpt-oss-20b"),
         ModelShape("gpt-oss-120b", 36, 128, 4, 2880, 2880, weight_bytes=_MXFP4, source="openai/gpt-oss-120b"),
@@ -140,9 +146,9 @@ def find_model(name: str) -> ModelShape:
     >>> find_model("mixtrall")
     Traceback (most recent call last):
     ...
-    evenmoe.errors.ConstraintError: `model` is 'mixtrall': it must be one of deepseek-v2-lite, deepseek-v3, \
-deepseek-v3.2, glm-4.5, gpt-oss-20b, gpt-oss-120b, kimi-k2, llama-4-scout, llama-4-maverick, mixtral-8x7b, \
-olmoe-1b-7b, qwen3-30b-a3b, qwen3-235b-a22b; the nearest is mixtral.
+    evenmoe.errors.ConstraintError: `model` is 'mixtrall': it must be one of deepseek-moe-16b, \
+deepseek-v2-lite, deepseek-v3, deepseek-v3.2, deepseek-v4-flash, glm-4.5, gpt-oss-20b, gpt-oss-120b, kimi-k2, \
+llama-4-scout, llama-4-maverick, mixtral-8x7b, olmoe-1b-7b, qwen3-30b-a3b, qwen3-235b-a22b; the nearest is mixtral.
     """
     wanted = name.strip().lower().replace("_", "-").rpartition("/")[2]
 

@@ -175,6 +175,7 @@ MEASUREMENTS: dict[str, Measurement] = {
 
 #: Whose parameters a model without a measured trace takes: one with a router trained alike.
 NEAREST: dict[str, str] = {
+    "deepseek-moe-16b": "deepseek-v2-lite",  # the same sizes and losses
     "deepseek-v3.2": "deepseek-v3",  # sigmoid scores with a balancing bias
     "glm-4.5": "deepseek-v3",
     "kimi-k2": "deepseek-v3",

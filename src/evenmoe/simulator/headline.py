@@ -1,0 +1,216 @@
+"""What a replay comes to: one figure, the gain in time per step with copying included, and whether it may be claimed.
+
+The rules of `evenmoe.evidence` decide: the judged steps' times under a policy and under the default placement, paired;
+one in a hundred for all policies together. Of those that are shown to gain, the one of least memory is recommended that
+is not slower than the fastest: by less than `MATERIAL`, or not significantly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from evenmoe.evidence import PairedGain, Unevenness, Verdict, balanced_par, judge, paired_gain, unevenness
+from evenmoe.evidence.hold_out import CLUSTERED, FEWEST_WINDOWS
+from evenmoe.evidence.paired import LEVEL, t_quantile
+from evenmoe.metrics import FloatArray
+from evenmoe.simulator.headline_text import ENGINE_RULES, MATERIAL, words
+
+if TYPE_CHECKING:
+    from evenmoe.simulator.result import PolicySummary, Simulation
+
+_STEPS_TO_RECORD = 12  # at least, of which 4 are the warm-up: the fewest with which a steady gain of 5 % is shown
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The one figure of a replay, and what it was measured on; its attributes are keys of `--json`.
+
+    Attributes:
+        kind: "gain", "no gain", "too little to judge", or "nothing compared" where the default placement is alone.
+        reason: why no gain is claimed, "" for a gain.
+        sentence: what it comes to.
+        details: further sentences: with and without more slots, with the rules that engines have, what to do.
+        measured_on: a sentence.
+        policy: the one that is recommended, or that comes nearest to a gain; the first, if it is alone.
+        net_gain_percent: its gain in time per step, copying included.
+        lower_percent, upper_percent: one-sided limits of it, together wrong for any policy in one case of a hundred.
+        fastest_policy, fastest_net_gain_percent: the least time per step, whatever the memory.
+        rearranged_policy, rearranged_net_gain_percent: the least of those without more memory; None if there is none.
+        engine_policy, engine_net_gain_percent: the least of those whose rule engines have; None if there is none.
+        judged_tokens: tokens of the judged steps.
+        tokens_to_record, windows_to_record: in all, where there are too few to judge; else None.
+    """
+
+    kind: str
+    reason: str
+    sentence: str
+    details: tuple[str, ...]
+    measured_on: str
+    policy: str
+    net_gain_percent: float
+    lower_percent: float
+    upper_percent: float
+    fastest_policy: str
+    fastest_net_gain_percent: float
+    rearranged_policy: str | None
+    rearranged_net_gain_percent: float | None
+    engine_policy: str | None
+    engine_net_gain_percent: float | None
+    judged_tokens: int
+    tokens_to_record: int | None
+    windows_to_record: int | None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy that could be run, with its gain.
+
+    Attributes:
+        summary: its figures.
+        times: float64 (blocks of evidence,), step and copying.
+        gain: of `times` over the first policy's.
+        gain_without_copies: of the steps alone.
+    """
+
+    summary: PolicySummary
+    times: FloatArray
+    gain: PairedGain
+    gain_without_copies: PairedGain
+
+    @property
+    def percent(self) -> float:
+        return self.summary.net_gain_percent
+
+
+def find_headline(simulation: Simulation, summaries: Sequence[PolicySummary]) -> Headline:
+    """The headline of a replay, whose policies have these figures."""
+    candidates = _candidates(simulation, summaries)
+    uneven = _unevenness(simulation)
+    best: Candidate | None = None
+    verdict: Verdict | None = None
+    if candidates and simulation.num_judged_steps:
+        shown = [candidate for candidate in candidates if candidate.gain.is_significant]
+        fastest = min(shown or candidates, key=lambda candidate: candidate.summary.net_time_us)
+        verdict = judge(fastest.gain, uneven)
+        best = _recommended(shown, fastest) if verdict.kind == "gain" else fastest
+    wanted = _to_record(simulation, verdict) if candidates else (None, None)
+    text = words(simulation, summaries, candidates, best, verdict, *wanted)
+    quickest = min(candidates, key=lambda candidate: candidate.summary.net_time_us, default=None)
+    rearranged = _quickest(candidates, lambda summary: summary.extra_memory_bytes_per_rank <= 0)
+    engine = _quickest(candidates, lambda summary: summary.rule in ENGINE_RULES)
+    first = best or quickest
+    limits = (best.gain.lower, best.gain.upper) if best else (-math.inf, math.inf)
+    return Headline(
+        kind=text.kind,
+        reason=text.reason,
+        sentence=text.sentence,
+        details=text.details,
+        measured_on=text.measured_on,
+        policy=first.summary.name if first else summaries[0].name,
+        net_gain_percent=first.percent if first else 0.0,
+        lower_percent=limits[0],
+        upper_percent=limits[1],
+        fastest_policy=quickest.summary.name if quickest else summaries[0].name,
+        fastest_net_gain_percent=quickest.percent if quickest else 0.0,
+        rearranged_policy=rearranged.summary.name if rearranged else None,
+        rearranged_net_gain_percent=rearranged.percent if rearranged else None,
+        engine_policy=engine.summary.name if engine else None,
+        engine_net_gain_percent=engine.percent if engine else None,
+        judged_tokens=int(simulation.tokens[simulation.judged].sum()) if simulation.num_judged_steps else 0,
+        tokens_to_record=wanted[0],
+        windows_to_record=wanted[1],
+    )
+
+
+def _candidates(simulation: Simulation, summaries: Sequence[PolicySummary]) -> list[Candidate]:
+    chosen = [n for n, summary in enumerate(summaries) if n and not summary.sees_future]
+    base, step = simulation.policies[0], simulation.judged
+    before, alone = _by_evidence(simulation, simulation.net_times(base)), _by_evidence(simulation, base.step_time[step])
+    variance = CLUSTERED if _is_thinned(simulation) else 1.0
+    found = []
+    for n in chosen:
+        policy = simulation.policies[n]
+        times = _by_evidence(simulation, simulation.net_times(policy))
+        gain = paired_gain(before, times, comparisons=len(chosen), variance=variance)
+        steps = _by_evidence(simulation, policy.step_time[step])
+        without = paired_gain(alone, steps, comparisons=len(chosen), variance=variance)
+        found.append(Candidate(summaries[n], times, gain, without))
+    return found
+
+
+def _windows(simulation: Simulation) -> np.ndarray:
+    """Which window each judged step was drawn from; of tokens, every step is its own."""
+    steps, total, windows = simulation.judged, len(simulation.tokens), simulation.recorded_windows
+    numbers = np.arange(steps.start, steps.stop)
+    return numbers * windows // total if 0 < windows < total else numbers
+
+
+def _is_thinned(simulation: Simulation) -> bool:
+    """Whether all that could be compared are random parts of one or two windows of counts."""
+    return len(np.unique(_windows(simulation))) < FEWEST_WINDOWS <= simulation.num_judged_steps
+
+
+def _by_evidence(simulation: Simulation, times: FloatArray) -> FloatArray:
+    """Times of the judged steps, those averaged that were drawn from one window, which are no further evidence."""
+    if _is_thinned(simulation):
+        return times
+    _, first = np.unique(_windows(simulation), return_index=True)
+    return np.add.reduceat(times, first) / np.diff(np.append(first, len(times)))
+
+
+def _unevenness(simulation: Simulation) -> Unevenness:
+    """The default placement's PAR beside that of a balanced router, step by step and of all judged steps together.
+
+    Layers see the same tokens, so they count as one. Counts that were drawn from counts vary for two reasons.
+    """
+    policy, judged, ranks = simulation.policies[0], simulation.judged, simulation.num_ranks
+    drawn, recorded = simulation.assignments_per_step, simulation.recorded_assignments_per_step
+    variance = 1 + drawn / recorded if recorded > 0 else 1.0
+    mean, deviation, _, error = (float(value) for value in balanced_par(max(drawn / variance, 1.0), ranks))
+    reach = t_quantile(1 - LEVEL / 2, 10_000) * math.hypot(deviation / math.sqrt(judged.stop - judged.start), error)
+    variance *= CLUSTERED if _is_thinned(simulation) else 1.0
+    total = unevenness(policy.rank_tokens[None].astype(np.float64), variance=variance)
+    return Unevenness(
+        float(policy.par[judged].mean()), total.total_par, mean + reach, total.total_limit, total.assignments
+    )
+
+
+def _recommended(shown: Sequence[Candidate], fastest: Candidate) -> Candidate:
+    """Of those that gain, the one of least memory that is not slower than the fastest; of these a rule that engines
+    have comes first, then fewer copies."""
+
+    def is_slower(candidate: Candidate) -> bool:
+        if candidate is fastest or fastest.percent - candidate.percent < MATERIAL:
+            return False
+        return paired_gain(candidate.times, fastest.times).is_significant
+
+    def order(candidate: Candidate) -> tuple[float, ...]:
+        summary = candidate.summary
+        rule = summary.rule not in ENGINE_RULES
+        return (summary.memory_bytes_per_rank, rule, summary.copies, summary.net_time_us)
+
+    return min((candidate for candidate in shown if not is_slower(candidate)), key=order)
+
+
+def _quickest(candidates: Sequence[Candidate], fits) -> Candidate | None:
+    found = [candidate for candidate in candidates if fits(candidate.summary)]
+    return min(found, key=lambda candidate: candidate.summary.net_time_us, default=None)
+
+
+def _to_record(simulation: Simulation, verdict: Verdict | None) -> tuple[int | None, int | None]:
+    """Tokens, in two digits, or else windows of counts to record in all; None and None where there are enough."""
+    least = _STEPS_TO_RECORD * int(simulation.tokens[0])
+    if verdict is None:
+        return least, None
+    if verdict.kind != "too little to judge":
+        return None, None
+    if 0 < simulation.recorded_windows < len(simulation.tokens):
+        return None, math.ceil(verdict.more * simulation.recorded_windows)
+    wanted = max(least, math.ceil(verdict.more * simulation.recorded_tokens))
+    unit = 10 ** max(0, len(str(wanted)) - 2)
+    return -(-wanted // unit) * unit, None
