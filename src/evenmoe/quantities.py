@@ -236,3 +236,26 @@ QUANTITIES = {
                  "Extra memory in per cent of the first policy's memory; null where that is 0.", percent),
     )
 }  # fmt: skip
+
+#: Every figure of a verdict, by name; `evenmoe.evidence` computes them.
+EVIDENCE = {
+    quantity.name: quantity
+    for quantity in (
+        Quantity("held_out_gain_percent", "Gain on unseen windows", "%", "higher",
+                 "By how much the mean PAR of the placement in use falls under a plan of the first part of the "
+                 "recording, in the windows of the last part, which it was not planned on.", percent),
+        Quantity("held_out_gain_lower_percent", "At least", "%", "higher",
+                 "Lower limit of that gain, one-sided at 1 %, by Student's t over blocks of windows; null with fewer "
+                 "than two blocks.", percent),
+        Quantity("held_out_gain_upper_percent", "At most", "%", "higher",
+                 "Upper limit of that gain, likewise.", percent),
+        Quantity("noise_par", "PAR of noise", _RATIO, "",
+                 "PAR, averaged over windows and layers, that a balanced router exceeds with a chance of 0.5 % on as "
+                 "many assignments.", par),
+        Quantity("noise_par_all_tokens", "PAR of noise, summed", _RATIO, "",
+                 "The same for all windows together.", par),
+        Quantity("more_assignments", "To record", "assignments per layer", "lower",
+                 "Assignments to record beside those that there are, so that a gain of 2 % shows; 0 where there are "
+                 "enough.", significant),
+    )
+}  # fmt: skip

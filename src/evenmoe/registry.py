@@ -79,9 +79,11 @@ one of them.
             return self._checked(repr(name), name)
         if name not in self._things:
             if name in self._places or name in self:
-                self._things[name] = self._checked(name, _attribute(self._kind, name, self._places[name]))
+                self._things[name] = self._checked(name, import_attribute(self._kind, name, self._places[name]))
             elif name.startswith("py:"):
-                return self._checked(name, _attribute(self._kind, name, name[3:]))  # a path means the folder of now
+                return self._checked(
+                    name, import_attribute(self._kind, name, name[3:])
+                )  # a path means the folder of now
             else:
                 raise ConstraintError(
                     self._kind,
@@ -131,7 +133,12 @@ def blaming(kind: str, name: str, own: bool, *passing: type[Exception]) -> Itera
         raise ConstraintError(kind, name, f"must not fail, and raised {what}", "correct it") from error
 
 
-def _attribute(kind: str, name: str, place: str) -> object:
+def import_attribute(kind: str, name: str, place: str) -> object:
+    """What `place`, module:attribute or file.py:attribute, holds.
+
+    Raises:
+        ConstraintError: it cannot be imported; the message calls it `name`, which is to be a `kind`.
+    """
     module, _, attribute = place.rpartition(":")
     if not module or not attribute:
         raise ConstraintError(

@@ -12,7 +12,7 @@ import pytest
 
 from evenmoe import formats
 from evenmoe.placement import Placement
-from evenmoe.quantities import QUANTITIES
+from evenmoe.quantities import EVIDENCE, QUANTITIES
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "json.md"
 #: Objects whose keys depend on the input, and what the document calls these keys.
@@ -86,6 +86,7 @@ CALLS = {
     ],
     "plan": [
         ("plan", "ring.pt", *WORLD, "--json"),
+        ("plan", "ring.pt", *WORLD, "--all", "--json"),
         ("plan", "ring.pt", "--previous", "before.json", "--rule", "batch", "--out", "p.json", "--json"),
     ],
     "convert": [
@@ -130,6 +131,11 @@ def test_figures_are_documented_in_the_words_of_the_vocabulary():
     rows = {key.removeprefix("policies[].").removesuffix("[]"): row for key, row in DOCUMENTED["simulate"].items()}
     for name, quantity in QUANTITIES.items():
         assert rows[name] == (quantity.unit, quantity.better, quantity.definition)
+
+
+def test_figures_of_a_verdict_are_documented_in_the_words_of_the_vocabulary():
+    for name, quantity in EVIDENCE.items():
+        assert DOCUMENTED["plan"][f"verdict.{name}"] == (quantity.unit, quantity.better, quantity.definition)
 
 
 def test_keys_of_finds_every_leaf():

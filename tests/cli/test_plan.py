@@ -305,3 +305,75 @@ def test_whole_traces_are_read_as_loads(evenmoe: Run, tmp_path):
     assert said["num_layers"] == 2
     assert any("routing" in note for note in said["notes"])
     assert io.BytesIO((tmp_path / "whole.npz").read_bytes()).read(2) == b"PK"
+
+
+def test_judged_on_windows_that_were_not_planned_on(evenmoe: Run, tmp_path, trace, load):
+    """The written plan has seen everything; the one that is judged, the first two thirds, by plain loops."""
+    out = tmp_path / "p.json"
+    done = evenmoe("plan", trace, "-o", out, "--ranks", RANKS, "--slots", SLOTS, "--json")
+    said = json.loads(done.out)
+    assert said["held_out"] == {
+        "unit": "windows", "planned": 4, "judged": 2,
+        "description": "planned on the first 4 windows, judged on the last 2",
+    }  # fmt: skip
+    assert read(out).placement == plan(load, num_ranks=RANKS, num_slots=SLOTS)
+    identity, tried = default_placement(3, 16, RANKS), plan(load[:4], num_ranks=RANKS, num_slots=SLOTS)
+    before, after = (np.mean([par(window, each) for window in load[4:]]) for each in (identity, tried))
+    assert said["par"]["default_placement"]["held_out"]["mean"] == pytest.approx(before, abs=1e-6)
+    assert said["par"]["planned"]["held_out"]["mean"] == pytest.approx(after, abs=1e-6)
+    assert said["verdict"]["in_use"] == "default_placement"
+    shown = evenmoe("plan", trace, "--ranks", RANKS, "--slots", SLOTS).out
+    assert f"{after:.3f}" in shown
+    assert said["verdict"]["sentence"] in shown
+
+
+def test_previous_is_what_a_plan_is_compared_with(evenmoe: Run, tmp_path, trace):
+    write(tmp_path / "old.json", Placement([[*range(16), 0, 1, 2, 3]] * 3, RANKS), format="evenmoe-placement")
+    said = json.loads(evenmoe("plan", trace, "--previous", tmp_path / "old.json", "--max-copies", 2, "--json").out)
+    assert said["verdict"]["in_use"] == "previous"
+
+
+def test_all_windows_are_planned_on_if_asked(evenmoe: Run, trace):
+    call = ("plan", trace, "--ranks", RANKS, "--slots", SLOTS, "--all")
+    said = json.loads(evenmoe(*call, "--json").out)
+    assert (said["held_out"], said["verdict"], said["par"]["planned"]["held_out"]) == (None, None, None)
+    shown = evenmoe(*call).out
+    assert "in-sample only (--all): what the plan does to other tokens was not looked at" in shown
+    assert "unseen" not in shown
+
+
+VERDICTS = {
+    "gain": (np.full((9, 4, 8), 1000) + np.arange(9)[:, None, None] + 3000 * (np.arange(8) < 1), 16,
+             "gain on unseen windows: the busiest rank does "),
+    "balanced": (np.full((9, 4, 8), 1_000_000), 16,
+                 "no gain: the default placement is as even as a balanced router makes it (PAR 1.000 of all tokens; "),
+    "fixed": (np.full((9, 4, 4), 1000) + 3000 * (np.arange(4) < 1), 4,
+              "no gain: the ranks' loads are those of the default placement; more slots could change them (--slots)"),
+    "few": (np.full((9, 4, 8), 1) + (np.arange(8) < 1), 16,
+            "too little to judge: the default placement has a PAR of 1.333 over all tokens, and sampling "),
+    "one": (np.full((1, 4, 8), 5) + 10 * (np.arange(8) < 1), 16, " more as single windows"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VERDICTS)
+def test_verdicts_in_words(evenmoe: Run, tmp_path, name):
+    load, slots, text = VERDICTS[name]
+    np.savez(tmp_path / "l.npz", load=load)
+    done = evenmoe("plan", tmp_path / "l.npz", "--ranks", 4, "--slots", slots)
+    assert done.code == 0, done.err
+    assert text in done.out
+
+
+def test_nothing_to_compare_with(evenmoe: Run, tmp_path):
+    np.savez(tmp_path / "l.npz", load=np.full((9, 2, 6), 50))
+    call = ("plan", tmp_path / "l.npz", "--ranks", 4, "--slots", 8)
+    assert json.loads(evenmoe(*call, "--json").out)["verdict"] is None
+    assert "no verdict: the experts do not divide by the ranks" in evenmoe(*call).out
+
+
+def test_tokens_are_divided_where_there_is_one_window(evenmoe: Run, tmp_path):
+    trace = synthesize("olmoe", num_windows=1, tokens_per_window=960, num_layers=2, routing=True, requests=1)
+    save_trace(trace, tmp_path / "whole.npz")
+    said = json.loads(evenmoe("plan", tmp_path / "whole.npz", "--ranks", 8, "--slots", 64, "--json").out)
+    assert said["held_out"]["unit"] == "tokens"
+    assert "only judged by `routing`: a plan is made from loads" in said["notes"]

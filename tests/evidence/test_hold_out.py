@@ -17,6 +17,7 @@ def test_the_last_third_of_the_windows_is_judged(windows, judged):
     found = hold_out(load)
     assert found.planned.tolist() == load[: windows - judged].tolist()
     assert found.judged.tolist() == load[windows - judged :].tolist()
+    assert found.compared is found.judged
     assert (found.unit, found.num_planned, found.num_judged, found.variance) == (
         "windows", windows - judged, judged, 1.0,
     )  # fmt: skip
@@ -26,8 +27,9 @@ def test_two_windows_of_three_layers_are_judged_in_parts():
     load = np.random.default_rng(0).integers(0, 900, (2, 3, 4))
     found = hold_out(load)
     assert found.planned.tolist() == load[:1].tolist()
-    assert found.judged.shape == (8, 3, 4)
-    assert found.judged.sum(axis=0).tolist() == load[1].tolist()
+    assert found.judged.tolist() == load[1:].tolist()
+    assert found.compared.shape == (8, 3, 4)
+    assert found.compared.sum(axis=0).tolist() == load[1].tolist()
     assert found.variance > 1
     assert found.words == "planned on the first window, judged on the last"
 
@@ -67,8 +69,9 @@ def test_tokens_are_divided_in_order(tokens):
     assert found.num_planned + found.num_judged == tokens
     assert found.num_planned == pytest.approx(tokens * 2 / 3, abs=1)
     assert found.planned[0].tolist() == counted(routing[: found.num_planned])
-    assert found.judged.shape == (8, 3, 6)
-    assert found.judged.any(axis=(1, 2)).all()
+    assert found.compared.shape == (8, 3, 6)
+    assert found.compared.any(axis=(1, 2)).all()
+    assert found.compared.sum(axis=0).tolist() == found.judged[0].tolist()
     assert found.judged.sum(axis=0).tolist() == counted(routing[found.num_planned :])
 
 

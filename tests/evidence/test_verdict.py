@@ -25,6 +25,8 @@ def gain(percent: float, reach: float) -> PairedGain:
         (gain(9, 3), NOISY, "too little to judge", "sampling noise", 625),  # (50 % ÷ 2 %)²
         (gain(-5, 3), UNEVEN, "no gain", "does not last", 1),
         (gain(0.5, 1), UNEVEN, "no gain", "does not last", 1),
+        (gain(0, 0), UNEVEN, "no gain", "nothing moves", 1),
+        (gain(0, 0), EVEN, "no gain", "already balanced", 1),
         (gain(4, 8), UNEVEN, "too little to judge", "varies too much", 4),  # (8 ÷ 4)²
         (gain(-1, 8), UNEVEN, "too little to judge", "varies too much", 16),  # (8 ÷ 2)²
         (gain(2.0, 2.1), UNEVEN, "too little to judge", "varies too much", 2),

@@ -9,6 +9,7 @@ from evenmoe.errors import ConstraintError
 from evenmoe.planner.plan import plan
 from evenmoe.rules import RULES
 from evenmoe.simulator.batches import Cluster
+from evenmoe.simulator.given import parse_policies
 from evenmoe.simulator.policies import (
     Oracle,
     Policy,
@@ -16,7 +17,6 @@ from evenmoe.simulator.policies import (
     Static,
     check_policy,
     default_policies,
-    parse_policies,
 )
 from evenmoe.simulator.policy_text import PolicyText
 

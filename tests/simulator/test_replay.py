@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evenmoe.errors import ConstraintError, MissingArgumentError
+from evenmoe.errors import ConstraintError, MissingArgumentError, UnsupportedTypeError
 from evenmoe.simulator.batches import Cluster
 from evenmoe.simulator.costs import CostModel
 from evenmoe.simulator.replay import simulate
@@ -304,12 +304,11 @@ def test_what_is_no_whole_number(name):
         ),
         ({"trace": np.ones((2, 3))}, "of type ndarray: it must be an evenmoe.Trace; read a trace file with"),
         (
-            {"costs": None},
-            "`costs` is 'None' of type NoneType: it must be an evenmoe.simulator.costs.CostModel; use "
-            "CostModel.for_model of a known model, or CostModel.for_expert of an expert's sizes.",
+            {"costs": 5},
+            "`costs` is '5' of type int: it must be a CostModel, or a model's name or shape; name a model, or state your "
+            "own figures.",
         ),
-        ({"costs": "deepseek-v3"}, "`costs` is 'deepseek-v3' of type str: it must be an"),
-        ({"policies": 5}, "`policies` is 5: it must be a sequence of texts; put each policy in a list."),
+        ({"policies": 5}, "`policies` is of type int: it must be a sequence or a dict of policies; put each policy in"),
         (
             {"trace": Trace("t", np.ones((1, 1, 8), int), metadata={"top_k": "two"}), "top_k": None},
             "`trace` is one whose `top_k` is 'two': it must have a whole number there; correct its metadata.",
@@ -323,12 +322,8 @@ def test_what_is_of_another_type_is_named(change, text):
     assert text in str(caught.value)
 
 
-def test_policies_may_be_given_one_by_one():
-    found = simulate(loads_only(), iter(["identity", "oracle"]), costs=COSTS, num_steps=2, top_k=2, **WORLD)
-    assert [policy.name for policy in found.policies] == ["identity", "oracle"]
-
-
 def test_policies_are_a_sequence():
-    for policies in ("identity", [1]):
-        with pytest.raises(ConstraintError, match="must be a sequence of texts; put each policy in a list"):
-            run(loads_only(), policies)
+    with pytest.raises(ConstraintError, match="'identity': it must be a sequence or a dict of policies; put each"):
+        run(loads_only(), "identity")
+    with pytest.raises(UnsupportedTypeError, match="with something of type int: it must hold texts, placements"):
+        run(loads_only(), [1])

@@ -22,13 +22,16 @@ from evenmoe.cli.options import (
     print_notes,
     table_console,
 )
-from evenmoe.cli.plan_outcome import Outcome, Request, compare, gaps, merged
+from evenmoe.cli.plan_outcome import Outcome, Request, compare, compared_with, gaps, merged
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.formats.catalogue import ENTRIES
 from evenmoe.planner import PLANNERS
 from evenmoe.rules import RULES
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from evenmoe.formats.contents import Contents
     from evenmoe.placement import Placement
 
@@ -40,8 +43,9 @@ class PlanCommand(FileOptions, WorldOptions):
     """Plan a placement for a recorded load.
 
     Reads loads and traces of any tool, writes the placement in any tool's format, and shows how even the ranks are
-    before and after: the peak-to-average load (PAR), 1.0 being perfect. With `-` as output the summary goes to standard
-    error. Exit codes: 0 done; 2 a file or an option is wrong.
+    before and after: the peak-to-average load (PAR), 1.0 being perfect. The placement that is written is planned on
+    everything; what it is worth is judged by planning on the first two thirds alone and looking at the last third. With
+    `-` as output the summary goes to standard error. Exit codes: 0 done; 2 a file or an option is wrong.
     """
 
     epilog: ClassVar = "Formats of placements: " + ", ".join(_PLACEMENT_FORMATS)
@@ -65,6 +69,9 @@ class PlanCommand(FileOptions, WorldOptions):
         bool, Option("--mean/--windows", help="Balance the sum of the recording, or its single windows.")
     ] = False
     most_windows: Annotated[int, Option(help="Windows beyond so many are merged with their neighbors.", min=1)] = 64
+    all_: Annotated[
+        bool, Option("--all", help="Do not judge the plan on windows that it was not made from: half the time.")
+    ] = False
     previous: Annotated[Path | None, Option(help="Placement in use, in any format: start from it.")] = None
     max_copies: Annotated[int | None, Option(help="At most so many copies per layer.", min=0)] = None
     target_par: Annotated[float | None, Option(help="Stop copying in a layer once it is this even.")] = None
@@ -79,6 +86,7 @@ class PlanCommand(FileOptions, WorldOptions):
         from evenmoe.formats.writing import write
         from evenmoe.metrics import as_load, within_range
         from evenmoe.planner.bound import lower_bound
+        from evenmoe.planner.judging import judge_plan
         from evenmoe.planner.options import PlanOptions
         from evenmoe.planner.plan import plan_with
 
@@ -91,20 +99,29 @@ class PlanCommand(FileOptions, WorldOptions):
         load = within_range(as_load(contents.load))
         windows = merged(load, self.most_windows)
         goal = windows.sum(axis=0, keepdims=True) if self.mean else windows
+        options = PlanOptions(
+            previous=previous,
+            max_copies=self.max_copies,
+            target_par=self.target_par,
+            rule=self.rule,
+            seed=self.seed,
+            **world,
+        )
+        others = compared_with(windows, ranks, previous)
+        judgement = None
         with table_console(sys.stderr).status(f"planning {windows.shape[1]} layers for {len(goal)} windows …"):
-            options = PlanOptions(
-                previous=previous,
-                max_copies=self.max_copies,
-                target_par=self.target_par,
-                rule=self.rule,
-                seed=self.seed,
-                **world,
-            )
             placement = plan_with(self.planner, goal[0] if len(goal) == 1 else goal, options)
+            if not self.all_:
+                in_use = list(others.values())[-1] if others else None
+                judgement = judge_plan(
+                    windows, options, in_use, planner=self.planner, mean=self.mean, **_tokens(contents)
+                )
         numbers = contents.layer_ids or tuple(range(windows.shape[1]))
         notes = [*contents.notes, *notes_on_previous]
         if contents.trace is not None and contents.trace.routing is not None:
-            notes.append("left `routing` unused: a plan is made from loads")
+            divided = judgement is not None and judgement.held_out.unit in ("requests", "tokens")
+            used = "only judged by `routing`" if divided else "left `routing` unused"
+            notes.append(f"{used}: a plan is made from loads")
         if len(windows) < len(load):
             notes.append(f"merged {len(load)} windows into {len(windows)} (--most-windows)")
         notes += gaps(windows, numbers)
@@ -112,9 +129,9 @@ class PlanCommand(FileOptions, WorldOptions):
             metadata = dict(contents.metadata)
             notes += write(self.out, placement, format=self.to, layer_ids=contents.layer_ids, metadata=metadata)
         bound = lower_bound(load.sum(axis=0), **world) if RULES.get(self.rule).shares_evenly else None
-        rows = compare(windows, placement, previous, self.rule)
+        rows = compare(windows, {**others, "planned": placement}, self.rule, judgement)
         request = Request(self.source, self.out, self.to, world["num_nodes"], self.groups, self.planner, self.rule)
-        found = Outcome(request, contents, windows, len(goal), numbers, placement, previous, rows, bound)
+        found = Outcome(request, contents, windows, len(goal), numbers, placement, previous, rows, bound, judgement)
         file = sys.stderr if self.out == "-" else sys.stdout
         if self.json:
             print_json({**found.summary(), "notes": notes}, file)
@@ -171,6 +188,12 @@ class PlanCommand(FileOptions, WorldOptions):
                 f"pass {name}, or --previous with the placement in use",
             )
         return ranks, slots
+
+
+def _tokens(contents: Contents) -> dict[str, npt.NDArray[np.integer] | None]:
+    """The tokens of a trace, which can be divided where there is one window."""
+    trace = contents.trace
+    return {} if trace is None else {"routing": trace.routing, "seq_start": trace.seq_start}
 
 
 command = make_command("plan", PlanCommand)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from evenmoe.quantities import par
-from evenmoe.rules import RULES
+from evenmoe.quantities import count, par, percent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,18 +17,26 @@ if TYPE_CHECKING:
     from evenmoe.formats.contents import Contents
     from evenmoe.metrics import FloatArray
     from evenmoe.placement import Placement
+    from evenmoe.planner.judging import JudgedPlan
 
 _WORST_SHOWN = 8  # layers in text; --json has them all
 
 
 @dataclass(frozen=True)
 class Row:
-    """Peak-to-average loads of one placement: (L,) of all tokens, and the mean over windows."""
+    """Peak-to-average loads (L,) of one placement.
+
+    Attributes:
+        all_tokens: of all windows together, which the plan was made from.
+        windows: the mean over these windows.
+        unseen: the mean over windows that were judged; of the plan, under that of the other windows. None without any.
+    """
 
     name: str
     slots: int
     all_tokens: FloatArray
     windows: FloatArray
+    unseen: FloatArray | None
 
     @property
     def key(self) -> str:
@@ -70,12 +77,17 @@ class Outcome:
     previous: Placement | None
     rows: list[Row]
     bound: FloatArray | None
+    judgement: JudgedPlan | None
 
     @property
-    def judged(self) -> npt.NDArray[np.bool_]:
+    def _recorded(self) -> npt.NDArray[np.bool_]:
         """(L,): the layers that enter means, which are those with tokens; all where none has any."""
-        judged: npt.NDArray[np.bool_] = self.windows.any(axis=(0, 2))  # pyright: ignore[reportAssignmentType]
-        return judged if judged.any() else ~judged
+        return _layers_with_tokens(self.windows)
+
+    @property
+    def _unseen(self) -> npt.NDArray[np.bool_]:
+        """The same, of the windows that are judged."""
+        return self._recorded if self.judgement is None else _layers_with_tokens(self.judgement.held_out.judged)
 
     @property
     def assignments(self) -> float:
@@ -84,7 +96,7 @@ class Outcome:
 
         assert self.contents.load is not None
         with np.errstate(over="ignore"):
-            return float(self.contents.load.sum() / self.judged.sum())
+            return float(self.contents.load.sum() / self._recorded.sum())
 
     @property
     def copies(self) -> npt.NDArray[np.int64] | None:
@@ -114,14 +126,17 @@ class Outcome:
             "planner": request.planner,
             "rule": request.rule,
             "assignments_per_layer": self.assignments if isfinite(self.assignments) else None,
+            "held_out": None if self.judgement is None else self._held_out(self.judgement),
+            "verdict": None if self.judgement is None else self._verdict(self.judgement),
             "par": {
                 row.key: {
-                    "all_tokens": self._rounded(row.all_tokens),
-                    "mean_of_windows": self._rounded(row.windows),
+                    "held_out": None if row.unseen is None else self._rounded(row.unseen, self._unseen),
+                    "all_tokens": self._rounded(row.all_tokens, self._recorded),
+                    "mean_of_windows": self._rounded(row.windows, self._recorded),
                 }
                 for row in self.rows
             },
-            "par_lower_bound": None if self.bound is None else self._rounded(self.bound),
+            "par_lower_bound": None if self.bound is None else self._rounded(self.bound, self._recorded),
             "replicas_per_expert": {"min": int(placement.num_replicas.min()), "max": int(placement.num_replicas.max())},
             "copies": None if copies is None else int(copies.sum()),
             "copies_per_layer": None if copies is None else copies.tolist(),
@@ -147,6 +162,7 @@ class Outcome:
             soft_wrap=True,
         )
         self._print_means(console)
+        console.print(self._judged_words, highlight=False, markup=False, soft_wrap=True)
         self._print_worst(console)
         replicas = placement.num_replicas
         console.print(f"replicas per expert: {replicas.min()} to {replicas.max()}", highlight=False)
@@ -158,30 +174,68 @@ class Outcome:
         if request.target not in (None, "-"):
             console.print(f"written: {request.target} ({request.to})", highlight=False, markup=False, soft_wrap=True)
 
-    def _mean_and_worst(self, values: FloatArray) -> tuple[float, float, int]:
-        """The mean of the layers with tokens, the worst of them, and its number."""
-        worst = int((values * self.judged).argmax())
-        return float(values[self.judged].mean()), float(values[worst]), self.numbers[worst]
+    @property
+    def _judged_words(self) -> str:
+        """What "unseen" is, and the verdict."""
+        if self.judgement is None:
+            return "in-sample only (--all): what the plan does to other tokens was not looked at"
+        unseen = f"unseen: {self.judgement.held_out.words}; in-sample, summed: planned and measured on everything"
+        return f"{unseen}\n{verdict_sentence(self.judgement, self._in_use)}"
 
-    def _rounded(self, values: FloatArray) -> dict[str, float]:
-        mean, worst, layer = self._mean_and_worst(values)
+    @property
+    def _in_use(self) -> str:
+        return self.rows[-2].name if len(self.rows) > 1 else ""
+
+    def _held_out(self, judgement: JudgedPlan) -> dict[str, object]:
+        held = judgement.held_out
+        return {"unit": held.unit, "planned": held.num_planned, "judged": held.num_judged, "description": held.words}
+
+    def _verdict(self, judgement: JudgedPlan) -> dict[str, object] | None:
+        verdict = judgement.verdict
+        if verdict is None:
+            return None
+        return {
+            "kind": verdict.kind,
+            "reason": verdict.reason or None,
+            "sentence": verdict_sentence(judgement, self._in_use),
+            "in_use": self.rows[-2].key,
+            "held_out_gain_percent": round(verdict.gain.percent, 6),
+            "held_out_gain_lower_percent": round(verdict.gain.lower, 6),
+            "held_out_gain_upper_percent": round(verdict.gain.upper, 6),
+            "blocks": verdict.gain.blocks,
+            "noise_par": round(verdict.unevenness.limit, 6),
+            "noise_par_all_tokens": round(verdict.unevenness.total_limit, 6),
+            "more_assignments": round(verdict.more_assignments, 6),
+        }
+
+    def _mean_and_worst(self, values: FloatArray, layers: npt.NDArray[np.bool_]) -> tuple[float, float, int]:
+        """The mean of the layers with tokens, the worst of them, and its number."""
+        worst = int((values * layers).argmax())
+        return float(values[layers].mean()), float(values[worst]), self.numbers[worst]
+
+    def _rounded(self, values: FloatArray, layers: npt.NDArray[np.bool_]) -> dict[str, float]:
+        mean, worst, layer = self._mean_and_worst(values, layers)
         return {"mean": round(mean, 6), "worst": round(worst, 6), "worst_layer": layer}
 
-    def _cells(self, values: FloatArray) -> tuple[str, str]:
-        mean, worst, layer = self._mean_and_worst(values)
-        return par(mean), f"{par(worst)} (layer {layer})"
+    def _mean(self, values: FloatArray) -> str:
+        return par(self._mean_and_worst(values, self._recorded)[0])
 
     def _print_means(self, console: Console) -> None:
         from rich.table import Table
 
-        table = Table(
-            *("placement", "slots", "all tokens", "worst layer", "mean of windows", "worst layer"),
-            title="peak-to-average load (1.0 is perfect), mean of layers",
-        )
+        title = "peak-to-average load (1.0 is perfect), mean of layers"
+        heads = () if self.judgement is None else ("unseen", "worst layer")
+        table = Table("placement", "slots", *heads, "in-sample", "summed", title=title)
         for row in self.rows:
-            table.add_row(row.name, str(row.slots), *self._cells(row.all_tokens), *self._cells(row.windows))
+            cells = []
+            if row.unseen is not None:
+                mean, worst, layer = self._mean_and_worst(row.unseen, self._unseen)
+                cells = [par(mean), f"{par(worst)} (layer {layer})"]
+            table.add_row(row.name, str(row.slots), *cells, self._mean(row.windows), self._mean(row.all_tokens))
         if self.bound is not None:
-            table.add_row("no placement beats", str(self.placement.num_slots), *self._cells(self.bound), "", "")
+            table.add_row(
+                "no placement beats", str(self.placement.num_slots), *("" for _ in heads), "", self._mean(self.bound)
+            )
         for column in table.columns[1:]:
             column.justify = "right"
         console.print(table)
@@ -189,14 +243,48 @@ class Outcome:
     def _print_worst(self, console: Console) -> None:
         from rich.table import Table
 
-        console.print("layers that stay the most uneven, mean of windows:")
+        unseen = self.judgement is not None
+        console.print(f"layers that stay the most uneven, mean of {'unseen ' if unseen else ''}windows:")
         table = Table("layer", *(row.name for row in self.rows))
         for column in table.columns:
             column.justify = "right"
-        planned = self.rows[-1].windows * self.judged
-        for layer in (-planned).argsort(kind="stable")[: min(_WORST_SHOWN, self.judged.sum())]:
-            table.add_row(str(self.numbers[layer]), *(par(float(row.windows[layer])) for row in self.rows))
+        shown = [row.unseen if row.unseen is not None else row.windows for row in self.rows]
+        layers = self._unseen
+        for layer in (-shown[-1] * layers).argsort(kind="stable")[: min(_WORST_SHOWN, layers.sum())]:
+            table.add_row(str(self.numbers[layer]), *(par(float(values[layer])) for values in shown))
         console.print(table)
+
+
+def verdict_sentence(judgement: JudgedPlan, in_use: str) -> str:
+    """What the evidence allows to be said, and what to do about it."""
+    verdict = judgement.verdict
+    if verdict is None:
+        return "no verdict: the experts do not divide by the ranks, so there is no default placement to compare with"
+    gain, uneven = verdict.gain, verdict.unevenness
+    shown = f"{percent(gain.percent)} ({percent(gain.lower)} to {percent(gain.upper)}, at 1 % each)"
+    sampling = f"sampling alone makes up to {par(uneven.total_limit)} of {count(round(uneven.assignments))} assignments"
+    record = f"record about {verdict.more:,.1f} times as much"
+    single = " as single windows" if judgement.held_out.unit == "assignments" else ""
+    texts = {
+        "": f"gain on unseen {judgement.held_out.unit}: the busiest rank does {gain.percent:.1f} % less than under the "
+        f"{in_use} (at least {gain.lower:.1f} %, at 1 %)",
+        "already balanced": f"no gain: the {in_use} is as even as a balanced router makes it (PAR "
+        f"{par(uneven.total_par)} of all tokens; {sampling})",
+        "nothing moves": f"no gain: the ranks' loads are those of the {in_use}; more slots could change them (--slots)",
+        "does not last": f"no gain on unseen {judgement.held_out.unit}: it is {shown}; "
+        "what the first part showed does not last",
+        "sampling noise": f"too little to judge: the {in_use} has a PAR of {par(uneven.total_par)} over all tokens, "
+        f"and {sampling} per layer; record about {count(round(verdict.more_assignments))} more{single}",
+        "too few windows": f"too little to judge: too few windows to compare; {record}",
+        "varies too much": f"too little to judge: on unseen {judgement.held_out.unit} the gain is {shown}; {record}",
+    }
+    return texts[verdict.reason]
+
+
+def _layers_with_tokens(windows: FloatArray) -> npt.NDArray[np.bool_]:
+    """(L,): layers with tokens; all where none has any."""
+    found: npt.NDArray[np.bool_] = windows.any(axis=(0, 2))  # pyright: ignore[reportAssignmentType]
+    return found if found.any() else ~found
 
 
 def merged(load: FloatArray, most: int) -> FloatArray:
@@ -221,25 +309,30 @@ def gaps(windows: FloatArray, numbers: Sequence[int]) -> list[str]:
     return notes
 
 
-def compare(windows: FloatArray, placement: Placement, previous: Placement | None, rule: str) -> list[Row]:
-    """The default placement, where the experts divide by the ranks; the previous one; the plan."""
+def compare(
+    windows: FloatArray, placements: dict[str, Placement], rule: str, judgement: JudgedPlan | None
+) -> list[Row]:
+    """One row for each placement, the plan being the last."""
     from evenmoe.metrics import mean_over_windows, peak_over_mean
+    from evenmoe.planner.judging import rank_loads_of
+
+    total = windows.sum(axis=0, keepdims=True)
+    rows = []
+    for name, each in placements.items():
+        unseen = None
+        if judgement is not None:
+            judged = judgement.held_out.judged
+            tried = judgement.placement if name == "planned" else each
+            unseen = mean_over_windows(peak_over_mean(rank_loads_of(judged, tried, rule)), judged)
+        of_windows = mean_over_windows(peak_over_mean(rank_loads_of(windows, each, rule)), windows)
+        rows.append(Row(name, each.num_slots, peak_over_mean(rank_loads_of(total, each, rule))[0], of_windows, unseen))
+    return rows
+
+
+def compared_with(load: FloatArray, num_ranks: int, previous: Placement | None) -> dict[str, Placement]:
+    """By name: the default placement, where the experts divide by the ranks; and the previous one."""
     from evenmoe.placement import default_placement
 
-    layers, experts = windows.shape[1:]
-    compared: list[tuple[str, Placement]] = []
-    if experts % placement.num_ranks == 0:
-        compared.append(("default placement", default_placement(layers, experts, placement.num_ranks)))
-    if previous is not None:
-        compared.append(("previous", previous))
-    compared.append(("planned", placement))
-    total, chosen = windows.sum(axis=0), RULES.get(rule)
-    return [
-        Row(
-            name,
-            each.num_slots,
-            peak_over_mean(chosen.rank_loads(total, each)),
-            mean_over_windows(peak_over_mean(chosen.rank_loads(windows, each)), windows),
-        )
-        for name, each in compared
-    ]
+    layers, experts = load.shape[1:]
+    found = {"default placement": default_placement(layers, experts, num_ranks)} if experts % num_ranks == 0 else {}
+    return found if previous is None else {**found, "previous": previous}

@@ -17,7 +17,7 @@ from evenmoe.cli.report import print_headline, summary_table
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.planner import PLANNERS
 from evenmoe.rules import RULES
-from evenmoe.traces.models import MODELS, ModelShape
+from evenmoe.traces.models import MODELS, ModelShape, shape_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,9 +39,9 @@ _POLICY_HELP = (
     "NAME[:key=value,...], once per policy. identity (the default placement, always compared with): rule. static: "
     "rule, slots, groups, window, pieces, planner, plan-for. greedy (published): rule, slots, groups, refresh, window. "
     "evenmoe: rule, slots, groups, refresh, window, pieces, plan-for, max-copies, target-par, "
-    "start=first|previous|scratch. oracle: rule, slots, groups, planner, plan-for. Other planners, as "
-    f"py:module:function, are policies too. Planners: {', '.join(PLANNERS)}. Rules: {', '.join(RULES)}. Without any: "
-    "all kinds."
+    "start=first|previous|scratch. oracle: rule, slots, groups, planner, plan-for. file:PATH, a placement in any "
+    "format: rule. py:module:attribute: your own planner, rule, placement or policy. Planners: "
+    f"{', '.join(PLANNERS)}. Rules: {', '.join(RULES)}. Without any: all kinds."
 )
 
 
@@ -115,7 +115,7 @@ class SimulateCommand(FileOptions, WorldOptions):
 
     def run(self) -> int:
         """Replay, write the files that were asked for, and print the tables or the object."""
-        from evenmoe.cli.trace_source import digests, find_shape
+        from evenmoe.cli.trace_source import digests
         from evenmoe.simulator.batches import Cluster
         from evenmoe.simulator.replay import simulate
         from evenmoe.simulator.store import save_simulation
@@ -128,7 +128,7 @@ class SimulateCommand(FileOptions, WorldOptions):
             from evenmoe.traces.mixing import mix_windows
 
             trace = mix_windows(trace, self.mix, self.seed)
-        model = find_shape(trace, self.model)
+        model = shape_of(trace, self.model)
         top_k = self.top_k
         if top_k is None and trace.routing is None and "top_k" not in trace.metadata and model is not None:
             top_k = model.top_k

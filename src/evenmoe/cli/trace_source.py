@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.cli.options import FileOptions
-from evenmoe.errors import ConstraintError
 from evenmoe.formats.contents import Contents
 from evenmoe.formats.reading import read_load
 from evenmoe.metrics import FloatArray, as_load
-from evenmoe.traces.models import MODELS, ModelShape, find_model
 from evenmoe.traces.trace import Trace, load_trace
 from evenmoe.traces.trace_arrays import MOST_TOKENS
 
@@ -74,45 +71,6 @@ def whole_tokens(load: FloatArray) -> npt.NDArray[np.int64]:
     if scaled.sum() >= _MOST_TOGETHER:
         scaled = np.ldexp(scaled, np.frexp(_MOST_TOGETHER / scaled.sum())[1] - 1)
     return np.rint(scaled).astype(np.int64)
-
-
-def find_shape(trace: Trace, name: str | None) -> ModelShape | None:
-    """Find the model that is named, or that the trace's metadata names, or that alone can have recorded it.
-
-    That has its experts, the experts of a token where they are known, and its layers: all of them, or else those that
-    the trace numbers. Of several the one counts whose name stands in the trace's.
-
-    >>> part = Trace("olmoe_base", np.ones((1, 2, 64), np.int64), layer_ids=np.array([0, 15]))
-    >>> find_shape(part, None).name
-    'olmoe-1b-7b'
-    """
-    if name is not None:
-        return find_model(name)
-    named = trace.metadata.get("model")
-    if isinstance(named, str):
-        try:
-            return find_model(named)
-        except ConstraintError:
-            pass  # a trace may be of a model that is not listed
-    top_k = trace.top_k if trace.top_k is not None else trace.metadata.get("top_k")
-    alike = [
-        shape for shape in MODELS.values() if shape.num_experts == trace.num_experts and top_k in (None, shape.top_k)
-    ]
-    whole = [shape for shape in alike if shape.num_layers == trace.num_layers]
-    part = [] if trace.layer_ids is None else [s for s in alike if set(trace.layer_ids.tolist()) <= set(s.layer_ids)]
-    return _only(whole, trace.name) or _only(part, trace.name)
-
-
-def _only(shapes: list[ModelShape], title: str) -> ModelShape | None:
-    """The one of these shapes, up to their names, or the one whose name begins like a part of the title."""
-    letters = re.sub("[^a-z0-9]", "", title.lower())
-    for fitting in (
-        shapes,
-        [shape for shape in shapes if re.sub("[^a-z]", "", shape.name.partition("-")[0]) in letters],
-    ):
-        if len({(shape.hidden, shape.intermediate, shape.weight_bytes, shape.top_k) for shape in fitting}) == 1:
-            return fitting[0]
-    return None
 
 
 def digests(source: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from evenmoe.evidence.hold_out import HeldOut, hold_out
 from evenmoe.evidence.noise import Unevenness, balanced_par, unevenness
 from evenmoe.evidence.paired import PairedGain, paired_gain, t_quantile
-from evenmoe.evidence.verdict import Verdict, judge, par_gain
+from evenmoe.evidence.verdict import Verdict, centered_on, judge, par_gain
 
 __all__ = [
     "HeldOut",
@@ -17,6 +17,7 @@ __all__ = [
     "Unevenness",
     "Verdict",
     "balanced_par",
+    "centered_on",
     "hold_out",
     "judge",
     "paired_gain",

@@ -32,14 +32,17 @@ class HeldOut:
     Attributes:
         planned: tokens to plan on, float64 (windows, L, E), earlier than the others.
         judged: tokens to judge on, float64 (windows, L, E).
+        compared: the same tokens in the parts whose differences are tested, float64 (parts, L, E): the judged windows
+            themselves, unless these are too few.
         unit: what was divided: "windows"; "requests" or "tokens" of a routing without windows; "assignments" of a
             single window of counts, at random.
         num_planned, num_judged: how many of these.
-        variance: how many times more `judged` may vary than its own spread shows.
+        variance: how many times more the parts may vary than their own spread shows.
     """
 
     planned: FloatArray
     judged: FloatArray
+    compared: FloatArray
     unit: Unit
     num_planned: int
     num_judged: int
@@ -91,17 +94,22 @@ def hold_out(
         return _of_tokens(routing, seq_start, tokens.shape[2])
     if len(tokens) > 1:
         last = max(1, len(tokens) // 3)
+        judged = tokens[-last:]
         if last < FEWEST_WINDOWS and tokens.shape[1] < FEWEST_LAYERS:  # nothing to compare but parts of them
-            judged, variance = _thin(tokens[-last:].sum(axis=0), _PARTS // 3), CLUSTERED
+            compared, variance = _thin(judged.sum(axis=0), _PARTS // 3), CLUSTERED
         else:
-            judged, variance = tokens[-last:], 1.0
-        return HeldOut(tokens[:-last], judged, "windows", len(tokens) - last, last, variance)
-    parts = _thin(tokens[0], _PARTS)
-    last = _PARTS // 3
-    planned, judged = parts[:-last].sum(axis=0, keepdims=True), parts[-last:]
+            compared, variance = judged, 1.0
+        return HeldOut(tokens[:-last], judged, compared, "windows", len(tokens) - last, last, variance)
+    planned, judged, parts = _two_thirds(_thin(tokens[0], _PARTS))
     layers = max(1, np.count_nonzero(tokens[0].any(axis=1)))
     sizes = [round(float(part.sum()) / layers) for part in (planned, judged)]
-    return HeldOut(planned, judged, "assignments", *sizes, variance=CLUSTERED)
+    return HeldOut(planned, judged, parts, "assignments", *sizes, variance=CLUSTERED)
+
+
+def _two_thirds(parts: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Of equal parts the first two thirds as one window, the others as one, and the others."""
+    last = parts[-(_PARTS // 3) :]
+    return parts[: -len(last)].sum(axis=0, keepdims=True), last.sum(axis=0, keepdims=True), last
 
 
 def _of_tokens(routing: npt.NDArray[np.integer], starts: npt.NDArray[np.integer] | None, num_experts: int) -> HeldOut:
@@ -119,12 +127,9 @@ def _of_tokens(routing: npt.NDArray[np.integer], starts: npt.NDArray[np.integer]
             for first, end in zip(ends[edges[:-1]], ends[edges[1:]], strict=True)
         ]
     )
-    last = _PARTS // 3
-    planned = int(edges[_PARTS - last])
+    requests = int(edges[_PARTS - _PARTS // 3])
     unit: Unit = "requests" if by_request else "tokens"
-    return HeldOut(
-        parts[:-last].sum(axis=0, keepdims=True), parts[-last:], unit, planned, len(ends) - 1 - planned
-    )  # fmt: skip
+    return HeldOut(*_two_thirds(parts), unit, requests, len(ends) - 1 - requests)
 
 
 def _counted(routing: npt.NDArray[np.integer], num_experts: int) -> FloatArray:

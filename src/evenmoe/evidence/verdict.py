@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -18,7 +18,9 @@ from evenmoe.metrics import peak_over_mean
 WORTH_PERCENT = 2.0
 
 Kind = Literal["gain", "no gain", "too little to judge"]
-Reason = Literal["", "already balanced", "does not last", "sampling noise", "too few windows", "varies too much"]
+Reason = Literal[
+    "", "already balanced", "nothing moves", "does not last", "sampling noise", "too few windows", "varies too much"
+]
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,9 @@ class Verdict:
     Attributes:
         kind: "gain" where a balanced router is ruled out *and* the paired gain is above 0, each at its level.
             Otherwise "no gain" where a gain of 2 % would have been seen, else "too little to judge".
-        reason: why there is none, "" for a gain: "already balanced" (a balanced router looks like this), "does not
-            last" (what was learned from the first part does not help in the second); "sampling noise", "too few
-            windows", "varies too much" (what hides a gain of 2 %).
+        reason: why there is none, "" for a gain: "already balanced" (a balanced router looks like this), "nothing
+            moves" (not a single difference), "does not last" (what was learned from the first part does not help in the
+            second); "sampling noise", "too few windows", "varies too much" (what hides a gain of 2 %).
         gain: the paired gain.
         unevenness: of what is in use, beside a balanced router.
         more: how many times the recording must be, to show a gain of 2 % or the one measured; 1 where it is enough.
@@ -65,6 +67,8 @@ def judge(gain: PairedGain, uneven: Unevenness) -> Verdict:
         return Verdict("too little to judge", "sampling noise", gain, uneven, (reach / WORTH_PERCENT) ** 2)
     if gain.is_significant:
         return Verdict("gain", "", gain, uneven)
+    if gain.lower == gain.upper == 0:
+        return Verdict("no gain", "nothing moves", gain, uneven)
     if gain.upper < WORTH_PERCENT:
         return Verdict("no gain", "does not last", gain, uneven)
     if not math.isfinite(gain.upper):
@@ -98,3 +102,13 @@ def par_gain(before: npt.ArrayLike, after: npt.ArrayLike, *, comparisons: int = 
         ((peak_over_mean(loads) * seen).sum(axis=axis)[kept] / seen.sum(axis=axis)[kept]) for loads in (first, second)
     ]
     return paired_gain(*pairs, comparisons=comparisons, variance=variance)
+
+
+def centered_on(gain: PairedGain, percent: float) -> PairedGain:
+    """The same limits around another estimate: that of whole windows, where only parts of them could be compared.
+
+    >>> centered_on(PairedGain(8.0, 5.0, 11.0, 8, 0.01), 10.0)
+    PairedGain(percent=10.0, lower=7.0, upper=13.0, blocks=8, level=0.01)
+    """
+    shift = percent - gain.percent
+    return replace(gain, percent=percent, lower=gain.lower + shift, upper=gain.upper + shift)

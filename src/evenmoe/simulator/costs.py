@@ -7,10 +7,10 @@ from dataclasses import MISSING, dataclass, fields, replace
 import numpy as np
 import numpy.typing as npt
 
-from evenmoe.errors import ConstraintError
+from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.metrics import FloatArray
 from evenmoe.placement import Placement
-from evenmoe.traces.models import find_model
+from evenmoe.traces.models import MODELS, ModelShape, find_model
 
 IntArray = npt.NDArray[np.int64]
 
@@ -139,6 +139,22 @@ class CostModel:
         links = np.array([self.within_bytes_per_s, self.between_bytes_per_s])
         seconds = (experts * (self.copy_bytes / links)[:, None]).max()
         return float(seconds) * MICROSECONDS + self.latency_us
+
+
+def costs_of(shape: ModelShape | None) -> CostModel:
+    """The costs of a model of this shape.
+
+    Raises:
+        MissingArgumentError: there is none.
+    """
+    if shape is None:
+        raise MissingArgumentError(
+            "costs",
+            "not given, and the trace is of no known model",
+            "must say what experts and rows cost",
+            f"name a model ({', '.join(MODELS)}), or pass a CostModel",
+        )
+    return CostModel.for_expert(shape.hidden, shape.expert_bytes, shape.expert_flops_per_token)
 
 
 def route_copies(previous: Placement, placement: Placement, ranks_per_node: int) -> tuple[IntArray, IntArray]:

@@ -15,7 +15,6 @@ are over.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar
@@ -25,13 +24,13 @@ import numpy as np
 from evenmoe.errors import ConstraintError
 from evenmoe.metrics import FloatArray
 from evenmoe.placement import Placement
-from evenmoe.planner import PLANNERS
+from evenmoe.planner import PLANNERS, Planner
 from evenmoe.planner.options import PlanOptions
 from evenmoe.planner.plan import names, plan_with, takes
 from evenmoe.rules import RULES
 from evenmoe.rules.rule import Rule
 from evenmoe.simulator.batches import Cluster
-from evenmoe.simulator.policy_text import PolicyText
+from evenmoe.simulator.policy_text import PolicyText, called
 
 _ADDS_UP = ("greedy",)  # planners that look at the sum of windows alone, so that pieces would be ignored
 
@@ -55,7 +54,7 @@ class Policy:
     sees_the_step: ClassVar[bool] = False  # and plans before every step from its own load, with free copies
 
     @classmethod
-    def keys(cls, planner: str) -> tuple[str, ...]:
+    def keys(cls, planner: str | Planner) -> tuple[str, ...]:
         """What may be given after the colon."""
         return ("rule",)
 
@@ -110,7 +109,7 @@ class Planned(Policy):
     Attributes:
         num_groups: expert groups that stay inside nodes; 1 plans across nodes.
         pieces: windows that the past steps are added up to; a plan from more than one looks at how loads vary.
-        planner: its name, or py:module:function.
+        planner: its name, py:module:function, or a function that is called as `evenmoe.plan` is.
         plan_for: name of the rule that the plan is made for.
         max_copies: of a layer in a plan that starts from the placement in use; None for no bound.
         target_par: at which such a plan stops copying, or None.
@@ -118,7 +117,7 @@ class Planned(Policy):
 
     num_groups: int = 1
     pieces: int = 1
-    planner: str = "evenmoe"
+    planner: str | Planner = "evenmoe"
     plan_for: str = "even"
     max_copies: int | None = None
     target_par: float | None = None
@@ -136,7 +135,7 @@ class Planned(Policy):
             window=text.number("window"),
             num_groups=groups,
             pieces=text.number("pieces"),
-            planner=text.planner(),
+            planner=text.find_planner(),
             plan_for=text.rule_name("plan-for", plan_for),
         )
 
@@ -163,7 +162,7 @@ class Planned(Policy):
 
     @property
     def _plan(self) -> str:
-        plan = f"The plan of {self.planner}"
+        plan = f"The plan of {called(self.planner)}"
         if self.planner == "greedy":
             plan = "The published greedy plan"
         elif self.planner == "evenmoe":
@@ -180,7 +179,7 @@ class Static(Planned):
     """Planned once, when the first window is over."""
 
     @classmethod
-    def keys(cls, planner: str) -> tuple[str, ...]:
+    def keys(cls, planner: str | Planner) -> tuple[str, ...]:
         """See `Policy.keys`."""
         return ("rule", "slots", "groups", "window", "pieces", "planner", "plan-for")
 
@@ -205,7 +204,7 @@ class Oracle(Planned):
     sees_the_step = True
 
     @classmethod
-    def keys(cls, planner: str) -> tuple[str, ...]:
+    def keys(cls, planner: str | Planner) -> tuple[str, ...]:
         """See `Policy.keys`."""
         return ("rule", "slots", "groups", "planner", "plan-for")
 
@@ -234,7 +233,7 @@ class Refreshed(Planned):
     start: str = "scratch"
 
     @classmethod
-    def keys(cls, planner: str) -> tuple[str, ...]:
+    def keys(cls, planner: str | Planner) -> tuple[str, ...]:
         """See `Policy.keys`; they follow from what the planner takes."""
         found = PLANNERS.get(planner)
         optional = {
@@ -252,7 +251,10 @@ class Refreshed(Planned):
     @classmethod
     def read(cls, text: PolicyText, cluster: Cluster, num_experts: int) -> Policy:
         """See `Policy.read`."""
-        policy, taken = super().read(text, cluster, num_experts), cls.keys(text.kind)
+        policy, taken = (
+            super().read(text, cluster, num_experts),
+            cls.keys(text.kind if text.planner is None else text.planner),
+        )
         start = text.word("start", ("first", "previous", "scratch"), "first" if "start" in taken else "scratch")
         limits = [key for key in ("max-copies", "target-par") if key in text.given]
         if start == "scratch" and limits:
@@ -319,46 +321,6 @@ def default_policies(num_slots: int, fewest: int, *, once: bool) -> tuple[str, .
 _SCHEDULES: dict[str, type[Policy]] = {"identity": Policy, "static": Static, "oracle": Oracle}
 
 
-def parse_policies(
-    texts: Sequence[str],
-    cluster: Cluster,
-    *,
-    num_experts: int,
-    num_slots: int,
-    num_groups: int = 1,
-    refresh: int,
-    window: int,
-    first: int | None = None,
-) -> tuple[Policy, ...]:
-    """The policies of a run, the first identity in front (added where there is none).
-
-    Args:
-        texts: as given to `--policy`.
-        num_slots, num_groups, refresh, window: where a policy does not say.
-        first: the step before which those plan for the first time that do not say a refresh; by default `refresh`.
-
-    Raises:
-        ConstraintError: names the policy, the key and what it may be.
-
-    >>> counts = {"num_experts": 3, "num_slots": 6, "refresh": 9, "window": 5}
-    >>> first, second = parse_policies(["greedy:rule=token"], Cluster(2), **counts)
-    >>> first.name, first.num_slots, second.rule.name, second.refresh
-    ('identity', 4, 'token', 9)
-    """
-    defaults = {"slots": num_slots, "groups": num_groups, "refresh": refresh, "window": window, "pieces": 1}
-    defaults["first"] = refresh if first is None else first
-    policies = [_read(PolicyText(text, defaults), cluster, num_experts) for text in texts]
-    baseline = next((policy for policy in policies if type(policy) is Policy), None)
-    if baseline is None:
-        baseline = Policy.read(PolicyText("identity", defaults), cluster, num_experts)
-    policies = [baseline, *(policy for policy in policies if policy is not baseline)]
-    names = [policy.name for policy in policies]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConstraintError("policy", repr(name), "must be given once", "change an option, or leave one out")
-    return tuple(policies)
-
-
 def check_policy(policy: Policy, cluster: Cluster, num_experts: int) -> None:
     """Plan one layer of equal loads, so that what the planner refuses is refused before the replay begins.
 
@@ -373,13 +335,18 @@ def check_policy(policy: Policy, cluster: Cluster, num_experts: int) -> None:
         raise ConstraintError("policy", repr(policy.name), rule, error.fix) from error
 
 
-def _read(text: PolicyText, cluster: Cluster, num_experts: int) -> Policy:
-    schedule = _SCHEDULES.get(text.kind, Refreshed)
-    if schedule is Refreshed and not text.kind.startswith("py:") and text.kind not in PLANNERS:
+def read_policy(text: PolicyText, cluster: Cluster, num_experts: int) -> Policy:
+    """The policy that a text is.
+
+    Raises:
+        ConstraintError: names the policy, the key and what it may be.
+    """
+    schedule = _SCHEDULES.get(text.kind, Refreshed) if text.planner is None else Refreshed
+    if schedule is Refreshed and text.planner is None and not text.kind.startswith("py:") and text.kind not in PLANNERS:
         names = ("identity", "static", *PLANNERS, "oracle")
-        text.fail(f"begins with {text.kind!r}, which is no policy", f"use one of {', '.join(names)}")
+        text.fail(f"begins with {text.kind!r}, which is no policy", f"use one of {', '.join(names)}, or file:PATH")
     try:
-        keys = schedule.keys(text.kind)
+        keys = schedule.keys(text.planner or text.kind)
     except ConstraintError as error:
         raise ConstraintError("policy", repr(text.whole), error.rule, error.fix) from error
     text.read_options(keys)

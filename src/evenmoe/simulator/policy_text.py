@@ -1,4 +1,7 @@
-"""A policy as it is written: NAME[:key=value,...], where the name may be py:module:function or py:file.py:function."""
+"""A policy as it is written: NAME[:key=value,...].
+
+The name may be py:module:function, py:file.py:function, or file:PATH of a placement.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
 from evenmoe.errors import ConstraintError
-from evenmoe.planner import PLANNERS
+from evenmoe.planner import PLANNERS, Planner
 from evenmoe.registry import Registry
 from evenmoe.rules import RULES
 from evenmoe.rules.rule import Rule
@@ -20,14 +23,22 @@ _OPTION = re.compile(r"(?:^|(?<=,))(?:[^,=]*=py:[^=]+?\.py(?=[:,]|$)(?::[^,]*)?|
 _LEAST = {"slots": 1, "groups": 1, "refresh": 1, "window": 1, "pieces": 1, "max-copies": 0}
 
 
-class PolicyText:
-    """A policy as written: its kind, what is given of its keys, and the defaults of the run."""
+def called(planner: str | Planner) -> str:
+    """What a planner is called, which may be a function."""
+    return planner if isinstance(planner, str) else getattr(planner, "__name__", type(planner).__name__)
 
-    def __init__(self, text: str, defaults: Mapping[str, int]) -> None:
-        self.whole, self._defaults = text, defaults
+
+class PolicyText:
+    """A policy as written: its kind, what is given of its keys, and the defaults of the run.
+
+    With a `planner`, a function, it is that function's policy, and the text is its name alone.
+    """
+
+    def __init__(self, text: str, defaults: Mapping[str, int], planner: Planner | None = None) -> None:
+        self.whole, self._defaults, self.planner = text, defaults, planner
         # A path may have colons: C:\\plans.py.
-        kind = re.match(r"py:(?:[^=]+?\.py(?=:|$)|[^:]*)(?::[^:]*)?|[^:]*", text)
-        self.kind = kind[0] if kind else text
+        kind = re.match(r"file:.*?(?=:rule=|$)|py:(?:[^=]+?\.py(?=:|$)|[^:]*)(?::[^:]*)?|[^:]*", text)
+        self.kind = kind[0] if kind and planner is None else text
         self._options = text[len(self.kind) + 1 :] if len(text) > len(self.kind) else None
         self.given: dict[str, str] = {}
 
@@ -45,8 +56,10 @@ class PolicyText:
                 self.fail(f"gives {key!r} twice", "give it once")
             self.given[key] = value
 
-    def planner(self) -> str:
-        """The name of the planner: the kind itself, or what is given for it."""
+    def find_planner(self) -> str | Planner:
+        """The planner, or its name: the kind itself, or what is given for it."""
+        if self.planner is not None:
+            return self.planner
         if self.kind in PLANNERS or self.kind.startswith("py:"):
             return self.kind
         self._named(PLANNERS, "planner", "evenmoe")

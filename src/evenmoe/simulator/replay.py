@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -13,13 +13,16 @@ from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.metrics import FloatArray
 from evenmoe.planner.options import whole_number
 from evenmoe.simulator.batches import Batches, Cluster, new_batches, recorded_part
-from evenmoe.simulator.costs import CostModel
-from evenmoe.simulator.policies import Policy, Refreshed, check_policy, default_policies, parse_policies
+from evenmoe.simulator.costs import CostModel, costs_of
+from evenmoe.simulator.fixed import ReplayedTrace
+from evenmoe.simulator.given import Policies, parse_policies
+from evenmoe.simulator.policies import Policy, Refreshed, check_policy, default_policies
 from evenmoe.simulator.policy_state import PolicyState
 from evenmoe.simulator.result import Simulation
 from evenmoe.simulator.run import Run
 from evenmoe.simulator.schedule import HORIZON, choose_refresh, make_schedule
 from evenmoe.simulator.settings import describe_settings
+from evenmoe.traces.models import ModelShape, shape_of
 from evenmoe.traces.trace import Trace
 
 Progress = Callable[[int, int], None]
@@ -30,12 +33,12 @@ _MOST_DRAWN = 100  # steps, where no token is known and their number is not give
 
 def simulate(
     trace: Trace,
-    policies: Sequence[str] | None = None,
+    policies: Policies | None = None,
     *,
     num_ranks: int,
     num_nodes: int = 1,
     tokens_per_rank: int = 128,
-    costs: CostModel,
+    costs: CostModel | ModelShape | str | None = None,
     num_slots: int | None = None,
     num_groups: int = 1,
     num_steps: int | None = None,
@@ -59,12 +62,15 @@ def simulate(
     Args:
         trace: with tokens every assignment is replayed, else counts are drawn from the loads (`simulator.batches`), of
             the windows and layers in which anything was recorded.
-        policies: as `--policy` takes them (`simulator.policies`); the first identity comes first, added if missing.
-            Default: every kind (`policies.default_policies`).
+        policies: a sequence, or a dict that names them, of texts as `--policy` takes them (`simulator.policies`;
+            "file:p.json" is a placement's file), `Placement`s, functions that are called as `evenmoe.plan` is, rules
+            (`evenmoe.rules.rule.Rule`), and `simulator.policies.Policy` objects. The first identity comes first, added
+            if missing. Default: every kind (`policies.default_policies`).
         num_ranks: G, every one of which is a source rank and holds experts.
         num_nodes: nodes that share the ranks evenly, in rank order.
         tokens_per_rank: B, tokens of one source rank in one step.
-        costs: what times are made from: `CostModel.for_model` of a known model, or figures of your own.
+        costs: what times are made from: the name or shape of a known model (`evenmoe.traces.MODELS`), or figures of
+            your own (`CostModel`). Default: of the model that the trace names, or that alone has its sizes.
         num_slots: S of policies that do not say. Default: one slot per rank more than the experts need.
         num_groups: expert groups of policies that do not say, kept inside nodes; 1 plans across nodes.
         num_steps: N. Default: as many as the trace fills once; at most 100 where only loads are known.
@@ -75,7 +81,7 @@ def simulate(
         copy_overlap: whether experts are copied beside the steps, the old placement serving until all are there; else
             steps wait for the copies.
         chunk: consecutive tokens that one request gives to a step; divides the tokens per rank, which is the default.
-        top_k: experts per token; needed for traces that do not say.
+        top_k: experts per token; needed for traces that do not say and are of no known model.
         seed: of draws and planners, 0 or more.
         workers: threads. Default: one per processor. The result does not depend on it.
         details: whether to keep the loads of every rank in every step and layer.
@@ -83,7 +89,8 @@ def simulate(
 
     Raises:
         ConstraintError: a trace or costs of another type, counts that do not go together, or a policy that cannot be.
-        MissingArgumentError: a trace without tokens or `top_k`.
+        UnsupportedTypeError: something that is no policy.
+        MissingArgumentError: a trace without tokens or `top_k`; or of no known model, without costs.
 
     One request of two tokens on two ranks of one expert each; both tokens want expert 0:
 
@@ -96,33 +103,30 @@ def simulate(
     if not isinstance(trace, Trace):
         rule, fix = "must be an evenmoe.Trace", "read a trace file with evenmoe.traces.load_trace"
         raise ConstraintError("trace", f"{str(trace)[:60]!r} of type {type(trace).__name__}", rule, fix)
-    if not isinstance(costs, CostModel):
-        rule = "must be an evenmoe.simulator.costs.CostModel"
-        fix = "use CostModel.for_model of a known model, or CostModel.for_expert of an expert's sizes"
+    if costs is not None and not isinstance(costs, CostModel | ModelShape | str):
+        rule, fix = "must be a CostModel, or a model's name or shape", "name a model, or state your own figures"
         raise ConstraintError("costs", f"{str(costs)[:60]!r} of type {type(costs).__name__}", rule, fix)
     cluster = Cluster(num_ranks, num_nodes, tokens_per_rank)
-    trace, empty_windows, left_out = recorded_part(trace)
+    given, shape = trace, None
+    if not isinstance(costs, CostModel):
+        shape = shape_of(trace, costs)
+        costs = costs_of(shape)
+    trace, empty_windows, left_out = recorded_part(given)
     chunk = _check_chunk(chunk, cluster)
-    top_k = _find_top_k(trace, top_k)
+    top_k = _find_top_k(trace, top_k, shape)
     recorded = _recorded_tokens(trace, top_k)
     num_steps = _find_steps(trace, cluster, recorded, num_steps)
     schedule = make_schedule(num_steps, refresh, window, horizon, copy_overlap)
     fewest = cluster.fewest_slots(trace.num_experts)
     num_slots = fewest + num_ranks if num_slots is None else whole_number("num_slots", num_slots, 1)
-    if policies is not None:
-        texts = None if isinstance(policies, str) or not isinstance(policies, Iterable) else list(policies)
-        if texts is None or not all(isinstance(text, str) for text in texts):
-            raise ConstraintError(
-                "policies", repr(policies), "must be a sequence of texts", "put each policy in a list"
-            )
-        policies = texts
+    replayed = ReplayedTrace.of(given, trace)
     num_groups = whole_number("num_groups", num_groups, 1)
     seed = whole_number("seed", seed, 0)
     workers = (os.cpu_count() or 1) if workers is None else whole_number("workers", workers, 1)
 
-    def read(texts: Sequence[str]) -> tuple[Policy, ...]:
+    def read(policies: Policies) -> tuple[Policy, ...]:
         return parse_policies(
-            tuple(texts),
+            policies,
             cluster,
             num_experts=trace.num_experts,
             num_slots=num_slots,
@@ -130,6 +134,7 @@ def simulate(
             refresh=schedule.refresh,
             window=schedule.window,
             first=schedule.first,
+            replayed=replayed,
         )
 
     def replay(chosen: Sequence[Policy], steps: int, warmup: int, progress: Progress | None) -> _Replayed:
@@ -186,9 +191,11 @@ def simulate(
     )
 
 
-def _find_top_k(trace: Trace, top_k: int | None) -> int:
+def _find_top_k(trace: Trace, top_k: int | None, shape: ModelShape | None) -> int:
     known = trace.top_k if trace.top_k is not None else trace.metadata.get("top_k")
     if known is None:
+        if top_k is None and shape is not None:
+            top_k = shape.top_k
         if top_k is None:
             raise MissingArgumentError(
                 "top_k", "not given", "is needed for a trace without tokens", "say how many experts a token has"

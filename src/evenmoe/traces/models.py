@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 
 from evenmoe.errors import ConstraintError
+from evenmoe.traces.trace import Trace
 
 _BF16, _FP8 = 2.0, 1.0
 _MXFP4 = 17 / 32  # 32 weights of 4 bits share a scale of 8 bits
@@ -157,3 +159,53 @@ llama-4-scout, llama-4-maverick, mixtral-8x7b, olmoe-1b-7b, qwen3-30b-a3b, qwen3
         near = difflib.get_close_matches(wanted, [*MODELS, *ALIASES], n=1, cutoff=0)
         raise ConstraintError("model", repr(name), f"must be one of {', '.join(MODELS)}", f"the nearest is {near[0]}")
     return shape
+
+
+def shape_of(trace: Trace, model: ModelShape | str | None = None) -> ModelShape | None:
+    """The shape of a trace's model: as given, or as the trace names it, or of the only one that can have recorded it.
+
+    That has its experts, the experts of a token where they are known, and its layers: all of them, or else those that
+    the trace numbers. Of several the one counts whose name stands in the trace's.
+
+    Args:
+        model: as it is given; a name is looked up.
+
+    Returns:
+        None where nothing says it.
+
+    Raises:
+        ConstraintError: a name that is not known.
+
+    >>> part = Trace("olmoe_base", np.ones((1, 2, 64), np.int64), layer_ids=np.array([0, 15]))
+    >>> shape_of(part).name
+    'olmoe-1b-7b'
+    """
+    if isinstance(model, ModelShape):
+        return model
+    if model is not None:
+        return find_model(model)
+    named = trace.metadata.get("model")
+    if isinstance(named, str):
+        try:
+            return find_model(named)
+        except ConstraintError:
+            pass  # a trace may be of a model that is not listed
+    top_k = trace.top_k if trace.top_k is not None else trace.metadata.get("top_k")
+    alike = [
+        shape for shape in MODELS.values() if shape.num_experts == trace.num_experts and top_k in (None, shape.top_k)
+    ]
+    whole = [shape for shape in alike if shape.num_layers == trace.num_layers]
+    part = [] if trace.layer_ids is None else [s for s in alike if set(trace.layer_ids.tolist()) <= set(s.layer_ids)]
+    return _only(whole, trace.name) or _only(part, trace.name)
+
+
+def _only(shapes: list[ModelShape], title: str) -> ModelShape | None:
+    """The one of these shapes, up to their names, or the one whose name begins like a part of the title."""
+    letters = re.sub("[^a-z0-9]", "", title.lower())
+    for fitting in (
+        shapes,
+        [shape for shape in shapes if re.sub("[^a-z]", "", shape.name.partition("-")[0]) in letters],
+    ):
+        if len({(shape.hidden, shape.intermediate, shape.weight_bytes, shape.top_k) for shape in fitting}) == 1:
+            return fitting[0]
+    return None
