@@ -305,8 +305,8 @@ def test_what_is_no_whole_number(name):
         ({"trace": np.ones((2, 3))}, "of type ndarray: it must be an evenmoe.Trace; read a trace file with"),
         (
             {"costs": 5},
-            "`costs` is '5' of type int: it must be a CostModel, or a model's name or shape; name a model, or state your "
-            "own figures.",
+            "`costs` is '5' of type int: it must be a CostModel, or a model's name or shape; name a model, or state "
+            "your own figures.",
         ),
         ({"policies": 5}, "`policies` is of type int: it must be a sequence or a dict of policies; put each policy in"),
         (
