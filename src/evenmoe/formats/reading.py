@@ -132,16 +132,24 @@ def check(source: str | Path, options: ReadOptions | None = None, **fields: obje
 
 
 def read_placement(
-    source: str | Path, options: ReadOptions, *, argument: str | None = None, ranks_matter: bool = True
+    source: str | Path,
+    options: ReadOptions,
+    *,
+    argument: str | None = None,
+    ranks_matter: bool = True,
+    own_ranks: bool = False,
 ) -> Contents:
     """As `read`, of what must be a placement; errors call it `argument`, where it is that of an option.
 
-    Without `ranks_matter` a file that does not say how slots divide among ranks is read as one rank's.
+    With `own_ranks` the number of ranks is for files that do not say it, and others may have another. Without
+    `ranks_matter` a file that does not say how slots divide among ranks is read as one rank's.
 
     Raises:
         ConstraintError: it is a load.
     """
     document, format, raw = open_placement(source, options, argument)
+    if own_ranks and raw.rank_sizes is not None:
+        options = dataclasses.replace(options, num_ranks=None)
     if not ranks_matter and raw.rank_sizes is None:
         options = dataclasses.replace(options, num_ranks=options.num_ranks or 1)
     return contents_of(document, format, raw, options)
