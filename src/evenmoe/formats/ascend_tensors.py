@@ -16,12 +16,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from evenmoe.errors import ConstraintError
 from evenmoe.formats.catalogue import ENTRIES, Format
 from evenmoe.formats.contents import Finding, IntArray, Load, RawLoad, RawPlacement, ReadOptions, WriteOptions
 from evenmoe.formats.document import Document
 from evenmoe.formats.omni import is_pattern
-from evenmoe.formats.values import array_bytes, arrays_bytes, one_window, slots_of
+from evenmoe.formats.values import array_bytes, arrays_bytes, one_window, slots_by_rank
 from evenmoe.io import Value
 from evenmoe.placement import Placement
 
@@ -73,19 +72,10 @@ def _read_slot_map(document: Document, options: ReadOptions) -> RawPlacement:
 
 
 def _write_slot_map(value: Placement, options: WriteOptions) -> bytes:
-    slots = slots_of(value, options).reshape(value.num_layers, value.num_ranks, value.slots_per_rank)
+    slots = slots_by_rank(value, "slot-map", options)
     table = np.full((value.num_layers, value.num_ranks, value.num_experts), -1, np.int32)
     layer, rank, position = np.indices(slots.shape)
     table[layer, rank, slots] = position
-    doubled = np.argwhere(table[layer, rank, slots] != position)
-    if len(doubled):
-        layer, rank, position = doubled[0].tolist()
-        raise ConstraintError(
-            "value",
-            f"a placement with expert {slots[layer, rank, position]} twice on rank {rank} in layer {layer}",
-            "must hold an expert at most once on a rank for slot-map",
-            "give one of the slots to another expert, or use another format",
-        )
     return array_bytes(table, options.container)
 
 

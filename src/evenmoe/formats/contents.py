@@ -55,7 +55,8 @@ class ReadOptions:
     Attributes:
         num_ranks: ranks that share the slots, where the file does not say (`Format.stores_ranks`).
         num_experts: logical experts; default: the largest id + 1. Needed where the last experts may be missing.
-        num_layers: MoE layers, where a file appends dump after dump or keeps one list for all layers.
+        num_layers: MoE layers, where a file appends dump after dump or keeps one list for all layers; hidden layers,
+            dense ones counted, of SGLang's `routed_experts`, which have no shape.
         num_slots: slots of "trivial"; default: one per expert.
         shared_devices: devices of an Ascend map that hold only the shared expert; default: detected automatically.
         placement: the one in use when a load per slot was recorded, where the file does not hold it. The counts of an

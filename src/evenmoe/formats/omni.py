@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from evenmoe.errors import ConstraintError
 from evenmoe.formats.catalogue import ENTRIES, Format
 from evenmoe.formats.contents import RawPlacement, ReadOptions, WriteOptions
 from evenmoe.formats.document import Document
-from evenmoe.formats.values import array_bytes, slots_of
+from evenmoe.formats.values import array_bytes, slots_by_rank
 from evenmoe.placement import Placement
 
 
@@ -47,19 +46,10 @@ def _read(document: Document, options: ReadOptions) -> RawPlacement:
 
 
 def _write(value: Placement, options: WriteOptions) -> bytes:
-    slots = slots_of(value, options).reshape(value.num_layers, value.num_ranks, value.slots_per_rank)
+    slots = slots_by_rank(value, "omni-pattern", options)
     pattern = np.zeros((value.num_ranks, value.num_layers, value.num_experts), np.int32)
     layer, rank, _ = np.indices(slots.shape)
-    np.add.at(pattern, (rank, layer, slots), 1)
-    doubled = np.argwhere(pattern > 1)
-    if len(doubled):
-        one, row, expert = doubled[0].tolist()
-        raise ConstraintError(
-            "value",
-            f"a placement with expert {expert} twice on rank {one} in layer {row}",
-            "must hold an expert at most once on a rank for omni-pattern",
-            "give one of the slots to another expert, or use another format",
-        )
+    pattern[rank, layer, slots] = 1
     if (np.diff(slots, axis=2) < 0).any():
         options.notes.append("left out the order of slots within ranks: the program sorts the experts of a device")
     if options.container == "text":

@@ -156,6 +156,25 @@ def slots_of(value: Placement, options: WriteOptions) -> np.ndarray:
     return value.slot_to_expert
 
 
+def slots_by_rank(value: Placement, format: str, options: WriteOptions) -> np.ndarray:
+    """As `slots_of`, int32 (L, ranks, slots of a rank), for a format that holds an expert at most once on a rank.
+
+    Raises ConstraintError where one is there twice.
+    """
+    slots = slots_of(value, options).reshape(value.num_layers, value.num_ranks, value.slots_per_rank)
+    ordered = np.sort(slots, axis=2)
+    twice = np.argwhere(ordered[:, :, 1:] == ordered[:, :, :-1])
+    if len(twice):
+        layer, rank, position = twice[0].tolist()
+        raise ConstraintError(
+            "value",
+            f"a placement with expert {ordered[layer, rank, position]} twice on rank {rank} in layer {layer}",
+            f"must hold an expert at most once on a rank for {format}",
+            "give one of the slots to another expert, or use another format",
+        )
+    return slots
+
+
 def array_bytes(array: np.ndarray, container: str) -> bytes:
     """`array` as a .pt of one tensor, or as .npy."""
     return _torch_bytes(array) if container == "pt" else npy_bytes(array)

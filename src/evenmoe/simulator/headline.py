@@ -37,7 +37,8 @@ class Headline:
         details: further sentences: with and without more slots, with the rules that engines have, what to do.
         measured_on: a sentence.
         policy: the one that is recommended, or that comes nearest to a gain; the first, if it is alone.
-        net_gain_percent: its gain in time per step, copying included.
+        net_gain_percent: its gain in time per step, copying included; this and those of other policies are nan where
+            nothing was judged.
         lower_percent, upper_percent: one-sided limits of it, together wrong for any policy in one case of a hundred.
         fastest_policy, fastest_net_gain_percent: the least time per step, whatever the memory.
         rearranged_policy, rearranged_net_gain_percent: the least of those without more memory; None if there is none.
@@ -84,19 +85,18 @@ class Candidate:
 
     @property
     def percent(self) -> float:
-        return self.summary.net_gain_percent
+        return self.summary.net_gain_percent if self.gain.blocks else math.nan
 
 
 def find_headline(simulation: Simulation, summaries: Sequence[PolicySummary]) -> Headline:
     """The headline of a replay, whose policies have these figures."""
     candidates = _candidates(simulation, summaries)
-    uneven = _unevenness(simulation)
     best: Candidate | None = None
     verdict: Verdict | None = None
     if candidates and simulation.num_judged_steps:
         shown = [candidate for candidate in candidates if candidate.gain.is_significant]
         fastest = min(shown or candidates, key=lambda candidate: candidate.summary.net_time_us)
-        verdict = judge(fastest.gain, uneven)
+        verdict = judge(fastest.gain, _unevenness(simulation))
         best = _recommended(shown, fastest) if verdict.kind == "gain" else fastest
     wanted = _to_record(simulation, verdict) if candidates else (None, None)
     text = words(simulation, summaries, candidates, best, verdict, *wanted)
@@ -129,6 +129,9 @@ def find_headline(simulation: Simulation, summaries: Sequence[PolicySummary]) ->
 
 def _candidates(simulation: Simulation, summaries: Sequence[PolicySummary]) -> list[Candidate]:
     chosen = [n for n, summary in enumerate(summaries) if n and not summary.sees_future]
+    if not simulation.num_judged_steps:
+        nothing = PairedGain(math.nan, -math.inf, math.inf, 0, LEVEL)
+        return [Candidate(summaries[n], np.zeros(0), nothing, nothing) for n in chosen]
     base, step = simulation.policies[0], simulation.judged
     before, alone = _by_evidence(simulation, simulation.net_times(base)), _by_evidence(simulation, base.step_time[step])
     variance = CLUSTERED if _is_thinned(simulation) else 1.0
