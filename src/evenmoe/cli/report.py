@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from typer import Argument, Option
 
-from evenmoe.cli.options import Command, completed, make_command, out_option, print_json
+from evenmoe.cli.options import Command, check_no_stream, completed, make_command, out_option, print_json
 from evenmoe.errors import ConstraintError
 from evenmoe.report.look import FORMATS, WIDTH, Look
 
@@ -56,6 +56,8 @@ class ReportCommand(Command):
         from evenmoe.simulator.store import load_simulation
 
         look = self._look()
+        check_no_stream("--out", self.out)
+        check_no_stream("--figures", self.figures)
         simulation = load_simulation(self.simulation)
         if self.out.exists() and self.out.samefile(self.simulation):
             raise ConstraintError("--out", self.out, "must not be the input", "name another file")

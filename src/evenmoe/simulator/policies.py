@@ -251,10 +251,7 @@ class Refreshed(Planned):
     @classmethod
     def read(cls, text: PolicyText, cluster: Cluster, num_experts: int) -> Policy:
         """See `Policy.read`."""
-        policy, taken = (
-            super().read(text, cluster, num_experts),
-            cls.keys(text.find_planner()),
-        )
+        policy, taken = super().read(text, cluster, num_experts), cls.keys(text.find_planner())
         start = text.word("start", ("first", "previous", "scratch"), "first" if "start" in taken else "scratch")
         limits = [key for key in ("max-copies", "target-par") if key in text.given]
         if start == "scratch" and limits:
