@@ -69,6 +69,9 @@ def test_sizes_that_do_not_fit(sizes, shown):
 
 def test_what_needs_even_slots_says_so():
     placement = Placement([[0, 1, 2]], 2, rank_sizes=[2, 1])
+    for needs_even in (lambda: placement.eplb_table(0), lambda: placement.eplb_array(0)):
+        with pytest.raises(ConstraintError, match="must have the same number of slots on every rank here"):
+            needs_even()
     with pytest.raises(ConstraintError) as caught:
         _ = placement.slots_per_rank
     assert str(caught.value) == (
@@ -80,9 +83,9 @@ def test_what_needs_even_slots_says_so():
 @settings(max_examples=60, deadline=None)
 @given(uneven())
 def test_ranks_and_copies_of_it(placement):
-    for twin in (pickle.loads(pickle.dumps(placement)), copy.deepcopy(placement), layers_of(placement, [0, 1])):
-        assert twin == placement
-        assert hash(twin) == hash(placement)
+    for again in (pickle.loads(pickle.dumps(placement)), copy.deepcopy(placement), layers_of(placement, [0, 1])):
+        assert again == placement
+        assert hash(again) == hash(placement)
     for layer in range(2):
         rows = rows_of(placement, layer)
         assert placement.slot_to_rank.tolist() == [rank for rank, row in enumerate(rows) for _ in row]

@@ -183,6 +183,9 @@ class Placement:
         """The operator's table of one layer: torch.int32 (E, F), row `e` = [count, slot ids…, 0 padding].
 
         F = 1 + the largest replica count of any layer, so all layers of a placement share one shape.
+
+        Raises:
+            ConstraintError: ranks with different numbers of slots, which the operators do not know.
         """
         import torch  # not at the top: planning and `--help` need no torch
 
@@ -194,6 +197,7 @@ class Placement:
         >>> Placement([[0, 1, 0, 2]], num_ranks=2).eplb_array(0).tolist()
         [[2, 0, 2], [1, 1, 0], [1, 3, 0]]
         """
+        _ = self.slots_per_rank  # whoever uses a table takes slot s for one of rank s // (S / ranks)
         table = np.zeros((self.num_experts, 1 + int(self.num_replicas.max())), np.int32)
         table[:, 0] = self.num_replicas[layer]
         table[self.slot_to_expert[layer], 1 + self.replica_index[layer]] = np.arange(self.num_slots, dtype=np.int32)
@@ -226,7 +230,7 @@ class Placement:
         )
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (self.slot_to_expert, self.num_ranks, self.num_experts, self.replica_index, self.rank_sizes)
+        return _rebuild, (self.slot_to_expert, self.num_experts, self.replica_index, self.rank_sizes)
 
 
 def default_placement(num_layers: int, num_experts: int, num_ranks: int, num_slots: int | None = None) -> Placement:
@@ -307,10 +311,8 @@ def held_by_rank(slots: npt.NDArray[np.integer], num_ranks: int, num_experts: in
     return held
 
 
-def _rebuild(
-    slots: IntArray, num_ranks: int, num_experts: int, order: IntArray, rank_sizes: tuple[int, ...] | None = None
-) -> Placement:
-    return Placement(slots, num_ranks, num_experts=num_experts, replica_index=order, rank_sizes=rank_sizes)
+def _rebuild(slots: IntArray, num_experts: int, order: IntArray, sizes: tuple[int, ...]) -> Placement:
+    return Placement(slots, len(sizes), num_experts=num_experts, replica_index=order, rank_sizes=sizes)
 
 
 def _checked_sizes(given: object, num_ranks: int, num_slots: int) -> tuple[int, ...]:

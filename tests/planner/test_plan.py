@@ -42,7 +42,11 @@ PLAIN = {"num_ranks": 4, "num_slots": 28}
         ({"seed": -1}, "seed", "at least 0"),
         ({"rule": "random"}, "rule", f"'random': it must be one of {', '.join(RULES)}"),
         ({"previous": [[0, 1]]}, "previous", "of type list: it must be a Placement"),
-        ({"previous": em.plan(LOAD, num_ranks=4, num_slots=32)}, "previous", "32 slots, 4 ranks: .* 28 slots, 4 ranks"),
+        (
+            {"previous": em.plan(LOAD, num_ranks=4, num_slots=32), "rule": "batch"},
+            "previous",
+            "4 ranks, 8 x4 slots: it must be of the same ranks and slots to plan for a rule",
+        ),
         ({"previous": USED, "max_copies": -1}, "max_copies", "at least 0"),
         ({"previous": USED, "max_copies": 1.5}, "max_copies", "whole number"),
         ({"max_copies": 3}, "max_copies", "needs `previous`"),

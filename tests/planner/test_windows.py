@@ -151,7 +151,7 @@ def test_tiny_cases_are_solved(num_experts: int, num_ranks: int, width: int, see
 def test_the_search_ends_when_nothing_helps() -> None:
     windows = np.array([[1.0, 0.5, 0.3, 0.2]])
     slots = np.arange(4)
-    search(soft_peak_state(windows, np.zeros(4), 2, 4), 3.0, 10**15, 50, np.array([1], np.uint64), slots)
+    search(soft_peak_state(windows, np.zeros(4), 2, 4, 4), 3.0, 10**15, 50, np.array([1], np.uint64), slots)
     assert sorted(map(sorted, slots.reshape(2, 2).tolist())) == [[0, 3], [1, 2]]
 
 

@@ -188,7 +188,6 @@ class WorldOptions(Command):
     nodes: Annotated[int | None, Option(help="Nodes. Default: of 8 ranks each where that divides, else 1.", min=1)] = (
         None
     )
-    slots: Annotated[int | None, Option(help="Total slots, over all ranks.", min=1)] = None
     groups: Annotated[int, Option(help="Expert groups, each kept inside a node; 1 for none.", min=1)] = 1
 
     def num_nodes(self, ranks: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from evenmoe.cli.options import (
     completed,
     find_format,
     make_command,
+    numbers_of,
     out_option,
     print_json,
     print_notes,
@@ -48,12 +50,19 @@ class PlanCommand(FileOptions, WorldOptions):
     `-` as output the summary goes to standard error. Exit codes: 0 done; 2 a file or an option is wrong.
     """
 
+    words: ClassVar = {"dead_ranks": "--dead"}
     epilog: ClassVar = "Formats of placements: " + ", ".join(_PLACEMENT_FORMATS)
 
     source: Annotated[str, Argument(help="Load or trace in any format, a folder, or `-` for standard input.")]
     out: Annotated[str | None, out_option("Placement to write, `-` for standard output. Default: none.")] = None
     ranks: Annotated[
         int | None, Option(help="Expert-parallel ranks. Default of --ranks and --slots: those of --previous.", min=1)
+    ] = None
+    slots: Annotated[
+        str | None, Option(help="Total slots, over all ranks; or the slots of each rank: 9,9,8,8.", metavar="NUMBERS")
+    ] = None
+    dead: Annotated[
+        str | None, Option(help="Ranks that get no expert, 3,7 or 8-15: their slots are lost, the others keep theirs.")
     ] = None
     planner: Annotated[
         str,
@@ -87,13 +96,14 @@ class PlanCommand(FileOptions, WorldOptions):
         from evenmoe.metrics import as_load, within_range
         from evenmoe.planner.bound import lower_bound
         from evenmoe.planner.judging import judge_plan
-        from evenmoe.planner.options import PlanOptions
+        from evenmoe.planner.options import PlanOptions, without_dead
         from evenmoe.planner.plan import plan_with
 
         self._check_target()
         contents = read_load(self.source, self.read_options())
         previous, notes_on_previous = self._read_previous(contents)
-        ranks, slots = self._sizes(previous)
+        ranks, given = self._sizes(previous)
+        slots = without_dead(ranks, given, numbers_of("--dead", self.dead))
         world = {"num_ranks": ranks, "num_slots": slots, "num_nodes": self.num_nodes(ranks), "num_groups": self.groups}
         assert contents.load is not None
         load = within_range(as_load(contents.load))
@@ -125,6 +135,11 @@ class PlanCommand(FileOptions, WorldOptions):
         if len(windows) < len(load):
             notes.append(f"merged {len(load)} windows into {len(windows)} (--most-windows)")
         notes += gaps(windows, numbers)
+        active = [sum(map(bool, each.rank_sizes)) for each in (previous or placement, placement)]
+        if active[0] != active[1]:
+            notes.append(
+                f"PAR is over the mean of the ranks that hold experts, {active[0]} before and {active[1]} after"
+            )
         if self.out is not None:
             metadata = dict(contents.metadata)
             notes += write(self.out, placement, format=self.to, layer_ids=contents.layer_ids, metadata=metadata)
@@ -160,7 +175,7 @@ class PlanCommand(FileOptions, WorldOptions):
 
         assert contents.load is not None
         known = ReadOptions(num_ranks=self.ranks, num_experts=contents.load.shape[-1])
-        found = read_placement(self.previous, known, argument="--previous")
+        found = read_placement(self.previous, known, argument="--previous", own_ranks=True)
         assert found.placement is not None
         notes = ["the MTP layer of --previous is no part of the plan"] if MTP_LAYERS in found.metadata else []
         ours, theirs = contents.layer_ids, found.layer_ids
@@ -176,9 +191,11 @@ class PlanCommand(FileOptions, WorldOptions):
         # Dense layers have rows in some formats, and a load may be of some layers only.
         return layers_of(found.placement, [theirs.index(number) for number in ours]), notes
 
-    def _sizes(self, previous: Placement | None) -> tuple[int, int]:
+    def _sizes(self, previous: Placement | None) -> tuple[int, int | list[int]]:
         ranks = self.ranks or (None if previous is None else previous.num_ranks)
-        slots = self.slots or (None if previous is None else previous.num_slots)
+        slots = None if self.slots is None else _slots(self.slots)
+        if slots is None and previous is not None:
+            slots = _slots_like(previous, ranks or 1)
         if ranks is None or slots is None:
             name = "--ranks" if ranks is None else "--slots"
             raise MissingArgumentError(
@@ -188,6 +205,26 @@ class PlanCommand(FileOptions, WorldOptions):
                 f"pass {name}, or --previous with the placement in use",
             )
         return ranks, slots
+
+
+def _slots(text: str) -> int | list[int]:
+    """The number of all slots, or those of each rank, that --slots gives.
+
+    >>> _slots("72"), _slots("9,9,8,8")
+    (72, [9, 9, 8, 8])
+    """
+    numbers = text.split(",")
+    if not all(re.fullmatch(r"\s*\d{1,9}\s*", number) for number in numbers):
+        rule, fix = "must be a number, or one for each rank", "write 72, or 9,9,8,8"
+        raise ConstraintError("--slots", repr(text), rule, fix)
+    return int(text) if len(numbers) == 1 else [int(number) for number in numbers]
+
+
+def _slots_like(previous: Placement, ranks: int) -> int | list[int]:
+    """The slots of the placement in use; on more or fewer ranks, as many on each as the widest had there."""
+    if ranks == previous.num_ranks:
+        return previous.num_slots if previous.is_even else list(previous.rank_sizes)
+    return max(previous.rank_sizes) * ranks
 
 
 def _tokens(contents: Contents) -> dict[str, npt.NDArray[np.integer] | None]:

@@ -147,15 +147,18 @@ class Outcome:
     def print_on(self, console: Console) -> None:
         """Print the same as text."""
         request, contents, placement, copies = self.request, self.contents, self.placement, self.copies
+        from evenmoe.placement import sizes_text
+
         assert contents.load is not None
         empty = f" ({contents.empty_windows} empty ones left out)" if contents.empty_windows else ""
         by = "" if request.planner == "evenmoe" else f"by {request.planner} "
         count = self.assignments
         shown = "more than 1.8e308" if not isfinite(count) else f"{count:,.0f}" if count < 1e15 else f"{count:.3g}"
+        uneven = "" if placement.is_even else f" ({sizes_text(placement.rank_sizes)})"
         console.print(
             f"{request.source} ({contents.format}): {contents.load.shape[0]} windows{empty}, "
             f"{placement.num_layers} layers, {placement.num_experts} experts, {shown} assignments per layer\n"
-            f"{placement.num_ranks} ranks, {placement.num_slots} slots, rule {request.rule}; "
+            f"{placement.num_ranks} ranks, {placement.num_slots} slots{uneven}, rule {request.rule}; "
             f"planned {by}on {self.num_planned} {'window' if self.num_planned == 1 else 'windows'}",
             highlight=False,
             markup=False,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 from evenmoe.metrics import FloatArray, as_load, within_range
 from evenmoe.planner.hierarchical import MOST_PACKINGS, all_packings, best_packings, count_packings, group_members
 from evenmoe.planner.kernels.bound import lower_bounds, search_exhaustively
-from evenmoe.planner.options import Shape, check_shape
+from evenmoe.planner.options import Shape, check_shape, sizes_of
+from evenmoe.planner.slots import Padding
 
 # The exhaustive search sharpens the bound of layers up to this size, for a millisecond each: it proves the optimum
 # of Mixtral's shape (8 experts, 16 slots) in about 3,000 nodes.
@@ -18,14 +21,16 @@ ROUNDING = 1e-9
 
 
 def lower_bound(
-    load: npt.ArrayLike, *, num_ranks: int, num_slots: int, num_nodes: int = 1, num_groups: int = 1
+    load: npt.ArrayLike, *, num_ranks: int, num_slots: int | Sequence[int], num_nodes: int = 1, num_groups: int = 1
 ) -> FloatArray:
     """A peak-to-average load that no placement can beat when every replica takes an even share of its expert.
 
     Args:
         load: tokens per logical expert, (L, E) or (T, L, E); every window is bounded by itself.
         num_ranks: G.
-        num_slots: S, at least E and a multiple of G; w = S / G slots per rank.
+        num_slots: S, at least E and a multiple of G; w = S / G slots per rank. Or the slots of each rank: the bound is
+            then that of ranks as wide as the widest, with an expert without load for each slot more, wherever it is.
+            Ranks without slots are left out of the mean.
         num_nodes: nodes that share the ranks evenly.
         num_groups: groups of experts, each kept inside a node where there are several of both.
 
@@ -76,8 +81,12 @@ def lower_bound(
     tokens = as_load(load)
     shape = check_shape(tokens.shape[-1], num_ranks, num_slots, num_nodes, num_groups)
     rows = within_range(tokens.reshape(-1, shape.num_experts))
-    mean = rows.sum(axis=1) / shape.num_ranks
-    peaks = _floors(rows, shape.num_ranks, shape.num_slots)
+    padding = Padding(tuple(size for size in sizes_of(shape) if size), shape.num_experts)
+    num_ranks = len(padding.rank_sizes)
+    mean = rows.sum(axis=1) / num_ranks
+    # On a rank with more slots than experts replicas repeat, of which the conditions say nothing.
+    narrow = shape.rank_sizes is None or padding.width <= shape.num_experts
+    peaks = _floors(padding.load(rows), num_ranks, padding.num_slots) if narrow else mean
     if shape.is_hierarchical:
         peaks = np.maximum(peaks, _node_floors(rows, shape))
     bound = np.divide(peaks * (1 - ROUNDING), mean, out=np.ones_like(mean), where=mean > 0)

@@ -13,7 +13,7 @@ from evenmoe.planner.kernels.bound import lower_bounds, search_exhaustively
 from evenmoe.planner.kernels.packing import pack_layers
 from evenmoe.planner.kernels.soft_peak import SoftPeak, search
 from evenmoe.planner.kernels.swaps import even_layers, refine
-from evenmoe.planner.slots import even_par, named, random_state, take
+from evenmoe.planner.slots import Padding, even_par, named, random_state, take
 
 # One load per layer: counts and packing together.
 
@@ -30,7 +30,9 @@ LONGER_SEARCH = 20_000
 PROVABLE, SMALL = 24, 32
 
 
-def plan_static(load: FloatArray, num_ranks: int, num_slots: int, seed: int = 0) -> IntArray:
+def plan_static(
+    load: FloatArray, num_ranks: int, num_slots: int, seed: int = 0, sizes: tuple[int, ...] | None = None
+) -> IntArray:
     """The slots of a placement for one load per layer, every replica taking an even share.
 
     Args:
@@ -38,6 +40,7 @@ def plan_static(load: FloatArray, num_ranks: int, num_slots: int, seed: int = 0)
         num_ranks: G.
         num_slots: S, at least E and a multiple of G.
         seed: of the longer search that difficult layers get, 0 or more.
+        sizes: slots of each rank, 1 to E, where these differ; then S is their sum.
 
     Returns:
         int32 (L, S), the expert of each slot. Each layer depends on its own load and the seed alone.
@@ -45,7 +48,7 @@ def plan_static(load: FloatArray, num_ranks: int, num_slots: int, seed: int = 0)
     >>> plan_static(np.array([[6.0, 1.0, 1.0]]), num_ranks=2, num_slots=4).tolist()
     [[0, 1, 0, 2]]
     """
-    slots, _ = plan_peaks(load, num_ranks, num_slots, seed)
+    slots, _ = plan_peaks(load, num_ranks, num_slots, seed, sizes=sizes)
     return slots
 
 
@@ -56,6 +59,7 @@ def plan_peaks(
     seed: int,
     enough: FloatArray | None = None,
     exhaust: bool = True,
+    sizes: tuple[int, ...] | None = None,
 ) -> tuple[IntArray, FloatArray]:
     """As `plan_static`, and the tokens of each layer's busiest rank, float64 (L,).
 
@@ -63,29 +67,40 @@ def plan_peaks(
     no further than large ones: a millisecond a layer, not ten.
     """
     num_layers, num_experts = load.shape
-    width = num_slots // num_ranks
+    padding = Padding(sizes or (num_slots // num_ranks,) * num_ranks, num_experts)
+    width, room = padding.width, np.array(padding.rank_sizes)
     mean = load.sum(axis=1) / num_ranks
-    if width >= num_experts:
+    if min(padding.rank_sizes) >= num_experts:
         # Every rank holds every expert equally often, so all ranks are equal.
         row = np.arange(num_slots, dtype=np.int32) % width % num_experts
         return np.tile(row, (num_layers, 1)), mean
     order = np.argsort(-load, axis=1)
     slots = np.empty((num_layers, num_ranks, width), np.int64)
-    pack_layers(np.ascontiguousarray(load), order, slots)
-    loads = np.take_along_axis(load, order, axis=1)
+    pack_layers(np.ascontiguousarray(load), order, room, slots)
+    loads = padding.load(np.take_along_axis(load, order, axis=1))
+    if padding.num_fixed:
+        slots[:, np.arange(width) >= room[:, None]] = num_experts + np.arange(padding.num_fixed)
     peaks = np.empty(num_layers)
-    even_layers(loads, NEAR, slots, peaks)
+    even_layers(loads, NEAR, num_experts, slots, peaks)
     wanted = mean if enough is None else np.maximum(mean, enough)
+    exhaust &= not padding.num_fixed  # which an exhaustive search would move
     far = EXACT if num_slots <= PROVABLE else FAR
     for layer in np.flatnonzero(peaks > wanted * (1 + far)):
         peaks[layer] = _search_on(
-            loads[layer], slots[layer], float(peaks[layer]), float(wanted[layer]), far, seed, exhaust
+            loads[layer], slots[layer], float(peaks[layer]), float(wanted[layer]), far, seed, exhaust, num_experts
         )
-    return named(slots.reshape(num_layers, num_slots), order), peaks
+    return named(padding.strip(slots.reshape(num_layers, padding.num_slots)), order), peaks
 
 
 def _search_on(
-    loads: FloatArray, slots: npt.NDArray[np.int64], peak: float, wanted: float, far: float, seed: int, exhaust: bool
+    loads: FloatArray,
+    slots: npt.NDArray[np.int64],
+    peak: float,
+    wanted: float,
+    far: float,
+    seed: int,
+    exhaust: bool,
+    movable: int,
 ) -> float:
     """Improve `slots` (G, width) of one difficult layer in place; return the tokens of its busiest rank."""
     num_ranks, width = slots.shape
@@ -95,7 +110,7 @@ def _search_on(
         return peak
     tries = 20 if exhaust and slots.size <= PROVABLE else min(max(LONGER_SEARCH // slots.size, 50), 400)
     goal = max(floor[0], wanted) * (1 + NEAR)
-    peak = float(refine(loads, goal, tries, random_state(seed, 1), slots))
+    peak = float(refine(loads, goal, tries, random_state(seed, 1), movable, slots))
     if exhaust and slots.size <= SMALL and peak > wanted * (1 + far):
         nodes = 3_000_000 if slots.size <= PROVABLE else 300_000
         peak = float(search_exhaustively(loads, floor[0], peak, nodes, slots)[0])
@@ -142,7 +157,9 @@ MARGIN = 2.0
 FEWEST = 4
 
 
-def plan_windows(load: FloatArray, num_ranks: int, num_slots: int, seed: int = 0) -> IntArray:
+def plan_windows(
+    load: FloatArray, num_ranks: int, num_slots: int, seed: int = 0, sizes: tuple[int, ...] | None = None
+) -> IntArray:
     """The slots of a placement for the next window, planned from past ones, every replica taking an even share.
 
     Every window counts the same, whatever its total: the aim is the mean over windows of the peak-to-average load. A
@@ -155,6 +172,7 @@ def plan_windows(load: FloatArray, num_ranks: int, num_slots: int, seed: int = 0
         num_ranks: G.
         num_slots: S, at least E and a multiple of G.
         seed: of the random choices, 0 or more.
+        sizes: slots of each rank, 1 to E, where these differ; then S is their sum.
 
     Returns:
         int32 (L, S), the expert of each slot.
@@ -166,14 +184,14 @@ def plan_windows(load: FloatArray, num_ranks: int, num_slots: int, seed: int = 0
     >>> [sorted(rank) for rank in (slots.reshape(2, 2) // 2).tolist()]
     [[0, 1], [0, 1]]
     """
-    if len(load) == 1 or num_slots // num_ranks >= load.shape[2]:
-        return plan_static(load[0], num_ranks, num_slots, seed)
+    if len(load) == 1 or min(sizes or (num_slots // num_ranks,)) >= load.shape[2]:
+        return plan_static(load[0], num_ranks, num_slots, seed, sizes)
     history = History(load, num_ranks)
     order = history.sort()
-    chosen = choose_regularization(history, num_slots, seed)
-    slots = named(plan_history(history, num_slots, chosen, most_tries(len(load), num_slots), seed), order)
+    chosen = choose_regularization(history, num_slots, seed, sizes)
+    slots = named(plan_history(history, num_slots, chosen, most_tries(len(load), num_slots), seed, sizes), order)
     alike = np.flatnonzero(~history.varies)
-    slots[alike] = plan_static(load[history.seen.argmax(axis=0)[alike], alike], num_ranks, num_slots, seed)
+    slots[alike] = plan_static(load[history.seen.argmax(axis=0)[alike], alike], num_ranks, num_slots, seed, sizes)
     return slots
 
 
@@ -222,25 +240,32 @@ class History:
 
 
 def plan_history(
-    history: History, num_slots: int, regularization: Regularization, tries: int, seed: int
+    history: History,
+    num_slots: int,
+    regularization: Regularization,
+    tries: int,
+    seed: int,
+    sizes: tuple[int, ...] | None = None,
 ) -> npt.NDArray[np.int64]:
     """Slots int64 (L, S) by local search, from a quick plan for every expert's mean load + standard deviation."""
     mean, variance, num_ranks, shrinkage = history.mean, history.variance, history.num_ranks, regularization.shrinkage
     risk = mean + np.sqrt(variance)
     # Any peak is enough: the search below looks at other loads than a longer search for these would.
-    slots = plan_peaks(risk, num_ranks, num_slots, seed, np.full(len(risk), np.inf))[0].astype(np.int64)
+    slots = plan_peaks(risk, num_ranks, num_slots, seed, np.full(len(risk), np.inf), sizes=sizes)[0].astype(np.int64)
+    padding = Padding(sizes or (num_slots // num_ranks,) * num_ranks, mean.shape[1])
+    slots = padding.slots(slots)
     for layer in np.flatnonzero(history.varies).tolist():
-        noise = shrinkage * variance[layer]
-        windows = mean[layer] + np.sqrt(1 - shrinkage) * (history.layer(layer) - mean[layer])
+        noise = padding.load(shrinkage * variance[layer])
+        windows = padding.load(mean[layer] + np.sqrt(1 - shrinkage) * (history.layer(layer) - mean[layer]))
         if shrinkage == 1:
             windows = windows[:1]  # they are all the mean
-        beta = _finite(windows, noise, regularization.beta, num_slots // num_ranks)
-        state = soft_peak_state(windows, noise, num_ranks, num_slots)
+        beta = _finite(windows, noise, regularization.beta, padding.width)
+        state = soft_peak_state(windows, noise, num_ranks, padding.num_slots, padding.num_experts)
         search(state, beta, tries, PATIENCE * num_slots, random_state(seed, layer, 1), slots[layer])
-    return slots
+    return padding.strip(slots).astype(np.int64, copy=False)
 
 
-def soft_peak_state(windows: FloatArray, noise: FloatArray, num_ranks: int, num_slots: int) -> SoftPeak:
+def soft_peak_state(windows: FloatArray, noise: FloatArray, num_ranks: int, num_slots: int, movable: int) -> SoftPeak:
     """A layer for `search`; not compiled, which saves a second of compiling."""
     num_windows, num_experts = windows.shape
     by_expert, by_rank, by_slot = (num_windows, num_experts), (num_windows, num_ranks), (num_windows, num_slots)
@@ -261,10 +286,13 @@ def soft_peak_state(windows: FloatArray, noise: FloatArray, num_ranks: int, num_
         leave=np.empty(by_slot),
         rest=np.empty(by_slot),
         stale=np.ones(num_ranks, np.bool_),
+        movable=movable,
     )
 
 
-def choose_regularization(history: History, num_slots: int, seed: int = 0) -> Regularization:
+def choose_regularization(
+    history: History, num_slots: int, seed: int = 0, sizes: tuple[int, ...] | None = None
+) -> Regularization:
     """The regularization whose plans did best on windows that they were not made from.
 
     Blocks of consecutive windows are held out in turn, since neighbors in time are alike. Another replaces the usual
@@ -284,8 +312,8 @@ def choose_regularization(history: History, num_slots: int, seed: int = 0) -> Re
         peaks = np.empty((num_windows, layers.size))
         for block in range(fold[-1] + 1):
             past, rest = history.part(fold != block, layers), history.part(fold == block, layers)
-            slots = plan_history(past, num_slots, regularization, tries, seed)
-            peaks[fold == block] = even_par(rest.windows, slots, history.num_ranks)
+            slots = plan_history(past, num_slots, regularization, tries, seed, sizes)
+            peaks[fold == block] = even_par(rest.windows, slots, history.num_ranks, sizes)
         return peaks[judged].mean(axis=1, where=seen[judged])
 
     best, least = USUAL, held_out(USUAL)

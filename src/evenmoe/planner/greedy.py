@@ -11,8 +11,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from evenmoe.errors import ConstraintError
 from evenmoe.metrics import as_load, within_range
-from evenmoe.placement import Placement
+from evenmoe.placement import Placement, sizes_text
 from evenmoe.planner.kernels.packing import pack_evenly, replicate
 from evenmoe.planner.options import check_shape
 
@@ -44,6 +45,13 @@ def plan_greedy(
     tokens = within_range(as_load(load))
     tokens = tokens.sum(axis=0) if tokens.ndim == 3 else tokens
     shape = check_shape(tokens.shape[1], num_ranks, num_slots, num_nodes, num_groups)
+    if shape.rank_sizes is not None:
+        raise ConstraintError(
+            "num_slots",
+            f"[{sizes_text(shape.rank_sizes)}]",
+            "must be one number for all ranks, none of them dead, for the greedy planner",
+            "use planner='evenmoe'",
+        )
     size = shape.num_experts // shape.num_groups
     slots = np.empty((len(tokens), shape.num_nodes, shape.node_slots), np.int32)
     for layer, row in enumerate(tokens):

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.evidence import HeldOut, PairedGain, Verdict, centered_on, hold_out, judge, par_gain, unevenness
-from evenmoe.metrics import FloatArray, as_load, within_range
+from evenmoe.metrics import FloatArray, as_load, of_holders, within_range
 from evenmoe.placement import Placement
 from evenmoe.planner import Planner
 from evenmoe.planner.options import PlanOptions
@@ -24,7 +24,7 @@ class JudgedPlan:
     Attributes:
         held_out: both parts.
         placement: planned on the first.
-        rank_loads: assignments of every rank in the second, float64 (windows, L, G), under the placement.
+        rank_loads: assignments of each rank with a slot in the second, float64 (windows, L, G), under the placement.
         in_use: what it is compared with, or None; and the rank loads under it.
         verdict: what the evidence allows to be said; None where there is nothing to compare with.
     """
@@ -93,8 +93,12 @@ def gain_on_unseen(held: HeldOut, before: Placement, after: Placement, rule: str
 
 
 def rank_loads_of(load: FloatArray, placement: Placement, rule: str | Rule) -> FloatArray:
-    """Assignments of every rank, float64 (T, L, G), a few windows at a time: slots are many where ranks are few."""
+    """Assignments of every rank that has a slot, float64 (T, L, G).
+
+    They are counted a few windows at a time: slots are many where ranks are few.
+    """
     chosen = RULES.get(rule)
     at_once = max(1, (1 << 22) // placement.slot_to_expert.size)
     parts = range(0, len(load), at_once)
-    return np.concatenate([chosen.rank_loads(load[first : first + at_once], placement) for first in parts])
+    loads = np.concatenate([chosen.rank_loads(load[first : first + at_once], placement) for first in parts])
+    return of_holders(loads, placement)

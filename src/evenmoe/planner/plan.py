@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from inspect import Parameter, signature
 
 import numpy as np
 import numpy.typing as npt
 
-from evenmoe.errors import ConstraintError, EvenmoeError
+from evenmoe.errors import ConstraintError
 from evenmoe.metrics import FloatArray, as_load, count_copies, within_range
 from evenmoe.placement import Placement
 from evenmoe.planner import PLANNERS, Planner
-from evenmoe.planner.options import PlanOptions, Shape, check_placement
+from evenmoe.planner.options import PlanOptions, Shape, check_placement, sizes_of
 from evenmoe.planner.slots import Slots
-from evenmoe.registry import failure
+from evenmoe.registry import blaming
 from evenmoe.rules import RULES
 from evenmoe.rules.rule import Rule
 
@@ -26,7 +27,7 @@ def plan(
     load: npt.ArrayLike,
     *,
     num_ranks: int,
-    num_slots: int,
+    num_slots: int | Sequence[int],
     num_nodes: int = 1,
     num_groups: int = 1,
     previous: Placement | None = None,
@@ -34,23 +35,27 @@ def plan(
     target_par: float | None = None,
     rule: str | Rule = "even",
     seed: int = 0,
+    dead_ranks: Collection[int] = (),
 ) -> Placement:
     """Choose replica counts and ranks for every expert, so that the busiest rank has as little to do as possible.
 
     Every expert gets a slot, no two replicas of an expert share a rank (unless there are more slots than experts
-    times ranks), and every rank has the same number of slots. The same arguments give the same placement.
+    times ranks), and every rank has the number of slots that `num_slots` says. The same arguments give the same
+    placement.
 
     Args:
         load: tokens per logical expert, (L, E); or windows (T, L, E): then the mean over windows of the
             peak-to-average load is made small, for loads like the ones recorded, not for their sum. A window in which
             a layer has no tokens says nothing about that layer: it is planned as if the window were not there.
         num_ranks: G.
-        num_slots: S, at least E and a multiple of G.
+        num_slots: S, at least E and a multiple of G; or the slots of each rank, 0 or more, at least E together. Ranks
+            of different sizes are planned for a rule whose shares are even, and with groups across nodes.
         num_nodes: nodes that share the ranks evenly, in rank order.
         num_groups: expert groups, equal runs of consecutive ids. With more than one node, all replicas of a
             group's experts stay inside one node (DeepSeek's group-limited routing). 1 plans across nodes.
         previous: the placement in use; the plan starts from it and copies as few experts as it can. Where groups stay
-            inside nodes, it must have them so.
+            inside nodes, it must have them so. It may have more or fewer ranks and slots: rank r is the same rank, and
+            keeps what it has room for.
         max_copies: at most so many copies per layer, counted as `count_copies` does. Needs `previous`. More never give
             a worse plan: a lower peak of the load, for "batch" of the drifted loads that it is planned for.
         target_par: stop copying in a layer once its peak-to-average load is at most this. Needs `previous`.
@@ -60,6 +65,8 @@ def plan(
             first T mod count replicas of an expert by one more per rank, so one token a rank all goes to replica 0,
             whatever the plan).
         seed: of the search's random choices, 0 or more.
+        dead_ranks: ranks that get no expert; their slots are lost, and the others keep their numbers. What they held in
+            `previous` is copied from elsewhere.
 
     Returns:
         The placement, of L layers.
@@ -73,10 +80,21 @@ def plan(
     >>> placement = plan([[6, 1, 1]], num_ranks=2, num_slots=4)
     >>> placement.num_replicas.tolist()
     [[2, 1, 1]]
+
+    Rank 1 died; what it held goes to the others:
+
+    >>> plan([[6, 1, 1]], num_ranks=3, num_slots=6, dead_ranks=[1])
+    Placement(layers=1, experts=3, slots=4, ranks=3, rank_sizes=[2, 0, 2])
     """
-    options = PlanOptions(num_ranks, num_slots, num_nodes, num_groups, previous, max_copies, target_par, rule, seed)
+    given = (num_ranks, num_slots, num_nodes, num_groups, previous, max_copies, target_par, rule, seed, dead_ranks)
+    options = PlanOptions(*given)
     tokens = _without_empty(within_range(as_load(load)))
     options, shape = options.checked(*tokens.shape[-2:])
+    if shape.rank_sizes is not None or (previous is not None and previous.rank_sizes != sizes_of(shape)):
+        from evenmoe.planner.elastic import plan_elastic
+
+        slots = plan_elastic(tokens, shape, options)
+        return Placement(slots, shape.num_ranks, num_experts=shape.num_experts, rank_sizes=sizes_of(shape))
     if previous is None:
         slots = _plan_anew(tokens, shape, options)
     else:
@@ -147,11 +165,26 @@ def takes(planner: Planner, option: str) -> bool:
     >>> takes(PLANNERS.get("evenmoe"), "previous"), takes(PLANNERS.get("greedy"), "previous")
     (True, False)
     """
-    try:
-        parameters = signature(planner).parameters
-    except ValueError:  # of a builtin: only a call can tell
+    parameters = _parameters(planner)
+    if parameters is None:  # only a call can tell
         return True
     return option in parameters or any(each.kind is Parameter.VAR_KEYWORD for each in parameters.values())
+
+
+def names(planner: Planner, option: str) -> bool:
+    """Whether the planner's signature has this option by its name, so that it surely does something with it.
+
+    >>> names(PLANNERS.get("evenmoe"), "previous"), names(lambda load, **options: None, "previous")
+    (True, False)
+    """
+    return option in (_parameters(planner) or ())
+
+
+def _parameters(planner: Planner) -> Mapping[str, Parameter] | None:
+    try:
+        return signature(planner).parameters
+    except (TypeError, ValueError):  # of a builtin
+        return None
 
 
 def plan_with(planner: str | Planner, load: npt.ArrayLike, options: PlanOptions) -> Placement:
@@ -176,17 +209,13 @@ def plan_with(planner: str | Planner, load: npt.ArrayLike, options: PlanOptions)
     given = {field.name: getattr(options, field.name) for field in fields(options)}
     for option in [option for option in given if not takes(found, option)]:
         value = given.pop(option)
-        needless = not shape.is_hierarchical if option in ("num_nodes", "num_groups") else value is None
+        needless = not shape.is_hierarchical if option in ("num_nodes", "num_groups") else value in (None, ())
         if not needless and option not in _HINTS:
             raise ConstraintError(
                 "planner", f"{name}, which takes no `{option}`", f"must take it to plan with {value}", "leave it out"
             )
-    try:
+    with blaming("planner", name, PLANNERS.is_own(found)):
         placement = found(tokens.copy(), **given)  # which a user's planner may write to
-    except (EvenmoeError, MemoryError):
-        raise
-    except Exception as error:
-        raise failure("planner", name, error) from error
     check_placement(placement, tokens.shape[-2], shape, "planner", f"{name}, whose plan is ", "correct the planner")
     if options.previous is not None and options.max_copies is not None:
         copies = int(count_copies(options.previous, placement).max())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +14,60 @@ from evenmoe.placement import IntArray, ascending_replica_index, count_replicas,
 
 Indices = npt.NDArray[np.int64]
 Integers = npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Ranks of different numbers of slots as ranks of one: what is missing holds experts without load that never move.
+
+    Each of these `num_fixed` experts has one slot, and an id from E on. Where all ranks have as many, there are none.
+
+    >>> padding = Padding((2, 1), num_experts=3)
+    >>> padding.slots(np.array([[0, 1, 2]])).tolist(), padding.load(np.ones((1, 3))).tolist()
+    ([[0, 1, 2, 3]], [[1.0, 1.0, 1.0, 0.0]])
+    >>> padding.strip(np.array([[1, 2, 3, 0]])).tolist()
+    [[1, 2, 0]]
+    """
+
+    rank_sizes: tuple[int, ...]
+    num_experts: int
+
+    @property
+    def width(self) -> int:
+        """Slots of every rank, with the padding."""
+        return max(self.rank_sizes)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of all ranks, with the padding."""
+        return self.width * len(self.rank_sizes)
+
+    @property
+    def num_fixed(self) -> int:
+        """Experts that stand for missing slots."""
+        return self.num_slots - sum(self.rank_sizes)
+
+    def load(self, load: FloatArray) -> FloatArray:
+        """(…, E) -> (…, E + fixed)."""
+        return np.concatenate([load, np.zeros((*load.shape[:-1], self.num_fixed))], axis=-1) if self.num_fixed else load
+
+    def slots(self, slots: Integers) -> Integers:
+        """Slots (L, S) -> (L, G × width); the fixed experts come last on their rank."""
+        if not self.num_fixed:
+            return slots
+        padded = np.empty((len(slots), len(self.rank_sizes), self.width), slots.dtype)
+        real = np.arange(self.width) < np.array(self.rank_sizes)[:, None]
+        padded[:, real] = slots
+        padded[:, ~real] = self.num_experts + np.arange(self.num_fixed)
+        return padded.reshape(len(slots), -1)
+
+    def strip(self, slots: Integers) -> Integers:
+        """The reverse of `slots`, wherever the fixed experts are on their rank."""
+        return slots[slots < self.num_experts].reshape(len(slots), sum(self.rank_sizes)) if self.num_fixed else slots
+
+    def held(self, held: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """What ranks hold, (L, G, E) -> (L, G, E + fixed); the fixed ones cost nothing, as if all had them."""
+        return np.pad(held, ((0, 0), (0, 0), (0, self.num_fixed)), constant_values=True)
 
 
 @dataclass(frozen=True)
@@ -70,15 +125,19 @@ def normalized(windows: FloatArray, num_ranks: int) -> FloatArray:
     return np.ascontiguousarray(windows * (num_ranks / windows.sum(axis=1, keepdims=True)))
 
 
-def even_par(windows: FloatArray, slots: Integers, num_ranks: int) -> FloatArray:
-    """As `peak_to_average` for windows (T, L, E) and slots (L, S): float64 (T, L)."""
+def even_par(windows: FloatArray, slots: Integers, num_ranks: int, sizes: Sequence[int] | None = None) -> FloatArray:
+    """As `peak_to_average` for windows (T, L, E) and slots (L, S), of ranks with so many slots: float64 (T, L)."""
     tokens = within_range(windows.reshape(-1, windows.shape[-1])).reshape(windows.shape)
-    sizes = (slots.shape[1] // num_ranks,) * num_ranks
+    sizes = sizes or (slots.shape[1] // num_ranks,) * num_ranks
     return peak_over_mean(sum_by_rank(tokens / count_replicas(slots, windows.shape[-1]), slots, sizes))
 
 
-def lay_over(new: Slots, used: Integers, num_ranks: int, num_nodes: int = 1) -> Slots:
+def lay_over(
+    new: Slots, used: Integers, num_ranks: int, num_nodes: int = 1, rank_sizes: Sequence[int] | None = None
+) -> Slots:
     """Nodes are alike, and the ranks of one, so each of `new` is put where most of its experts are already.
+
+    With `rank_sizes`, slots being padded, only ranks with as many slots are alike; there is one node then.
 
     >>> lay_over(Slots(np.array([[2, 3, 0, 1]])), np.array([[0, 1, 2, 3]]), 2).experts.tolist()
     [[0, 1, 2, 3]]
@@ -88,6 +147,12 @@ def lay_over(new: Slots, used: Integers, num_ranks: int, num_nodes: int = 1) -> 
     ranks = np.empty((num_layers, num_ranks), np.int64)  # the rank of `new` that each rank gets
     for layer, held in enumerate(held_by_rank(used, num_ranks, int(used.max()) + 1)):
         common = held[:, new.experts[layer].reshape(num_ranks, width)].sum(axis=2)
+        if rank_sizes is not None:
+            for size in set(rank_sizes):
+                alike = np.flatnonzero(np.array(rank_sizes) == size)
+                for rank, other in _best_pairs(common[np.ix_(alike, alike)]):
+                    ranks[layer, alike[rank]] = alike[other]
+            continue
         common = common.reshape(num_nodes, node_ranks, num_nodes, node_ranks)
         for node, taken in _best_pairs(common.sum(axis=(1, 3))):
             for rank, other in _best_pairs(common[node, :, taken]):

@@ -96,18 +96,19 @@ class Bins(NamedTuple):
     """The ranks while they fill."""
 
     held: npt.NDArray[np.int64]  # (G, width) experts, in the order they came
+    room: npt.NDArray[np.int64]  # (G,) slots
     used: npt.NDArray[np.int64]  # (G,) filled slots
     load: npt.NDArray[np.float64]  # (G,) tokens
 
 
 @compiled
-def pack_layers(load, order, slots):
-    """Fill `slots` (L, G, width) with a first plan of every row of `load` (L, E).
+def pack_layers(load, order, room, slots):
+    """Fill the first `room` (G,) slots of each rank of `slots` (L, G, width) with a first plan of each row of `load`.
 
-    `order` (L, E) sorts each row descending; equal loads are put in ascending order of expert here, whatever sort
-    was used. Experts are named by their position in it, so the plan cannot depend on their ids.
+    `load` is (L, E). `order` (L, E) sorts each row descending; equal loads are put in ascending order of expert here,
+    whatever sort was used. Experts are named by their position in it, so the plan cannot depend on their ids.
     """
-    _, num_ranks, width = slots.shape
+    num_ranks = slots.shape[1]
     num_experts = load.shape[1]
     loads = np.empty(num_experts, np.float64)
     counts = np.empty(num_experts, np.int64)
@@ -117,8 +118,8 @@ def pack_layers(load, order, slots):
         _sort_ties(load[row], order[row])
         for position in range(num_experts):
             loads[position] = load[row, order[row, position]]
-        _replicate(loads, num_ranks * width - num_experts, num_ranks, queue, counts, share)
-        _pack(queue, counts, share, Bins(slots[row], np.zeros(num_ranks, np.int64), np.zeros(num_ranks)))
+        _replicate(loads, room.sum() - num_experts, num_ranks, queue, counts, share)
+        _pack(queue, counts, share, Bins(slots[row], room, np.zeros(num_ranks, np.int64), np.zeros(num_ranks)))
 
 
 @compiled
@@ -170,7 +171,7 @@ def _replicate(loads, spare, most, queue, counts, share):
 @compiled
 def _pack(queue, counts, share, bins):
     """Heaviest replica first, onto the lightest ranks that have a free slot; an expert's replicas at once, apart."""
-    num_ranks, width = bins.held.shape
+    num_ranks = bins.room.size
     heap = np.empty(num_ranks, np.int64)  # ranks with a free slot, a binary heap on (load, rank)
     taken = np.empty(num_ranks, np.int64)
     free = _refill(heap, bins)
@@ -179,7 +180,7 @@ def _pack(queue, counts, share, bins):
         if counts[expert] == 1 and free > 0:
             rank = heap[0]
             _append(rank, expert, share[expert], bins)
-            if bins.used[rank] == width:
+            if bins.used[rank] == bins.room[rank]:
                 free -= 1
                 heap[0] = heap[free]
             _sift_down(heap, free, bins.load)
@@ -192,21 +193,33 @@ def _pack(queue, counts, share, bins):
             _sift_down(heap, free, bins.load)
         for i in range(apart):
             _append(taken[i], expert, share[expert], bins)
-            if bins.used[taken[i]] < width:
+            if bins.used[taken[i]] < bins.room[taken[i]]:
                 _sift_up(heap, free, taken[i], bins.load)
                 free += 1
         for _ in range(counts[expert] - apart):
-            _make_room(expert, share, bins)
+            if not _make_room(expert, share, bins):
+                counts[expert] -= 1
             free = _refill(heap, bins)
+    _fill_up(queue, share, bins)
+
+
+@compiled
+def _fill_up(queue, share, bins):
+    """Fill the slots that are left, where room is uneven, with the heaviest replicas that their rank lacks."""
+    for rank in range(bins.room.size):
+        for place in range(queue.size):
+            if bins.used[rank] == bins.room[rank]:
+                break
+            if not _holds(rank, queue[place], bins):
+                _append(rank, queue[place], share[queue[place]], bins)
 
 
 @compiled
 def _refill(heap, bins):
     """Fill the heap with all ranks that have a free slot; return how many."""
-    num_ranks, width = bins.held.shape
     free = 0
-    for rank in range(num_ranks):
-        if bins.used[rank] < width:
+    for rank in range(bins.room.size):
+        if bins.used[rank] < bins.room[rank]:
             _sift_up(heap, free, rank, bins.load)
             free += 1
     return free
@@ -252,29 +265,36 @@ def _lighter(rank, other, load):
 
 @compiled
 def _make_room(expert, share, bins):
-    """Place `expert` although every rank with a free slot _holds it: move another expert out of a full rank.
+    """Place `expert` although every rank with a free slot holds it: move another expert out of a full rank.
 
-    One can always be moved: a full rank without `expert` _holds more experts than a rank with a free slot, so one of
-    its experts is missing there. The lightest such rank is taken, and of its experts the one nearest in share.
+    The lightest rank is taken that has one to move, and of its experts the one nearest in share. Where no rank is wider
+    than another by two slots, one can always be moved: a full rank without `expert` holds more experts than a rank with
+    a free slot has beside `expert`, so one of its experts is missing there. Returns whether one was.
     """
-    num_ranks, width = bins.held.shape
-    target, full = -1, -1
-    for rank in range(num_ranks):
-        if bins.used[rank] < width:
-            if target < 0 or bins.load[rank] < bins.load[target]:
-                target = rank
-        elif (full < 0 or bins.load[rank] < bins.load[full]) and not _holds(rank, expert, bins):
-            full = rank
-    nearest = -1
-    for slot in range(width):
-        if not _holds(target, bins.held[full, slot], bins):
-            miss = abs(share[bins.held[full, slot]] - share[expert])
-            if nearest < 0 or miss < abs(share[bins.held[full, nearest]] - share[expert]):
-                nearest = slot
-    moved = bins.held[full, nearest]
-    bins.held[full, nearest] = expert
+    target, full, moved_slot = -1, -1, -1
+    for rank in range(bins.room.size):
+        if bins.used[rank] < bins.room[rank] and (target < 0 or bins.load[rank] < bins.load[target]):
+            target = rank
+    for rank in range(bins.room.size):
+        if bins.used[rank] < bins.room[rank] or (full >= 0 and bins.load[rank] >= bins.load[full]):
+            continue
+        if _holds(rank, expert, bins):
+            continue
+        nearest = -1
+        for slot in range(bins.room[rank]):
+            if not _holds(target, bins.held[rank, slot], bins):
+                miss = abs(share[bins.held[rank, slot]] - share[expert])
+                if nearest < 0 or miss < abs(share[bins.held[rank, nearest]] - share[expert]):
+                    nearest = slot
+        if nearest >= 0:
+            full, moved_slot = rank, nearest
+    if full < 0:
+        return False
+    moved = bins.held[full, moved_slot]
+    bins.held[full, moved_slot] = expert
     bins.load[full] += share[expert] - share[moved]
     _append(target, moved, share[moved], bins)
+    return True
 
 
 @compiled

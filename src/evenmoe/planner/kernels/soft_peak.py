@@ -46,6 +46,7 @@ class SoftPeak(NamedTuple):
     leave: FloatArray  # (T, S) its inverse
     rest: FloatArray  # (T, S) part of the slot's rank without the slot
     stale: npt.NDArray[np.bool_]  # (G,) ranks with swaps to look for
+    movable: int  # experts from here on stay in their slots
 
 
 @compiled
@@ -122,6 +123,7 @@ def _settle(layer):
     layer.held[:] = False
     for slot in range(layer.slots.size):
         layer.held[slot // width, layer.slots[slot]] = True
+    layer.held[:, layer.movable :] = True  # so that no rank can take one
     for rank in range(num_ranks):
         _set_exp_load(rank, layer)
     _refresh(layer)

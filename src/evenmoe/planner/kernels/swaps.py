@@ -22,27 +22,31 @@ class SwapState(NamedTuple):
     load: npt.NDArray[np.float64]  # (G,) tokens per rank
     counts: npt.NDArray[np.int64]  # (E,) replicas per expert
     line: npt.NDArray[np.int64]  # (G,) ranks, lightest first; `_even_out` keeps it
+    movable: int  # experts from here on stay in their slots
 
 
 @compiled
-def _new_state(num_experts, num_ranks, width):
+def _new_state(num_experts, num_ranks, width, movable):
     return SwapState(
         np.empty((num_ranks, width), np.int64),
         np.empty((num_ranks, width), np.float64),
         np.empty(num_ranks, np.float64),
         np.empty(num_experts, np.int64),
         np.empty(num_ranks, np.int64),
+        movable,
     )
 
 
 @compiled
-def even_layers(loads, tolerance, slots, peaks):
+def even_layers(loads, tolerance, movable, slots, peaks):
     """Even out every row of `slots` (L, G, width) under `loads` (L, E), descending; fill `peaks` (L,), tokens.
+
+    Experts from `movable` on stay in their slots, as in `refine`.
 
     A layer is finished once its busiest rank is within `tolerance` of the mean or of the heaviest replica.
     """
     num_rows, num_ranks, width = slots.shape
-    layer = _new_state(loads.shape[1], num_ranks, width)
+    layer = _new_state(loads.shape[1], num_ranks, width, movable)
     for row in range(num_rows):
         _load_layer(loads[row], slots[row], layer)
         least = 0.0
@@ -56,7 +60,7 @@ def even_layers(loads, tolerance, slots, peaks):
 
 
 @compiled
-def refine(loads, goal, tries, random, slots):
+def refine(loads, goal, tries, random, movable, slots):
     """Search on from `slots` (S,), a placement of one row, until its peak is within `goal` tokens; return the peak.
 
     Iterated local search: change one or two replicas at random, even the ranks out, keep what is no worse. On few
@@ -64,7 +68,8 @@ def refine(loads, goal, tries, random, slots):
     `random` uint64 (1,) is the state of the generator, not 0.
     """
     num_ranks, width = slots.shape
-    layer, kept = _new_state(loads.size, num_ranks, width), _new_state(loads.size, num_ranks, width)
+    layer = _new_state(loads.size, num_ranks, width, movable)
+    kept = _new_state(loads.size, num_ranks, width, movable)
     _load_layer(loads, slots, layer)
     _even_out(goal, layer)
     peak = _peak_of(layer)
@@ -204,10 +209,13 @@ def _swap(rank, slot, other, other_slot, layer):
 
 @compiled_inner
 def _may_swap(rank, slot, other, other_slot, layer):
-    """Whether neither rank would hold two replicas of one expert."""
+    """Whether both may move, and neither rank would hold two replicas of one expert."""
     mine, theirs = layer.held[rank, slot], layer.held[other, other_slot]
-    return (layer.counts[mine] == 1 or not _holds(other, mine, layer)) and (
-        layer.counts[theirs] == 1 or not _holds(rank, theirs, layer)
+    return (
+        mine < layer.movable
+        and theirs < layer.movable
+        and (layer.counts[mine] == 1 or not _holds(other, mine, layer))
+        and (layer.counts[theirs] == 1 or not _holds(rank, theirs, layer))
     )
 
 
@@ -307,9 +315,9 @@ def _change_count(loads, random, layer):
     while layer.counts[layer.held[at // width, at % width]] == 1:
         at = (at + 1) % (num_ranks * width)
     rank, slot = at // width, at % width
-    any_expert = draw(random, loads.size)
+    any_expert = draw(random, layer.movable)
     expert = layer.held[layer.line[num_ranks - 1], draw(random, width)] if draw(random, 2) else any_expert
-    if layer.counts[expert] < num_ranks and not _holds(rank, expert, layer):
+    if expert < layer.movable and layer.counts[expert] < num_ranks and not _holds(rank, expert, layer):
         loser = layer.held[rank, slot]
         layer.counts[loser] -= 1
         layer.counts[expert] += 1

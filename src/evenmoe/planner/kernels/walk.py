@@ -48,19 +48,20 @@ class Walk(NamedTuple):
 
 
 @compiled
-def walk_layers(weights, num_ranks, node_ranks, target, threshold, budget, slots, peaks):
+def walk_layers(weights, num_ranks, node_ranks, target, threshold, budget, before, movable, slots, peaks):
     """Improve every row of `slots` (L, S) in place by few copies; fill `peaks` (L,), mean peak over the windows.
 
     A walk ends when its peak is at most `target` (L,), when it would need more than `budget` copies, or when no move
     lowers the excess over `threshold` (L, T). It takes the same moves under every budget, and its best place is kept,
-    so that a larger budget never gives a worse placement. `weights` is (L, T, E). Experts stay in their node,
-    `node_ranks` ranks in a row.
+    so that a larger budget never gives a worse placement. `weights` is (L, T, E), and `before` bool
+    (L, G, E) what the ranks hold in use, which costs no copy. Experts stay in their node, `node_ranks` ranks in a row,
+    and those from `movable` on in their slots.
     """
     walk = _new_walk(weights.shape[1], weights.shape[2], num_ranks, slots.shape[1])
     for layer in range(len(slots)):
-        _begin(walk, weights[layer], slots[layer])
+        _begin(walk, weights[layer], slots[layer], before[layer], movable)
         best = _peak(walk)
-        used = 0
+        used = walk.dirty.sum()
         while best > target[layer]:
             if not _find_move(walk, threshold[layer], node_ranks):
                 break
@@ -99,13 +100,13 @@ def _new_walk(num_windows, num_experts, num_ranks, num_slots):
 
 
 @compiled
-def _begin(walk, weights, slots):
+def _begin(walk, weights, slots, before, movable):
     width = len(slots) // walk.load.shape[1]
     walk.weights[:] = weights
     walk.slots[:] = slots
     walk.counts[:] = 0
     walk.held[:] = 0
-    walk.before[:] = False
+    walk.before[:] = before
     walk.dirty[:] = 0
     walk.arrived[:] = False
     for slot in range(len(slots)):
@@ -113,7 +114,9 @@ def _begin(walk, weights, slots):
         walk.ranks_of[expert, walk.counts[expert]] = rank
         walk.counts[expert] += 1
         walk.held[rank, expert] += 1
-        walk.before[rank, expert] = True
+        walk.arrived[slot] = not before[rank, expert]
+        walk.dirty[rank] += np.int64(walk.arrived[slot])
+    walk.held[:, movable:] = 1  # so that no rank can take one
     walk.load[:] = 0.0
     for window in range(len(weights)):
         walk.share[window] = weights[window] / walk.counts
