@@ -46,7 +46,7 @@ def load(content: Content) -> Markup:
 
 
 def relative_load(policy: PolicyResult) -> npt.NDArray[np.float64]:
-    """(L, G): rows of each rank over the mean rank's of that layer, of all judged steps; nan in a layer without load."""
+    """(L, G): rows of each rank over the mean rank's of that layer, of judged steps; nan for a layer without load."""
     mean = policy.rank_tokens.mean(axis=1, keepdims=True)
     with np.errstate(invalid="ignore"):
         return policy.rank_tokens / np.where(mean > 0, mean, np.nan)
