@@ -80,7 +80,7 @@ def inputs(tmp_path_factory) -> Path:
     replayed = simulate(
         Trace("load", load), num_ranks=2, tokens_per_rank=8, costs=costs, num_steps=3, top_k=2, workers=1
     )
-    save_simulation(folder / "replay.npz", replayed)
+    save_simulation(replayed, folder / "replay.npz")
     return folder
 
 
@@ -374,6 +374,32 @@ def test_the_output_is_the_input(inputs, room, link):
     assert placement.read_bytes() == b"[\n [0, 1, 2, 3]\n]\n"
 
 
+def test_a_hard_link_to_the_trace_is_the_trace(inputs, room):
+    load = at(room / "load.npz", (inputs / "load.npz").read_bytes())
+    (room / "other.npz").hardlink_to(load)
+    for option in ("--out", "--report"):
+        done = forked(room, ["simulate", load, *REPLAY, option, room / "other.npz"])
+        refused(done, room / "other.npz", "must not be the trace")
+    assert load.samefile(room / "other.npz")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        (["simulate", "{in}/load.npz", *REPLAY, "--out", "-"], "--out"),
+        (["simulate", "{in}/load.npz", *REPLAY, "--report", "-"], "--report"),
+        (["report", "{in}/replay.npz", "--out", "-"], "--out"),
+        (["report", "{in}/replay.npz", "--out", "page.html", "--figures", "-"], "--figures"),
+        (["cann", "--out", "-"], "--out"),
+    ],
+)
+def test_no_file_is_called_as_standard_output_is(inputs, room, arguments, flag):
+    """Where the summary has standard output, `-` is an error; it was the name of a file."""
+    done = forked(room, Command(tuple(arguments)).on(room, inputs))
+    refused(done, flag, "must be the name of what is written, since standard output has the summary; use a name")
+    assert not list(room.iterdir())
+
+
 # Pictures: several files, and a folder that is made for them.
 
 
@@ -381,7 +407,7 @@ def test_the_output_is_the_input(inputs, room, link):
 def test_pictures_appear_together_or_not_at_all(inputs, room, there):
     """A page and five pictures; the page is smaller than the limit, some picture is not."""
     page, pngs = room / "page.html", room / "deep" / "pngs"
-    assert forked(room, ["report", inputs / "replay.npz", "-o", page, "--png", pngs]).code == 0
+    assert forked(room, ["report", inputs / "replay.npz", "-o", page, "--figures", pngs]).code == 0
     sizes = [path.stat().st_size for path in pngs.iterdir()]
     assert len(sizes) == 5
     assert page.stat().st_size > 0
@@ -392,7 +418,7 @@ def test_pictures_appear_together_or_not_at_all(inputs, room, there):
         pngs.rmdir()
         pngs.parent.rmdir()
     before = {path: path.is_file() and path.read_bytes() for path in room.rglob("*")}
-    arguments = ["report", inputs / "replay.npz", "-o", page, "--png", pngs]
+    arguments = ["report", inputs / "replay.npz", "-o", page, "--figures", pngs]
     for start in (limited(max(sizes) - 1), ended_by(signal.SIGINT, max(sizes) - 1)):
         done = forked(room, arguments, start)
         assert done.code in (2, 130)

@@ -14,8 +14,9 @@ from evenmoe.quantities import percent as _percent
 from evenmoe.report.charts import swatch
 from evenmoe.report.content import Content
 from evenmoe.report.drawing import color_rules
+from evenmoe.report.look import Look
 from evenmoe.report.maps import load, replicas
-from evenmoe.report.markup import Column, Markup, data, element, join, name, paragraph, section, table
+from evenmoe.report.markup import Column, Markup, data, details, element, join, name, paragraph, section, table
 from evenmoe.report.sections import COSTS, TRAFFIC, balance, cost, traffic
 from evenmoe.simulator.result import Simulation
 
@@ -65,8 +66,7 @@ WORDS = (
 
 #: Figures in the table of all policies.
 COLUMNS = (
-    "mean_par", "worst_par", "step_time_us", "copy_time_us", "gain_percent", "net_gain_percent", "copies",
-    "break_even_steps", "extra_memory_percent",
+    "net_gain_percent", "gain_percent", "mean_par", "worst_par", "step_time_us", "copy_time_us", "extra_memory_percent",
 )  # fmt: skip
 
 
@@ -118,13 +118,15 @@ def _policies(content: Content) -> Markup:
 
 
 def _descriptions(content: Content) -> Markup:
-    items = []
-    for policy in content.simulation.policies:
-        items.append(element("dt", name(policy.name)))
-        items.append(element("dd", name(policy.description)))
+    """What the policies to look at do; the others on request."""
+    parts: dict[bool, list[Markup]] = {True: [], False: []}
+    for index, policy in enumerate(content.simulation.policies):
+        described = [element("dt", name(policy.name)), element("dd", name(policy.description))]
+        parts[index in content.focus] += described
+    others = details("What the other policies do", element("dl", *parts[False], class_="policies"))
     notes = content.simulation.notes
     listed = element("ul", *(element("li", note) for note in notes), class_="notes") if notes else ""
-    return join(element("dl", *items, class_="policies"), listed)
+    return join(element("dl", *parts[True], class_="policies"), others if parts[False] else "", listed)
 
 
 def origin(content: Content) -> Markup:
@@ -208,9 +210,10 @@ def write_report(
     path: str | Path,
     command: str,
     inputs: Mapping[str, str] | None = None,
-    png_dir: str | Path | None = None,
+    figures_dir: str | Path | None = None,
+    look: Look | None = None,
 ) -> list[Path]:
-    """Write one self-contained HTML page about a replay and, on request, its pictures as PNGs.
+    """Write one self-contained HTML page about a replay and, on request, its pictures as files.
 
     The same arguments give the same bytes. The page asks for nothing outside itself and runs no script. All files take
     their names once all are complete.
@@ -220,7 +223,8 @@ def write_report(
         path: of the page; a file there is replaced.
         command: the command line that made it, shown as it is.
         inputs: SHA-256 in hexadecimal of every file that was read, by path.
-        png_dir: folder for the PNGs, made if it is not there; None for none.
+        figures_dir: folder for the pictures, made if it is not there; None for none.
+        look: their format, size and style. Default: PNGs.
 
     Returns:
         The files written, the page first.
@@ -231,11 +235,12 @@ def write_report(
     content = Content(simulation, command, dict(inputs or {}))
     written = {Path(path): page(content).encode("utf-8", "backslashreplace")}
     with ExitStack() as folder:
-        if png_dir is not None:
+        if figures_dir is not None:
             from evenmoe.report.pictures import draw_pictures  # imports matplotlib, 0.4 s that the page does not need
 
-            written |= {Path(png_dir, name): picture for name, picture in draw_pictures(content).items()}
-            folder.enter_context(made_folder(Path(png_dir)))
+            pictures = draw_pictures(content, look or Look())
+            written |= {Path(figures_dir, name): picture for name, picture in pictures.items()}
+            folder.enter_context(made_folder(Path(figures_dir)))
         with whole_files() as files:
             for target, data in written.items():
                 files.write(target, data)
