@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from importlib import import_module, util
 from importlib.metadata import entry_points
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Generic, TypeVar
 
-from evenmoe.errors import ConstraintError
+from evenmoe.errors import ConstraintError, EvenmoeError
 
 Thing = TypeVar("Thing")
 _importing = threading.RLock()  # ranks that are threads ask for one file at once
@@ -46,6 +47,7 @@ one of them.
 
     def __init__(self, kind: str, own: Mapping[str, str], type: str, wanted: str, group: str) -> None:
         self._kind, self._type_name, self._wanted, self._group = kind, type, wanted, group
+        self._own = tuple(own)
         self._places = dict(own)
         self._things: dict[str, Thing] = {}
         self._looked_for_packages = False
@@ -91,6 +93,10 @@ one of them.
                 )
         return self._things[name]
 
+    def is_own(self, thing: Thing) -> bool:
+        """Whether it is one of evenmoe's own, that were asked for by name."""
+        return any(self._things.get(own) is thing for own in self._own)
+
     def _look_for_packages(self) -> None:
         if not self._looked_for_packages:
             self._looked_for_packages = True
@@ -109,9 +115,22 @@ one of them.
         return thing  # pyright: ignore[reportReturnType]
 
 
-def failure(kind: str, name: str, error: Exception) -> ConstraintError:
-    """What becomes of an exception in a user's thing, which is no mistake in evenmoe."""
-    return ConstraintError(kind, name, f"must not fail, and raised {type(error).__name__}: {error}", "correct it")
+@contextmanager
+def blaming(kind: str, name: str, own: bool, *passing: type[Exception]) -> Iterator[None]:
+    """Let what fails in a user's thing be said to be that thing's, by a ConstraintError, and not a mistake in evenmoe.
+
+    What fails in one of evenmoe's `own` stays as it is. So do errors of evenmoe, since a thing may raise them for what
+    is wrong with the call, those of the types `passing`, and a lack of memory.
+    """
+    try:
+        yield
+    except (EvenmoeError, MemoryError, *passing):
+        raise
+    except (Exception, SystemExit) as error:  # a user's code may leave by sys.exit
+        if own:
+            raise
+        what = f"{type(error).__name__}: {error}".removesuffix(": ")
+        raise ConstraintError(kind, name, f"must not fail, and raised {what}", "correct it") from error
 
 
 def import_attribute(kind: str, name: str, place: str) -> object:

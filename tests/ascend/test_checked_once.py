@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
+import torch
 
 import evenmoe as em
+from evenmoe.ascend.executor import _PREPARED
 from evenmoe.contract import combine, dispatch, update_expert
+from evenmoe.transport.world import Rank
 from tests.ascend.calls import Chain
 from tests.ascend.test_executor import NEWEST, Stream, launch_chain
 from tests.ascend.test_torch_npu import run_api
@@ -31,10 +37,31 @@ def checked(monkeypatch):
     return seen
 
 
-def test_in_the_two_stage_calls(checked):
-    chain = Chain()
-    with em.local_world(chain.ep, timeout_s=HANG_S) as world:
-        for _ in range(2):
+CALLS = ("UpdateExpertCall", "DispatchCall", "CombineCall", "AddRmsNormCall")
+
+
+@contextmanager
+def forgotten_shapes() -> Iterator[None]:
+    """As if no call had been made before."""
+    kept = [cache for prepared in _PREPARED.values() for cache in (prepared._layouts, prepared._plans)]
+    before = [dict(cache) for cache in kept]
+    for cache in kept:
+        cache.clear()
+    yield
+    for cache, entries in zip(kept, before, strict=True):
+        cache.update(entries)
+
+
+class ElasticChain(Chain):
+    def inputs(self, rank: Rank) -> dict[str, Any]:
+        """With an `elastic_info` that says that no rank is gone."""
+        return super().inputs(rank) | {"elastic_info": torch.zeros(4 + 2 * self.ep, dtype=torch.int32)}
+
+
+@pytest.mark.parametrize("chain", [Chain(), ElasticChain()], ids=["all ranks", "elastic"])
+def test_in_the_two_stage_calls(checked, chain):
+    with forgotten_shapes(), em.local_world(chain.ep, timeout_s=HANG_S) as world:
+        for _ in range(2):  # the first of its shapes, and one more
             checked.clear()
             streams = [Stream() for _ in world.ranks]
             for rank, stream in zip(world.ranks, streams, strict=True):
@@ -42,14 +69,15 @@ def test_in_the_two_stage_calls(checked):
             for stream in streams:
                 stream.synchronize(HANG_S)
                 stream.destroy()
-    assert Counter(checked) == dict.fromkeys(("UpdateExpertCall", "DispatchCall", "CombineCall", "AddRmsNormCall"), 2)
+            assert Counter(checked) == dict.fromkeys(CALLS, chain.ep)
 
 
 def test_in_the_functions_of_torch_npu(checked):
     """The older update expert has narrower bounds than the operator behind it, so each of its calls is checked."""
     chain = Chain()
-    with em.local_world(chain.ep, timeout_s=HANG_S) as world:
-        for _ in range(2):
-            checked.clear()
-            world.run(lambda rank: run_api(chain, rank))
+    with forgotten_shapes(), em.local_world(chain.ep, timeout_s=HANG_S) as world:
+        world.run(lambda rank: run_api(chain, rank))
+        assert Counter(checked) == dict.fromkeys(CALLS, chain.ep) | {"UpdateExpertCall": 2 * chain.ep}
+        checked.clear()
+        world.run(lambda rank: run_api(chain, rank))
     assert Counter(checked) == {"UpdateExpertCall": 2}

@@ -374,6 +374,32 @@ def test_the_output_is_the_input(inputs, room, link):
     assert placement.read_bytes() == b"[\n [0, 1, 2, 3]\n]\n"
 
 
+def test_a_hard_link_to_the_trace_is_the_trace(inputs, room):
+    load = at(room / "load.npz", (inputs / "load.npz").read_bytes())
+    (room / "other.npz").hardlink_to(load)
+    for option in ("--out", "--report"):
+        done = forked(room, ["simulate", load, *REPLAY, option, room / "other.npz"])
+        refused(done, room / "other.npz", "must not be the trace")
+    assert load.samefile(room / "other.npz")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        (["simulate", "{in}/load.npz", *REPLAY, "--out", "-"], "--out"),
+        (["simulate", "{in}/load.npz", *REPLAY, "--report", "-"], "--report"),
+        (["report", "{in}/replay.npz", "--out", "-"], "--out"),
+        (["report", "{in}/replay.npz", "--out", "page.html", "--png", "-"], "--png"),
+        (["cann", "--out", "-"], "--out"),
+    ],
+)
+def test_no_file_is_called_as_standard_output_is(inputs, room, arguments, flag):
+    """Where the summary has standard output, `-` is an error; it was the name of a file."""
+    done = forked(room, Command(tuple(arguments)).on(room, inputs))
+    refused(done, flag, "must be the name of what is written, since standard output has the summary; use a name")
+    assert not list(room.iterdir())
+
+
 # Pictures: several files, and a folder that is made for them.
 
 

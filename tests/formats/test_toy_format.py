@@ -128,3 +128,24 @@ def test_a_format_that_fails_is_no_mistake_in_evenmoe(tmp_path):
         with pytest.raises(ConstraintError, match=f"`format` is broken: it {written}; correct it"):
             formats.write(target, LOAD, format=format)
     assert not target.exists()
+
+
+def _leaves(document):
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [(_broken, "ValueError: no such row"), (_leaves, "SystemExit: 3"), (None, "TypeError: 'NoneType'")],
+)
+@pytest.mark.parametrize("command", ["check", "convert", "plan", "simulate"])
+def test_a_format_that_fails_to_tell_its_files(evenmoe, tmp_path, monkeypatch, command, fails, said):
+    """While it is only asked whether a file is its own."""
+    source = tmp_path / "load.json"
+    source.write_text("[[1, 2], [3, 4]]")
+    monkeypatch.setattr(FORMATS, "_things", dict(FORMATS._things))
+    FORMATS.add("broken", Format(Entry("broken", "load", "It fails.", ("json",)), fails, _broken))
+    more = {"convert": (tmp_path / "out", "--to", "lmdeploy"), "check": ()}.get(command, ("--ranks", 2, "--slots", 4))
+    done = evenmoe(command, source, *more)
+    assert done.code == 2
+    assert f"is broken: it must not fail, and raised {said}" in " ".join(done.err.split())

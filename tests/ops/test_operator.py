@@ -128,7 +128,7 @@ def test_a_call_is_prepared_once_for_all_of_its_shapes():
         seen.append(call)
         return len(seen)
 
-    prepared = Prepared("update_expert", prepare)
+    prepared = Prepared("update_expert", prepare, lambda call, layout, elastic_info: layout)
     base = {"expert_ids": IDS, "eplb_table": TABLE, "world_size": 4, "limits": ATLAS_A3}
     changes: list[dict[str, Any]] = [
         {},
@@ -151,10 +151,28 @@ def test_a_call_is_prepared_once_for_all_of_its_shapes():
 def test_plans_are_kept_for_a_bounded_number_of_shapes(monkeypatch):
     monkeypatch.setattr(operator, "_KEPT", 3)
     seen = []
-    prepared = Prepared("update_expert", lambda call: seen.append(call.world_size) or len(seen))
+    prepared = Prepared("update_expert", lambda call: seen.append(call.world_size) or len(seen), lambda *_: True)
     for world_size in (1, 2, 3, 1, 4, 1):
         prepared(UpdateExpertCall(expert_ids=IDS, eplb_table=TABLE, world_size=world_size))
     assert seen == [1, 2, 3, 4, 1]
+
+
+def test_what_was_checked_elsewhere_is_not_checked_again():
+    """But planned, for every elastic info, and with the layout of that check."""
+    planned = []
+
+    def plan(call: Any, layout: str, elastic_info: tuple[int, ...] | None) -> tuple[str, object]:
+        planned.append(elastic_info)
+        return layout, elastic_info
+
+    prepared = Prepared("update_expert", lambda call: "own", plan)
+    call = UpdateExpertCall(expert_ids=IDS, eplb_table=TABLE, world_size=4)
+    prepared.accept(call, "first stage's")
+    for _ in range(2):
+        assert prepared(call) == ("first stage's", None)
+        assert prepared(call, (0, 1)) == ("first stage's", (0, 1))
+        assert prepared(UpdateExpertCall(expert_ids=IDS, eplb_table=TABLE, world_size=5)) == ("own", None)
+    assert planned == [None, (0, 1), None]
 
 
 def test_a_call_that_is_an_error_is_one_each_time():

@@ -94,8 +94,23 @@ def test_a_planner_that_fails_is_no_mistake_in_evenmoe() -> None:
     with pytest.raises(ConstraintError, match="must not fail, and raised ValueError: no room; correct it") as caught:
         plan_with(broken, LOAD, OPTIONS)
     assert isinstance(caught.value.__cause__, ValueError)
+
+    def leaving(load, **options):
+        raise SystemExit
+
+    with pytest.raises(ConstraintError, match="must not fail, and raised SystemExit; correct it"):
+        plan_with(leaving, LOAD, OPTIONS)
     with pytest.raises(ConstraintError, match="`planner` is py:builtins:dict: it must not fail, and raised ValueError"):
         plan_with("py:builtins:dict", LOAD, OPTIONS)  # which has no signature
+
+
+def test_a_mistake_in_evenmoe_is_not_said_to_be_the_planners(monkeypatch) -> None:
+    def broken(*_):
+        raise ZeroDivisionError("one by none")
+
+    monkeypatch.setattr("evenmoe.planner.plan._plan_anew", broken)
+    with pytest.raises(ZeroDivisionError):
+        plan_with("evenmoe", LOAD, OPTIONS)
 
 
 def test_a_planner_may_write_to_its_load() -> None:

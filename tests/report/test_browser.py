@@ -171,7 +171,7 @@ def test_lines_stand_out_from_the_paper(browser, pages, mode):
     browser.open(pages / "wide.html", mode=mode)
     paper = browser.run("return getComputedStyle(document.querySelector('figure')).backgroundColor")
     colours = browser.run("return [...document.querySelectorAll('.plot .line')].map(l => getComputedStyle(l).stroke)")
-    assert len(set(colours)) == 7
+    assert len(set(colours)) == 4  # the baseline, the headline's, the best with a rule of engines; all others are gray
     assert all(contrast(colour, paper) >= 3 for colour in colours)
 
 

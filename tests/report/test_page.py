@@ -70,8 +70,9 @@ def test_every_size_is_well_formed(tmp_path, size):
 def test_no_load_at_all(tmp_path):
     root = parse(write(tmp_path, idle(), png_dir=tmp_path))
     row = table(root, "All policies on the same steps")[1]
-    assert [cell.shown for cell in row[5:7]] == ["\u2013", "\u2013"]  # of nothing, nothing is saved
-    assert row[8].shown == "never"
+    assert [cell.shown for cell in row[1:3]] == ["\u2013", "\u2013"]  # of nothing, nothing is saved
+    costs = table(root, "Costs by the model in the settings")[1]
+    assert costs[6].shown == "never"
     assert "Blank: layers without load" in root.text
     assert "nan" not in root.one("main").text.lower()
     text = "".join(node.text for node in root.all("body"))

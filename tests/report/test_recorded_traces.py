@@ -39,12 +39,13 @@ def test_a_recorded_trace(tmp_path, monkeypatch, capsys, name):
     for policy, row, cost, rows_sent in zip(said["policies"], rows, costs, wire, strict=True):
         even = policy["break_even_steps"]
         assert row[0].shown == policy["name"]
-        assert row[1].value == policy["mean_par"]
-        assert row[2].value == policy["worst_par"]
-        assert row[3].value == policy["step_time_us"]
-        assert row[5].value == policy["gain_percent"]
-        assert row[7].value == policy["copies"]
-        assert row[8].value == (float("inf") if even is None else even)
+        assert row[1].value == policy["net_gain_percent"]
+        assert row[2].value == policy["gain_percent"]
+        assert row[3].value == policy["mean_par"]
+        assert row[4].value == policy["worst_par"]
+        assert row[5].value == policy["step_time_us"]
+        assert cost[3].value == policy["copies"]
+        assert cost[6].value == (float("inf") if even is None else even)
         assert cost[4].value == policy["refreshes"]
         assert cost[7].value == policy["memory_bytes_per_rank"]
         assert cost[8].value == policy["extra_memory_bytes_per_rank"]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +16,7 @@ import torch
 import evenmoe as em
 from evenmoe.errors import ConstraintError, EvenmoeError
 from evenmoe.rules import RULES
-from evenmoe.rules.rule import Rule
+from evenmoe.rules.rule import EvenRule, Rule
 from evenmoe.simulator.costs import CostModel
 from evenmoe.simulator.replay import simulate
 from evenmoe.traces.synthesis import small_trace
@@ -91,6 +95,174 @@ def test_the_weights_of_another_expert_are_never_taken():
     with pytest.raises(ConstraintError, match=r"the rule wrong chose` is slot 0 for expert 3 \(token 0, k 1\)"):
         choose(torch.tensor([[0, 3]]))
     assert choose(torch.tensor([[0, 0]])).tolist() == [[0, 0]]
+
+
+def dispatched_by(rules: list[Rule]) -> list[object]:
+    """What each rank gets from one dispatch, or its error as text."""
+
+    def step(rank):
+        ep = em.ExpertParallel(rank.ep, PLACEMENT.eplb_table(0), num_slots=8, rule=rules[rank.index])
+        ids = routed()[rank.index]
+        before = ids.clone()
+        try:
+            got = ep.dispatch(torch.ones(TOKENS, 1), ids, torch.ones(TOKENS, TOP_K))
+        except EvenmoeError as error:
+            return f"{type(error).__name__}: {error}"
+        assert torch.equal(ids, before)
+        return got.source_token.tolist(), got.num_tokens_per_expert.tolist()
+
+    with em.local_world(ep_size=4, timeout_s=60.0) as world:
+        return world.run(step)
+
+
+class Careless(toy_rule.Counting):
+    """Writes to everything that it is given, once it has chosen."""
+
+    name = "counting"
+
+    def choose(self, expert_ids, eplb_table, *, counted, counts_by_rank, **more):
+        chosen = super().choose(expert_ids, eplb_table, counted=counted, counts_by_rank=counts_by_rank, **more)
+        expert_ids.fill_(1)
+        eplb_table.fill_(1)
+        counts_by_rank[:] = 7
+        if counted is not None:
+            counted.fill_(True)
+        return chosen
+
+
+def test_a_rule_may_write_to_what_it_is_given():
+    assert dispatched_by([Careless()] * 4) == dispatched_by([toy_rule.COUNTING] * 4)
+
+
+def numbered(version: object = None) -> Rule:
+    class Toy(toy_rule.Toy):
+        pass
+
+    rule = Toy()
+    rule.version = version
+    return rule
+
+
+def typed(choice: str) -> Rule:
+    """A rule that was typed into a console, where nobody can look its text up."""
+    found: dict[str, type[Rule]] = {"Toy": toy_rule.Toy}
+    exec(f"class Typed(Toy):\n    def choose(self, expert_ids, eplb_table, **_):\n        return {choice}", found)
+    return found["Typed"]()
+
+
+@pytest.mark.parametrize("case", ["code", "constant", "class", "version", "console"])
+def test_two_rules_of_one_name_are_told_apart(case, tmp_path):
+    changed = tmp_path / "toy_rule.py"
+    changed.write_text(Path(toy_rule.__file__).read_text().replace("(row + rank) % count", "(row + rank + 1) % count"))
+    one, other = {
+        "code": (toy_rule.RULE, RULES.get(f"py:{changed}:RULE")),
+        "constant": (type("Toy", (toy_rule.Toy,), {"turn": 1})(), type("Toy", (toy_rule.Toy,), {"turn": 2})()),
+        "class": (toy_rule.RULE, type("Other", (toy_rule.Toy,), {})()),
+        "version": (numbered("1"), numbered("2")),
+        "console": (typed("eplb_table[expert_ids, 1].long()"), typed("(0 + eplb_table[expert_ids, 1]).long()")),
+    }[case]
+    told = dispatched_by([one, one, other, one])
+    assert told == told[:1] * 4
+    assert re.fullmatch(
+        r"RankDisagreementError: `digest of the code of rule` is (\d+) on ranks 0, 1, 3 and (\d+) on rank 2: "
+        r"it must be equal on every rank of a group; pass the same on all ranks\.",
+        str(told[0]),
+    )
+
+
+def test_a_rule_is_the_same_wherever_it_was_made():
+    assert isinstance(dispatched_by([toy_rule.Toy() for _ in range(4)])[0], tuple)
+    for make in (lambda: numbered("1"), lambda: typed("expert_ids + 1"), lambda: toy_rule.RULE):
+        assert make().identity() == make().identity()
+
+
+class Turned(type(RULES.get("occurrence"))):
+    """Of another choice than the rule that it is made from, whose kernel and shares are not its own."""
+
+    name = "turned"
+
+    def choose(self, expert_ids, eplb_table, **_):
+        return eplb_table[expert_ids.long(), 1].to(expert_ids.dtype)
+
+
+def test_a_choice_of_its_own_inherits_nothing_that_was_derived_from_another():
+    rule = Turned()
+    assert (rule.kernel, rule.balance_mode, rule.shares_evenly) == (None, None, False)
+    assert rule.shares(PLACEMENT)[0].tolist() == [1, 1, 0, 1, 1, 0, 1, 0]
+    choose = rule.prepare(PLACEMENT.eplb_table(0), 8, 3, 4)
+    assert choose(torch.tensor([[0, 1]])).tolist() == [[0, 1]]
+
+
+class Promising(EvenRule):
+    name = "promising"
+    choose = toy_rule.Toy.choose
+
+
+def test_the_identity_is_the_same_in_every_process():
+    """Though sets of texts have another order in each, and objects another address."""
+    program = (
+        "from evenmoe.rules.rule import Rule\n"
+        "class Named(Rule):\n"
+        "    name, thing, kinds = 'named', object(), frozenset('abcdef')\n"
+        "    def choose(self, expert_ids, eplb_table, **more):\n"
+        "        return (lambda: expert_ids)() if 'f' in {'a', 'b', 'c', 'd', 'e'} else None\n"
+        "print(Named().identity())"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**environment, "PYTHONHASHSEED": str(seed)},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in range(3)
+    }
+    assert len(told) == 1
+
+
+def test_what_is_derived_from_the_even_rule_is_one_by_which_ranks_choose():
+    rule = Promising()
+    assert (rule.shares_evenly, rule.kernel) == (True, None)
+    np.testing.assert_array_equal(rule.shares(PLACEMENT), RULES.get("even").shares(PLACEMENT))
+    assert dispatched_by([rule] * 4) == dispatched_by([toy_rule.RULE] * 4)
+
+
+def test_what_a_plan_can_assume_is_checked():
+    with pytest.raises(ConstraintError) as caught:
+        type("Odd", (Rule,), {"name": "odd", "plan_for": "uneven"})
+    assert str(caught.value) == (
+        "`plan_for` is 'uneven' in Odd: it must be one of even, rank, batch; say what a plan is to assume."
+    )
+
+
+class Failing(toy_rule.Toy):
+    """Fails in one of its methods."""
+
+    name = "failing"
+    fails = "choose"
+
+    def _in(self, method: str) -> None:
+        if method == self.fails:
+            raise SystemExit("as scripts do") if method == "shares" else ZeroDivisionError("one by none")
+
+    def choose(self, expert_ids, eplb_table, **more):
+        self._in("choose")
+        return super().choose(expert_ids, eplb_table, **more)
+
+    def prepare(self, *given):
+        self._in("prepare")
+        return super().prepare(*given)
+
+    def shares(self, placement):
+        self._in("shares")
+        return super().shares(placement)
+
+
+FAILING = {method: type("Failing", (Failing,), {"fails": method})() for method in ("choose", "prepare", "shares")}
+FAILING_CHOOSE, FAILING_PREPARE, FAILING_SHARES = FAILING.values()
+SHARES_OF_A_LIST = type("Listed", (toy_rule.Toy,), {"name": "listed", "shares": lambda *_: [1.0]})()
 
 
 class Shapeless(toy_rule.Toy):
@@ -191,6 +363,45 @@ def test_the_command_line_simulates_it(evenmoe, trace_file):
     found = json.loads(done.out)["policies"][1]
     assert (found["name"], found["rule"]) == (policy, "toy")
     assert "evenmoe's plan for the toy rule" in found["description"]
+
+
+@pytest.mark.parametrize(
+    ("command", "rule", "said"),
+    [
+        (
+            "plan",
+            "FAILING_SHARES",
+            "`--rule` is failing: it must not fail, and raised SystemExit: as scripts do; correct it",
+        ),
+        ("plan", "FAILING_CHOOSE", "`--rule` is failing: it must not fail, and raised ZeroDivisionError: one by none"),
+        ("plan", "FAILING_PREPARE", "`--rule` is failing: it must not fail, and raised ZeroDivisionError: one by none"),
+        ("plan", "SHARES_OF_A_LIST", "`shares of the rule listed` is a list: it must be numbers of shape (4, "),
+        (
+            "simulate",
+            "FAILING_CHOOSE",
+            "`rule` is failing: it must not fail, and raised ZeroDivisionError: one by none",
+        ),
+        (
+            "simulate",
+            "FAILING_PREPARE",
+            "`rule` is failing: it must not fail, and raised ZeroDivisionError: one by none",
+        ),
+    ],
+)
+def test_a_rule_that_fails_is_no_mistake_in_evenmoe(evenmoe, trace_file, command, rule, said):
+    options = {
+        "plan": ("--slots", 40, "--rule", f"py:{__name__}:{rule}"),
+        "simulate": (
+            "--model",
+            "deepseek-v3",
+            "--tokens-per-rank",
+            8,
+            "--policy",
+            f"identity:rule=py:{__name__}:{rule}",
+        ),
+    }
+    done = evenmoe(command, trace_file, "--ranks", 8, *options[command])
+    assert (done.code, done.err.startswith(f"evenmoe: {said}")) == (2, True), done.err
 
 
 @pytest.mark.parametrize("command", ["plan", "simulate"])

@@ -80,6 +80,7 @@ def test_figures_of_an_expert():
 @pytest.mark.parametrize(
     ("figure", "value", "words"),
     [
+        ("flops_per_s", "fast", "finite and more than 0"),
         ("flops_per_s", 0.0, "finite and more than 0"),
         ("between_bytes_per_s", -1.0, "finite and more than 0"),
         ("latency_us", -1.0, "finite and 0 or more"),

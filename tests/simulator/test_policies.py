@@ -97,6 +97,9 @@ def test_identity_comes_first_and_once():
         ("greedy:", "ends in a colon"),
         ("greedy:rule", "gives 'rule' no value"),
         ("greedy:rule=", "gives 'rule' no value"),
+        ("greedy:slots=32,", "has '', which greedy does not take"),
+        ("greedy:rule=rank,,slots=32", "has '', which greedy does not take"),
+        ("greedy:rule=py:m:R,speed=1", "has 'speed', which greedy does not take"),
         ("greedy:rule=best", f"use one of {', '.join(RULES)}"),
         ("greedy:rule=rank,rule=token", "gives 'rule' twice"),
         ("greedy:speed=1", "use rule, slots, groups, refresh, window"),
@@ -171,6 +174,10 @@ def test_a_path_may_have_colons_and_an_error_names_the_policy():
     assert kind(r"py:C:\my plans\a.py:f:slots=3") == (r"py:C:\my plans\a.py:f", {"slots": "3"})
     assert kind("py:a, b: c/d.py:f") == ("py:a, b: c/d.py:f", {})
     assert kind("py:m:f:rule=py:a.py:R") == ("py:m:f", {"rule": "py:a.py:R"})
+    assert kind("py:m:f:rule=py:/a, b/c:d.py:R,slots=3") == ("py:m:f", {"rule": "py:/a, b/c:d.py:R", "slots": "3"})
+    assert kind("greedy:slots=3,rule=py:/a,b.py") == ("greedy", {"slots": "3", "rule": "py:/a,b.py"})
+    assert kind("greedy:rule=py:m:R,slots=3") == ("greedy", {"rule": "py:m:R", "slots": "3"})
+    assert kind("greedy:rule=py:/a=b/c.py:R,slots=3") == ("greedy", {"rule": "py:/a=b/c.py:R", "slots": "3"})
     with pytest.raises(
         ConstraintError, match=r"`policy` is 'py:no\.such:f:slots=24': it must be importable, and is not"
     ):
@@ -178,12 +185,21 @@ def test_a_path_may_have_colons_and_an_error_names_the_policy():
 
 
 def test_what_a_planner_of_a_policy_breaks_is_said_whole():
-    (policy,) = (each for each in parse("py:tests.simulator.test_policies:anew") if each.name != "identity")
+    _, policy = parse("py:tests.simulator.test_policies:anew:max-copies=4")
     with pytest.raises(ConstraintError) as caught:
         check_policy(policy, CLUSTER, 20)
     text = str(caught.value)
     assert "its `planner` is py:tests.simulator.test_policies:anew, whose plan makes " in text
     assert text.endswith("copies in one layer, which must make at most 4 of them; correct the planner.")
+
+
+def test_only_a_planner_that_names_it_is_bounded_where_nothing_is_said():
+    """Others may not know of the bound, and would break it."""
+    _, policy = parse("py:tests.simulator.test_policies:anew")
+    assert (policy.start, policy.max_copies) == ("first", None)
+    check_policy(policy, CLUSTER, 20)
+    _, policy = parse("py:evenmoe.planner.plan:plan")
+    assert (policy.start, policy.max_copies) == ("first", 4)
 
 
 def anew(load, *, num_ranks, num_slots, **options):

@@ -294,6 +294,34 @@ def test_what_is_no_whole_number(name):
         run(loads_only(), ["identity"], **{name: 2.5})
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            {"trace": "trace.npz"},
+            "`trace` is 'trace.npz' of type str: it must be an evenmoe.Trace; read a trace file with "
+            "evenmoe.traces.load_trace.",
+        ),
+        ({"trace": np.ones((2, 3))}, "of type ndarray: it must be an evenmoe.Trace; read a trace file with"),
+        (
+            {"costs": 5},
+            "`costs` is '5' of type int: it must be a CostModel, or a model's name or shape; name a model, or state "
+            "your own figures.",
+        ),
+        ({"policies": 5}, "`policies` is of type int: it must be a sequence or a dict of policies; put each policy in"),
+        (
+            {"trace": Trace("t", np.ones((1, 1, 8), int), metadata={"top_k": "two"}), "top_k": None},
+            "`trace` is one whose `top_k` is 'two': it must have a whole number there; correct its metadata.",
+        ),
+    ],
+)
+def test_what_is_of_another_type_is_named(change, text):
+    given = {"trace": loads_only(), "policies": ["identity"], "costs": COSTS, "num_steps": 2, "top_k": 2, **WORLD}
+    with pytest.raises(ConstraintError) as caught:
+        simulate(**(given | change))
+    assert text in str(caught.value)
+
+
 def test_policies_are_a_sequence():
     with pytest.raises(ConstraintError, match="'identity': it must be a sequence or a dict of policies; put each"):
         run(loads_only(), "identity")

@@ -86,7 +86,7 @@ def test_the_same_trace_gives_the_same_bytes(tmp_path, monkeypatch):
 def test_it_appears_at_once_or_not_at_all(tmp_path, monkeypatch):
     path = at(tmp_path / "kept.npz", b"older")
     with pytest.raises(FileFormatError, match="must hold token counts"):
-        save_trace(replace(made(), load=-made().load), path)
+        save_trace(negative(), path)
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("no")))
     with pytest.raises(OSError, match="no"):
         save_trace(made(), path)
@@ -97,6 +97,13 @@ def test_it_appears_at_once_or_not_at_all(tmp_path, monkeypatch):
     same(load_trace(path), made())
     plain = at(tmp_path / "plain", b"")
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def negative() -> Trace:
+    """A trace that was written to after it was made."""
+    trace = made()
+    trace.load[0, 0, 0] = -1
+    return trace
 
 
 def test_routing_stays_small(tmp_path):
@@ -218,22 +225,10 @@ def test_metadata_that_is_not_json(tmp_path, text):
         load_trace(path)
 
 
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ({"load": LOAD / 2}, "`load` of dtype float64"),
-        ({"routing": ROUTING[:, :1]}, "`routing` of shape"),
-        ({"seq_start": np.array([0, 8])}, "`seq_start` of shape"),
-        ({"layer_ids": np.array([0, 0])}, "`layer_ids`"),
-        ({"metadata": {"a": None}}, "`metadata` with 'a': None"),
-        ({"metadata": {1: "a"}}, "`metadata` with 1: a"),
-        ({"load_by_rank": made().load_by_rank + 1}, "`load_by_rank` with"),
-    ],
-)
-def test_nothing_wrong_is_saved(tmp_path, change, text):
+def test_what_was_written_to_after_it_was_made_is_not_saved(tmp_path):
     with pytest.raises(FileFormatError) as caught:
-        save_trace(replace(made(), **change), tmp_path / "wrong.npz")
-    assert str(caught.value).startswith(f"`{tmp_path / 'wrong.npz'}` is {text}")
+        save_trace(negative(), tmp_path / "wrong.npz")
+    assert str(caught.value).startswith(f"`{tmp_path / 'wrong.npz'}` is `load` with counts from -1 to ")
     assert not list(tmp_path.iterdir())
 
 

@@ -28,9 +28,14 @@ from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.contract.update_expert import check_update_expert_call
 from evenmoe.errors import ConstraintError, EvenmoeError, UnsupportedTypeError, as_integer
 from evenmoe.ops import combine, combine_add_rms_norm, dispatch, update_expert
-from evenmoe.ops.operator import CALL_TYPES, Call, find_groups, perform, specs_of
+from evenmoe.ops.operator import CALL_TYPES, Call, Prepared, find_groups, perform, specs_of
 
-_OPERATOR_MODULES = (combine, combine_add_rms_norm, dispatch, update_expert)  # importing them registers the operators
+_PREPARED: dict[str, Prepared[Any, Any]] = {  # importing the operators registers them
+    "combine": combine.PREPARED,
+    "combine_add_rms_norm": combine_add_rms_norm.PREPARED,
+    "dispatch": dispatch.PREPARED,
+    "update_expert": update_expert.PREPARED,
+}
 
 #: What the operators' tiling asks for, the fixed system workspace; this implementation does not touch it.
 WORKSPACE_BYTES = 16 * 2**20
@@ -196,12 +201,14 @@ class Executor:
             given = {name: _copy_of(tensor) for name, tensor in self.tensors.items()}
         name = SIGNATURES[self.operator].operator
         call, layout = replace(self._call, **given), self._layout
+        checked = layout
         if isinstance(call, DistributeCall):
             call = replace(call, comm_alg=call.comm_alg or "")
             if layout is not None and call.elastic_info is not None:
                 layout = scale_down(layout, call.elastic_info.tolist())
         if isinstance(call, CombineCall):
             call = replace(call, dispatch_number=number_of(self.tensors["assist_info_for_combine"]))
+        _PREPARED[name].accept(call, checked)  # the first stage has looked at all that is told from shapes
         self._memberships = self._join(layout)
         with taking_part(self._memberships):
             results = perform(name, call)

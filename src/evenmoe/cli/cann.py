@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from evenmoe.cli.options import Command, make_command, out_option, print_json
+from evenmoe.cli.options import Command, check_no_stream, make_command, out_option, print_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,7 @@ class CannCommand(Command):
         """Build the tree, and print what a shell sources."""
         from evenmoe.ascend.cann.build import build_tree
 
+        check_no_stream("--out", self.out)
         tree = build_tree(self.out)
         setenv = tree / "bin" / "setenv.bash"
         if self.json:

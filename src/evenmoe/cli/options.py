@@ -77,6 +77,13 @@ def out_option(help: str) -> OptionInfo:
     return Option("--out", "-o", help=help)
 
 
+def check_no_stream(flag: str, path: Path | None) -> None:
+    """Raise ConstraintError for `-`, where the summary has standard output; else a file would get that name."""
+    if str(path) == "-":
+        rule = "must be the name of what is written, since standard output has the summary"
+        raise ConstraintError(flag, "-", rule, "use a name")
+
+
 def find_format(flag: str, name: str) -> Format:
     """Return the format of that name.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from evenmoe.cli.options import Command, make_command, out_option, print_json
+from evenmoe.cli.options import Command, check_no_stream, make_command, out_option, print_json
 from evenmoe.errors import ConstraintError
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ class ReportCommand(Command):
         from evenmoe.report import write_report
         from evenmoe.simulator.store import load_simulation
 
+        check_no_stream("--out", self.out)
+        check_no_stream("--png", self.png)
         simulation = load_simulation(self.simulation)
         if self.out.exists() and self.out.samefile(self.simulation):
             raise ConstraintError("--out", self.out, "must not be the input", "name another file")

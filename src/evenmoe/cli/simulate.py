@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from typer import Argument, Option
 
-from evenmoe.cli.options import FileOptions, WorldOptions, completed, make_command, out_option, print_json
+from evenmoe.cli.options import (
+    FileOptions,
+    WorldOptions,
+    check_no_stream,
+    completed,
+    make_command,
+    out_option,
+    print_json,
+)
 from evenmoe.cli.report import print_headline, summary_table
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.planner import PLANNERS
@@ -186,12 +194,15 @@ class SimulateCommand(FileOptions, WorldOptions):
 
     def _check_outputs(self) -> None:
         """Raise where the trace would be overwritten, or one file by the other, before any time is spent."""
-        seen = {Path(self.trace).resolve(): "the trace"}
+        seen: dict[Path, str] = {}
         for name, path in (("--out", self.out), ("--report", self.report)):
             if path is None:
                 continue
+            check_no_stream(name, path)
             if not path.resolve().parent.is_dir():
                 raise ConstraintError(name, path, "must be in a folder that exists", "make the folder first")
+            if path.exists() and Path(self.trace).exists() and path.samefile(self.trace):  # a hard link, too
+                raise ConstraintError(name, path, "must not be the trace", "name another file")
             if path.resolve() in seen:
                 raise ConstraintError(name, path, f"must not be {seen[path.resolve()]}", "name another file")
             seen[path.resolve()] = f"the file of {name}"

@@ -15,10 +15,12 @@ from evenmoe.formats.contents import Contents
 from evenmoe.formats.reading import read_load
 from evenmoe.metrics import FloatArray, as_load
 from evenmoe.traces.trace import Trace, load_trace
+from evenmoe.traces.trace_arrays import MOST_TOKENS
 
 SYNTHETIC = "synthetic:"
 _SYNTHETIC_WINDOWS, _REQUEST_WINDOWS = 100, 4
 _MOST_TOKENS, _LARGEST_BITS = 2.0**53, 40
+_MOST_TOGETHER = MOST_TOKENS / 2  # so that rounding cannot lead beyond what a trace holds
 
 
 def synthetic_trace(model: str, tokens: int, streams: int, steps: int | None, seed: int) -> Trace:
@@ -54,6 +56,8 @@ def read_trace(source: str, files: FileOptions) -> tuple[Trace, Contents | None]
 def whole_tokens(load: FloatArray) -> npt.NDArray[np.int64]:
     """Return a load (T, L, E) in whole tokens, to draw from: where it is not so already, its largest entry has 2^40.
 
+    It has fewer where all entries together would be too many for a trace.
+
     Only ratios inside a layer count there, so parts of tokens, shares and the largest float64 keep their meaning.
 
     >>> whole_tokens(np.array([[[3.0, 1.0]]])).tolist(), (whole_tokens(np.array([[[0.75, 0.25]]])) >> 38).tolist()
@@ -63,7 +67,10 @@ def whole_tokens(load: FloatArray) -> npt.NDArray[np.int64]:
         total = load.sum()
     if total < _MOST_TOKENS and (load == np.rint(load)).all():
         return load.astype(np.int64)
-    return np.rint(np.ldexp(load, _LARGEST_BITS - np.frexp(load.max())[1])).astype(np.int64)
+    scaled = np.ldexp(load, _LARGEST_BITS - np.frexp(load.max())[1])
+    if scaled.sum() >= _MOST_TOGETHER:
+        scaled = np.ldexp(scaled, np.frexp(_MOST_TOGETHER / scaled.sum())[1] - 1)
+    return np.rint(scaled).astype(np.int64)
 
 
 def digests(source: str) -> dict[str, str]:

@@ -16,10 +16,12 @@ is read as a load without the rest.
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from evenmoe.errors import FileFormatError
 from evenmoe.formats.catalogue import ENTRIES, Format
 from evenmoe.formats.contents import Load, RawLoad, RawPlacement, ReadOptions, WriteOptions
 from evenmoe.formats.document import Document
@@ -28,7 +30,8 @@ from evenmoe.formats.values import whole_counts
 from evenmoe.io.npz import not_one_text
 from evenmoe.io.text import json_bytes
 from evenmoe.placement import Placement, ascending_replica_index
-from evenmoe.traces.trace import ARRAYS, MOST_TOKENS, Trace, checked_trace, parse_metadata, trace_bytes
+from evenmoe.traces.trace import checked_trace, parse_metadata, trace_bytes
+from evenmoe.traces.trace_arrays import ARRAYS, MOST_TOKENS
 
 _OF_A_LOAD = ("load", "layer_ids")
 
@@ -164,9 +167,9 @@ def _write_trace(value: Load, options: WriteOptions) -> bytes:
     left = [f"`{name}`" for name in options.metadata if name not in known]
     if left:
         options.notes.append(f"left out {', '.join(left)}: a trace's metadata are texts and finite numbers")
-    more = {name: getattr(options.trace, name, None) for name in ("routing", "seq_start", "load_by_rank")}
-    trace = Trace("trace", whole_counts(value, "evenmoe-trace"), **more, layer_ids=layer_ids, metadata=known)
-    return trace_bytes(trace, "value")
+    arrays = {name: getattr(options.trace, name, None) for name in ("routing", "seq_start", "load_by_rank")}
+    arrays |= {"load": whole_counts(value, "evenmoe-trace"), "layer_ids": layer_ids}
+    return trace_bytes(checked_trace("trace", arrays, known, partial(FileFormatError, "value")), "value")
 
 
 def _load_alone(document: Document, arrays: dict[str, np.ndarray], what: str) -> RawLoad:

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
-from evenmoe.errors import ConstraintError, EvenmoeError, FileFormatError
+from evenmoe.errors import ConstraintError, FileFormatError
 from evenmoe.formats.catalogue import ENTRIES, FORMATS, Entry, Format
 from evenmoe.formats.chosen_layers import select_layers
 from evenmoe.formats.contents import Contents, Finding, Raw, RawLoad, RawPlacement, ReadOptions
@@ -28,7 +27,7 @@ from evenmoe.formats.layer_numbers import (
 )
 from evenmoe.io import DamagedFileError
 from evenmoe.placement import Placement, share_slots
-from evenmoe.registry import failure
+from evenmoe.registry import blaming
 
 _FLAGS = {
     "num_ranks": "--ranks",
@@ -298,7 +297,7 @@ def _named(document: Document, name: str) -> Format:
 
 
 def _detected(document: Document) -> Format:
-    fitting = [format for format in _candidates(document) if format.read is not None and format.matches(document)]
+    fitting = [format for format in _candidates(document) if format.read is not None and _matches(format, document)]
     if len(fitting) == 1:
         return fitting[0]
     names = ", ".join(format.name for format in fitting)
@@ -313,6 +312,11 @@ def _detected(document: Document) -> Format:
         "must be of a format in FORMATS",
         "see evenmoe convert --list-formats; name it with format (--format, --from) to be told what is missing",
     )
+
+
+def _matches(format: Format, document: Document) -> bool:
+    with blaming("format", format.name, FORMATS.is_own(format), DamagedFileError):
+        return bool(format.matches(document))
 
 
 def _candidates(document: Document) -> Iterator[Format]:
@@ -333,22 +337,14 @@ def _resembles(document: Document, entry: Entry) -> bool:
     return entry.arrays or not isinstance(document.value, np.ndarray)
 
 
-def fail_for(format: Format, error: Exception) -> NoReturn:
-    """Raise the exception of evenmoe's own format as it is, and of a user's format as a ConstraintError."""
-    if format.name in ENTRIES or isinstance(error, EvenmoeError | OSError | MemoryError):
-        raise error
-    raise failure("format", format.name, error) from error
-
-
 def _read_raw(document: Document, format: Format, options: ReadOptions) -> Raw:
     """What a file of this format holds before it is judged."""
     assert format.read is not None
     try:
-        raw = format.read(document, options)
+        with blaming("format", format.name, FORMATS.is_own(format), DamagedFileError):
+            raw = format.read(document, options)
     except DamagedFileError as error:  # an .npz unpacks when it is asked for an array
         raise _damaged(document, error) from None
-    except Exception as error:
-        fail_for(format, error)
     if not isinstance(raw, RawLoad | RawPlacement):
         raise ConstraintError("format", format.name, "must read a RawLoad or a RawPlacement", "correct it")
     # The file's own numbers choose its layers, also where it merely counts them and is given the model's.

@@ -26,11 +26,12 @@ from evenmoe.formats.layer_numbers import (
     note_new_numbers,
     ranges,
 )
-from evenmoe.formats.reading import contents_of, fail_for, merged, open_raw
+from evenmoe.formats.reading import contents_of, merged, open_raw
 from evenmoe.io import Value
 from evenmoe.io.output import whole_file, whole_folder, write_standard_output
 from evenmoe.metrics import as_array, check_counts
 from evenmoe.placement import Placement, share_slots, sizes_text
+from evenmoe.registry import blaming
 from evenmoe.traces.trace import Trace
 
 #: What placement files say beside the placement, by name in `Contents.metadata`.
@@ -101,10 +102,8 @@ def write(
     elif trace is not None:
         options.notes.extend(_left_out(trace, entry))
     note_new_numbers(entry, options)
-    try:
+    with blaming("format", entry.name, FORMATS.is_own(entry)):
         content = entry.write(checked, options)
-    except Exception as error:
-        fail_for(entry, error)
     if not isinstance(content, bytes | dict):
         raise ConstraintError("format", entry.name, "must write bytes, or a folder's files by name", "correct it")
     if isinstance(content, dict):
@@ -175,9 +174,11 @@ def convert(
     again = isinstance(raw, RawLoad) and raw.trace is not None and goal.whole_traces
     contents = contents_of(document, entry, raw, options, keep_empty_windows=again)
     check_hidden_layers_matter(contents, goal, options)
-    value = _value(contents, goal)
+    value = contents.placement if contents.kind == "placement" else _load(contents, goal)
+    assert value is not None
+    left = [] if contents.trace is None else _left_out(contents.trace, goal)
     notes = write(target, value, format=to, layer_ids=contents.layer_ids, metadata=contents.metadata)
-    return Converted(contents, goal.name, (*contents.notes, *_assumed(contents, entry, goal), *notes))
+    return Converted(contents, goal.name, (*contents.notes, *_assumed(contents, entry, goal), *left, *notes))
 
 
 def _left_out(trace: Trace, entry: Format) -> list[str]:
@@ -285,13 +286,9 @@ def _write_folder(target: str | Path, files: dict[str, bytes]) -> None:
             (folder / name).write_bytes(content)
 
 
-def _value(contents: Contents, goal: Format) -> Placement | Load | Trace:
-    if contents.placement is not None and contents.kind == "placement":
-        return contents.placement
-    assert contents.load is not None
-    if contents.trace is None or goal.whole_traces:
-        return contents.trace or contents.load
-    return dataclasses.replace(contents.trace, load=contents.load)  # so that `write` names what it leaves out
+def _load(contents: Contents, goal: Format) -> Load | Trace | None:
+    """What is written of a load; a whole trace where the format has a place for it, whose windows are all kept."""
+    return contents.trace if contents.trace is not None and goal.whole_traces else contents.load
 
 
 def _assumed(contents: Contents, source: Format, goal: Format) -> list[str]:

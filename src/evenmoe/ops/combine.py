@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,12 +27,12 @@ from evenmoe.ops.operator import (
     active_ranks,
     collective,
     common_sizes,
+    elastic_values,
     find_groups,
     in_order,
     parts_of,
     perform,
     register,
-    specs_of,
 )
 from evenmoe.ops.weighted_sum import accumulate
 from evenmoe.transport.agreement import UNKNOWN, Header, dtype_code
@@ -41,7 +40,6 @@ from evenmoe.transport.call import GroupCall, Outgoing, together
 from evenmoe.transport.process_world import Group
 
 _Call = TypeVar("_Call", bound=CombineCall[torch.Tensor])
-Check: TypeAlias = Callable[[Any], Layout]  # the contract of one of the two operators, on its call of specs
 
 
 def combine(
@@ -157,9 +155,10 @@ class CombinePlan:
     peer_header: Header
 
 
-def prepare(check: Check, call: CombineCall[TensorSpec], elastic_info: list[int] | None = None) -> CombinePlan:
-    """Check a call of one of the two operators, in the world that `elastic_info` leaves."""
-    layout = check(call)
+def make_plan(
+    call: CombineCall[TensorSpec], layout: Layout, elastic_info: tuple[int, ...] | None = None
+) -> CombinePlan:
+    """The plan of a checked call of one of the two operators, in the world that `elastic_info` leaves."""
     if elastic_info is not None:
         layout = scale_down(layout, elastic_info)
     sizes = common_sizes(call, layout) | {
@@ -171,13 +170,11 @@ def prepare(check: Check, call: CombineCall[TensorSpec], elastic_info: list[int]
     return CombinePlan(layout, Header("combine", sizes), Header("tensor-parallel step of combine", peer_sizes))
 
 
-def combine_and_sum(
-    call: Combining, check: Check, prepared: Prepared[CombinePlan]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def combine_and_sum(call: Combining, prepared: Prepared[Layout, CombinePlan]) -> tuple[torch.Tensor, torch.Tensor]:
     """Check the call, exchange its rows and add them up.
 
     Args:
-        check, prepared: the contract of the operator, and what it made of earlier calls.
+        prepared: the contract of the operator, and what was made of earlier calls.
 
     Returns:
         float32 (Bs, H), the sums before the final rounding; bool (Bs,), active tokens, whose sums count.
@@ -186,10 +183,8 @@ def combine_and_sum(
     scaled_down = call.elastic_info is not None
     across, beside = parts_of("combine", ep, tp, scaled_down, call.expand_x)
     with together(*in_order("combine", across, beside)):
-        if call.elastic_info is None:
-            plan = prepared(call)
-        else:
-            plan = prepare(check, specs_of(call), call.elastic_info.tolist())
+        plan = prepared(call, elastic_values(call))
+        if scaled_down:
             across.narrow(active_ranks(ep, plan.layout))
         layout = plan.layout
         sent = sent_assignments(call.expert_ids, layout, call.x_active_mask)
@@ -318,11 +313,11 @@ def _dispatch_number(call: Combining, group: int) -> int:
     return UNKNOWN if call.dispatch_number is None else int(call.dispatch_number[group])
 
 
-_prepared = Prepared("combine", partial(prepare, check_combine_call))
+PREPARED = Prepared("combine", check_combine_call, make_plan)
 
 
 def _run(call: Combining) -> torch.Tensor:
-    total, active = combine_and_sum(call, check_combine_call, _prepared)
+    total, active = combine_and_sum(call, PREPARED)
     return torch.where(active[:, None], total, 0.0).to(call.expand_x.dtype)
 
 

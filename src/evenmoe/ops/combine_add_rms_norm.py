@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from evenmoe.contract.calls import AddRmsNormCall
 from evenmoe.contract.combine import check_combine_call
 from evenmoe.dispatched import Dispatched
-from evenmoe.ops.combine import combine_and_sum, combining, prepare
+from evenmoe.ops.combine import combine_and_sum, combining, make_plan
 from evenmoe.ops.numerics import reciprocal_sqrt, tree_sum
 from evenmoe.ops.operator import Prepared, perform, register
 from evenmoe.transport.process_world import Group
@@ -93,11 +91,11 @@ def combine_add_rms_norm(
         return perform("combine_add_rms_norm", call)
 
 
-_prepared = Prepared("combine_add_rms_norm", partial(prepare, check_combine_call))
+PREPARED = Prepared("combine_add_rms_norm", check_combine_call, make_plan)
 
 
 def _run(call: AddRmsNormCall[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    total, active = combine_and_sum(call, check_combine_call, _prepared)
+    total, active = combine_and_sum(call, PREPARED)
     hidden, dtype = total.shape[1], call.expand_x.dtype
     x32 = total + call.residual_x[:, 0].float()
     # Each square is scaled before the reduction, by the float32 nearest to 1/H (§4).

@@ -24,6 +24,7 @@ from evenmoe.ops.operator import (
     active_ranks,
     collective,
     common_sizes,
+    elastic_values,
     find_groups,
     in_order,
     parts_of,
@@ -131,9 +132,10 @@ class DispatchPlan:
     outputs: list[tuple[tuple[int, ...], torch.dtype]]
 
 
-def prepare(call: DispatchCall[TensorSpec], elastic_info: list[int] | None = None) -> DispatchPlan:
-    """Check a call of dispatch, in the world that `elastic_info` leaves."""
-    layout = check_dispatch_call(call)
+def make_plan(
+    call: DispatchCall[TensorSpec], layout: Layout, elastic_info: tuple[int, ...] | None = None
+) -> DispatchPlan:
+    """The plan of a checked call of dispatch, in the world that `elastic_info` leaves."""
     if elastic_info is not None:
         layout = scale_down(layout, elastic_info, smooth_scales=call.scales is not None)
     sizes = common_sizes(call, layout) | {
@@ -148,7 +150,7 @@ def prepare(call: DispatchCall[TensorSpec], elastic_info: list[int] | None = Non
     )
 
 
-_prepared = Prepared("dispatch", prepare)
+PREPARED = Prepared("dispatch", check_dispatch_call, make_plan)
 
 
 def _run(call: Dispatching) -> tuple[torch.Tensor, ...]:
@@ -156,10 +158,8 @@ def _run(call: Dispatching) -> tuple[torch.Tensor, ...]:
     scaled_down = call.elastic_info is not None
     across, beside = parts_of("dispatch", ep, tp, scaled_down, call.x)
     with together(*in_order("dispatch", across, beside)):
-        if call.elastic_info is None:
-            plan = _prepared(call)
-        else:
-            plan = prepare(specs_of(call), call.elastic_info.tolist())
+        plan = PREPARED(call, elastic_values(call))
+        if scaled_down:
             across.narrow(active_ranks(ep, plan.layout))
         layout = plan.layout
         if call.check_values:

@@ -35,6 +35,9 @@ Call: TypeAlias = DistributeCall[torch.Tensor] | UpdateExpertCall[torch.Tensor]
 _Call = TypeVar("_Call", bound=DistributeCall[torch.Tensor])
 _Given = TypeVar("_Given")
 _Plan = TypeVar("_Plan")
+_Layout = TypeVar("_Layout")
+_Kept = TypeVar("_Kept")
+_UNCHECKED: Any = object()
 _KEPT = 1024  # plans of one operator: of 64 ranks in one process with 16 batch sizes each; some kilobytes a plan
 
 CALL_TYPES: dict[str, Callable[..., Call]] = {
@@ -165,28 +168,54 @@ def specs_of(call: Call) -> Any:
     return replace(call, **specs)
 
 
-class Prepared(Generic[_Plan]):
+class Prepared(Generic[_Layout, _Plan]):
     """What is worked out once for all calls of an operator with the same shapes, dtypes and attributes.
 
     Args:
         name: of the operator.
-        prepare: call of specs -> plan; it checks the call, and its errors are those of `__call__`.
+        check: call of specs -> its layout; what it raises, `__call__` raises.
+        plan: (call of specs, layout, elastic info) -> plan. It may raise for the elastic info.
     """
 
-    def __init__(self, name: str, prepare: Callable[[Any], _Plan]) -> None:
+    def __init__(
+        self,
+        name: str,
+        check: Callable[[Any], _Layout],
+        plan: Callable[[Any, _Layout, tuple[int, ...] | None], _Plan],
+    ) -> None:
         self._values = attrgetter(*_KINDS[name], "limits.name")
-        self._prepare = prepare
-        self._kept: dict[tuple[object, ...], _Plan] = {}
+        self._check, self._plan = check, plan
+        self._layouts: dict[tuple[object, ...], _Layout] = {}
+        self._plans: dict[tuple[object, ...], _Plan] = {}
 
-    def __call__(self, call: Call) -> _Plan:
-        key = tuple([(v.shape, v.dtype) if isinstance(v, torch.Tensor) else v for v in self._values(call)])
-        plan = self._kept.get(key)
+    def __call__(self, call: Call, elastic_info: tuple[int, ...] | None = None) -> _Plan:
+        """The plan of a call, in the world that `elastic_info` leaves."""
+        key = self._key(call)
+        plan = self._plans.get((key, elastic_info))
         if plan is None:
-            plan = self._prepare(specs_of(call))
-            if len(self._kept) >= _KEPT:
-                self._kept.clear()
-            self._kept[key] = plan
+            specs = specs_of(call)
+            layout: Any = self._layouts.get(key, _UNCHECKED)  # looked up once, since another thread may forget it
+            if layout is _UNCHECKED:
+                layout = self._check(specs)
+                _keep(self._layouts, key, layout)
+            plan = self._plan(specs, layout, elastic_info)
+            _keep(self._plans, (key, elastic_info), plan)
         return plan
+
+    def accept(self, call: Call, layout: _Layout) -> None:
+        """Take a call and all that are like it for checked, with that layout, by bounds that are no wider."""
+        key = self._key(call)
+        if key not in self._layouts:
+            _keep(self._layouts, key, layout)
+
+    def _key(self, call: Call) -> tuple[object, ...]:
+        return tuple([(v.shape, v.dtype) if isinstance(v, torch.Tensor) else v for v in self._values(call)])
+
+
+def _keep(kept: dict[tuple[object, ...], _Kept], key: tuple[object, ...], value: _Kept) -> None:
+    if len(kept) >= _KEPT:
+        kept.clear()
+    kept[key] = value
 
 
 def common_sizes(call: DistributeCall[TensorSpec], layout: Layout) -> dict[str, int]:
@@ -219,6 +248,11 @@ def find_groups(
     """
     ep = find("group_ep", call.group_ep or "", call.ep_rank_id, call.ep_world_size)
     return ep, find("group_tp", call.group_tp or "", call.tp_rank_id, 2) if call.tp_world_size == 2 else None
+
+
+def elastic_values(call: DistributeCall[torch.Tensor]) -> tuple[int, ...] | None:
+    """What `elastic_info` says, read at every call, since it may have been written to."""
+    return None if call.elastic_info is None else tuple(call.elastic_info.flatten().tolist())
 
 
 def active_ranks(ep: Transport, layout: Layout) -> Transport:

@@ -23,15 +23,14 @@ _LOCAL_RULES: dict[int, Rule] = {  # by their number, the rules that need nothin
 }
 
 
-def _check(call: UpdateExpertCall[TensorSpec]) -> bool:
+def _check(call: UpdateExpertCall[TensorSpec]) -> None:
     """What the contract says of shapes, dtypes and attributes."""
     if call.balance_mode not in _ASCEND_MODES:
         call = replace(call, balance_mode=0)  # they take what the rank rule takes
     check_update_expert_call(call)
-    return True
 
 
-_checked = Prepared("update_expert", _check)
+PREPARED = Prepared("update_expert", _check, lambda *_: True)  # a call has neither layout nor plan
 
 
 def update_expert(
@@ -131,7 +130,7 @@ def prepare(
         limits=UNLIMITED,
     )
     check_types("update_expert", call)
-    _checked(call)
+    PREPARED(call)
     # A copy, since the token and occurrence rules read the table later, when its owner may have changed it.
     return PreparedUpdate(
         call.eplb_table.clone(), index(local_rank_id), index(world_size), call.balance_mode, check_values
@@ -157,7 +156,7 @@ class PreparedUpdate:
 
 
 def _run(call: UpdateExpertCall[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    _checked(call)
+    PREPARED(call)
     expert_ids = call.expert_ids
     prepared = PreparedUpdate(
         call.eplb_table, call.local_rank_id, call.world_size, call.balance_mode, call.check_values

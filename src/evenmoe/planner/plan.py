@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from inspect import Parameter, signature
 
 import numpy as np
 import numpy.typing as npt
 
-from evenmoe.errors import ConstraintError, EvenmoeError
+from evenmoe.errors import ConstraintError
 from evenmoe.metrics import FloatArray, as_load, count_copies, within_range
 from evenmoe.placement import Placement
 from evenmoe.planner import PLANNERS, Planner
 from evenmoe.planner.options import PlanOptions, Shape, check_placement, sizes_of
 from evenmoe.planner.slots import Slots, histories
-from evenmoe.registry import failure
+from evenmoe.registry import blaming
 from evenmoe.rules import RULES
 from evenmoe.rules.rule import Rule
 
@@ -158,11 +158,26 @@ def takes(planner: Planner, option: str) -> bool:
     >>> takes(PLANNERS.get("evenmoe"), "previous"), takes(PLANNERS.get("greedy"), "previous")
     (True, False)
     """
-    try:
-        parameters = signature(planner).parameters
-    except ValueError:  # of a builtin: only a call can tell
+    parameters = _parameters(planner)
+    if parameters is None:  # only a call can tell
         return True
     return option in parameters or any(each.kind is Parameter.VAR_KEYWORD for each in parameters.values())
+
+
+def names(planner: Planner, option: str) -> bool:
+    """Whether the planner's signature has this option by its name, so that it surely does something with it.
+
+    >>> names(PLANNERS.get("evenmoe"), "previous"), names(lambda load, **options: None, "previous")
+    (True, False)
+    """
+    return option in (_parameters(planner) or ())
+
+
+def _parameters(planner: Planner) -> Mapping[str, Parameter] | None:
+    try:
+        return signature(planner).parameters
+    except (TypeError, ValueError):  # of a builtin
+        return None
 
 
 def plan_with(planner: str | Planner, load: npt.ArrayLike, options: PlanOptions) -> Placement:
@@ -192,12 +207,8 @@ def plan_with(planner: str | Planner, load: npt.ArrayLike, options: PlanOptions)
             raise ConstraintError(
                 "planner", f"{name}, which takes no `{option}`", f"must take it to plan with {value}", "leave it out"
             )
-    try:
+    with blaming("planner", name, PLANNERS.is_own(found)):
         placement = found(tokens.copy(), **given)  # which a user's planner may write to
-    except (EvenmoeError, MemoryError):
-        raise
-    except Exception as error:
-        raise failure("planner", name, error) from error
     check_placement(placement, tokens.shape[-2], shape, "planner", f"{name}, whose plan is ", "correct the planner")
     if options.previous is not None and options.max_copies is not None:
         copies = int(count_copies(options.previous, placement).max())

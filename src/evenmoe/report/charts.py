@@ -87,6 +87,7 @@ class Line:
         style: color, dash and marker.
         x, y: the points.
         low, high: the band, or None.
+        quiet: whether it is drawn thin and gray behind the others, without a name.
     """
 
     name: str
@@ -96,16 +97,24 @@ class Line:
     y: FloatArray
     low: FloatArray | None = None
     high: FloatArray | None = None
+    quiet: bool = False
 
 
-def line_chart(lines: list[Line], x: Axis, y: Axis, height: float, *, zero: bool = False) -> Markup:
+def line_chart(
+    lines: list[Line], x: Axis, y: Axis, height: float, *, zero: bool = False, warmup: float = 0.0
+) -> Markup:
     """The inside of a drawing: frame, bands, lines, markers and names.
 
     Args:
         zero: whether y = 0 is drawn as a line of its own.
+        warmup: steps of warm-up, which are shaded.
     """
     paths, marks = [], []
-    for line in lines:
+    for line in sorted(lines, key=lambda line: not line.quiet):
+        if line.quiet:
+            points = _path(_points(line.x, line.y, x, y, height))
+            paths.append(element("path", class_="line quiet", d=points))
+            continue
         color = f"s{line.style.color}"
         if line.low is not None and line.high is not None:
             paths.append(element("path", class_=f"band {color}", d=_band(line, x, y, height)))
@@ -119,10 +128,18 @@ def line_chart(lines: list[Line], x: Axis, y: Axis, height: float, *, zero: bool
         )
         marks.append(_markers(line, len(lines), x, y, height))
     parts = [frame(x, y, height)]
+    if warmup:
+        width = percentage(x.share(warmup))
+        parts.insert(0, element("rect", class_="warmup", x="0", y="0", width=width, height=f"{height:g}"))
     if zero:
         at = f"{height * (1 - y.share(0.0)):.1f}"
         parts.append(element("line", class_="zero", x1="0", x2="100%", y1=at, y2=at))
-    return join(*parts, stretched(join(*paths), UNITS, height, height), *marks, _names(lines, y, height))
+    return join(
+        *parts,
+        stretched(join(*paths), UNITS, height, height),
+        *marks,
+        _names([line for line in lines if not line.quiet], y, height),
+    )
 
 
 def ticks_below(steps: npt.NDArray[np.int64], x: Axis, height: float) -> Markup:
@@ -278,13 +295,14 @@ def swatch(policy: int) -> Markup:
     )
 
 
-def lines_legend(policies: Sequence[tuple[int, str]]) -> Markup:
-    """Which line is which: (index, name) of each policy."""
-    return element(
-        "ul",
-        *(element("li", swatch(index), element("span", name(text))) for index, text in policies),
-        class_="legend",
-    )
+def lines_legend(policies: Sequence[tuple[int, str]], *, others: bool = False) -> Markup:
+    """Which line is which: (index, name) of each policy; `others` are thin and gray."""
+    items = [element("li", swatch(index), element("span", name(text))) for index, text in policies]
+    if others:
+        thin = element("path", class_="line quiet", d="M1 7h34")
+        gray = element("svg", thin, class_="swatch", width="36", height="14", aria_hidden="true")
+        items.append(element("li", gray, element("span", "other policies")))
+    return element("ul", *items, class_="legend")
 
 
 def patches_legend(patches: Sequence[tuple[str, str]]) -> Markup:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.quantities import QUANTITIES
+from evenmoe.report.charts import lines_legend
 from evenmoe.report.markup import Column, Markup, data, name, table
 from evenmoe.simulator.result import PolicyResult, PolicySummary, Simulation, Summary
 
@@ -56,6 +57,13 @@ class Content:
         return self.best != 0
 
     @cached_property
+    def focus(self) -> list[int]:
+        """Indices of the policies to look at: the baseline, the headline's, the best with a rule that engines have."""
+        names, said = [policy.name for policy in self.summaries], self.summary.headline
+        wanted = [0, self.best] + ([] if said.engine_policy is None else [names.index(said.engine_policy)])
+        return list(dict.fromkeys(wanted))
+
+    @cached_property
     def layer_par(self) -> npt.NDArray[np.float64]:
         """(policies, L), mean over steps."""
         return np.array([policy.mean_par_per_layer for policy in self.summaries])
@@ -69,6 +77,11 @@ class Content:
     def names(self) -> list[tuple[int, str]]:
         """(index, name) of every policy."""
         return [(i, policy.name) for i, policy in enumerate(self.simulation.policies)]
+
+    def legend(self, policies: Sequence[int]) -> Markup:
+        """Which line is which, of these policies: those to look at by name, the others together."""
+        shown = [(i, text) for i, text in self.names if i in policies and i in self.focus]
+        return lines_legend(shown, others=len(shown) < len(policies))
 
     def with_unit(self, quantity: str) -> list[str]:
         """One figure of every policy as it is written, with the unit without what it is per."""

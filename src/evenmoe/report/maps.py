@@ -28,25 +28,25 @@ RANKS = 160  # columns of the map of one layer at most: 2 px each on a page 400 
 
 
 def load(content: Content) -> Markup:
-    """Both maps, then the worst layers under the baseline and under the best policy."""
+    """Maps of the policies to look at, then the layers that are worst under the baseline."""
     labels = [f"below {LOAD_EDGES[0]:g}"]
     labels += [f"{low:g}\u2013{high:g}" for low, high in pairwise(LOAD_EDGES)]
     labels += [f"{LOAD_EDGES[-1]:g} and more"]
     legend = patches_legend([(f"patch h{i}", text) for i, text in enumerate(labels)])
     chosen = [("load-before", "Before", content.before)]
-    tables = [_worst(content, 0)]
     if content.compares:
         chosen.append(("load-after", "After", content.after))
-        tables.append(_worst(content, content.best))
+    engines = [content.simulation.policies[index] for index in content.focus if index not in (0, content.best)]
+    chosen += [("load-engine", "Engines' rules", policy) for policy in engines]
     maps = [_map(content, key, f"{when}: {policy.name}", policy, legend) for key, when, policy in chosen]
     return join(
         section("load", "Where the load lies", element("div", *maps, class_="grid")),
-        section("layers", "Worst layers", *tables),
+        section("layers", "Worst layers", _worst(content)),
     )
 
 
 def relative_load(policy: PolicyResult) -> npt.NDArray[np.float64]:
-    """(L, G): rows of each rank over the mean rank's of that layer, all steps together; nan in a layer without load."""
+    """(L, G): rows of each rank over the mean rank's of that layer, of judged steps; nan for a layer without load."""
     mean = policy.rank_tokens.mean(axis=1, keepdims=True)
     with np.errstate(invalid="ignore"):
         return policy.rank_tokens / np.where(mean > 0, mean, np.nan)
@@ -88,7 +88,7 @@ def _map(content: Content, key: str, title: str, policy: PolicyResult, legend: s
         dividers=borders,
     )
     caption = (
-        "Rows that each rank computed in all steps together ÷ the mean rank of that layer. "
+        "Rows that each rank computed in all judged steps together ÷ the mean rank of that layer. "
         f"Highest: {highest}; highest of the median layer: {median}."
     )
     caption += merged(columns, "ranks", rows)
@@ -107,7 +107,7 @@ def _ranks_table(policy: PolicyResult, title: str) -> Markup:
         Column("Mean", "rows"),
         Column("Most", "rows"),
         Column("Busiest", "rank"),
-        Column("Most ÷ mean", "all steps"),
+        Column("Most ÷ mean", "judged steps"),
     ]
     rows = []
     for layer, loads in enumerate(policy.rank_tokens):
@@ -125,9 +125,10 @@ def _ranks_table(policy: PolicyResult, title: str) -> Markup:
     return table(f"Rows per rank, {title}", columns, rows)
 
 
-def _worst(content: Content, policy: int) -> Markup:
-    """The layers with the highest mean PAR under one policy."""
-    order = np.argsort(-content.layer_par[policy], kind="stable")[:WORST].tolist()
+def _worst(content: Content) -> Markup:
+    """The layers with the highest mean PAR under the baseline."""
+    order = np.argsort(-content.layer_par[0], kind="stable")[:WORST].tolist()
+    judged = content.simulation.judged
     chosen = [content.before, content.after] if content.compares else [content.before]
     columns = [Column("Layer")]
     for shown in chosen:
@@ -139,7 +140,7 @@ def _worst(content: Content, policy: int) -> Markup:
     for layer in order:
         cells: list[str] = [str(layer)]
         for shown in chosen:
-            mean, worst = float(shown.par[:, layer].mean()), float(shown.par[:, layer].max())
+            mean, worst = float(shown.par[judged, layer].mean()), float(shown.par[judged, layer].max())
             cells += [data(mean, quantities.par(mean)), data(worst, quantities.par(worst))]
         loads = content.simulation.load[layer]
         expert, total = int(loads.argmax()), int(loads.sum())
@@ -150,8 +151,7 @@ def _worst(content: Content, policy: int) -> Markup:
         else:
             cells += [quantities.NOTHING] * 3
         rows.append(tuple(cells))
-    name = content.simulation.policies[policy].name
-    return table(f"Layers with the highest mean PAR under {name}", columns, rows)
+    return table(f"Layers with the highest mean PAR under {content.before.name}", columns, rows)
 
 
 def replicas(content: Content) -> Markup:

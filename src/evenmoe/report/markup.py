@@ -92,6 +92,7 @@ def shortened(text: str, length: int) -> str:
     return f"{text[: length - 1 - tail]}…{text[len(text) - tail :]}"
 
 
+FITTING = 3  # columns that a page 400 px wide shows whole
 LONG = 24  # characters, from which a row's heading is broken into lines
 _TAGS = re.compile("<[^>]*>")
 
@@ -148,9 +149,15 @@ def table(caption: str, columns: Sequence[Column], rows: Iterable[Sequence[str]]
             for cell, column in zip(row[1:], columns[1:], strict=True)
         ]
         body.append(element("tr", *cells))
+    hint = "hinted" if len(columns) > FITTING else None
     return element(
         "div",
-        element("table", element("caption", element("span", caption)), element("thead", head), element("tbody", *body)),
+        element(
+            "table",
+            element("caption", element("span", caption), class_=hint),
+            element("thead", head),
+            element("tbody", *body),
+        ),
         class_="scroll",
         role="region",
         aria_label=caption,

@@ -15,7 +15,7 @@ from evenmoe.report.charts import swatch
 from evenmoe.report.content import Content
 from evenmoe.report.drawing import color_rules
 from evenmoe.report.maps import load, replicas
-from evenmoe.report.markup import Column, Markup, data, element, join, name, paragraph, section, table
+from evenmoe.report.markup import Column, Markup, data, details, element, join, name, paragraph, section, table
 from evenmoe.report.sections import COSTS, TRAFFIC, balance, cost, traffic
 from evenmoe.simulator.result import Simulation
 
@@ -65,8 +65,7 @@ WORDS = (
 
 #: Figures in the table of all policies.
 COLUMNS = (
-    "mean_par", "worst_par", "step_time_us", "copy_time_us", "gain_percent", "net_gain_percent", "copies",
-    "break_even_steps", "extra_memory_percent",
+    "net_gain_percent", "gain_percent", "mean_par", "worst_par", "step_time_us", "copy_time_us", "extra_memory_percent",
 )  # fmt: skip
 
 
@@ -118,13 +117,15 @@ def _policies(content: Content) -> Markup:
 
 
 def _descriptions(content: Content) -> Markup:
-    items = []
-    for policy in content.simulation.policies:
-        items.append(element("dt", name(policy.name)))
-        items.append(element("dd", name(policy.description)))
+    """What the policies to look at do; the others on request."""
+    parts: dict[bool, list[Markup]] = {True: [], False: []}
+    for index, policy in enumerate(content.simulation.policies):
+        described = [element("dt", name(policy.name)), element("dd", name(policy.description))]
+        parts[index in content.focus] += described
+    others = details("What the other policies do", element("dl", *parts[False], class_="policies"))
     notes = content.simulation.notes
     listed = element("ul", *(element("li", note) for note in notes), class_="notes") if notes else ""
-    return join(element("dl", *items, class_="policies"), listed)
+    return join(element("dl", *parts[True], class_="policies"), others if parts[False] else "", listed)
 
 
 def origin(content: Content) -> Markup:

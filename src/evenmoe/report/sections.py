@@ -14,7 +14,6 @@ from evenmoe.report.charts import (
     bar_chart,
     bars_height,
     line_chart,
-    lines_legend,
     patches_legend,
     ticks_below,
 )
@@ -39,7 +38,8 @@ STROKES = 50  # refreshes that are marked one by one at most; more would touch e
 
 
 def balance(content: Content) -> Markup:
-    """All policies together, those that are crowded below the baseline once more, then each with its layers' range."""
+    """All policies together, those that are crowded below the baseline once more, then those to look at with the range
+    of their layers."""
     policies = list(enumerate(content.simulation.policies))
     if len(policies) == 1:
         alone = _alone(content, 0, content.before, float(content.before.par.max()))
@@ -49,9 +49,10 @@ def balance(content: Content) -> Markup:
     if len(policies) > 2 and medians[0] > 2.0 * max(medians[1:]):
         title = f"The same without {content.before.name}, enlarged"
         figures.append(_together(content, policies[1:], "par-zoom", title))
+    policies = [policies[index] for index in content.focus]
     tops = [float(policy.par.max()) for _, policy in policies]
     if len(figures) > 1:  # the baseline would press the others flat here too
-        tops[1:] = [max(tops[1:])] * (len(tops) - 1)
+        tops[1:] = [max(tops[1:], default=1.0)] * (len(tops) - 1)
     else:
         tops = [max(tops)] * len(tops)
     alone = [_alone(content, index, policy, top) for (index, policy), top in zip(policies, tops, strict=True)]
@@ -83,6 +84,7 @@ def _line(content: Content, index: int, policy: PolicyResult, *, band: bool) -> 
         runs.mean(np.median(policy.par, axis=1)),
         runs.lowest(policy.par.min(axis=1)) if band else None,
         runs.highest(policy.par.max(axis=1)) if band else None,
+        quiet=not band and index not in content.focus,
     )
 
 
@@ -94,11 +96,20 @@ def _together(content: Content, policies: Sequence[tuple[int, PolicyResult]], ke
     )
     steps = quantities.counted(content.summary.num_steps, "step")
     description = f"Lines over {steps}. Mean over time of the median layer: {means}."
-    caption = f"Peak-to-average load of the median layer at every step; lower is better.{averaged(buckets(content))}"
-    legend = lines_legend([(index, policy.name) for index, policy in policies])
+    caption = (
+        f"Peak-to-average load of the median layer at every step; lower is better.{averaged(buckets(content))}"
+        f"{_shaded(content)}"
+    )
+    legend = content.legend([index for index, _ in policies])
     numbers = _numbers(policies) if policies[0][0] == 0 else ""  # an enlarged part has no numbers of its own
-    svg = drawing(line_chart(lines, x, y, ALL_HEIGHT), key, title, description, ALL_HEIGHT, kind="named")
+    chart = line_chart(lines, x, y, ALL_HEIGHT, warmup=content.simulation.judged.start)
+    svg = drawing(chart, key, title, description, ALL_HEIGHT, kind="named")
     return figure(title, svg, caption, legend=legend, table=numbers, wide=True)
+
+
+def _shaded(content: Content) -> str:
+    warmup = content.simulation.judged.start
+    return f" Shaded: {quantities.counted(warmup, 'step')} of warm-up, of which no figure is." if warmup else ""
 
 
 def _numbers(policies: Sequence[tuple[int, PolicyResult]]) -> Markup:
@@ -117,7 +128,7 @@ def _numbers(policies: Sequence[tuple[int, PolicyResult]]) -> Markup:
 def _alone(content: Content, index: int, policy: PolicyResult, top: float) -> Markup:
     line = _line(content, index, policy, band=True)
     x, y = index_axis(content.summary.num_steps, "step", at_most=4), par_axis(top)
-    body, refreshes = line_chart([line], x, y, ONE_HEIGHT), ""
+    body, refreshes = line_chart([line], x, y, ONE_HEIGHT, warmup=content.simulation.judged.start), ""
     if 0 < len(policy.refreshes) <= STROKES:
         body = join(body, ticks_below(policy.refreshes, x, ONE_HEIGHT))
         refreshes = "; strokes on the axis: refreshes"
@@ -196,30 +207,33 @@ def _time(content: Content) -> Markup:
 
 
 def _saved(content: Content) -> Markup:
-    runs = buckets(content)
-    base = np.cumsum(content.before.step_time + content.before.copy_time)
-    others = list(enumerate(content.simulation.policies))[1:]
-    saved = [base - np.cumsum(policy.step_time + policy.copy_time) for _, policy in others]
+    simulation, judged = content.simulation, content.simulation.judged
+    base = np.cumsum(simulation.net_times(content.before))
+    runs = Buckets.of(len(base), POINTS)
+    others = list(enumerate(simulation.policies))[1:]
+    saved = [base - np.cumsum(simulation.net_times(policy)) for _, policy in others]
     unit = common_unit([float(np.abs(values).max()) for values in saved], TIMES)
     lines = []
     for (i, policy), values in zip(others, saved, strict=True):
         # A running total is read off at the end of a run of steps; an average would lag behind it.
-        ends = np.append(runs.starts[1:], content.summary.num_steps)
-        x = np.append(0.0, ends.astype(np.float64))
-        lines.append(Line(policy.name, i, style(i), x, np.append(0.0, values[ends - 1]) / unit.size))
+        ends = np.append(runs.starts[1:], len(base))
+        x, y = np.append(0, ends) + float(judged.start), np.append(0.0, values[ends - 1]) / unit.size
+        lines.append(Line(policy.name, i, style(i), x, y, quiet=i not in content.focus))
     low, high = min(float(line.y.min()) for line in lines), max(float(line.y.max()) for line in lines)
     y = value_axis(low, high, f"time saved so far ({unit.name})", max(high - low, 1e-3))
     title = f"Time saved over {content.before.name}"
-    ends = "; ".join(
+    listing = "; ".join(
         f"{policy.name} {significant(line.y[-1])}" for (_, policy), line in zip(others, lines, strict=True)
     )
+    x = index_axis(content.summary.num_steps, "step")
     svg = drawing(
-        line_chart(lines, index_axis(content.summary.num_steps, "step"), y, SAVED_HEIGHT, zero=True),
-        "saved", title, f"Running totals over steps. {unit.name} after the last step: {ends}.", SAVED_HEIGHT,
+        line_chart(lines, x, y, SAVED_HEIGHT, zero=True, warmup=judged.start),
+        "saved", title, f"Running totals over the judged steps. {unit.name} after the last: {listing}.", SAVED_HEIGHT,
         kind="named",
     )  # fmt: skip
     caption = (
-        "Running total of step and copying time less than the baseline's; above zero a policy has paid for all its "
-        f"copies so far.{averaged(runs).replace('mean', 'end')}"
+        "Running total of what the judged steps take less than the baseline's, copying included; those of the first "
+        f"plan are spread over {quantities.counted(simulation.horizon_steps, 'step')}.{_shaded(content)}"
+        f"{averaged(runs).replace('mean', 'end')}"
     )
-    return figure(title, svg, caption, legend=lines_legend([(i, policy.name) for i, policy in others]), wide=True)
+    return figure(title, svg, caption, legend=content.legend([i for i, _ in others]), wide=True)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from functools import cache
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from evenmoe.errors import ConstraintError, EvenmoeError
+from evenmoe.errors import ConstraintError
 from evenmoe.metrics import FloatArray, as_load_of, slots_by_rank
 from evenmoe.placement import Placement
-from evenmoe.registry import failure
+from evenmoe.registry import blaming
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +22,11 @@ IntArray = npt.NDArray[np.int64]
 Mask: TypeAlias = "torch.Tensor | None"
 Counts: TypeAlias = IntArray | None
 
+#: What a plan can assume of a rule.
+PLANNED_FOR = ("even", "rank", "batch")
+
+_NUMBERED = ("balance_mode", "kernel")  # what is computed elsewhere by a number
+_DERIVED = (*_NUMBERED, "prepare", "shares", "shares_evenly", "_slot_loads", "reachable")
 _SAMPLE = 840  # tokens of a rank from which shares are measured: a multiple of every number of replicas up to 8
 
 
@@ -35,6 +43,11 @@ class Rule:
         needs_counts: whether `choose` needs the assignments of all ranks, which then have to be exchanged before.
         balance_mode: its number in `update_expert`, or None; 0 and 1 are Ascend's, others have a name there alone.
         kernel: its number in the simulator's compiled kernels, or None: then the simulator calls `choose`.
+        version: what ranks compare to know that theirs are the same rule; see `identity`. State one where the code of
+            the class does not tell rules apart, such as those of one class that are made with different numbers.
+
+    A subclass with a `choose` of its own inherits nothing that was derived from another's: shares are measured anew,
+    unless it is derived from `EvenRule` and so promises that they are even.
 
     A rule by which every token takes the first replica:
 
@@ -53,12 +66,35 @@ class Rule:
     needs_counts: ClassVar[bool] = False
     balance_mode: ClassVar[int | None] = None
     kernel: ClassVar[int | None] = None
+    version: str | None = None
 
     def __init_subclass__(cls) -> None:
         """Raise a ConstraintError for a class without a name, which a message would need first."""
         if not isinstance(getattr(cls, "name", None), str):
             value = f"{getattr(cls, 'name', 'missing')} in {cls.__name__}"
             raise ConstraintError("name", value, "must be what the rule is called, a str", "give the class one")
+        if cls.plan_for not in PLANNED_FOR:
+            value = f"{cls.plan_for!r} in {cls.__name__}"
+            raise ConstraintError(
+                "plan_for", value, f"must be one of {', '.join(PLANNED_FOR)}", "say what a plan is to assume"
+            )
+        own, promised = vars(cls), vars(cls.__base__).get("_promises", ())
+        for name in _DERIVED if "choose" in own else _NUMBERED if "prepare" in own else ():
+            if name not in own and name not in promised:
+                setattr(cls, name, getattr(Rule, name))
+
+    def blaming(self) -> AbstractContextManager[None]:
+        """A block in which what fails is said to be this rule's, unless it is one of evenmoe's own."""
+        return blaming("rule", self.name, own=type(self).__module__.startswith("evenmoe."))
+
+    def identity(self) -> str:
+        """What must be the same on all ranks beside the name: the class's name, and `version`, or else its code.
+
+        The code of a class is its compiled methods and constants, and those of the classes that it is derived from; not
+        functions that they call, nor what its objects are made with. Python versions compile differently.
+        """
+        cls = type(self)
+        return f"{cls.__qualname__}\n{_code_of(cls) if self.version is None else self.version}"
 
     def choose(
         self,
@@ -108,7 +144,7 @@ class Rule:
             table = placement.eplb_table(layer)
             taken = np.zeros(placement.num_slots, np.int64)
             for rank in range(placement.num_ranks):
-                chooser = self.prepare(table, placement.num_slots, rank, placement.num_ranks)
+                chooser = prepared(self, table, placement.num_slots, rank, placement.num_ranks)
                 chosen = chooser(experts, torch.ones_like(experts, dtype=torch.bool), by_rank)
                 taken += np.bincount(chosen.numpy().reshape(-1), minlength=placement.num_slots)
             shared = counts[placement.slot_to_expert[layer]] > 1
@@ -121,7 +157,7 @@ class Rule:
         Raises:
             ConstraintError: a load of another model, or no load.
 
-        >>> from evenmoe.rules import RULES
+        >>> from evenmoe.registry import blaming
         >>> placement = Placement([[0, 1, 0, 2]], num_ranks=2)
         >>> [RULES.get(name).slot_loads([[6, 1, 3]], placement).tolist() for name in ("even", "batch")]
         [[[3.0, 1.0, 3.0, 3.0]], [[4.0, 1.0, 2.0, 3.0]]]
@@ -129,8 +165,18 @@ class Rule:
         return self._slot_loads(as_load_of(load, placement), placement)
 
     def _slot_loads(self, tokens: FloatArray, placement: Placement) -> FloatArray:
-        shares = self.shares(placement)
-        assert shares is not None, f"{self.name} has neither shares nor slot loads"
+        with self.blaming():
+            shares = self.shares(placement)
+        expected = placement.slot_to_expert.shape
+        is_array = isinstance(shares, np.ndarray)
+        if not is_array or shares.shape != expected or shares.dtype.kind not in "iuf":
+            what = f"an array of {shares.dtype}, shape {shares.shape}" if is_array else f"a {type(shares).__name__}"
+            raise ConstraintError(
+                f"shares of the rule {self.name}",
+                what,
+                f"must be numbers of shape {expected}, one per layer and slot",
+                "return such an array, or give the rule slot loads of its own",
+            )
         index = np.broadcast_to(placement.slot_to_expert, (*tokens.shape[:-1], placement.num_slots))
         return np.take_along_axis(tokens, index, axis=-1) * shares
 
@@ -139,11 +185,29 @@ class Rule:
 
         The load of a layer must be far from the ends of float64 (`metrics.within_range`).
         """
-        return slots_by_rank(self.slot_loads(load, placement), placement.rank_sizes)
+        with self.blaming():
+            per_slot = self.slot_loads(load, placement)
+        return slots_by_rank(per_slot, placement.rank_sizes)
 
     def reachable(self, num_replicas: npt.ArrayLike, world_size: int) -> IntArray:
         """How many of an expert's replicas some rank can choose, integers of the shape of `num_replicas`."""
         return np.asarray(num_replicas, np.int64)
+
+
+def prepared(rule: Rule, eplb_table: torch.Tensor, num_slots: int, rank: int, world_size: int) -> Chooser:
+    """What `rule.prepare` returns.
+
+    Raises:
+        ConstraintError: it returned no `Chooser`, or failed, which is said to be the rule's.
+    """
+    with rule.blaming():
+        chooser = rule.prepare(eplb_table, num_slots, rank, world_size)
+    if not isinstance(chooser, Chooser):
+        what = f"a {type(chooser).__name__}"
+        raise ConstraintError(
+            f"what the rule {rule.name} prepared", what, "must be a Chooser", "return one, or leave `prepare` out"
+        )
+    return chooser
 
 
 class Chooser:
@@ -159,25 +223,21 @@ class Chooser:
         self._rule, self._table, self._rank, self._world_size = rule, eplb_table, rank, world_size
 
     def __call__(self, expert_ids: torch.Tensor, counted: Mask = None, counts_by_rank: Counts = None) -> torch.Tensor:
-        """Slots of a batch's assignments; the arguments are those of `Rule.choose`.
+        """Slots of a batch's assignments; the arguments are those of `Rule.choose`, which gets copies of them.
 
         Raises:
             ConstraintError: the rule failed, or chose what is no replica of the expert, whose weights it would have
                 replaced.
         """
-        try:
+        with self._rule.blaming():
             slots = self._rule.choose(
-                expert_ids,
-                self._table,
+                expert_ids.clone(),  # copies, which a user's rule may write to
+                self._table.clone(),
                 rank=self._rank,
                 world_size=self._world_size,
-                counted=counted,
-                counts_by_rank=counts_by_rank,
+                counted=None if counted is None else counted.clone(),
+                counts_by_rank=None if counts_by_rank is None else counts_by_rank.copy(),
             )
-        except (EvenmoeError, MemoryError):
-            raise
-        except Exception as error:
-            raise failure("rule", self._rule.name, error) from error
         self._check(expert_ids, slots)
         return slots
 
@@ -209,8 +269,37 @@ class Chooser:
             )
 
 
+@cache
+def _code_of(cls: type[Rule]) -> str:
+    # Not the text: to find that of a class Python parses its file, which fails in several threads at once (3.11), and
+    # there is none of what was typed into a console.
+    classes = cls.__mro__[: cls.__mro__.index(Rule)]
+    return "\n".join(
+        f"{name} {_compiled(value)}"
+        for each in classes
+        for name, value in sorted(vars(each).items())
+        if not name.startswith("__")
+    )
+
+
+def _compiled(value: object) -> str:
+    """A function, or a constant of one; what else there is may differ between processes, and counts as nothing."""
+    value = getattr(value, "__func__", getattr(value, "fget", value))  # of methods and properties
+    if isinstance(value, FunctionType):
+        return _compiled(value.__code__)
+    if isinstance(value, CodeType):
+        return f"{value.co_code.hex()} {value.co_names} {_compiled(value.co_consts)}"
+    if isinstance(value, frozenset):  # in no order
+        return str(sorted(map(_compiled, value)))
+    if isinstance(value, tuple):
+        return str([_compiled(each) for each in value])
+    return repr(value) if value is None or isinstance(value, str | bytes | int | float | complex) else ""
+
+
 class EvenRule(Rule):
     """Every replica gets an equal share: what a plan assumes, and the frame of rules that come to it."""
+
+    _promises = ("shares", "shares_evenly")  # by who derives a rule from it, whatever that chooses
 
     name = "even"
     description = "Equal shares for all replicas; for plans and simulations, since no rank alone can choose so."

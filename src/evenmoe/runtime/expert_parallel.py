@@ -17,9 +17,9 @@ from evenmoe.ops.exchange import Routing, exchange, positions_of, prepare_return
 from evenmoe.ops.operator import check_devices, check_tensors
 from evenmoe.ops.weighted_sum import add_rows
 from evenmoe.rules import RULES
-from evenmoe.rules.rule import Rule
+from evenmoe.rules.rule import Rule, prepared
 from evenmoe.rules.table import check_table_of_slots, counted_entries
-from evenmoe.transport.agreement import LAYER, Header, digest, dtype_code
+from evenmoe.transport.agreement import LAYER, RULE_CODE, Header, digest, dtype_code
 from evenmoe.transport.call import GroupCall, together
 from evenmoe.transport.process_world import Group, transport_of
 
@@ -122,7 +122,7 @@ class ExpertParallel:
         require(known, "layer", repr(layer), "must be a whole number from 0", "pass the layer's index")
         check_table_of_slots(eplb_table, num_slots)
         self._table = eplb_table.clone()  # it is read at every step, when its owner may have changed it
-        self._choose = self._rule.prepare(self._table, num_slots, ep.rank, ep.world_size)
+        self._choose = prepared(self._rule, self._table, num_slots, ep.rank, ep.world_size)
         self.num_experts = eplb_table.shape[0]
         experts, slots = counted_entries(self._table)
         self._table_digest = digest(experts * num_slots + slots)
@@ -272,6 +272,7 @@ class ExpertParallel:
                 "logical experts": self.num_experts,
                 "`num_slots`": self.num_slots,
                 "`rule`": digest(self.rule.encode()),
+                RULE_CODE: digest(self._rule.identity().encode()),
                 "digest of the EPLB table": self._table_digest,
             }
             if len(self._plans) >= _KEPT:

@@ -60,7 +60,7 @@ class CostModel:
             least, rule = 0.0, f"0 or more, up to {_MOST:g}"
             if field.name.endswith("_per_s"):
                 least, rule = 1 / _MOST, f"more than 0, from {1 / _MOST:g} to {_MOST:g}"
-            if not least <= value <= _MOST:
+            if not isinstance(value, int | float | np.number) or not least <= value <= _MOST:
                 raise ConstraintError(field.name, value, f"must be finite and {rule}", "state it in its unit")
 
     @staticmethod

@@ -26,7 +26,7 @@ from evenmoe.metrics import FloatArray
 from evenmoe.placement import Placement
 from evenmoe.planner import PLANNERS, Planner
 from evenmoe.planner.options import PlanOptions
-from evenmoe.planner.plan import plan_with, takes
+from evenmoe.planner.plan import names, plan_with, takes
 from evenmoe.rules import RULES
 from evenmoe.rules.rule import Rule
 from evenmoe.simulator.batches import Cluster
@@ -259,8 +259,10 @@ class Refreshed(Planned):
         limits = [key for key in ("max-copies", "target-par") if key in text.given]
         if start == "scratch" and limits:
             text.fail(f"has {limits[0]} with start=scratch", "leave out one of them: a limit needs a placement to keep")
-        # Keeping up with a drift of 15 % takes DeepSeek-V3's layers 28 to 35 copies of 288 slots to a PAR of 1.01.
-        bounded = start != "scratch" and "max-copies" in taken
+        # Keeping up with a drift of 15 % takes DeepSeek-V3's layers 28 to 35 copies of 288 slots to a PAR of 1.01. A
+        # planner that takes any option (**options) need not know this one: it is bounded where it is told to be.
+        asked = "max-copies" in text.given or names(PLANNERS.get(text.kind), "max_copies")
+        bounded = start != "scratch" and "max-copies" in taken and asked
         return replace(
             policy,
             max_copies=text.number("max-copies", max(1, policy.num_slots // 8)) if bounded else None,

@@ -18,6 +18,8 @@ from evenmoe.simulator.batches import Cluster
 
 Thing = TypeVar("Thing")
 
+# A path may have commas and colons, as long as it has no equals sign.
+_OPTION = re.compile(r"(?:^|(?<=,))(?:[^,=]*=py:[^=]+?\.py(?=[:,]|$)(?::[^,]*)?|[^,]*)(?=,|$)")
 _LEAST = {"slots": 1, "groups": 1, "refresh": 1, "window": 1, "pieces": 1, "max-copies": 0}
 
 
@@ -44,7 +46,7 @@ class PolicyText:
         """Fill `given` with what stands behind the kind, which takes these keys."""
         if self._options == "":
             self.fail("ends in a colon", "write key=value behind it, or leave it out")
-        for part in self._options.split(",") if self._options else ():
+        for part in _OPTION.findall(self._options) if self._options else ():
             key, equals, value = part.partition("=")
             if key not in keys:
                 self.fail(f"has {key!r}, which {self.kind} does not take", f"use {', '.join(keys)}")

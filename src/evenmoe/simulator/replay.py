@@ -88,7 +88,7 @@ def simulate(
         progress: called after every step with the steps that are done and all of them.
 
     Raises:
-        ConstraintError: counts that do not go together, or a policy that cannot be.
+        ConstraintError: a trace or costs of another type, counts that do not go together, or a policy that cannot be.
         UnsupportedTypeError: something that is no policy.
         MissingArgumentError: a trace without tokens or `top_k`; or of no known model, without costs.
 
@@ -100,6 +100,12 @@ def simulate(
     >>> found.par.tolist(), found.rank_tokens.tolist(), found.traffic.within_node.tolist()
     ([[2.0]], [[2, 0]], [1])
     """
+    if not isinstance(trace, Trace):
+        rule, fix = "must be an evenmoe.Trace", "read a trace file with evenmoe.traces.load_trace"
+        raise ConstraintError("trace", f"{str(trace)[:60]!r} of type {type(trace).__name__}", rule, fix)
+    if costs is not None and not isinstance(costs, CostModel | ModelShape | str):
+        rule, fix = "must be a CostModel, or a model's name or shape", "name a model, or state your own figures"
+        raise ConstraintError("costs", f"{str(costs)[:60]!r} of type {type(costs).__name__}", rule, fix)
     cluster = Cluster(num_ranks, num_nodes, tokens_per_rank)
     given, shape = trace, None
     if not isinstance(costs, CostModel):
@@ -195,6 +201,10 @@ def _find_top_k(trace: Trace, top_k: int | None, shape: ModelShape | None) -> in
                 "top_k", "not given", "is needed for a trace without tokens", "say how many experts a token has"
             )
         known = whole_number("top_k", top_k, 1)
+    elif not isinstance(known, int):
+        raise ConstraintError(
+            "trace", f"one whose `top_k` is {known!r}", "must have a whole number there", "correct its metadata"
+        )
     elif top_k is not None and top_k != known:
         raise ConstraintError("top_k", top_k, f"must be that of the trace, {known}", "leave it out")
     if not 1 <= int(known) <= trace.num_experts:

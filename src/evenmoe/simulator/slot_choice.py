@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.placement import Placement
-from evenmoe.rules.rule import Chooser, Rule
+from evenmoe.rules.rule import Chooser, Rule, prepared
 from evenmoe.rules.split_batch import SplitPlan
 from evenmoe.simulator.batches import Cluster, Counts
 
@@ -167,7 +167,8 @@ class CalledRule:
             else:
                 ids = experts[rank].astype(np.int64)
                 counted = np.ones(ids.shape, bool)
-            chosen = choose(torch.from_numpy(ids), torch.from_numpy(counted), by_rank).numpy()
+            with self._rule.blaming():  # a chooser may be a user's, too
+                chosen = choose(torch.from_numpy(ids), torch.from_numpy(counted), by_rank).numpy()
             scratch.per_slot[:, rank] = np.bincount(chosen[counted], minlength=len(scratch.per_slot))
             if experts is not None:
                 scratch.chosen[rank] = chosen
@@ -175,7 +176,7 @@ class CalledRule:
     def _prepare(self, layer: int) -> list[Chooser]:
         table, num_slots = self._placement.eplb_table(layer), self._placement.num_slots
         ranks = range(self._cluster.num_ranks)
-        return [self._rule.prepare(table, num_slots, rank, self._cluster.num_ranks) for rank in ranks]
+        return [prepared(self._rule, table, num_slots, rank, self._cluster.num_ranks) for rank in ranks]
 
     def _draw(
         self, counts: npt.NDArray[np.int64], random: np.random.Generator

@@ -29,6 +29,7 @@ HEADER = 4 + FIELDS + TEXT  # number of the exchange, operator, status, number o
 FAILED = 1  # status of an error that has none of its own
 UNKNOWN = -1  # a dispatch that combine was not told; it may be any
 
+RULE_CODE = "digest of the code of `rule`"
 LAYER, DISPATCH = "layer", "dispatch"
 _WHERE = (LAYER, DISPATCH)  # which call it is: told for every rank at once
 Words = npt.NDArray[np.int64]
@@ -55,6 +56,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
         "logical experts",
         "`num_slots`",
         "`rule`",
+        RULE_CODE,
         "digest of the EPLB table",
     ),
     "batch rule of ExpertParallel.dispatch": (LAYER,),
