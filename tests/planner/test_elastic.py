@@ -190,7 +190,7 @@ REFUSED = {
     "a rule that shares unevenly": (
         {"num_slots": [4, 1], "rule": "batch"},
         "`num_slots` is [4, 1] with rule='batch': it must be one number for all ranks, none of them dead, to plan "
-        "for a rule whose shares are not even; give one number, or plan with rule='even'.",
+        "for a rule whose shares are not even; give one number, or plan for the even rule.",
     ),
     "groups inside nodes": (
         {"num_slots": [4, 1], "num_nodes": 2, "num_groups": 2},
