@@ -79,6 +79,7 @@ def test_every_error_that_is_documented_can_be_named():
 def test_the_list_is_the_design():
     assert sorted(em.__all__) == [
         "ConstraintError",
+        "CostModel",
         "Dispatched",
         "EvenmoeError",
         "ExpertParallel",
@@ -87,6 +88,7 @@ def test_the_list_is_the_design():
         "MissingArgumentError",
         "Placement",
         "RankDisagreementError",
+        "Simulation",
         "Trace",
         "UnsupportedTypeError",
         "__version__",
@@ -96,14 +98,20 @@ def test_the_list_is_the_design():
         "count_copies",
         "dispatch",
         "errors",
+        "load_simulation",
+        "load_trace",
         "local_world",
         "lower_bound",
         "peak_to_average",
         "plan",
         "process_world",
         "read",
+        "save_placement",
+        "save_simulation",
+        "save_trace",
         "simulate",
         "split_batch",
+        "synthesize",
         "update_expert",
     ]
 

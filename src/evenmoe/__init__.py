@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from evenmoe.simulator.costs import CostModel as CostModel
     from evenmoe.simulator.replay import simulate as simulate
     from evenmoe.simulator.result import Simulation as Simulation
+    from evenmoe.simulator.store import load_simulation as load_simulation
+    from evenmoe.simulator.store import save_simulation as save_simulation
     from evenmoe.traces.synthesis import synthesize as synthesize
     from evenmoe.traces.trace import Trace as Trace
     from evenmoe.traces.trace import load_trace as load_trace
@@ -67,6 +69,7 @@ _HOME = {
     "count_copies": "evenmoe.metrics",
     "dispatch": "evenmoe.ops.dispatch",
     "errors": "evenmoe.errors",
+    "load_simulation": "evenmoe.simulator.store",
     "load_trace": "evenmoe.traces.trace",
     "local_world": "evenmoe.transport.world",
     "lower_bound": "evenmoe.planner.bound",
@@ -75,6 +78,7 @@ _HOME = {
     "process_world": "evenmoe.transport.process_world",
     "read": "evenmoe.formats.reading",
     "save_placement": "evenmoe.formats.writing",
+    "save_simulation": "evenmoe.simulator.store",
     "save_trace": "evenmoe.traces.trace",
     "simulate": "evenmoe.simulator.replay",
     "split_batch": "evenmoe.rules.split_batch",

@@ -81,7 +81,7 @@ CALLS = {
         for name in ("ring.pt", "skewed.npz")
         for call in (
             ("simulate", name, *SIMULATION, "--out", "s.sim"),
-            ("report", "s.sim", "--png", "png", "--json"),
+            ("report", "s.sim", "--figures", "png", "--json"),
         )
     ],
     "plan": [

@@ -17,18 +17,18 @@ PICTURES = ("par.png", "load.png", "replicas.png", "traffic.png", "time.png")
 @pytest.fixture
 def replay(tmp_path):
     path = tmp_path / "replay.sim"
-    save_simulation(path, make_replay(steps=20, layers=2))
+    save_simulation(make_replay(steps=20, layers=2), path)
     return path
 
 
 def test_a_page_and_its_pictures(tmp_path, replay, evenmoe):
     page, folder = tmp_path / "page.html", tmp_path / "new" / "pictures"
-    done = evenmoe("report", replay, "-o", page, "--png", folder)
+    done = evenmoe("report", replay, "-o", page, "--figures", folder)
     assert (done.code, done.err) == (0, "")
     assert sorted(path.name for path in folder.iterdir()) == sorted(PICTURES)
     text = page.read_text(encoding="utf-8")
     assert hashlib.sha256(replay.read_bytes()).hexdigest() in text
-    assert f"evenmoe report {replay} -o {page} --png {folder}" in text
+    assert f"evenmoe report {replay} -o {page} --figures {folder}" in text
     assert "evenmoe" in done.out
     assert str(page) in done.out.replace("\n", "")
 
@@ -39,7 +39,7 @@ def test_json_is_one_object_with_units(tmp_path, replay, evenmoe):
     simulation = make_replay(steps=20, layers=2)
     base = simulation.policies[0]
     assert found["page_bytes"] == (tmp_path / "page.html").stat().st_size
-    assert found["pictures"] == []
+    assert found["figures"] == []
     assert found["input_sha256"] == {str(replay): hashlib.sha256(replay.read_bytes()).hexdigest()}
     for policy, shown in zip(simulation.policies, found["policies"], strict=True):
         gain = 100 * (1 - sum(policy.step_time) / sum(base.step_time))
@@ -59,7 +59,7 @@ def test_json_is_one_object_with_units(tmp_path, replay, evenmoe):
 def test_a_policy_that_never_pays_is_null_in_json(tmp_path, evenmoe):
     simulation = make_replay(steps=20, layers=2)
     object.__setattr__(simulation.policies[1], "break_even_steps", math.inf)
-    save_simulation(tmp_path / "a", simulation)
+    save_simulation(simulation, tmp_path / "a")
     done = evenmoe("report", tmp_path / "a", "-o", tmp_path / "page.html", "--json")
     assert json.loads(done.out, parse_constant=pytest.fail)["policies"][1]["break_even_steps"] is None
 
@@ -84,7 +84,7 @@ def test_the_input_is_never_replaced(replay, evenmoe):
     assert replay.read_bytes() == before
 
 
-@pytest.mark.parametrize("option", ["-o", "--png"])
+@pytest.mark.parametrize("option", ["-o", "--figures"])
 def test_places_that_cannot_be_written(tmp_path, replay, evenmoe, option):
     (tmp_path / "file").write_text("")
     done = evenmoe("report", replay, "-o", tmp_path / "page.html", option, tmp_path / "file" / "inside")

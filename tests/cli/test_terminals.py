@@ -57,7 +57,7 @@ def room(tmp_path) -> Path:
     room.mkdir()
     for name in ("größe → 2.npz", "\udcff.npz"):
         at(room / name, npz(load=LOAD))
-    save_simulation(room / "replay.npz", replayed())
+    save_simulation(replayed(), room / "replay.npz")
     return room
 
 
@@ -155,8 +155,8 @@ def test_a_report_of_times_beyond_all_measure(tmp_path, field, value, good):
     policies = tuple(
         replace(policy, **{field: np.full_like(getattr(policy, field), value)}) for policy in simulation.policies
     )
-    save_simulation(tmp_path / "replay.npz", replace(simulation, policies=policies))
-    done = forked(tmp_path, ["report", "replay.npz", "--png", "pngs", "--json"])
+    save_simulation(replace(simulation, policies=policies), tmp_path / "replay.npz")
+    done = forked(tmp_path, ["report", "replay.npz", "--figures", "pngs", "--json"])
     if good:
         assert done.code == 0, done.err
         json.loads(done.out)
@@ -173,11 +173,11 @@ def test_a_report_of_times_beyond_all_measure(tmp_path, field, value, good):
 def test_counts_that_overflow_when_they_are_added(tmp_path, largest):
     simulation = replayed()
     load = np.full_like(simulation.load, largest)  # of 4 experts: 2**64 or 2**63 together
-    save_simulation(tmp_path / "replay.npz", replace(simulation, load=load))
+    save_simulation(replace(simulation, load=load), tmp_path / "replay.npz")
     with pytest.raises(FileFormatError, match=r"`load` with \d+: it must hold counts, fewer than 2\*\*62 together"):
         load_simulation(tmp_path / "replay.npz")
     wide = replace(simulation.policies[0], memory_per_rank=largest * 2)
-    save_simulation(tmp_path / "wide.npz", replace(simulation, policies=(wide,)))
+    save_simulation(replace(simulation, policies=(wide,)), tmp_path / "wide.npz")
     with pytest.raises(FileFormatError, match=r"`memory_per_rank` .* must be a whole number, 0 or more, below"):
         load_simulation(tmp_path / "wide.npz")
 

@@ -80,7 +80,7 @@ def inputs(tmp_path_factory) -> Path:
     replayed = simulate(
         Trace("load", load), num_ranks=2, tokens_per_rank=8, costs=costs, num_steps=3, top_k=2, workers=1
     )
-    save_simulation(folder / "replay.npz", replayed)
+    save_simulation(replayed, folder / "replay.npz")
     return folder
 
 
@@ -389,7 +389,7 @@ def test_a_hard_link_to_the_trace_is_the_trace(inputs, room):
         (["simulate", "{in}/load.npz", *REPLAY, "--out", "-"], "--out"),
         (["simulate", "{in}/load.npz", *REPLAY, "--report", "-"], "--report"),
         (["report", "{in}/replay.npz", "--out", "-"], "--out"),
-        (["report", "{in}/replay.npz", "--out", "page.html", "--png", "-"], "--png"),
+        (["report", "{in}/replay.npz", "--out", "page.html", "--figures", "-"], "--figures"),
         (["cann", "--out", "-"], "--out"),
     ],
 )
@@ -407,7 +407,7 @@ def test_no_file_is_called_as_standard_output_is(inputs, room, arguments, flag):
 def test_pictures_appear_together_or_not_at_all(inputs, room, there):
     """A page and five pictures; the page is smaller than the limit, some picture is not."""
     page, pngs = room / "page.html", room / "deep" / "pngs"
-    assert forked(room, ["report", inputs / "replay.npz", "-o", page, "--png", pngs]).code == 0
+    assert forked(room, ["report", inputs / "replay.npz", "-o", page, "--figures", pngs]).code == 0
     sizes = [path.stat().st_size for path in pngs.iterdir()]
     assert len(sizes) == 5
     assert page.stat().st_size > 0
@@ -418,7 +418,7 @@ def test_pictures_appear_together_or_not_at_all(inputs, room, there):
         pngs.rmdir()
         pngs.parent.rmdir()
     before = {path: path.is_file() and path.read_bytes() for path in room.rglob("*")}
-    arguments = ["report", inputs / "replay.npz", "-o", page, "--png", pngs]
+    arguments = ["report", inputs / "replay.npz", "-o", page, "--figures", pngs]
     for start in (limited(max(sizes) - 1), ended_by(signal.SIGINT, max(sizes) - 1)):
         done = forked(room, arguments, start)
         assert done.code in (2, 130)

@@ -12,7 +12,8 @@ import numpy as np
 
 from evenmoe.metrics import even_rank_loads, peak_over_mean
 from evenmoe.placement import Placement, default_placement
-from evenmoe.simulator.result import PolicyResult, Simulation, Traffic
+from evenmoe.simulator.policy_result import PolicyResult, Traffic
+from evenmoe.simulator.result import Simulation
 
 EXPERT_BYTES = 44_040_192  # one expert of DeepSeek-V3 in fp8
 

@@ -14,7 +14,8 @@ import pytest
 
 from evenmoe.placement import default_placement
 from evenmoe.report import write_report
-from evenmoe.simulator.result import PolicyResult, Simulation, Traffic
+from evenmoe.simulator.policy_result import PolicyResult, Traffic
+from evenmoe.simulator.result import Simulation
 from tests.effort import effort
 from tests.report.parsed import parse, table
 from tests.report.replays import make_replay
@@ -68,7 +69,7 @@ def test_every_size_is_well_formed(tmp_path, size):
 
 
 def test_no_load_at_all(tmp_path):
-    root = parse(write(tmp_path, idle(), png_dir=tmp_path))
+    root = parse(write(tmp_path, idle(), figures_dir=tmp_path))
     row = table(root, "All policies on the same steps")[1]
     assert [cell.shown for cell in row[1:3]] == ["\u2013", "\u2013"]  # of nothing, nothing is saved
     costs = table(root, "Costs by the model in the settings")[1]
@@ -153,7 +154,7 @@ def test_names_are_text_and_nothing_else(tmp_path, nasty):
 @pytest.mark.filterwarnings("error")
 def test_pictures_of_such_names(tmp_path):
     simulation = make_replay(steps=3, layers=2, policies=NASTY, trace=NASTY[6])
-    write(tmp_path, simulation, png_dir=tmp_path)
+    write(tmp_path, simulation, figures_dir=tmp_path)
     for name in PICTURES:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
@@ -185,9 +186,9 @@ def test_pictures_do_not_depend_on_the_users_matplotlib(tmp_path):
     import matplotlib
 
     simulation = make_replay(steps=9)
-    write_report(simulation, tmp_path / "page.html", "a", png_dir=tmp_path / "plain")
+    write_report(simulation, tmp_path / "page.html", "a", figures_dir=tmp_path / "plain")
     with matplotlib.rc_context({"font.size": 30, "axes.grid": True, "lines.linewidth": 9, "savefig.dpi": 30}):
-        write_report(simulation, tmp_path / "page.html", "a", png_dir=tmp_path / "other")
+        write_report(simulation, tmp_path / "page.html", "a", figures_dir=tmp_path / "other")
         assert matplotlib.rcParams["font.size"] == 30  # and leave it as it was
     for path in (tmp_path / "plain").iterdir():
         assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes(), path.name

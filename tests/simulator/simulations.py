@@ -7,7 +7,8 @@ import math
 import numpy as np
 
 from evenmoe.placement import Placement
-from evenmoe.simulator.result import Details, PolicyResult, Simulation, Traffic
+from evenmoe.simulator.policy_result import Details, PolicyResult, Traffic
+from evenmoe.simulator.result import Simulation
 
 
 def make_simulation(

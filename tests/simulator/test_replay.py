@@ -88,7 +88,7 @@ def test_the_future_changes_nothing_before_it(trace, last):
 )
 def test_threads_change_nothing(trace, tmp_path):
     for workers in (1, 2, 5):
-        save_simulation(tmp_path / str(workers), run(trace, workers=workers))
+        save_simulation(run(trace, workers=workers), tmp_path / str(workers))
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes() == (tmp_path / "5").read_bytes()
 
 

@@ -35,13 +35,13 @@ def assert_same(left, right, place="simulation"):
 @pytest.mark.parametrize("details", [False, True])
 def test_what_is_written_comes_back(tmp_path, details):
     simulation = make_simulation(details=details)
-    save_simulation(tmp_path / "a.sim", simulation)
+    save_simulation(simulation, tmp_path / "a.sim")
     assert_same(load_simulation(tmp_path / "a.sim"), simulation)
 
 
 def test_one_of_everything_comes_back(tmp_path):
     simulation = make_simulation(1, 1, 1, 1, 1, ("identity",))
-    save_simulation(tmp_path / "a", simulation)
+    save_simulation(simulation, tmp_path / "a")
     assert_same(load_simulation(tmp_path / "a"), simulation)
 
 
@@ -54,13 +54,13 @@ def test_the_order_of_replicas_comes_back(tmp_path):
     for policy in simulation.policies:
         object.__setattr__(policy, "initial", turned)
         object.__setattr__(policy, "final", turned)
-    save_simulation(tmp_path / "a", simulation)
+    save_simulation(simulation, tmp_path / "a")
     assert load_simulation(tmp_path / "a").policies[1].final == turned
 
 
 def test_the_same_simulation_gives_the_same_bytes(tmp_path):
-    save_simulation(tmp_path / "a", make_simulation())
-    save_simulation(tmp_path / "b", make_simulation())
+    save_simulation(make_simulation(), tmp_path / "a")
+    save_simulation(make_simulation(), tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -84,7 +84,7 @@ def rewrite_head(path, change):
 
 @pytest.fixture
 def saved(tmp_path):
-    save_simulation(tmp_path / "a.sim", make_simulation())
+    save_simulation(make_simulation(), tmp_path / "a.sim")
     return tmp_path / "a.sim"
 
 

@@ -8,12 +8,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from typer import Argument, Option
 
-from evenmoe.cli.options import Command, check_no_stream, make_command, out_option, print_json
+from evenmoe.cli.options import Command, check_no_stream, completed, make_command, out_option, print_json
 from evenmoe.errors import ConstraintError
+from evenmoe.report.look import FORMATS, WIDTH, Look
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,15 +29,23 @@ _WIDTH = 8  # characters of a column's head
 
 @dataclass(frozen=True, kw_only=True)
 class ReportCommand(Command):
-    """Show what a simulation found: one HTML page and, with --png, its pictures.
+    """Show what a simulation found: one HTML page and, with --figures, its pictures.
 
     The page needs nothing beside itself: no script, no network, and the same input gives the same bytes. Exit codes: 0
     written; 2 INPUT is no simulation, or a file cannot be read or written.
     """
 
+    words: ClassVar = {name: f"--figure-{name}" for name in ("format", "width", "height", "style")}
+
     simulation: Annotated[Path, Argument(metavar="INPUT", help="The file that `evenmoe simulate --out` wrote.")]
     out: Annotated[Path, out_option("The HTML page; a file there is replaced.")] = Path("report.html")
-    png: Annotated[Path | None, Option(metavar="DIR", help="Also write the pictures as PNGs.")] = None
+    figures: Annotated[Path | None, Option(metavar="DIR", help="Also write the pictures, one file each.")] = None
+    figure_format: Annotated[
+        str | None, Option(help="png, svg or pdf. Default: png.", autocompletion=completed(FORMATS))
+    ] = None
+    figure_width: Annotated[float | None, Option(help=f"Inches. Default: {WIDTH:g}.")] = None
+    figure_height: Annotated[float | None, Option(help="Inches. Default: what suits each picture.")] = None
+    figure_style: Annotated[str | None, Option(help="A style of matplotlib, by its name or its .mplstyle file.")] = None
 
     def run(self) -> int:
         """Write the page and print its headline."""
@@ -46,18 +55,20 @@ class ReportCommand(Command):
         from evenmoe.report import write_report
         from evenmoe.simulator.store import load_simulation
 
+        look = self._look()
         check_no_stream("--out", self.out)
-        check_no_stream("--png", self.png)
+        check_no_stream("--figures", self.figures)
         simulation = load_simulation(self.simulation)
         if self.out.exists() and self.out.samefile(self.simulation):
             raise ConstraintError("--out", self.out, "must not be the input", "name another file")
         inputs = {str(self.simulation): hashlib.sha256(self.simulation.read_bytes()).hexdigest()}
-        written = write_report(simulation, self.out, shlex.join(["evenmoe", *sys.argv[1:]]), inputs, self.png)
+        called = shlex.join(["evenmoe", *sys.argv[1:]])
+        written = write_report(simulation, self.out, called, inputs, self.figures, look)
         if self.json:
             files = {
                 "page": str(written[0]),
                 "page_bytes": written[0].stat().st_size,
-                "pictures": [str(path) for path in written[1:]],
+                "figures": [str(path) for path in written[1:]],
                 "input_sha256": inputs,
             }
             print_json({**files, **simulation.summary.as_json()})
@@ -70,6 +81,16 @@ class ReportCommand(Command):
         for path in written:
             print(f"{path}  {count(path.stat().st_size)} bytes")
         return 0
+
+    def _look(self) -> Look:
+        given = {name: getattr(self, f"figure_{name}") for name in self.words}
+        given = {name: value for name, value in given.items() if value is not None}
+        for name, value in given.items():
+            if self.figures is None:
+                raise ConstraintError(
+                    f"--figure-{name}", value, "must come with --figures", "name the folder for the pictures"
+                )
+        return Look(**given)
 
 
 def print_headline(summary: Summary, console: Console) -> None:

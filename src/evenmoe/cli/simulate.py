@@ -174,7 +174,7 @@ class SimulateCommand(FileOptions, WorldOptions):
         origin += [(f"SHA-256 of {path}", digest, "") for path, digest in files.items()]
         simulation = replace(simulation, settings=(*origin, *simulation.settings))
         if self.out is not None:
-            save_simulation(self.out, simulation)
+            save_simulation(simulation, self.out)
         if self.report is not None:
             from evenmoe.report import write_report
 

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from evenmoe.quantities import QUANTITIES
 from evenmoe.report.charts import lines_legend
 from evenmoe.report.markup import Column, Markup, data, name, table
-from evenmoe.simulator.result import PolicyResult, PolicySummary, Simulation, Summary
+from evenmoe.simulator.policy_result import PolicyResult
+from evenmoe.simulator.result import PolicySummary, Simulation, Summary
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from evenmoe.report.charts import EMPTY, heat_map, patches_legend
 from evenmoe.report.content import Content
 from evenmoe.report.drawing import Axis, Buckets, index_axis
 from evenmoe.report.markup import Column, Markup, data, element, figure, join, name, paragraph, section, table
-from evenmoe.simulator.result import PolicyResult
+from evenmoe.simulator.policy_result import PolicyResult
 
 LOAD_EDGES = (0.5, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 3.0)  # between the ramp's nine colors, in means of a layer
 MOST_COLUMNS, MOST_ROWS = 400, 150  # cells of a map at most

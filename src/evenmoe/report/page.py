@@ -14,6 +14,7 @@ from evenmoe.quantities import percent as _percent
 from evenmoe.report.charts import swatch
 from evenmoe.report.content import Content
 from evenmoe.report.drawing import color_rules
+from evenmoe.report.look import Look
 from evenmoe.report.maps import load, replicas
 from evenmoe.report.markup import Column, Markup, data, details, element, join, name, paragraph, section, table
 from evenmoe.report.sections import COSTS, TRAFFIC, balance, cost, traffic
@@ -209,9 +210,10 @@ def write_report(
     path: str | Path,
     command: str,
     inputs: Mapping[str, str] | None = None,
-    png_dir: str | Path | None = None,
+    figures_dir: str | Path | None = None,
+    look: Look | None = None,
 ) -> list[Path]:
-    """Write one self-contained HTML page about a replay and, on request, its pictures as PNGs.
+    """Write one self-contained HTML page about a replay and, on request, its pictures as files.
 
     The same arguments give the same bytes. The page asks for nothing outside itself and runs no script. All files take
     their names once all are complete.
@@ -221,7 +223,8 @@ def write_report(
         path: of the page; a file there is replaced.
         command: the command line that made it, shown as it is.
         inputs: SHA-256 in hexadecimal of every file that was read, by path.
-        png_dir: folder for the PNGs, made if it is not there; None for none.
+        figures_dir: folder for the pictures, made if it is not there; None for none.
+        look: their format, size and style. Default: PNGs.
 
     Returns:
         The files written, the page first.
@@ -232,11 +235,12 @@ def write_report(
     content = Content(simulation, command, dict(inputs or {}))
     written = {Path(path): page(content).encode("utf-8", "backslashreplace")}
     with ExitStack() as folder:
-        if png_dir is not None:
+        if figures_dir is not None:
             from evenmoe.report.pictures import draw_pictures  # imports matplotlib, 0.4 s that the page does not need
 
-            written |= {Path(png_dir, name): picture for name, picture in draw_pictures(content).items()}
-            folder.enter_context(made_folder(Path(png_dir)))
+            pictures = draw_pictures(content, look or Look())
+            written |= {Path(figures_dir, name): picture for name, picture in pictures.items()}
+            folder.enter_context(made_folder(Path(figures_dir)))
         with whole_files() as files:
             for target, data in written.items():
                 files.write(target, data)

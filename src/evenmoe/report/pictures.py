@@ -1,10 +1,11 @@
-"""The page's pictures as PNGs, for slides and issues; matplotlib without pyplot, the same bytes for the same input."""
+"""The page's pictures as matplotlib figures, for slides, papers and notebooks; the same input gives the same bytes."""
 
 from __future__ import annotations
 
 import io
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context, rcdefaults, rcParams
@@ -15,23 +16,102 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from evenmoe.errors import ConstraintError
 from evenmoe.quantities import significant
 from evenmoe.report import drawing
 from evenmoe.report.content import Content
+from evenmoe.report.look import Look
 from evenmoe.report.maps import LOAD_EDGES, REPLICA_COLORS, REPLICA_EDGES, REPLICA_LABELS, relative_load
 from evenmoe.report.markup import shortened
+from evenmoe.simulator.result import Simulation
 
 INK, MUTED, RULE = "#1b2129", "#515b67", "#d5dae1"
 DPI = 160
+_HEIGHT = 4.6  # inches, of figures that do not grow with their policies
+_WIDE = 7.0  # inches, from which on titles and letters have all the room that they want
 
 
-def draw_pictures(content: Content) -> dict[str, bytes]:
-    """Draw par.png, load.png, replicas.png, traffic.png and time.png; the bytes of each by its name."""
-    pictures = {"par": _par, "load": _load, "replicas": _replicas, "traffic": _traffic, "time": _time}
+class Picture(Figure):
+    """A matplotlib figure that a notebook shows without any setting."""
+
+    def _repr_png_(self) -> bytes:
+        return _bytes(self, "png")
+
+
+def par(simulation: Simulation, **look: Any) -> Figure:
+    """The peak-to-average load of the median layer over the steps; `look` are fields of `Look`, but for the format."""
+    return _draw("par", Content(simulation, "", {}), _checked_look(look))
+
+
+def load(simulation: Simulation, **look: Any) -> Figure:
+    """The load of every rank and layer before and after, over the mean rank of the layer; as `par`."""
+    return _draw("load", Content(simulation, "", {}), _checked_look(look))
+
+
+def replicas(simulation: Simulation, **look: Any) -> Figure:
+    """The replicas of every expert and layer after the last step; as `par`."""
+    return _draw("replicas", Content(simulation, "", {}), _checked_look(look))
+
+
+def traffic(simulation: Simulation, **look: Any) -> Figure:
+    """The token rows that leave their rank in a mean step; as `par`."""
+    return _draw("traffic", Content(simulation, "", {}), _checked_look(look))
+
+
+def time(simulation: Simulation, **look: Any) -> Figure:
+    """The modeled time of a mean step; as `par`."""
+    return _draw("time", Content(simulation, "", {}), _checked_look(look))
+
+
+def draw_pictures(content: Content, look: Look) -> dict[str, bytes]:
+    """Draw par, load, replicas, traffic and time; the bytes of each by its file's name, such as par.png."""
+    return {f"{name}.{look.format}": _bytes(_draw(name, content, look), look.format) for name in _PICTURES}
+
+
+def _checked_look(look: dict[str, Any]) -> Look:
+    for name in look:
+        if name not in ("width", "height", "style"):
+            raise ConstraintError(
+                name, look[name], "must be width, height or style", "use savefig for the file's format"
+            )
+    return Look(**look)
+
+
+def _draw(name: str, content: Content, look: Look) -> Figure:
     with rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn, which will do
         _set_style()
-        return {f"{name}.png": _png(draw, content) for name, draw in pictures.items()}
+        for size in ("font.size", "axes.titlesize"):  # a figure for one column of a paper is small
+            rcParams[size] *= min(1.0, max(look.width / _WIDE, 0.6))
+        if look.style is not None:
+            _use_style(look.style)
+        figure = Picture(figsize=(look.width, look.height or _HEIGHT), dpi=DPI, layout="constrained")
+        FigureCanvasAgg(figure)
+        _PICTURES[name](figure, content)
+        if look.height is not None:
+            figure.set_figheight(look.height)
+        return figure
+
+
+def _bytes(figure: Figure, format: str) -> bytes:
+    buffer = io.BytesIO()
+    # What would be other bytes each time: the time of day, and random ids in SVG.
+    metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[format]
+    with rc_context(), warnings.catch_warnings():
+        _set_style()
+        rcParams["svg.hashsalt"] = "evenmoe"
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn, which will do
+        figure.savefig(buffer, format=format, metadata=metadata, dpi=DPI)
+    return buffer.getvalue()
+
+
+def _use_style(style: str) -> None:
+    from matplotlib.style import use
+
+    try:
+        use(style)
+    except OSError:
+        fix = "name one of matplotlib.style.available, or the path of an .mplstyle file"
+        raise ConstraintError("style", repr(style), "must be a style that matplotlib finds", fix) from None
 
 
 def _set_style() -> None:
@@ -57,13 +137,9 @@ def _set_style() -> None:
     )
 
 
-def _png(draw: Callable[[Figure, Content], None], content: Content) -> bytes:
-    figure = Figure(figsize=(9, 4.6), dpi=DPI, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    draw(figure, content)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+def _columns(figure: Figure) -> int:
+    """Columns of a legend."""
+    return max(1, min(3, int(figure.get_figwidth() / 2.8)))
 
 
 def _labels(content: Content) -> list[str]:
@@ -93,11 +169,12 @@ def _par(figure: Figure, content: Content) -> None:
         )
     axes.set_ylim(1.0, 1.0 + max(highest - 1.0, 0.05) * 1.06)
     axes.set_xlim(-0.5, max(len(steps) - 0.5, 0.5))
-    axes.set_title(f"Peak-to-average load of the median layer: {shortened(content.simulation.trace, 50)}")
+    between = ": " if figure.get_figwidth() >= _WIDE else "\n"
+    axes.set_title(f"Peak-to-average load of the median layer{between}{shortened(content.simulation.trace, 50)}")
     axes.set_xlabel("step")
     axes.set_ylabel("PAR (busiest ÷ mean rank; 1 is perfect)")
     axes.grid(axis="y", color=RULE, linewidth=0.6)
-    figure.legend(ncols=3, loc="outside lower left")
+    figure.legend(ncols=_columns(figure), loc="outside lower left")
 
 
 def _load(figure: Figure, content: Content) -> None:
@@ -174,14 +251,19 @@ def _bars(
     left = np.array(first) / size
     axes.barh(place, left, height=0.62, color=drawing.SERIES_LIGHT[1], label=parts[0])
     axes.barh(
-        place, np.array(second) / size, left=left, height=0.62, facecolor="white",
+        place, np.array(second) / size, left=left, height=0.62, facecolor=rcParams["axes.facecolor"],
         edgecolor=drawing.SERIES_LIGHT[1], linewidth=1.2, label=parts[1],
     )  # fmt: skip
     for at, (a, b) in enumerate(zip(first, second, strict=True)):
-        axes.text((a + b) / size, at, f" {significant((a + b) / size)}", va="center", color=INK)
+        axes.text((a + b) / size, at, f" {significant((a + b) / size)}", va="center")
     axes.set_yticks(place, labels)
     axes.invert_yaxis()
     axes.set_xlim(0, max(max(a + b for a, b in zip(first, second, strict=True)) / size, 1e-9) * 1.12)
     axes.tick_params(axis="y", length=0)
-    figure.legend(ncols=2, loc="outside lower left")
+    figure.legend(ncols=min(2, _columns(figure)), loc="outside lower left")
     return axes
+
+
+_PICTURES: dict[str, Callable[[Figure, Content], None]] = {
+    "par": _par, "load": _load, "replicas": _replicas, "traffic": _traffic, "time": _time,
+}  # fmt: skip

@@ -20,7 +20,7 @@ from evenmoe.report.charts import (
 from evenmoe.report.content import Content
 from evenmoe.report.drawing import Buckets, drawing, index_axis, par_axis, style, value_axis
 from evenmoe.report.markup import Column, Markup, data, element, figure, join, name, section, shortened, table
-from evenmoe.simulator.result import PolicyResult
+from evenmoe.simulator.policy_result import PolicyResult
 
 SAVED_HEIGHT = 240  # px
 #: Figures in the tables of the two sections.

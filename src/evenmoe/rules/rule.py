@@ -157,7 +157,7 @@ class Rule:
         Raises:
             ConstraintError: a load of another model, or no load.
 
-        >>> from evenmoe.registry import blaming
+        >>> from evenmoe.rules import RULES
         >>> placement = Placement([[0, 1, 0, 2]], num_ranks=2)
         >>> [RULES.get(name).slot_loads([[6, 1, 3]], placement).tolist() for name in ("even", "batch")]
         [[[3.0, 1.0, 3.0, 3.0]], [[4.0, 1.0, 2.0, 3.0]]]

@@ -251,17 +251,14 @@ class Refreshed(Planned):
     @classmethod
     def read(cls, text: PolicyText, cluster: Cluster, num_experts: int) -> Policy:
         """See `Policy.read`."""
-        policy, taken = (
-            super().read(text, cluster, num_experts),
-            cls.keys(text.kind if text.planner is None else text.planner),
-        )
+        policy, taken = super().read(text, cluster, num_experts), cls.keys(text.find_planner())
         start = text.word("start", ("first", "previous", "scratch"), "first" if "start" in taken else "scratch")
         limits = [key for key in ("max-copies", "target-par") if key in text.given]
         if start == "scratch" and limits:
             text.fail(f"has {limits[0]} with start=scratch", "leave out one of them: a limit needs a placement to keep")
         # Keeping up with a drift of 15 % takes DeepSeek-V3's layers 28 to 35 copies of 288 slots to a PAR of 1.01. A
         # planner that takes any option (**options) need not know this one: it is bounded where it is told to be.
-        asked = "max-copies" in text.given or names(PLANNERS.get(text.kind), "max_copies")
+        asked = "max-copies" in text.given or names(PLANNERS.get(text.find_planner()), "max_copies")
         bounded = start != "scratch" and "max-copies" in taken and asked
         return replace(
             policy,

@@ -10,7 +10,7 @@ from evenmoe.placement import Placement
 from evenmoe.simulator.batches import Cluster
 from evenmoe.simulator.costs import CostModel, route_copies
 from evenmoe.simulator.policies import Policy
-from evenmoe.simulator.result import Details, PolicyResult, Traffic
+from evenmoe.simulator.policy_result import Details, PolicyResult, Traffic
 from evenmoe.simulator.slot_choice import Scratch, StepLayers, StepResult, choose_by
 
 

@@ -9,101 +9,32 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from evenmoe.placement import Placement
+from evenmoe.errors import require
 from evenmoe.quantities import QUANTITIES, Shown
+from evenmoe.simulator.figures import find_figure
+from evenmoe.simulator.frames import data_frame, html_table
 from evenmoe.simulator.headline import Headline, find_headline
+from evenmoe.simulator.policy_result import PolicyResult
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas
+    from matplotlib.figure import Figure
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
-
-@dataclass(frozen=True)
-class Traffic:
-    """Rows that leave their source rank, summed over layers; int64 (N,) each.
-
-    Attributes:
-        within_node: to another rank of the same node, one row per (token, expert).
-        between_nodes: to another node, one row per (token, expert).
-        within_node_once: as within_node, one row per (token, destination rank).
-        between_nodes_once: as between_nodes, one row per (token, destination rank).
-    """
-
-    within_node: IntArray
-    between_nodes: IntArray
-    within_node_once: IntArray
-    between_nodes_once: IntArray
+#: Figures of policies in a notebook's table.
+_IN_NOTEBOOKS = ("mean_par", "net_time_us", "net_gain_percent", "copies", "extra_memory_percent")
 
 
-@dataclass(frozen=True)
-class Details:
-    """Every step and layer of one policy, kept on request.
-
-    Attributes:
-        rank_loads: int64 (N, L, G), rows that each rank computed.
-        rows: float64 (N, L, 4), token rows communicated, in the order of `Traffic`'s fields; whole numbers where the
-            trace says which expert every token chose, else the last two are expected values.
-    """
-
-    rank_loads: IntArray
-    rows: FloatArray
-
-
-@dataclass(frozen=True)
-class PolicyResult:
-    """One policy over all steps.
-
-    Attributes:
-        name: as given to `--policy`, unique in a simulation.
-        description: one sentence: planner, rule, when it is refreshed.
-        rule: replica rule, "rank", "token", "occurrence", "batch" or "even".
-        par: float64 (N, L), peak-to-average load of the ranks.
-        rank_tokens: int64 (L, G), rows computed by each rank, all judged steps together.
-        copies: int64 (N, L), experts whose copying begins before each step.
-        refreshes: int64 (R,), the steps before which copies for another placement begin.
-        traffic: token rows communicated.
-        step_time: float64 (N,), microseconds of one step: all layers, the busiest rank of each, and the exchange.
-        copy_time: float64 (N,), microseconds of the copying that begins before each step.
-        initial, final: the placements of the first and the last step.
-        memory_per_rank: int, bytes of expert weights on a rank, all layers.
-        break_even_steps: float, steps after which a mean refresh has paid for its copies, compared with the default
-            placement; inf when it never does, 0.0 when nothing is copied.
-        details: or None where they were not asked for.
-    """
-
-    name: str
-    description: str
-    rule: str
-    par: FloatArray
-    rank_tokens: IntArray
-    copies: IntArray
-    refreshes: IntArray
-    traffic: Traffic
-    step_time: FloatArray
-    copy_time: FloatArray
-    initial: Placement
-    final: Placement
-    memory_per_rank: int
-    break_even_steps: float
-    details: Details | None = None
-
-    @property
-    def first_copy_time(self) -> float:
-        """Microseconds of copying for the first change of the placement; 0.0 without one."""
-        return float(self.copy_time[self.refreshes[:1]].sum())
-
-    @property
-    def later_copy_time(self) -> FloatArray:
-        """Microseconds of the copying before each step, float64 (N,), that of the first change left out."""
-        later = self.copy_time.copy()
-        later[self.refreshes[:1]] = 0.0
-        return later
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Simulation:
     """All policies on the same steps.
 
@@ -150,6 +81,92 @@ class Simulation:
     assignments_per_step: int = 0
     recorded_assignments_per_step: float = 0.0
     hardware: str = ""
+
+    def __repr__(self) -> str:
+        names = ", ".join(policy.name for policy in self.policies)
+        return f"Simulation({self.trace!r}, steps={len(self.tokens)}, ranks={self.num_ranks}, policies=[{names}])"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the headline, and a table of all policies."""
+        shown = [self.summary.shown(name) for name in _IN_NOTEBOOKS]
+        heads = [f"{QUANTITIES[name].label}, {one.unit}" for name, one in zip(_IN_NOTEBOOKS, shown, strict=True)]
+        names = [policy.name for policy in self.policies]
+        rows = [list(row) for row in zip(names, *(one.texts for one in shown), strict=True)]
+        headline = self.summary.headline
+        return html_table(headline.sentence, ["Policy", *heads], rows, (*headline.details, headline.measured_on))
+
+    def to_dict(self) -> dict[str, object]:
+        """The figures under the keys of `simulate --json` (docs/json.md); those that are not finite as they are."""
+        return self.summary.as_json()
+
+    def to_dataframe(self, per: str = "policy") -> pandas.DataFrame:
+        """The figures of every policy as a data frame; needs pandas.
+
+        Args:
+            per: "policy" for one row each, with the keys of `simulate --json`, indexed by its name; "step" for one row
+                per policy and step: mean and highest PAR of the layers, microseconds of the step and of the copying
+                that begins before it, copies; "layer" for one row per policy and layer: the mean PAR.
+
+        Raises:
+            ConstraintError: pandas is not installed, or another `per`.
+        """
+        if per == "policy":
+            rows = [asdict(policy) for policy in self.summary.policies]
+            return data_frame({key: [row[key] for row in rows] for key in rows[0]}, "name")
+        require(per in ("step", "layer"), "per", repr(per), "must be policy, step or layer", "use one of them")
+        number = len(self.tokens) if per == "step" else len(self.load)
+        names = np.repeat([policy.name for policy in self.policies], number)
+        columns: dict[str, object] = {"policy": names, per: np.tile(np.arange(number), len(self.policies))}
+        if per == "layer":
+            par = [policy.mean_par_per_layer for policy in self.summary.policies]
+            return data_frame({**columns, "mean_par": np.concatenate(par)}, "policy")
+        for key, each in (
+            ("mean_par", [policy.par.mean(axis=1) for policy in self.policies]),
+            ("worst_par", [policy.par.max(axis=1) for policy in self.policies]),
+            ("step_time_us", [policy.step_time for policy in self.policies]),
+            ("copy_time_us", [policy.copy_time for policy in self.policies]),
+            ("copies", [policy.copies.sum(axis=1) for policy in self.policies]),
+        ):
+            columns[key] = np.concatenate(each)
+        return data_frame(columns, "policy")
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to a file that `evenmoe report` and `evenmoe.load_simulation` read."""
+        from evenmoe import save_simulation  # what is stored stands above what it stores
+
+        save_simulation(self, path)
+
+    def plot(self, figure: str, **look: object) -> Figure:
+        """Draw one of `simulator.figures.FIGURES`, py:module:function included, as a matplotlib Figure.
+
+        Args:
+            figure: its name.
+            look: `width` and `height` in inches, `style` as matplotlib.style.use takes it.
+
+        Raises:
+            ConstraintError: no such figure, or matplotlib is not installed.
+        """
+        return find_figure(figure)(self, **look)
+
+    def plot_par(self, **look: object) -> Figure:
+        """Draw the peak-to-average load of the median layer over the steps; see `plot`."""
+        return self.plot("par", **look)
+
+    def plot_loads(self, **look: object) -> Figure:
+        """Draw the load of every rank and layer before and after, over the layer's mean rank; see `plot`."""
+        return self.plot("load", **look)
+
+    def plot_replicas(self, **look: object) -> Figure:
+        """Draw the replicas of every expert and layer after the last step; see `plot`."""
+        return self.plot("replicas", **look)
+
+    def plot_traffic(self, **look: object) -> Figure:
+        """Draw the token rows that leave their rank in a mean step; see `plot`."""
+        return self.plot("traffic", **look)
+
+    def plot_time(self, **look: object) -> Figure:
+        """Draw the modeled time of a mean step; see `plot`."""
+        return self.plot("time", **look)
 
     @property
     def judged(self) -> slice:

@@ -18,7 +18,8 @@ import numpy as np
 from evenmoe.errors import ConstraintError, FileFormatError
 from evenmoe.io.output import whole_file
 from evenmoe.placement import Placement
-from evenmoe.simulator.result import Details, PolicyResult, Simulation, Traffic
+from evenmoe.simulator.policy_result import Details, PolicyResult, Traffic
+from evenmoe.simulator.result import Simulation
 
 VERSION = 2
 MOST = 1e100  # of a time or a ratio, so that no sum, square or quotient that is shown overflows
@@ -40,8 +41,8 @@ _DETAILS = {"rank_loads": ("<i8", "NLG"), "rows": ("<f8", "NL4")}
 _PLACEMENT = {"slots": ("<i4", "LS"), "order": ("<i4", "LS")}
 
 
-def save_simulation(path: str | Path, simulation: Simulation) -> None:
-    """Write `simulation` to `path`; a file there is replaced once the new one is complete.
+def save_simulation(simulation: Simulation, path: str | Path) -> None:
+    """Write `simulation` to `path`, in the order of torch.save; a file there is replaced once the new one is complete.
 
     Raises:
         OSError: the file cannot be written; `filename` names it, and what was there has not changed.

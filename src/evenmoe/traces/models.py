@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from evenmoe.errors import ConstraintError
-from evenmoe.traces.trace import Trace
+
+if TYPE_CHECKING:
+    from evenmoe.traces.trace import Trace
 
 _BF16, _FP8 = 2.0, 1.0
 _MXFP4 = 17 / 32  # 32 weights of 4 bits share a scale of 8 bits
@@ -176,6 +179,8 @@ def shape_of(trace: Trace, model: ModelShape | str | None = None) -> ModelShape 
     Raises:
         ConstraintError: a name that is not known.
 
+    >>> import numpy as np
+    >>> from evenmoe.traces.trace import Trace
     >>> part = Trace("olmoe_base", np.ones((1, 2, 64), np.int64), layer_ids=np.array([0, 15]))
     >>> shape_of(part).name
     'olmoe-1b-7b'
