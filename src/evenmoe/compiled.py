@@ -45,7 +45,8 @@ def compiled_inner(function: Function) -> Function:
 
 
 def _compile(function: Function, *, counts_references: bool) -> Function:
-    decorate: Any = njit(nogil=True, _nrt=counts_references)
+    # `_nrt` is an option of numba's that its annotations leave out.
+    decorate: Any = njit(nogil=True, _nrt=counts_references)  # pyright: ignore[reportCallIssue]
     dispatcher = decorate(function)
     if hasattr(dispatcher, "enable_caching"):  # numba gives the function back where compiling is switched off
         with suppress(RuntimeError):  # "no locator available": no folder can be written
