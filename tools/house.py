@@ -53,6 +53,7 @@ FLOORS = (
     ("integrations", "live"),
     ("ascend", "report"),
     ("simulator",),
+    ("engines",),
     ("planner", "layer", "runtime"),
     ("ops", "exchange"),
     ("formats",),

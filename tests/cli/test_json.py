@@ -87,6 +87,8 @@ CALLS = {
     "plan": [
         ("plan", "ring.pt", *WORLD, "--json"),
         ("plan", "ring.pt", *WORLD, "--all", "--json"),
+        ("plan", "ring.pt", *WORLD, "--for", "sglang", "--out", "a.json", "--all", "--json"),
+        ("plan", "ring.pt", *WORLD, "--for", "sglang", "--out", "s.json", "--json"),
         ("plan", "ring.pt", "--previous", "before.json", "--rule", "batch", "--out", "p.json", "--json"),
     ],
     "convert": [

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from evenmoe.placement import default_placement
+from evenmoe.planner.plan import plan
 from evenmoe.simulator.costs import CostModel
 from evenmoe.simulator.replay import simulate
 from evenmoe.simulator.result import Simulation
@@ -67,6 +68,15 @@ def test_what_more_slots_would_add_is_said():
     alone = run(routed(np.r_[20.0, 6, 6, 6, np.ones(12)]), ["evenmoe:slots=24,rule=even"]).summary.headline
     assert alone.rearranged_policy is None
     assert "was not tried: add -p evenmoe:slots=16" in alone.details[0]
+
+
+def test_a_given_placement_may_have_seen_what_it_is_judged_on():
+    trace = routed(SKEWED)
+    said = run(trace, {"mine": plan(trace.load, num_ranks=RANKS, num_slots=EXPERTS)}).summary.headline
+    assert said.details == (
+        "mine is in use from the start, so that nothing is copied. If it was made from this trace, the gain is one on "
+        "what it has seen.",
+    )
 
 
 def test_a_rule_that_engines_do_not_have_is_said_to_be_none():

@@ -24,7 +24,9 @@ from evenmoe.cli.options import (
     print_notes,
     table_console,
 )
+from evenmoe.cli.plan_for import check_for, engine_outcome
 from evenmoe.cli.plan_outcome import Outcome, Request, compare, compared_with, gaps, merged
+from evenmoe.engines import ENGINES
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.formats.catalogue import ENTRIES
 from evenmoe.planner import PLANNERS
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from evenmoe.engines.engine import Engine
     from evenmoe.formats.contents import Contents
     from evenmoe.placement import Placement
 
@@ -74,6 +77,15 @@ class PlanCommand(FileOptions, WorldOptions):
         ),
     ] = "evenmoe"
     rule: Rule = "even"
+    for_: Annotated[
+        str | None,
+        Option(
+            "--for",
+            help=f"Plan for an engine: its format, rule and launch options: {', '.join(ENGINES)}.",
+            metavar="ENGINE",
+            autocompletion=completed(ENGINES),
+        ),
+    ] = None
     mean: Annotated[
         bool, Option("--mean/--windows", help="Balance the sum of the recording, or its single windows.")
     ] = False
@@ -95,11 +107,12 @@ class PlanCommand(FileOptions, WorldOptions):
         from evenmoe.formats.writing import write
         from evenmoe.metrics import as_load, within_range
         from evenmoe.planner.bound import lower_bound
-        from evenmoe.planner.judging import judge_plan
+        from evenmoe.planner.judging import judge_plan, without_order
         from evenmoe.planner.options import PlanOptions, without_dead
         from evenmoe.planner.plan import plan_with
 
-        self._check_target()
+        engine = self._check_target()
+        rule, to = (self.rule, self.to) if engine is None else (engine.rule, engine.format)
         contents = read_load(self.source, self.read_options())
         previous, notes_on_previous = self._read_previous(contents)
         ranks, given = self._sizes(previous)
@@ -113,18 +126,27 @@ class PlanCommand(FileOptions, WorldOptions):
             previous=previous,
             max_copies=self.max_copies,
             target_par=self.target_par,
-            rule=self.rule,
+            rule=rule,
             seed=self.seed,
             **world,
         )
+        in_slot_order = engine is not None and not engine.keeps_order
         others = compared_with(windows, ranks, previous)
         judgement = None
         with table_console(sys.stderr).status(f"planning {windows.shape[1]} layers for {len(goal)} windows …"):
             placement = plan_with(self.planner, goal[0] if len(goal) == 1 else goal, options)
+            if in_slot_order:
+                placement = without_order(placement)
             if not self.all_:
                 in_use = list(others.values())[-1] if others else None
                 judgement = judge_plan(
-                    windows, options, in_use, planner=self.planner, mean=self.mean, **_tokens(contents)
+                    windows,
+                    options,
+                    in_use,
+                    planner=self.planner,
+                    mean=self.mean,
+                    in_slot_order=in_slot_order,
+                    **_tokens(contents),
                 )
         numbers = contents.layer_ids or tuple(range(windows.shape[1]))
         notes = [*contents.notes, *notes_on_previous]
@@ -142,11 +164,17 @@ class PlanCommand(FileOptions, WorldOptions):
             )
         if self.out is not None:
             metadata = dict(contents.metadata)
-            notes += write(self.out, placement, format=self.to, layer_ids=contents.layer_ids, metadata=metadata)
-        bound = lower_bound(load.sum(axis=0), **world) if RULES.get(self.rule).shares_evenly else None
-        rows = compare(windows, {**others, "planned": placement}, self.rule, judgement)
-        request = Request(self.source, self.out, self.to, world["num_nodes"], self.groups, self.planner, self.rule)
-        found = Outcome(request, contents, windows, len(goal), numbers, placement, previous, rows, bound, judgement)
+            notes += write(self.out, placement, format=to, layer_ids=contents.layer_ids, metadata=metadata)
+        bound = lower_bound(load.sum(axis=0), **world) if RULES.get(rule).shares_evenly else None
+        rows = compare(windows, {**others, "planned": placement}, rule, judgement)
+        name = RULES.get(rule).name
+        request = Request(self.source, self.out, to, world["num_nodes"], self.groups, self.planner, name)
+        shown_engine = None
+        if engine is not None and self.out is not None:
+            shown_engine = engine_outcome(engine, self.out, placement, options, judgement)
+        found = Outcome(
+            request, contents, windows, len(goal), numbers, placement, previous, rows, bound, judgement, shown_engine
+        )
         file = sys.stderr if self.out == "-" else sys.stdout
         if self.json:
             print_json({**found.summary(), "notes": notes}, file)
@@ -155,7 +183,7 @@ class PlanCommand(FileOptions, WorldOptions):
             print_notes(notes)
         return 0
 
-    def _check_target(self) -> None:
+    def _check_target(self) -> Engine | None:
         """Before anything is read: planning may take minutes."""
         with suppress(OSError):  # one of them is no file, or not yet
             if self.out is not None and Path(self.out).samefile(self.source) and Path(self.out).is_file():
@@ -163,6 +191,14 @@ class PlanCommand(FileOptions, WorldOptions):
         if self.to not in _PLACEMENT_FORMATS and find_format("--to", self.to).kind != "placement":
             fitting = ", ".join(_PLACEMENT_FORMATS)
             raise ConstraintError("--to", repr(self.to), "must be a format of placements", f"use one of {fitting}")
+        if self.for_ is None:
+            return None
+        try:
+            engine = ENGINES.get(self.for_)
+        except ConstraintError as error:
+            raise ConstraintError("--for", error.value, error.rule, error.fix) from None
+        check_for(engine, self.out, self.rule, self.to, (PlanCommand.rule, PlanCommand.to))
+        return engine
 
     def _read_previous(self, contents: Contents) -> tuple[Placement | None, list[str]]:
         """The placement in use, row by row the load's layers; and what of it is no part of the plan."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from rich.console import Console
 
+    from evenmoe.cli.plan_for import EngineOutcome
     from evenmoe.formats.contents import Contents
     from evenmoe.metrics import FloatArray
     from evenmoe.placement import Placement
@@ -78,6 +79,7 @@ class Outcome:
     rows: list[Row]
     bound: FloatArray | None
     judgement: JudgedPlan | None
+    engine: EngineOutcome | None = None
 
     @property
     def _recorded(self) -> npt.NDArray[np.bool_]:
@@ -128,6 +130,7 @@ class Outcome:
             "assignments_per_layer": self.assignments if isfinite(self.assignments) else None,
             "held_out": None if self.judgement is None else self._held_out(self.judgement),
             "verdict": None if self.judgement is None else self._verdict(self.judgement),
+            "engine": None if self.engine is None else self.engine.summary(),
             "par": {
                 row.key: {
                     "held_out": None if row.unseen is None else self._rounded(row.unseen, self._unseen),
@@ -176,6 +179,8 @@ class Outcome:
             )
         if request.target not in (None, "-"):
             console.print(f"written: {request.target} ({request.to})", highlight=False, markup=False, soft_wrap=True)
+        if self.engine is not None:
+            console.print(self.engine.words(), highlight=False, markup=False, soft_wrap=True)
 
     @property
     def _judged_words(self) -> str:

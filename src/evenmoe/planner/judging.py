@@ -44,6 +44,7 @@ def judge_plan(
     *,
     planner: str | Planner = "evenmoe",
     mean: bool = False,
+    in_slot_order: bool = False,
     routing: npt.NDArray[np.integer] | None = None,
     seq_start: npt.NDArray[np.integer] | None = None,
 ) -> JudgedPlan:
@@ -55,6 +56,7 @@ def judge_plan(
         in_use: the placement to compare with, of the same layers and experts; or None.
         planner: as in `plan_with`.
         mean: plan on the sum of the first part, in place of its windows.
+        in_slot_order: whether an expert's replicas count in the order of their slots, as most formats have them.
         routing, seq_start: as in `hold_out`.
 
     Raises:
@@ -72,6 +74,8 @@ def judge_plan(
     held = hold_out(tokens, routing, seq_start)
     goal = held.planned.sum(axis=0) if mean or len(held.planned) == 1 else held.planned
     placement = plan_with(planner, goal, options)
+    if in_slot_order:
+        placement = without_order(placement)
     after = rank_loads_of(held.judged, placement, options.rule)
     if in_use is None:
         return JudgedPlan(held, placement, after)
@@ -81,6 +85,21 @@ def judge_plan(
     uneven = unevenness(rank_loads_of(tokens, in_use, options.rule), variance=variance)
     verdict = judge(gain_on_unseen(held, in_use, placement, options.rule), uneven)
     return JudgedPlan(held, placement, after, in_use, before, verdict)
+
+
+def without_order(placement: Placement) -> Placement:
+    """The placement with every expert's replicas in the order of their slots.
+
+    >>> placement = Placement([[0, 1, 0, 2]], num_ranks=2, replica_index=[[1, 0, 0, 0]])
+    >>> without_order(placement).replica_index.tolist()
+    [[0, 0, 1, 0]]
+    """
+    return Placement(
+        placement.slot_to_expert,
+        placement.num_ranks,
+        num_experts=placement.num_experts,
+        rank_sizes=placement.rank_sizes,
+    )
 
 
 def gain_on_unseen(held: HeldOut, before: Placement, after: Placement, rule: str | Rule) -> PairedGain:

@@ -200,6 +200,11 @@ def _alternatives(simulation: Simulation, candidates: Sequence[Candidate], best:
                 f"The {best.summary.rule} rule is evenmoe's own; with those that engines have "
                 f"({', '.join(ENGINE_RULES)}) the best is {by_engine[0].summary.name}: {_signed(by_engine[0].percent)}."
             )
+    if not best.summary.refreshes:
+        said.append(
+            f"{best.summary.name} is in use from the start, so that nothing is copied. If it was made from this trace, "
+            "the gain is one on what it has seen."
+        )
     return (*said, *_what_to_do(simulation, best))
 
 
