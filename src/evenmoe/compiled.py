@@ -45,9 +45,8 @@ def compiled_inner(function: Function) -> Function:
 
 
 def _compile(function: Function, *, counts_references: bool) -> Function:
-    # `_nrt` is an option of numba's that its annotations leave out.
-    decorate: Any = njit(nogil=True, _nrt=counts_references)  # pyright: ignore[reportCallIssue]
-    dispatcher = decorate(function)
+    decorator: Any = njit  # its stubs do not know _nrt
+    dispatcher = decorator(nogil=True, _nrt=counts_references)(function)
     if hasattr(dispatcher, "enable_caching"):  # numba gives the function back where compiling is switched off
         with suppress(RuntimeError):  # "no locator available": no folder can be written
             dispatcher._cache = _Cache(function)  # as `cache=True` does with a cache that may raise

@@ -42,6 +42,9 @@ def test_ranks_that_died(evenmoe):
     assert after.rank_sizes == (6, 0, 6, 6)
     assert json.loads(done.out)["copies"] == em.count_copies(before, after).sum()
     assert evenmoe("diff", "p.json", "d.json", "--dead", "1").code == 0
+    said = json.loads(done.out)
+    assert "compared with the placement of --previous as the fewest copies carry it over to this world" in said["notes"]
+    assert set(said["par"]) == {"previous", "planned"}  # the default placement needs the rank that died
 
 
 @pytest.mark.usefixtures("files")

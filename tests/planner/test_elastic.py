@@ -156,6 +156,18 @@ def test_from_a_placement_of_another_world(ranks, slots, dead, windows):
     assert em.count_copies(previous, free).sum() < em.count_copies(previous, anew).sum()
 
 
+def test_windows_without_tokens_in_a_layer_say_nothing_about_it():
+    """On another world, too, such a layer is planned as if these windows were not there."""
+    rng = np.random.default_rng(4)
+    load = rng.gamma(0.5, 100, (8, 2, 32))
+    load[:6, 1] = 0
+    previous = em.plan(rng.gamma(0.5, 100, (2, 32)), num_ranks=8, num_slots=40)
+    call = {"num_ranks": 8, "num_slots": 40, "dead_ranks": [3]}
+    both = em.plan(load, **call, previous=previous)
+    alone = em.plan(load[6:, 1:], **call, previous=Placement(previous.slot_to_expert[1:], 8))
+    assert both.slot_to_expert[1].tolist() == alone.slot_to_expert[0].tolist()
+
+
 REFUSED = {
     "too few of them": (
         {"num_slots": [2, 2, 2]},
@@ -178,7 +190,7 @@ REFUSED = {
     "a rule that shares unevenly": (
         {"num_slots": [4, 1], "rule": "batch"},
         "`num_slots` is [4, 1] with rule='batch': it must be one number for all ranks, none of them dead, to plan "
-        "for a rule whose shares are not even; give one number, or plan with rule='even'.",
+        "for a rule whose shares are not even; give one number, or plan for the even rule.",
     ),
     "groups inside nodes": (
         {"num_slots": [4, 1], "num_nodes": 2, "num_groups": 2},

@@ -108,7 +108,7 @@ class PlanCommand(FileOptions, WorldOptions):
         from evenmoe.metrics import as_load, within_range
         from evenmoe.planner.bound import lower_bound
         from evenmoe.planner.judging import judge_plan, without_order
-        from evenmoe.planner.options import PlanOptions, without_dead
+        from evenmoe.planner.options import PlanOptions, sizes_of, without_dead
         from evenmoe.planner.plan import plan_with
 
         engine = self._check_target()
@@ -131,7 +131,14 @@ class PlanCommand(FileOptions, WorldOptions):
             **world,
         )
         in_slot_order = engine is not None and not engine.keeps_order
-        others = compared_with(windows, ranks, previous)
+        sizes, runnable = sizes_of(options.checked(*windows.shape[-2:])[1]), previous
+        if previous is not None and previous.rank_sizes != sizes:
+            from evenmoe.planner.elastic import carry_over
+
+            runnable = carry_over(previous, windows, sizes)
+        others = compared_with(windows, ranks, runnable)
+        if not min(sizes):
+            others.pop("default placement", None)
         judgement = None
         with table_console(sys.stderr).status(f"planning {windows.shape[1]} layers for {len(goal)} windows …"):
             placement = plan_with(self.planner, goal[0] if len(goal) == 1 else goal, options)
@@ -157,11 +164,8 @@ class PlanCommand(FileOptions, WorldOptions):
         if len(windows) < len(load):
             notes.append(f"merged {len(load)} windows into {len(windows)} (--most-windows)")
         notes += gaps(windows, numbers)
-        active = [sum(map(bool, each.rank_sizes)) for each in (previous or placement, placement)]
-        if active[0] != active[1]:
-            notes.append(
-                f"PAR is over the mean of the ranks that hold experts, {active[0]} before and {active[1]} after"
-            )
+        if previous is not runnable:
+            notes.append("compared with the placement of --previous as the fewest copies carry it over to this world")
         if self.out is not None:
             metadata = dict(contents.metadata)
             notes += write(self.out, placement, format=to, layer_ids=contents.layer_ids, metadata=metadata)

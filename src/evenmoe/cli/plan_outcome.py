@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from evenmoe.metrics import FloatArray
     from evenmoe.placement import Placement
     from evenmoe.planner.judging import JudgedPlan
+    from evenmoe.rules.rule import Rule
 
 _WORST_SHOWN = 8  # layers in text; --json has them all
 
@@ -318,7 +319,7 @@ def gaps(windows: FloatArray, numbers: Sequence[int]) -> list[str]:
 
 
 def compare(
-    windows: FloatArray, placements: dict[str, Placement], rule: str, judgement: JudgedPlan | None
+    windows: FloatArray, placements: dict[str, Placement], rule: str | Rule, judgement: JudgedPlan | None
 ) -> list[Row]:
     """One row for each placement, the plan being the last."""
     from evenmoe.metrics import mean_over_windows, peak_over_mean

@@ -92,12 +92,12 @@ def par_gain(before: npt.ArrayLike, after: npt.ArrayLike, *, comparisons: int = 
     26.5
     """
     first, second = np.asarray(before, np.float64), np.asarray(after, np.float64)
-    seen = first.any(axis=-1)
-    windows, layers = int(seen.any(axis=1).sum()), int(seen.any(axis=0).sum())
+    seen: npt.NDArray[np.bool_] = np.asarray(first.any(axis=-1))
+    windows, layers = int(np.any(seen, axis=1).sum()), int(np.any(seen, axis=0).sum())
     if not windows:
         return PairedGain(0.0, -math.inf, math.inf, 0, 0.01 / comparisons)
     axis = 0 if windows < FEWEST_WINDOWS and layers >= FEWEST_LAYERS else 1
-    kept = seen.any(axis=axis)
+    kept = np.any(seen, axis=axis)
     pairs = [
         ((peak_over_mean(loads) * seen).sum(axis=axis)[kept] / seen.sum(axis=axis)[kept]) for loads in (first, second)
     ]

@@ -12,6 +12,7 @@ from evenmoe.placement import IntArray, Placement, ranks_of_slots
 from evenmoe.planner.even import plan_static, plan_windows
 from evenmoe.planner.incremental import plan_incremental
 from evenmoe.planner.options import PlanOptions, Shape, sizes_of
+from evenmoe.planner.slots import histories
 
 
 def plan_elastic(load: FloatArray, shape: Shape, options: PlanOptions) -> IntArray:
@@ -56,7 +57,27 @@ def _improve(
             "allow as many",
         )
     limits = (options.max_copies, options.target_par, options.seed)
-    return plan_incremental(load, slots, shape, *limits, sizes=sizes, before=before)
+    if load.ndim == 2:
+        return plan_incremental(load, slots, shape, *limits, sizes=sizes, before=before)
+    planned = np.empty(slots.shape, np.int32)
+    for recorded, layers in histories(load):
+        planned[layers] = plan_incremental(recorded, slots[layers], shape, *limits, sizes=sizes, before=before[layers])
+    return planned
+
+
+def carry_over(previous: Placement, load: FloatArray, rank_sizes: Sequence[int]) -> Placement:
+    """The placement in use on ranks of other numbers of slots, by the fewest copies there can be and no more.
+
+    >>> carry_over(Placement([[0, 1, 2, 3]], 2), np.array([[4.0, 3.0, 2.0, 1.0]]), [2, 2, 1]).slot_to_expert.tolist()
+    [[0, 1, 2, 3, 0]]
+    """
+    mean = load.mean(axis=0) if load.ndim == 3 else load
+    active = [rank for rank, size in enumerate(rank_sizes) if size]
+    sizes = tuple(rank_sizes[rank] for rank in active)
+    kept = tuple(min(size, previous.num_experts) for size in sizes)
+    start = [np.concatenate(rows) for rows in start_from(previous, mean, active, kept)]
+    slots = _with_more(np.array(start, np.int32), kept, sizes, mean)
+    return Placement(slots, len(rank_sizes), num_experts=previous.num_experts, rank_sizes=rank_sizes)
 
 
 def start_from(

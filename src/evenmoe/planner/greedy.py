@@ -50,7 +50,7 @@ def plan_greedy(
             "num_slots",
             f"[{sizes_text(shape.rank_sizes)}]",
             "must be one number for all ranks, none of them dead, for the greedy planner",
-            "use planner='evenmoe'",
+            "use evenmoe's own planner",
         )
     size = shape.num_experts // shape.num_groups
     slots = np.empty((len(tokens), shape.num_nodes, shape.node_slots), np.int32)

@@ -60,7 +60,7 @@ def plan_incremental(
     padding = Padding(sizes or (shape.num_slots // shape.num_ranks,) * shape.num_ranks, shape.num_experts)
     bare = windows = load if load.ndim == 3 else load[None]
     windows, used = padding.load(windows), padding.slots(used)
-    before = held_by_rank(used, shape.num_ranks, windows.shape[-1]) if before is None else padding.held(before)
+    before = None if before is None else padding.held(before)
     mean, num_layers = bare.mean(axis=0), len(used)
     budget = shape.num_slots if max_copies is None else max_copies
 
@@ -81,7 +81,8 @@ def plan_incremental(
         anew = plan_anew(behind) if new is None else new[behind]
         anew = lay_over(Slots(anew), used[behind], shape.num_ranks, shape.num_nodes, sizes).experts
         par = even_par(windows[:, behind], anew, shape.num_ranks).mean(axis=0)
-        copies = count_arrivals(before[behind], anew)
+        held = held_by_rank(used[behind], shape.num_ranks, windows.shape[-1]) if before is None else before[behind]
+        copies = count_arrivals(held, anew)
         better = (copies <= budget) & (par < peaks[behind])
         slots[behind[better]] = anew[better]
     ordered = used.astype(np.int64)
@@ -95,7 +96,7 @@ def _walk(
     shape: Shape,
     target: FloatArray,
     budget: int,
-    before: npt.NDArray[np.bool_],
+    before: npt.NDArray[np.bool_] | None,
 ) -> tuple[Indices, FloatArray]:
     """Slots int64 (L, S) after a walk of few copies, and their mean peaks (L,), in mean rank loads."""
     order = by_load(windows)  # so that ties do not depend on names
@@ -103,7 +104,9 @@ def _walk(
     slots = positions(used, order)
     threshold = THRESHOLD * _busiest_node(weights, slots, shape)
     peaks = np.empty(len(slots))
-    held = np.take_along_axis(before, order[:, None, :], axis=2)
+    held = np.zeros((0, 0, 0), bool)
+    if before is not None:
+        held = np.take_along_axis(before, order[:, None, :], axis=2)
     movable = shape.num_experts  # what pads the slots comes last in the order, since it has no load and the highest ids
     walk_layers(weights, shape.num_ranks, shape.node_ranks, target, threshold, budget, held, movable, slots, peaks)
     return np.take_along_axis(order, slots, axis=1), peaks

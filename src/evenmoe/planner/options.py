@@ -75,7 +75,7 @@ class PlanOptions:
                 "num_slots",
                 f"[{sizes_text(shape.rank_sizes)}] with rule={rule.name!r}",
                 "must be one number for all ranks, none of them dead, to plan for a rule whose shares are not even",
-                "give one number, or plan with rule='even'",
+                "give one number, or plan for the even rule",
             )
         if self.previous is not None:
             _check_previous(self.previous, num_layers, shape, rule)

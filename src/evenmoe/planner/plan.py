@@ -14,7 +14,7 @@ from evenmoe.metrics import FloatArray, as_load, count_copies, within_range
 from evenmoe.placement import Placement
 from evenmoe.planner import PLANNERS, Planner
 from evenmoe.planner.options import PlanOptions, Shape, check_placement, sizes_of
-from evenmoe.planner.slots import Slots
+from evenmoe.planner.slots import Slots, histories
 from evenmoe.registry import blaming
 from evenmoe.rules import RULES
 from evenmoe.rules.rule import Rule
@@ -142,19 +142,12 @@ def _improve_used(tokens: FloatArray, shape: Shape, options: PlanOptions, used: 
 
 
 def _plan_each_history(tokens: FloatArray, shape: Shape, options: PlanOptions, used: Slots) -> Slots:
-    """Plan layers with tokens in the same windows together, from those windows alone.
-
-    The means over windows that decide about copies would otherwise count a window without tokens as an even one.
-    """
+    """Plan layers with tokens in the same windows together, from those windows alone."""
     if tokens.ndim == 2:
         return _improve_used(tokens, shape, options, used)
-    seen = tokens.any(axis=2).T
-    seen[~seen.any(axis=1)] = True
-    histories, which = np.unique(seen, axis=0, return_inverse=True)
     experts, index = np.empty_like(used.experts), np.empty_like(used.experts)
-    for number, windows in enumerate(histories):
-        layers = np.flatnonzero(which.reshape(-1) == number)
-        part = _improve_used(tokens[windows][:, layers], shape, options, used.of_layers(layers))
+    for recorded, layers in histories(tokens):
+        part = _improve_used(recorded, shape, options, used.of_layers(layers))
         experts[layers], index[layers] = part.experts, part.replica_index
     return Slots(experts, index)
 

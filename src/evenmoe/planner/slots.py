@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -114,6 +114,22 @@ def named(slots: Integers, order: Indices) -> IntArray:
 def positions(slots: Integers, order: Indices) -> Indices:
     """The reverse of `named`, int64 (L, S)."""
     return np.take_along_axis(np.argsort(order, axis=1), slots, axis=1)
+
+
+def histories(load: FloatArray) -> Iterator[tuple[FloatArray, Indices]]:
+    """The layers of windows (T, L, E) that have tokens in the same windows: these windows (T', L', E) and layers (L',).
+
+    Means over windows would otherwise count a window without tokens as an even one.
+
+    >>> [(part.tolist(), layers.tolist()) for part, layers in histories(np.array([[[1.0], [0.0]], [[2.0], [4.0]]]))]
+    [([[[4.0]]], [1]), ([[[1.0]], [[2.0]]], [0])]
+    """
+    seen = load.any(axis=2).T
+    seen[~seen.any(axis=1)] = True
+    windows, which = np.unique(seen, axis=0, return_inverse=True)
+    for number, recorded in enumerate(windows):
+        layers = np.flatnonzero(which.reshape(-1) == number)
+        yield load[recorded][:, layers], layers
 
 
 def normalized(windows: FloatArray, num_ranks: int) -> FloatArray:

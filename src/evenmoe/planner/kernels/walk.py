@@ -53,13 +53,17 @@ def walk_layers(weights, num_ranks, node_ranks, target, threshold, budget, befor
 
     A walk ends when its peak is at most `target` (L,), when it would need more than `budget` copies, or when no move
     lowers the excess over `threshold` (L, T). It takes the same moves under every budget, and its best place is kept,
-    so that a larger budget never gives a worse placement. `weights` is (L, T, E), and `before` bool
-    (L, G, E) what the ranks hold in use, which costs no copy. Experts stay in their node, `node_ranks` ranks in a row,
-    and those from `movable` on in their slots.
+    so that a larger budget never gives a worse placement. `weights` is (L, T, E); `before` bool (L, G, E) is what ranks
+    held already, which costs no copy, or has no layers where that is what `slots` begin with. Experts stay in their
+    node, `node_ranks` ranks in a row, and those from `movable` on in their slots.
     """
     walk = _new_walk(weights.shape[1], weights.shape[2], num_ranks, slots.shape[1])
     for layer in range(len(slots)):
-        _begin(walk, weights[layer], slots[layer], before[layer], movable)
+        _begin(walk, weights[layer], slots[layer], movable)
+        if len(before) > 0:
+            walk.before[:] = before[layer]
+            for slot in range(len(walk.slots)):
+                _mark(walk, slot)
         best = _peak(walk)
         used = walk.dirty.sum()
         while best > target[layer]:
@@ -100,13 +104,13 @@ def _new_walk(num_windows, num_experts, num_ranks, num_slots):
 
 
 @compiled
-def _begin(walk, weights, slots, before, movable):
+def _begin(walk, weights, slots, movable):
     width = len(slots) // walk.load.shape[1]
     walk.weights[:] = weights
     walk.slots[:] = slots
     walk.counts[:] = 0
     walk.held[:] = 0
-    walk.before[:] = before
+    walk.before[:] = False
     walk.dirty[:] = 0
     walk.arrived[:] = False
     for slot in range(len(slots)):
@@ -114,8 +118,7 @@ def _begin(walk, weights, slots, before, movable):
         walk.ranks_of[expert, walk.counts[expert]] = rank
         walk.counts[expert] += 1
         walk.held[rank, expert] += 1
-        walk.arrived[slot] = not before[rank, expert]
-        walk.dirty[rank] += np.int64(walk.arrived[slot])
+        walk.before[rank, expert] = True
     walk.held[:, movable:] = 1  # so that no rank can take one
     walk.load[:] = 0.0
     for window in range(len(weights)):
