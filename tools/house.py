@@ -36,7 +36,7 @@ BOUNDS = {
     "ExpertParallel.dispatch, rule rank: files visited": 6,
     "em.dispatch: functions called": 120,
     "em.dispatch: files visited": 10,
-    "evenmoe plan l.pt -o p.json: files visited": 33,
+    "evenmoe plan l.pt -o p.json: files visited": 25,
     "Placements built by em.plan, batch + previous + windows": 1,
     "duplicate runs of six lines": 12,
     'given["…"]': 0,

@@ -188,7 +188,7 @@ QUANTITIES = {
                  "later ones over the judged steps.",
                  significant, TIMES, "time"),
         Quantity("net_time_us", "Step and copying", _STEP, "lower",
-                 "Modeled time of a step with its share of copying, averaged over the judged steps. Copies between "
+                 "Modeled time of a step with its share of copying, averaged over the judged steps: copies between "
                  "steps add their time, the first plan's spread over the horizon; while experts are copied beside the "
                  "steps, the old placement serves, the default one as many steps of the horizon as the first plan's "
                  "copies take.",

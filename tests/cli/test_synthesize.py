@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from evenmoe.traces import load_trace, synthesize
+from evenmoe.traces.models import MODELS
 from tests.cli.running import Run
 
 
@@ -38,14 +39,14 @@ def test_models_are_listed(evenmoe: Run):
     done = evenmoe("synthesize", "--list-models")
     assert done.code == 0
     lines = done.out.splitlines()
-    assert len(lines) == 14
+    assert [line.split()[0] for line in lines] == ["model", *MODELS]
     assert "deepseek-v3        58 (3-60)            256     8   7168   2048      44.0" in lines
 
 
 def test_mistakes(evenmoe: Run, tmp_path):
     done = evenmoe("synthesize", "--model", "gpt5", "-o", tmp_path / "p.npz")
     assert done.code == 2
-    assert done.err.startswith("evenmoe: `--model` is 'gpt5': it must be one of deepseek-v2-lite, ")
+    assert done.err.startswith("evenmoe: `--model` is 'gpt5': it must be one of deepseek-moe-16b, ")
     done = evenmoe("synthesize", "-o", tmp_path / "no" / "p.npz", "--windows", 1, "--num-layers", 1)
     assert done.code == 2
     assert "No such file or directory" in done.err

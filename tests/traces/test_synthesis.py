@@ -242,7 +242,7 @@ ERRORS = [
     ({"drift": float("nan")}, "`drift` is nan: it must be 0 to 8; "),
     ({"locality": 1.0}, "`locality` is 1.0: it must be 0 to 0.99; "),
     ({"common_factor_share": 1.1}, "`common_factor_share` is 1.1: it must be 0 to 1; "),
-    ({"model": "deepseek"}, "`model` is 'deepseek': it must be one of deepseek-v2-lite, "),
+    ({"model": "deepseek"}, "`model` is 'deepseek': it must be one of deepseek-moe-16b, "),
     (
         {"model": ModelShape("olmoe-1b-7b", 1, 8, 9, 1, 1)},
         "`model` is of 8 experts in 1 groups, top-9: it must have equal ",
