@@ -9,7 +9,7 @@ import re
 import pytest
 
 from evenmoe.quantities import BYTES, QUANTITIES, ROWS, TIMES, common_unit
-from evenmoe.simulator.result import PolicySummary
+from evenmoe.simulator.replayed import PolicySummary
 from tests.simulator.simulations import make_simulation
 
 #: What identifies a policy, beside its figures.

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 import evenmoe as em
 from evenmoe.metrics import peak_over_mean
 from evenmoe.planner.batch import drift_factors, scenarios_of
-from evenmoe.planner.kernels.batch import candidates, evaluate
+from evenmoe.planner.kernels.batch import evaluate
+from evenmoe.planner.kernels.batch_moves import candidates
 from evenmoe.planner.kernels.packing import draft, replicate
 from evenmoe.rules import RULES
 from tests.effort import effort

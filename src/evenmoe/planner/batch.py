@@ -11,7 +11,8 @@ import numpy.typing as npt
 from evenmoe.metrics import FloatArray
 from evenmoe.placement import held_by_rank
 from evenmoe.planner.even import plan_static
-from evenmoe.planner.kernels.batch import candidates, evaluate
+from evenmoe.planner.kernels.batch import evaluate
+from evenmoe.planner.kernels.batch_moves import candidates
 from evenmoe.planner.kernels.packing import draft, replicate
 from evenmoe.planner.options import Shape
 from evenmoe.planner.slots import Slots, normalized

@@ -13,7 +13,8 @@ from evenmoe.quantities import QUANTITIES
 from evenmoe.report.charts import lines_legend
 from evenmoe.report.markup import Column, Markup, data, name, table
 from evenmoe.simulator.policy_result import PolicyResult
-from evenmoe.simulator.result import PolicySummary, Simulation, Summary
+from evenmoe.simulator.replayed import PolicySummary
+from evenmoe.simulator.result import Simulation, Summary
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,10 +17,8 @@ from evenmoe.evidence import PairedGain, Unevenness, Verdict, balanced_par, judg
 from evenmoe.evidence.hold_out import CLUSTERED, FEWEST_WINDOWS
 from evenmoe.evidence.paired import LEVEL, t_quantile
 from evenmoe.metrics import FloatArray
-from evenmoe.simulator.headline_text import ENGINE_RULES, MATERIAL, words
-
-if TYPE_CHECKING:
-    from evenmoe.simulator.result import PolicySummary, Simulation
+from evenmoe.simulator.headline_text import ENGINE_RULES, MATERIAL, Candidate, words
+from evenmoe.simulator.replayed import PolicySummary, Replayed
 
 _STEPS_TO_RECORD = 12  # at least, of which 4 are the warm-up: the fewest with which a steady gain of 5 % is shown
 
@@ -67,28 +64,7 @@ class Headline:
     windows_to_record: int | None
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A policy that could be run, with its gain.
-
-    Attributes:
-        summary: its figures.
-        times: float64 (blocks of evidence,), step and copying.
-        gain: of `times` over the first policy's.
-        gain_without_copies: of the steps alone.
-    """
-
-    summary: PolicySummary
-    times: FloatArray
-    gain: PairedGain
-    gain_without_copies: PairedGain
-
-    @property
-    def percent(self) -> float:
-        return self.summary.net_gain_percent if self.gain.blocks else math.nan
-
-
-def find_headline(simulation: Simulation, summaries: Sequence[PolicySummary]) -> Headline:
+def find_headline(simulation: Replayed, summaries: Sequence[PolicySummary]) -> Headline:
     """The headline of a replay, whose policies have these figures."""
     candidates = _candidates(simulation, summaries)
     best: Candidate | None = None
@@ -127,7 +103,7 @@ def find_headline(simulation: Simulation, summaries: Sequence[PolicySummary]) ->
     )
 
 
-def _candidates(simulation: Simulation, summaries: Sequence[PolicySummary]) -> list[Candidate]:
+def _candidates(simulation: Replayed, summaries: Sequence[PolicySummary]) -> list[Candidate]:
     chosen = [n for n, summary in enumerate(summaries) if n and not summary.sees_future]
     if not simulation.num_judged_steps:
         nothing = PairedGain(math.nan, -math.inf, math.inf, 0, LEVEL)
@@ -146,19 +122,19 @@ def _candidates(simulation: Simulation, summaries: Sequence[PolicySummary]) -> l
     return found
 
 
-def _windows(simulation: Simulation) -> np.ndarray:
+def _windows(simulation: Replayed) -> np.ndarray:
     """Which window each judged step was drawn from; of tokens, every step is its own."""
     steps, total, windows = simulation.judged, len(simulation.tokens), simulation.recorded_windows
     numbers = np.arange(steps.start, steps.stop)
     return numbers * windows // total if 0 < windows < total else numbers
 
 
-def _is_thinned(simulation: Simulation) -> bool:
+def _is_thinned(simulation: Replayed) -> bool:
     """Whether all that could be compared are random parts of one or two windows of counts."""
     return len(np.unique(_windows(simulation))) < FEWEST_WINDOWS <= simulation.num_judged_steps
 
 
-def _by_evidence(simulation: Simulation, times: FloatArray) -> FloatArray:
+def _by_evidence(simulation: Replayed, times: FloatArray) -> FloatArray:
     """Times of the judged steps, those averaged that were drawn from one window, which are no further evidence."""
     if _is_thinned(simulation):
         return times
@@ -166,7 +142,7 @@ def _by_evidence(simulation: Simulation, times: FloatArray) -> FloatArray:
     return np.add.reduceat(times, first) / np.diff(np.append(first, len(times)))
 
 
-def _unevenness(simulation: Simulation) -> Unevenness:
+def _unevenness(simulation: Replayed) -> Unevenness:
     """The default placement's PAR beside that of a balanced router, step by step and of all judged steps together.
 
     Layers see the same tokens, so they count as one. Counts that were drawn from counts vary for two reasons.
@@ -205,7 +181,7 @@ def _quickest(candidates: Sequence[Candidate], fits) -> Candidate | None:
     return min(found, key=lambda candidate: candidate.summary.net_time_us, default=None)
 
 
-def _to_record(simulation: Simulation, verdict: Verdict | None) -> tuple[int | None, int | None]:
+def _to_record(simulation: Replayed, verdict: Verdict | None) -> tuple[int | None, int | None]:
     """Tokens, in two digits, or else windows of counts to record in all; None and None where there are enough."""
     least = _STEPS_TO_RECORD * int(simulation.tokens[0])
     if verdict is None:

@@ -11,15 +11,36 @@ from evenmoe import quantities
 from evenmoe.quantities import count, counted
 
 if TYPE_CHECKING:
-    from evenmoe.evidence import Verdict
-    from evenmoe.simulator.headline import Candidate
-    from evenmoe.simulator.result import PolicySummary, Simulation
+    from evenmoe.evidence import PairedGain, Verdict
+    from evenmoe.metrics import FloatArray
+    from evenmoe.simulator.replayed import PolicySummary, Replayed
 
 #: Per cent of a step below which a gain is hardly one, and more memory not worth having.
 MATERIAL = 1.0
 #: Rules that inference engines have, by the number of the rank, the token's place, or a random or hashed choice.
 ENGINE_RULES = ("rank", "token", "even")
 _LITTLE = "too little to judge"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy that could be run, with its gain.
+
+    Attributes:
+        summary: its figures.
+        times: float64 (blocks of evidence,), step and copying.
+        gain: of `times` over the first policy's.
+        gain_without_copies: of the steps alone.
+    """
+
+    summary: PolicySummary
+    times: FloatArray
+    gain: PairedGain
+    gain_without_copies: PairedGain
+
+    @property
+    def percent(self) -> float:
+        return self.summary.net_gain_percent if self.gain.blocks else math.nan
 
 
 @dataclass(frozen=True)
@@ -34,7 +55,7 @@ class Words:
 
 
 def words(
-    simulation: Simulation,
+    simulation: Replayed,
     summaries: Sequence[PolicySummary],
     candidates: Sequence[Candidate],
     best: Candidate | None,
@@ -89,7 +110,7 @@ def _memory(summary: PolicySummary) -> str:
     return f"{shown.texts[0]} {shown.unit.partition(' ')[0]} {'more' if extra > 0 else 'less'} memory on every rank"
 
 
-def _nothing_judged(simulation: Simulation, wanted: int) -> str:
+def _nothing_judged(simulation: Replayed, wanted: int) -> str:
     steps, warmup, per_step = len(simulation.tokens), simulation.num_warmup_steps, int(simulation.tokens[0])
     if warmup < steps:
         return (
@@ -111,7 +132,7 @@ def _nothing_judged(simulation: Simulation, wanted: int) -> str:
 
 
 def _no_gain(
-    simulation: Simulation, summaries: Sequence[PolicySummary], best: Candidate, verdict: Verdict, reason: str
+    simulation: Replayed, summaries: Sequence[PolicySummary], best: Candidate, verdict: Verdict, reason: str
 ) -> str:
     uneven, baseline = verdict.unevenness, summaries[0].name
     chance = (
@@ -175,7 +196,7 @@ def _is_small_whatever_is_planned(summaries: Sequence[PolicySummary]) -> bool:
     return any(summary.sees_future for summary in summaries) and _oracle(summaries) < 2.0
 
 
-def _alternatives(simulation: Simulation, candidates: Sequence[Candidate], best: Candidate) -> tuple[str, ...]:
+def _alternatives(simulation: Replayed, candidates: Sequence[Candidate], best: Candidate) -> tuple[str, ...]:
     """What more slots would add, what none gives, what engines' rules give, and how to get the placement."""
     said = []
     extra = best.summary.extra_memory_bytes_per_rank
@@ -208,7 +229,7 @@ def _alternatives(simulation: Simulation, candidates: Sequence[Candidate], best:
     return (*said, *_what_to_do(simulation, best))
 
 
-def _what_to_do(simulation: Simulation, best: Candidate) -> tuple[str, ...]:
+def _what_to_do(simulation: Replayed, best: Candidate) -> tuple[str, ...]:
     kind = best.summary.name.partition(":")[0]
     planner = {"greedy": " --planner greedy", "evenmoe": "", "static": ""}.get(kind)
     if planner is None:
@@ -222,7 +243,7 @@ def _what_to_do(simulation: Simulation, best: Candidate) -> tuple[str, ...]:
     )
 
 
-def _measured_on(simulation: Simulation, best: Candidate | None) -> str:
+def _measured_on(simulation: Replayed, best: Candidate | None) -> str:
     per_step = count(int(simulation.tokens[0]))
     judged, total = simulation.num_judged_steps, len(simulation.tokens)
     if judged:
