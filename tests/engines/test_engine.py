@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from evenmoe import plan
 from evenmoe.engines import ENGINES
@@ -53,7 +54,6 @@ def test_one_window_is_planned_once():
 
 @pytest.mark.parametrize("num_ranks", [1, 3, 4, 8])
 def test_modulo_shares_are_what_the_ranks_choose(num_ranks):
-    torch = pytest.importorskip("torch")
     slots = [*range(6), *[0] * 3, 1, *[2] * ((-10) % num_ranks)]
     placement = Placement([slots], num_ranks)
     table, taken = placement.eplb_table(0), np.zeros(len(slots))

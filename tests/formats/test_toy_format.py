@@ -100,6 +100,58 @@ def test_a_format_that_only_reads(tmp_path, monkeypatch):
         formats.read(tmp_path / "load", format="toy-load")
 
 
+WORDS = """
+from evenmoe.formats import Entry, Format, RawPlacement
+
+def matches(document):
+    return isinstance(document.value, str) and document.value.startswith("words 1 ")
+
+def read(document, options):
+    head, *rows = document.value.splitlines()
+    ranks = int(head.split()[2])
+    slots = [[int(word) for word in row.split()] for row in rows]
+    return RawPlacement(slots, [[len(row) // ranks] * ranks for row in slots])
+
+def write(value, options):
+    rows = [" ".join(map(str, row)) for row in value.slot_to_expert.tolist()]
+    return "\\n".join([f"words 1 {value.num_ranks}", *rows]).encode()
+
+WORDS = Format(Entry("words", "placement", "words: rows of slots", ("text",)), matches, read, write)
+"""
+
+
+def test_a_format_of_plain_text(evenmoe, files, tmp_path):
+    (tmp_path / "words.py").write_text(WORDS)
+    name, text = f"py:{tmp_path}/words.py:WORDS", tmp_path / "t"
+    assert evenmoe("convert", files[0], text, "--from", f"{FILE}:PLACEMENT", "--to", name).code == 0
+    assert text.read_text() == "words 1 2\n0 1 2 3 0 1"
+    done = evenmoe("check", text, "--from", name, "--json")
+    assert (done.code, json.loads(done.out)["format"]) == (0, "words")
+    # No other format takes such a text for its own, `trivial` of SGLang's least of all.
+    done = evenmoe("check", text)
+    assert (done.code, "a text file of no known format" in done.err) == (2, True)
+    text.write_bytes(b"words 1 2\n\xff")
+    done = evenmoe("check", text, "--from", name)
+    assert (done.code, "text that is not UTF-8, from byte 10 on" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("made", "what"),
+    [
+        ("RawPlacement([[0, 0.5]])", "a row of slots is float64 of shape (2,), and must be integers of one dimension"),
+        ("RawPlacement([[[0]]])", "a row of slots is int64 of shape (1, 1), and must be integers of one dimension"),
+        ("RawLoad([[1, 2]])", "a load has 2 dimensions, and must have windows, layers and experts"),
+    ],
+)
+def test_a_reader_that_gives_what_is_none_is_said_to_be_wrong(evenmoe, files, tmp_path, made, what):
+    source = "from evenmoe.formats import Entry, Format, RawLoad, RawPlacement\n"
+    source += f"F = Format(Entry('f', 'load', 'f', ('json',)), lambda _: True, lambda *_: {made}, None)\n"
+    (tmp_path / "f.py").write_text(source)
+    done = evenmoe("check", files[1], "--from", f"py:{tmp_path}/f.py:F")
+    assert done.code == 2
+    assert f"raised TypeError: {what}" in done.err
+
+
 def test_what_is_no_format(files):
     with pytest.raises(ConstraintError, match=r"of type str: it must be an evenmoe\.formats\.Format"):
         formats.read(files[0], format=f"{FILE}:__doc__")

@@ -138,6 +138,18 @@ class RawPlacement:
     mtp_layers: int = 0
     may_be_uneven: bool = False
 
+    def __post_init__(self) -> None:
+        # A user's reader may give lists, or what is none: that must fail in the reader, which is then said to be wrong.
+        self.slots = [_row(row) for row in self.slots]
+        self.replica_index = None if self.replica_index is None else [_row(row) for row in self.replica_index]
+
+
+def _row(values: npt.ArrayLike) -> IntArray:
+    row = np.asarray(values)
+    if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
+        raise TypeError(f"a row of slots is {row.dtype} of shape {row.shape}, and must be integers of one dimension")
+    return row.astype(np.int64, copy=False)
+
 
 @dataclass
 class RawLoad:
@@ -159,6 +171,11 @@ class RawLoad:
     notes: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     trace: Trace | None = None
+
+    def __post_init__(self) -> None:
+        if np.ndim(self.load) != 3:
+            raise TypeError(f"a load has {np.ndim(self.load)} dimensions, and must have windows, layers and experts")
+        self.load = np.asarray(self.load)
 
 
 Raw = RawPlacement | RawLoad

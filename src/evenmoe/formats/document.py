@@ -29,6 +29,7 @@ _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _MOST_TOKENS = 2.0**53
 _RANK_IN_NAME = re.compile(r"rank_?([0-9]{1,6})(?![0-9])", re.IGNORECASE)
 _PATTERN_HEADER = re.compile(rb"([0-9]{1,9})[ \t]+([0-9]{1,9})[ \t]+([0-9]{1,9})[ \t\r]*")
+_WORDS = re.compile(rb"[A-Za-z][A-Za-z0-9_-]*[ \t]+[^,:]*")  # neither CSV nor YAML begins so
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Document:
         name: the path, "-" for standard input; errors begin with it.
         container: as in `Format.containers`.
         value: plain data. Lists of numbers are int64 or float64 arrays, and of as many dimensions as the lists nest
-            where their lengths agree; other lists are lists, objects are mappings.
+            where their lengths agree; other lists are lists, objects are mappings. Text whose first line is words with
+            blanks between, without comma and colon, is a string as it stands.
     """
 
     name: str
@@ -263,12 +265,21 @@ def _parse_text(data: bytes) -> tuple[str, Value]:
     sizes = _PATTERN_HEADER.fullmatch(line)
     if sizes is not None:
         return "text", _parse_pattern(data, data.index(line) + len(line), tuple(map(int, sizes.groups())))
+    if _WORDS.fullmatch(line):
+        return "text", _plain_text(data)
     numeric = not line.strip().translate(None, b"0123456789.+-eE, ")
     if numeric or (b":" not in line and line[:1] not in (b"#", b"%", b"-")):  # what YAML may begin with
         return "csv", parse_csv(data)
     from evenmoe.io.yaml_text import parse_yaml
 
     return "yaml", parse_yaml(data)
+
+
+def _plain_text(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise DamagedFileError(f"text that is not UTF-8, from byte {error.start} on") from None
 
 
 def _parse_pattern(data: bytes, start: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -305,12 +305,12 @@ def _detected(document: Document) -> Format:
         raise document.error(
             f"a {document.container} file whose content fits {names}",
             "must be of one format",
-            "say which with format (--format, --from)",
+            "say which with format (--from)",
         )
     raise document.error(
         f"a {document.container} file of no known format",
         "must be of a format in FORMATS",
-        "see evenmoe convert --list-formats; name it with format (--format, --from) to be told what is missing",
+        "see evenmoe convert --list-formats; name it with format (--from) to be told what is missing",
     )
 
 

@@ -31,14 +31,18 @@ _COUNT = "logical_count"
 _UTILIZATION = "average_utilization_rate_over_window"
 
 
+def _is_trivial(document: Document) -> bool:
+    return isinstance(document.value, str) and document.value == "trivial"
+
+
 def _matches_location(document: Document) -> bool:
     if document.container == "text":
-        return isinstance(document.value, str)
+        return _is_trivial(document)
     return _MAP in document.fields and "expert_load_pass" not in document.fields  # vLLM's payload has a map, too
 
 
 def _read_location(document: Document, options: ReadOptions) -> RawPlacement:
-    if isinstance(document.value, str):
+    if _is_trivial(document):
         return _trivial(document, options)
     if _MAP not in document.fields:
         raise document.error(f"without `{_MAP}`", "must hold it", "see sglang-logical-count for loads")
