@@ -12,11 +12,10 @@ import torch
 from evenmoe.ascend import torch_npu
 from evenmoe.ascend.cann_ops_transformer.groups import npu_errors, transport_behind
 from evenmoe.ascend.cann_ops_transformer.sizes import MEBIBYTE, low_latency_megabytes
-from evenmoe.contract.calls import DispatchCall
 from evenmoe.contract.dispatch import check_dispatch_call
 from evenmoe.contract.limits import ATLAS_A3
 from evenmoe.errors import ConstraintError, MissingArgumentError, require
-from evenmoe.ops.operator import specs_of
+from evenmoe.ops.operator import CALL_TYPES, specs_of
 from evenmoe.transport.call import GroupCall, together
 
 Tensor = torch.Tensor
@@ -186,7 +185,7 @@ class MoeDistributeBuffer:
 
     def _check_buffer(self, x: Tensor, topk_idx: Tensor, num_experts: int, attributes: dict[str, object]) -> None:
         """Room in the buffer, less the 1 MiB of its state, as the host code of V5 looks at it."""
-        call: DispatchCall[Tensor] = DispatchCall(
+        call = CALL_TYPES["dispatch"](
             x=x,
             expert_ids=topk_idx,
             group_ep=self.group_name,
@@ -194,7 +193,7 @@ class MoeDistributeBuffer:
             ep_rank_id=self.rank_id,
             moe_expert_num=num_experts,
             limits=ATLAS_A3,
-            **attributes,  # pyright: ignore[reportArgumentType]
+            **attributes,
         )
         try:
             check_dispatch_call(replace(specs_of(call), hccl_buffer_bytes=self.ccl_buffer_size - MEBIBYTE))
