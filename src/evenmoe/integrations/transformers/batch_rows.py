@@ -44,17 +44,18 @@ class BatchRows:
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         tokens = ids if ids is not None else given.get("inputs_embeds")
         batch, length = (1, 0) if tokens is None else tokens.shape[:2]
-        masked = isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] >= length
-        past = _past(given.get("past_key_values")) or (mask.shape[1] - length if masked else 0)
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.shape[1] < length:
+            mask = None
+        past = _past(given.get("past_key_values")) or (0 if mask is None else mask.shape[1] - length)
         if past == 0 or batch != len(self._requests):
             self._requests = self.num_requests + np.arange(batch)
             self._ended = np.zeros(batch, np.bool_)
             self.num_requests += batch
         self._decoded = past > 0 and length == 1
-        if masked:
-            self._counted = mask[:, mask.shape[1] - length :].detach().cpu().numpy() != 0
-        else:
+        if mask is None:
             self._counted = np.ones((batch, length), np.bool_)
+        else:
+            self._counted = mask[:, mask.shape[1] - length :].detach().cpu().numpy() != 0
         if self._decoded and ids is not None and self._ends:
             self._ended |= np.isin(ids[:, 0].detach().cpu().numpy(), list(self._ends))
             self._counted &= ~self._ended[:, None]

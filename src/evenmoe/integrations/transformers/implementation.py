@@ -6,6 +6,8 @@ with the tokens that this rank holds and logical expert ids (`transformers.distr
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -68,14 +70,14 @@ class EvenmoeExperts(EPImplementation):
         super().__init__(experts, ep_mesh, tp_mesh)
         self.experts = experts
         self.gradient_divisor, self.hooked = 1.0, False
-        self.num_experts = self.num_local_experts * ep_mesh.size()
+        self.num_experts = cast(int, self.num_local_experts) * ep_mesh.size()
         self.use(np.arange(self.num_experts).reshape(ep_mesh.size(), -1))
         experts._evenmoe = self  # pyright: ignore[reportArgumentType]
 
     def use(self, held: IntArray) -> None:
         """Go on with these experts in the slots, which the module's parameters hold already."""
         self.held = held
-        self.experts.num_experts = held.shape[1]  # pyright: ignore[reportArgumentType]
+        self.experts.num_experts = held.shape[1]
         self._layer: ExpertParallel | None = None
 
     @property
@@ -119,7 +121,7 @@ class EvenmoeExperts(EPImplementation):
         """The results of all tokens of the tensor-parallel group."""
         if self.tp_mesh.size() == 1:
             return own
-        shape, stride = (num_tokens, own.shape[1]), (own.shape[1], 1)
+        shape, stride = torch.Size((num_tokens, own.shape[1])), (own.shape[1], 1)
         return DTensor.from_local(own, self.tp_mesh, [Shard(0)], shape=shape, stride=stride).full_tensor()
 
 

@@ -166,6 +166,10 @@ def _leave_fsdp(experts: nn.Module, running: EvenmoeExperts) -> None:
     assert isinstance(experts, FSDPModule)
     experts.reshard()
     running.gradient_divisor = float(groups[0].gradient_divide_factor or 1.0)
+    for group in groups:
+        for parameter in group.fsdp_params:
+            parameter._post_load_hook_handle.remove()
+        group.fsdp_params.clear()  # its hooks stay and hold the group: without this the old weights as well
     groups.clear()
 
 
@@ -184,7 +188,7 @@ def _divided(gradient: torch.Tensor, divisor: float) -> torch.Tensor:
 def _as_experts(experts: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: object) -> None:
     """Put the model's own experts into a state dict, each rank's as transformers loaded them."""
     running, own = _running(experts)
-    for name, _ in experts.named_parameters(recurse=False):
+    for name in dict(experts.named_parameters(recurse=False)):
         slots = state_dict.get(prefix + name)
         if isinstance(slots, DTensor):
             rows = moved(slots.to_local(), running.held, own, running.ep_mesh.get_group())
@@ -194,7 +198,7 @@ def _as_experts(experts: nn.Module, state_dict: dict[str, Any], prefix: str, met
 def _as_slots(experts: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
     """Turn the model's own experts in a state dict into this rank's slots."""
     running, own = _running(experts)
-    for name, _ in experts.named_parameters(recurse=False):
+    for name in dict(experts.named_parameters(recurse=False)):
         value = state_dict.get(prefix + name)
         if isinstance(value, DTensor):
             local = value.redistribute(running.ep_mesh, [Shard(0)]).to_local()

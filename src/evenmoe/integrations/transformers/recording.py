@@ -20,7 +20,8 @@ from evenmoe.integrations.transformers.batch_rows import BatchRows
 from evenmoe.integrations.transformers.expert_modules import experts_of
 from evenmoe.traces.trace import Trace
 
-IntArray = npt.NDArray[np.integer]
+IntArray = npt.NDArray[np.int64]
+ExpertArray = npt.NDArray[np.integer]
 Phase = Literal["all", "prefill", "decode"]
 
 
@@ -29,7 +30,7 @@ class _Pass:
     """The tokens of one forward pass that count: their experts (tokens, L, K), and the request that each is of."""
 
     step: int
-    experts: IntArray
+    experts: ExpertArray
     request: IntArray
 
 
@@ -55,7 +56,7 @@ class Recording:
         """
         return self._trace_of([self._passes], tokens_per_window)
 
-    def _add(self, step: int, experts: IntArray, request: IntArray) -> None:
+    def _add(self, step: int, experts: ExpertArray, request: IntArray) -> None:
         self._passes.append(_Pass(step, experts, request))
         self.num_tokens += len(experts)
 
@@ -77,22 +78,20 @@ class Recording:
         order = np.lexsort((step, request, rank))  # the tokens of a request follow each other, as they came
         starts = np.flatnonzero(np.diff(rank[order], prepend=-1) | np.diff(request[order], prepend=-1))
         window = _windows(step, tokens_per_window)
-        load = np.zeros((window[-1:].max(initial=window.max()) + 1, len(by_rank), *self._shape), np.int64)
-        for layer in range(len(self._layers)):
-            np.add.at(load, (window[:, None], rank[:, None], layer, experts[:, layer]), 1)
+        layers, ranks = len(self._layers), len(by_rank)
+        load = np.empty((int(window.max()) + 1, ranks, layers, self._num_experts), np.int64)
+        for layer in range(layers):
+            cell = (window * ranks + rank)[:, None] * self._num_experts + experts[:, layer]
+            load[:, :, layer] = np.bincount(cell.ravel(), minlength=load[:, :, 0].size).reshape(load[:, :, 0].shape)
         return Trace(
             self._name,
             load.sum(axis=1),
             routing=experts[order],
             seq_start=np.append(starts, len(order)),
-            load_by_rank=load if len(by_rank) > 1 else None,
+            load_by_rank=load if ranks > 1 else None,
             layer_ids=np.array(self._layers),
             metadata=self._metadata,
         )
-
-    @property
-    def _shape(self) -> tuple[int, int]:
-        return len(self._layers), self._num_experts
 
 
 @contextmanager

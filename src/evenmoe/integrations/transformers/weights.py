@@ -21,7 +21,7 @@ def moved(
         held_rows: (slots held, …), this rank's rows, of any dtype; one for each of its `held` experts.
         held: int64 (W, slots held), the experts that each rank holds; every wanted expert is among them.
         wanted: int64 (W, slots wanted), those that each rank is to hold.
-        group: the W ranks, in order.
+        group: the W ranks, in order; None for all of torch.distributed.
 
     Returns:
         (slots wanted, …), dtype and device of `held_rows`, new memory.
