@@ -44,6 +44,21 @@ def test_an_end_inside_a_prompt_counts():
     assert found == [([True] * 3, [0, 0, 0], False)]
 
 
+class LinearCache(Cache):
+    def get_seq_length(self) -> int:
+        raise ValueError("there are no attention layers in this cache")
+
+
+def test_positions_tell_where_the_cache_cannot():
+    prompt, step = torch.tensor([[3, 4]]), torch.tensor([[5]])
+    found = passes(
+        BatchRows(frozenset()),
+        {"input_ids": prompt, "cache": LinearCache(0), "position_ids": torch.tensor([[0, 1]])},
+        {"input_ids": step, "cache": LinearCache(2), "position_ids": torch.tensor([[2]])},
+    )
+    assert [(request, decoded) for _, request, decoded in found] == [([0, 0], False), ([0], True)]
+
+
 def test_every_pass_without_a_cache_is_new_requests():
     ids = torch.tensor([[3, 4]])
     found = passes(BatchRows(frozenset()), {"input_ids": ids}, {"input_ids": ids})

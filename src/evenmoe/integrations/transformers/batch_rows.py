@@ -46,7 +46,7 @@ class BatchRows:
         batch, length = (1, 0) if tokens is None else tokens.shape[:2]
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.shape[1] < length:
             mask = None
-        past = _past(given.get("past_key_values")) or (0 if mask is None else mask.shape[1] - length)
+        past = _tokens_before(given) or (0 if mask is None else mask.shape[1] - length)
         if past == 0 or batch != len(self._requests):
             self._requests = self.num_requests + np.arange(batch)
             self._ended = np.zeros(batch, np.bool_)
@@ -71,7 +71,13 @@ class BatchRows:
         return self._counted.ravel(), np.repeat(self._requests, length), self._decoded
 
 
-def _past(cache: object) -> int:
-    """Tokens that a cache holds."""
-    length = getattr(cache, "get_seq_length", None)
-    return 0 if length is None else int(length())
+def _tokens_before(given: Mapping[str, Any]) -> int:
+    """The tokens that the model's cache holds; architectures differ in what they call it."""
+    for cache in given.values():
+        if hasattr(cache, "get_seq_length"):
+            try:
+                return int(cache.get_seq_length())
+            except ValueError:  # a cache of linear attention alone counts no tokens
+                break
+    positions = given.get("position_ids")
+    return int(positions.min()) if isinstance(positions, torch.Tensor) and positions.numel() else 0

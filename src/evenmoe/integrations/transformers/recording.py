@@ -178,7 +178,8 @@ class _Recorder:
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._chosen = {}
         self._step += 1
-        self._rows.begin(self._signature.bind_partial(*args, **kwargs).arguments)
+        given = self._signature.bind_partial(*args, **kwargs).arguments
+        self._rows.begin({**given, **given.get("kwargs", {})})
 
     def hook_of(self, index: int, name: str) -> Any:
         def chosen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
