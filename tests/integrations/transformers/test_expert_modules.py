@@ -15,11 +15,11 @@ def test_stacks_with_the_same_numbers_are_told_apart():
         ConstraintError, match=r"experts of layer 0 in 'text\.layers\.0\.mlp\.experts', 'vision\.layers\.0"
     ):
         et.experts_of(two)
-    assert [found.name for found in et.experts_of(two, under="vision")] == [
+    assert [found.name for found in et.experts_of(two, named="vision")] == [
         f"vision.layers.{layer}.mlp.experts" for layer in range(2)
     ]
-    with pytest.raises(ConstraintError, match="under 'audio', in which nothing holds routed experts"):
-        et.experts_of(two, under="audio")
+    with pytest.raises(ConstraintError, match="named 'audio', in which nothing holds routed experts"):
+        et.experts_of(two, named="audio")
 
 
 def test_a_block_alone_has_no_layer_number():

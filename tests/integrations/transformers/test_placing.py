@@ -1,4 +1,4 @@
-"""A model with replicas computes what it does without, and saves what it was loaded from."""
+"""A model with replicas computes what it does without, and saves what it wat first from."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def outputs(rank: int, mode: str) -> dict[str, float]:
     tokens = prompts(0 if mode == "tp" else rank)
     with torch.no_grad():
         wanted = alone(tokens).logits
-        found = {"as loaded": float((whole(model(tokens).logits) - wanted).abs().max())}
+        found = {"at first": float((whole(model(tokens).logits) - wanted).abs().max())}
         for slots in (12, 16, EXPERTS):
             et.place(model, planned(slots))
             assert et.placement_of(model) == em.Placement(planned(slots).slot_to_expert, RANKS)
@@ -132,7 +132,7 @@ def test_a_model_without_evenmoe_is_refused():
 
 
 def skewed(rank: int) -> tuple[float, float]:
-    """PAR of the ranks' rows in the first layer, as loaded and with replicas under the batch rule."""
+    """PAR of the ranks' rows in the first layer, at first and with replicas under the batch rule."""
     model = parallel("fsdp")
     router = dict(model.named_modules())["model.layers.0.mlp.gate"]
     found = et.experts_of(model)[0].module._evenmoe

@@ -93,7 +93,7 @@ def test_a_pass_that_fails_leaves_nothing(tmp_path):
     [
         ({"phase": "training"}, "`phase` is 'training': it must be one of all, prefill, decode"),
         ({"tokens_per_window": 0}, "`tokens_per_window` is 0: it must be a whole number from 1"),
-        ({"under": "audio"}, "under 'audio', in which nothing holds routed experts"),
+        ({"named": "audio"}, "named 'audio', in which nothing holds routed experts"),
         ({}, "MixtralForCausalLM, of which no token was recorded"),
     ],
 )

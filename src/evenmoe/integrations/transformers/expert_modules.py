@@ -30,12 +30,12 @@ class ExpertsOfLayer:
     module: nn.Module
 
 
-def experts_of(model: nn.Module, under: str = "") -> list[ExpertsOfLayer]:
+def experts_of(model: nn.Module, named: str = "") -> list[ExpertsOfLayer]:
     """Return the modules of routed experts of a transformers model, in the order of their layers.
 
     Args:
         model: any model of transformers, whole or a part.
-        under: only modules whose names begin so, for models that have several stacks of layers.
+        named: only modules with this in their names, such as "text", for models that have several stacks of layers.
 
     Raises:
         ConstraintError: there are none, one has no layer number in its name, or two have the same.
@@ -46,9 +46,9 @@ def experts_of(model: nn.Module, under: str = "") -> list[ExpertsOfLayer]:
     >>> [(found.name, found.layer) for found in experts_of(transformers.MixtralForCausalLM(config))]
     [('model.layers.0.mlp.experts', 0), ('model.layers.1.mlp.experts', 1)]
     """
-    found = sorted(_found(model, under), key=lambda experts: experts.layer)
+    found = sorted(_found(model, named), key=lambda experts: experts.layer)
     if not found:
-        where = f"a {type(model).__name__}" + (f", under {under!r}" if under else "")
+        where = f"a {type(model).__name__}" + (f", named {named!r}" if named else "")
         raise ConstraintError(
             "model",
             f"{where}, in which nothing holds routed experts",
@@ -62,14 +62,14 @@ def experts_of(model: nn.Module, under: str = "") -> list[ExpertsOfLayer]:
             "model",
             f"a {type(model).__name__} with the experts of layer {twice[0]} in {names}",
             "must have one module of experts for each layer number",
-            "name one stack of layers by under=",
+            "name one stack of layers by named=",
         )
     return found
 
 
-def _found(model: nn.Module, under: str) -> Iterator[ExpertsOfLayer]:
+def _found(model: nn.Module, named: str) -> Iterator[ExpertsOfLayer]:
     for name, module in model.named_modules():
-        if name.startswith(under) and hasattr(module, _MARK):
+        if named in name and _holds_experts(module):
             numbers = re.findall(r"\.(\d+)(?=\.)", f".{name}.")
             if not numbers:
                 raise ConstraintError(
@@ -79,3 +79,9 @@ def _found(model: nn.Module, under: str) -> Iterator[ExpertsOfLayer]:
                     "pass the model that has the layers, not one of its blocks",
                 )
             yield ExpertsOfLayer(name, int(numbers[0]), module)
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Some architectures do without that decorator: their modules are told by name and stacked weights."""
+    stacked = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+    return hasattr(module, _MARK) or (stacked and type(module).__name__.endswith("Experts"))

@@ -23,7 +23,7 @@ from evenmoe.placement import Placement
 IntArray = npt.NDArray[np.int64]
 
 
-def place(model: nn.Module, placement: Placement, *, under: str = "") -> None:
+def place(model: nn.Module, placement: Placement, *, named: str = "") -> None:
     """Move the experts of a model to the slots of a placement; a collective of the ranks.
 
     Weights go from the ranks that hold them to those that lack them, one tensor of one layer at a time. `state_dict`,
@@ -35,14 +35,14 @@ def place(model: nn.Module, placement: Placement, *, under: str = "") -> None:
         model: loaded with `DistributedConfig(ep_size=…, ep_implementation="evenmoe")`.
         placement: one layer for each module of experts, in the order of the model's layers, over the `ep_size` ranks,
             which share the slots evenly. The same on every rank. It may follow another placement.
-        under: as in `experts_of`.
+        named: as in `experts_of`.
 
     Raises:
         UnsupportedTypeError: no Placement.
         ConstraintError: a model that evenmoe does not run, or a placement that does not fit it.
         RankDisagreementError: ranks pass different placements, or one of them refused; on all ranks, nothing moved.
     """
-    found = experts_of(model, under)
+    found = experts_of(model, named)
     error: EvenmoeError | None = None
     try:
         _check(found, placement)
@@ -54,13 +54,13 @@ def place(model: nn.Module, placement: Placement, *, under: str = "") -> None:
         _place_layer(one.module, implementation_of(one), wanted)
 
 
-def placement_of(model: nn.Module, *, under: str = "") -> Placement:
+def placement_of(model: nn.Module, *, named: str = "") -> Placement:
     """Return the placement in use.
 
     Raises:
         ConstraintError: a model that evenmoe does not run.
     """
-    running = [implementation_of(one) for one in experts_of(model, under)]
+    running = [implementation_of(one) for one in experts_of(model, named)]
     return Placement(np.stack([one.held.ravel() for one in running]), num_ranks=len(running[0].held))
 
 

@@ -101,7 +101,7 @@ def record(
     *,
     phase: Phase = "all",
     tokens_per_window: int = 1024,
-    under: str = "",
+    named: str = "",
     together: bool = True,
 ) -> Iterator[Recording]:
     """Record the experts that a model's routers choose, in every layer and for every token, while the block runs.
@@ -115,7 +115,7 @@ def record(
             is written.
         phase: "prefill" keeps the tokens of prompts alone, "decode" those that were generated.
         tokens_per_window: forward passes are joined to windows of at least so many tokens.
-        under: as in `experts_of`, for models with several stacks of layers.
+        named: as in `experts_of`, for models with several stacks of layers.
         together: where torch.distributed runs, the block's end is a collective of all its ranks, which gathers their
             tokens, those of ranks that hold the same batch once, and rank 0 writes the file. False: every process
             keeps to itself and writes its own.
@@ -140,7 +140,7 @@ def record(
     require(phase in phases, "phase", repr(phase), f"must be one of {', '.join(phases)}", "choose one of them")
     whole = isinstance(tokens_per_window, int) and tokens_per_window >= 1
     require(whole, "tokens_per_window", repr(tokens_per_window), "must be a whole number from 1", "use 1024")
-    found = experts_of(model, under)
+    found = experts_of(model, named)
     name = Path(path).stem if path is not None else type(model).__name__
     recording = Recording(name, _metadata(model), [one.layer for one in found], num_experts_of(found[0].module))
     recorder = _Recorder(model, recording, phase, len(found))
@@ -207,7 +207,7 @@ class _Recorder:
                 "model",
                 f"one that left out the experts of the {missing + 1}. of {self._num_layers} layers in a forward pass",
                 "must call all of them",
-                "name the layers that are called by under=",
+                "name the layers that are called by named=",
             )
         experts = torch.stack([chosen[index] for index in range(self._num_layers)], dim=1).numpy()
         counted, request, decoded = self._rows.of_tokens(len(experts))
