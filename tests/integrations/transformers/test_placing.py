@@ -93,7 +93,7 @@ def test_a_state_dict_is_the_models_own_whatever_the_placement(mode, tmp_path):
     assert on_ranks(states, mode, str(tmp_path)) == [[], []]
 
 
-def refusals(rank: int) -> list[str]:
+def what_is_refused(rank: int) -> list[str]:
     model, texts = parallel("tp"), []
     few = em.Placement(np.arange(EXPERTS)[None], num_ranks=RANKS)
     uneven = em.Placement(np.tile(np.arange(EXPERTS), (LAYERS, 1)), num_ranks=RANKS, rank_sizes=[3, 5])
@@ -112,7 +112,7 @@ def refusals(rank: int) -> list[str]:
 
 
 def test_a_placement_that_does_not_fit_is_refused_on_every_rank():
-    first, second = on_ranks(refusals)
+    first, second = on_ranks(what_is_refused)
     assert first[:5] == second[:5]
     assert first[0] == ("`placement` is a str: it must be a Placement; make one with evenmoe.plan.")
     assert first[1] == (
