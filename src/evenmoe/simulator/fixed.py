@@ -110,6 +110,15 @@ def fixed_policy(
     return Fixed(name, rule, placement.num_slots, placement=placement, origin=origin)
 
 
+def placement_file(text: str) -> str | None:
+    """The path in file:PATH[:rule=NAME], None of other policies.
+
+    >>> placement_file("file:p.json:rule=token"), placement_file("evenmoe")
+    ('p.json', None)
+    """
+    return PolicyText(text, {}).kind.removeprefix(FILE) if text.startswith(FILE) else None
+
+
 def read_fixed(text: PolicyText, cluster: Cluster, replayed: ReplayedTrace) -> Fixed:
     """The policy that file:PATH[:rule=NAME] is.
 

@@ -90,6 +90,7 @@ def save_simulation(simulation: Simulation, path: str | Path) -> None:
         "assignments_per_step": simulation.assignments_per_step,
         "recorded_assignments_per_step": simulation.recorded_assignments_per_step,
         "hardware": simulation.hardware,
+        **({"first_plan": simulation.first_plan} if simulation.first_plan else {}),
         **({} if simulation.engine is None else {"engine": asdict(simulation.engine)}),
         "policies": policies,
     }
@@ -171,6 +172,7 @@ def _read(archive: zipfile.ZipFile, path: Path) -> Simulation:
         assignments_per_step=_whole(path, head, "assignments_per_step", least=0),
         recorded_assignments_per_step=drawn_from,
         hardware=_text(path, head, "hardware"),
+        first_plan=_whole(path, head, "first_plan") if "first_plan" in head else 0,
         engine=_engine(path, head["engine"]) if "engine" in head else None,
         **{name: _array(archive, path, name, dtype, sizes, axes) for name, (dtype, axes) in _ARRAYS.items()},
     )
