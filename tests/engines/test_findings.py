@@ -80,8 +80,9 @@ def test_names_and_kinds_of_files(tmp_path):
 def test_ranks_of_different_sizes(tmp_path):
     uneven = Placement([[0, 1, 2, 3, 0]], 4, rank_sizes=[2, 1, 1, 1])
     path = written(tmp_path, uneven, format="evenmoe-placement")
-    assert kinds("evenmoe", path) == []
+    assert kinds("evenmoe", path) == ["engine-uneven"]  # whose operators take slot s for one of rank s // (S / G)
     assert kinds("mindie", path) == ["engine-format", "engine-uneven"]
+    assert kinds("tensorrt-llm", path) == ["engine-format"]
 
 
 def test_broken_files_are_reported_as_they_are(tmp_path):

@@ -100,7 +100,6 @@ EVENMOE = Engine(
     rule="batch",
     choice="the best split of every batch",
     runs=("rank", "token", "occurrence"),
-    uneven=True,
     balancer_words="the published greedy balancer, under the same rule",
     keeps_order=True,
     options=(
