@@ -99,7 +99,8 @@ def _seen_by_torch(values: Iterable[object]) -> bool:
     if not torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
         return True
     # No public functions tell of modes (FakeTensorMode, make_fx) and transforms (vmap) that are active.
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    internals: Any = torch._C
+    if internals._len_torch_dispatch_stack() or internals._functorch.peek_interpreter_stack() is not None:
         return True
     return any(isinstance(value, torch.Tensor) and type(value) is not torch.Tensor for value in values)
 
