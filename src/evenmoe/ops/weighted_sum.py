@@ -94,7 +94,7 @@ def add_rows(total: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, we
         position: int64 (T, K), −1 where there is no row.
         weights: (T, K), dtype of `total`; what they hold where there is no row does not matter.
     """
-    if rows.device.type == "cpu" and rows.dtype in (torch.bfloat16, torch.float32, torch.float64):
+    if rows.device.type == "cpu" and rows.dtype in (torch.bfloat16, total.dtype):
         rows, position, weights = rows.contiguous(), position.contiguous(), weights.contiguous()
         add = add_plain
         if rows.dtype == torch.bfloat16:
