@@ -61,6 +61,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     ),
     "batch rule of ExpertParallel.dispatch": (LAYER,),
     "ExpertParallel.combine": (LAYER, DISPATCH, "hidden size of `expert_out`", "dtype of `expert_out`"),
+    "barrier": ("digest of `elastic_info`",),
 }
 _NAMES = tuple(OPERATORS)
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int8", "float8_e4m3fn", "float8_e5m2")
