@@ -40,7 +40,7 @@ def by_loops(x, expert_idx, given):
         number = min(number, given["active_num"])
     quantized = given["quant_mode"] != -1
     rows = [[0] * width for _ in range(number)]
-    scales, places, counts = [F32(0)] * number, [-1] * (tokens * top_k), {e: 0 for e in range(first, last)}
+    scales, places, counts = [F32(0)] * number, [-1] * (tokens * top_k), dict.fromkeys(range(first, last), 0)
     seen = 0
     for expert in range(first, last):
         for assignment, chosen in enumerate(expert_idx.flatten().tolist()):
@@ -155,7 +155,11 @@ def test_by_hand():
         x, ids, expert_num=3, expert_capacity=2, drop_pad_mode=1, expert_tokens_num_type=1, expert_tokens_num_flag=True,
         quant_mode=1,
     )  # fmt: skip
-    assert rows.tolist() == [[[64, -127], [0, 0]], [[64, -127], [127, 64]], [[127, 64], [0, 0]]]  # 63.5 and 63.5 to even
+    assert rows.tolist() == [
+        [[64, -127], [0, 0]],
+        [[64, -127], [127, 64]],
+        [[127, 64], [0, 0]],
+    ]  # 63.5 and 63.5 to even
     assert places.tolist() == [2, 0, 3, 4, -1, -1]
     assert counts.tolist() == [1, 4, 1]
     third = torch.tensor(2.0) / 127, torch.tensor(0.5) / 127
@@ -171,27 +175,59 @@ WRONG = {
     "more tokens": ({"x": torch.ones(3, 3)}, 561002, "`expert_idx` is of 2 tokens: it must have the 3 tokens of `x`; "),
     "a list": ({"x": [[1.0]]}, 161002, "`x` is a list: it must be a torch.Tensor; use torch.tensor."),
     "no experts": ({"expert_num": -1}, 561002, "`expert_num` is -1: it must be at least 1; pass the number of all "),
-    "an end": ({"active_expert_range": [1]}, 561002, "`active_expert_range` is [1]: it must have two numbers or none; "),
-    "a range": ({"active_expert_range": [2, 9]}, 561002, "`active_expert_range` is [2, 9]: it must be 0 <= first < las"),
+    "an end": (
+        {"active_expert_range": [1]},
+        561002,
+        "`active_expert_range` is [1]: it must have two numbers or none; ",
+    ),
+    "a range": (
+        {"active_expert_range": [2, 9]},
+        561002,
+        "`active_expert_range` is [2, 9]: it must be 0 <= first < las",
+    ),
     "pairs": ({"expert_num": 6000, "expert_tokens_num_type": 2}, 561002, "`active_expert_range` is [0, 6000]: it must"),
-    "a kind": ({"expert_tokens_num_type": 3}, 561002, "`expert_tokens_num_type` is 3: it must be 0, 1 or 2; use one of"),
+    "a kind": (
+        {"expert_tokens_num_type": 3},
+        561002,
+        "`expert_tokens_num_type` is 3: it must be 0, 1 or 2; use one of",
+    ),
     "a mode": ({"quant_mode": 2}, 561002, "`quant_mode` is 2: it must be -1, 0 or 1; use one of them."),
     "an index": ({"row_idx_type": 2}, 561002, "`row_idx_type` is 2: it must be 0 or 1; use one of them."),
     "padding": ({"drop_pad_mode": 2}, 561002, "`drop_pad_mode` is 2: it must be 0 or 1; use one of them."),
     "active": ({"active_num": -2}, 561002, "`active_num` is -2: it must be at least -1; pass -1 for all rows."),
     "no scale": ({"quant_mode": 0}, 161001, "`scale` is None: it must be given with quant_mode 0; pass float32 of "),
-    "scale": ({"scale": torch.ones(3)}, 561002, "`scale` is of shape (3,): it must have the shape (2,) with quant_mode"),
+    "scale": (
+        {"scale": torch.ones(3)},
+        561002,
+        "`scale` is of shape (3,): it must have the shape (2,) with quant_mode",
+    ),
     "scales": (
         {"scale": torch.ones(3), "quant_mode": 1},
         561002,
         "`scale` is of shape (3,): it must have the shape (4, 3) or (1, 3) with quant_mode 1; pass it in this shape.",
     ),
-    "offset": ({"offset": torch.ones(1)}, 561002, "`offset` is given: it must be None with quant_mode -1; leave it out"),
+    "offset": (
+        {"offset": torch.ones(1)},
+        561002,
+        "`offset` is given: it must be None with quant_mode -1; leave it out",
+    ),
     "x_dtype": ({"x_dtype": 1}, 561002, "`x_dtype` is 1: it must be None on Atlas A3; leave it out."),
-    "capacity": ({**PAD, "expert_capacity": 3}, 561002, "`expert_capacity` is 3: it must be 1 to 2, the number of toke"),
+    "capacity": (
+        {**PAD, "expert_capacity": 3},
+        561002,
+        "`expert_capacity` is 3: it must be 1 to 2, the number of toke",
+    ),
     "pad index": ({**PAD, "row_idx_type": 1}, 561002, "`row_idx_type` is 1: it must be 0 with drop_pad_mode 1; leave "),
-    "pad range": ({**PAD, "active_expert_range": [0, 3]}, 561002, "`active_expert_range` is [0, 3]: it must be [0, 4] w"),
-    "pad sums": ({**PAD, "expert_tokens_num_flag": True}, 561002, "`expert_tokens_num_type` is 0: it must be 1 with dr"),
+    "pad range": (
+        {**PAD, "active_expert_range": [0, 3]},
+        561002,
+        "`active_expert_range` is [0, 3]: it must be [0, 4] w",
+    ),
+    "pad sums": (
+        {**PAD, "expert_tokens_num_flag": True},
+        561002,
+        "`expert_tokens_num_type` is 0: it must be 1 with dr",
+    ),
     "pad ids": (
         {**PAD, "expert_idx": IDS + 4},
         561002,
@@ -215,7 +251,11 @@ def test_errors_of_the_second_version(case):
     ("row_idx", "active_num", "said"),
     [
         (IDS[:1], 2, "`row_idx` is of shape (1, 2): it must have the shape of `expert_idx`, (2, 2); number every"),
-        (IDS + 4, 2, "`row_idx` is [4]: it must hold numbers 0 to 3; pass torch.arange(N * K).view(K, N).T, as npu_moe_"),
+        (
+            IDS + 4,
+            2,
+            "`row_idx` is [4]: it must hold numbers 0 to 3; pass torch.arange(N * K).view(K, N).T, as npu_moe_",
+        ),
         (IDS - 1, 2, "`row_idx` is [-1]: it must hold numbers 0 to 3; "),
         (IDS, -1, "`active_num` is -1: it must be at least 0; pass the number of tokens for all."),
         (IDS, 1.5, "`active_num` is 1.5: it must be an integer; pass an int."),

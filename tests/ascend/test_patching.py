@@ -176,7 +176,9 @@ def test_what_is_not_emulated_is_named():
             "`torch_npu.npu_swiglu` is not emulated: it must be one of _npu_distribute_barrier, npu_moe_"
         )
         assert str(caught.value).endswith("; write it with torch's own functions, or run this part on the chip.")
-        with pytest.raises(NotEmulatedError, match=r"^`torch\.npu\.mem_get_info` is not emulated: it must be one of Ev"):
+        with pytest.raises(
+            NotEmulatedError, match=r"^`torch\.npu\.mem_get_info` is not emulated: it must be one of Ev"
+        ):
             torch.npu.mem_get_info()
         assert not hasattr(torch_npu, "npu_swiglu")
         assert not hasattr(torch.npu, "mem_get_info")

@@ -1,4 +1,4 @@
-"""`_npu_distribute_barrier`: the ranks of a group wait for each other (specification §6.3)."""
+"""`_npu_distribute_barrier`: the ranks of a group wait for each other (specification §18)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`npu_moe_init_routing` and its second version: the rows of a batch sorted by expert, on one rank.
 
-Specification §6. Shapes: N tokens, H hidden, K experts per token, E experts, C capacity of each, R rows that come out.
+Specification §17. Shapes: N tokens, H hidden, K experts per token, E experts, C capacity of each, R rows that come out.
 What the chip leaves unwritten is zero, or −1 in `expanded_row_idx`.
 """
 
@@ -185,8 +185,11 @@ def npu_moe_init_routing_v2(
     expanded = rows.new_zeros((number, width)).index_copy_(0, place, rows)
     expanded_scale = scales.new_zeros(number).index_copy_(0, place, scales)
     shaped = expanded.view(expert_num, capacity, width) if capacity else expanded
-    return shaped, places, _counted(counts, expert_num, first, expert_tokens_num_type, expert_tokens_num_flag), (
-        expanded_scale
+    return (
+        shaped,
+        places,
+        _counted(counts, expert_num, first, expert_tokens_num_type, expert_tokens_num_flag),
+        (expanded_scale),
     )
 
 

@@ -96,7 +96,7 @@ def manual_seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-class device:  # noqa: N801  its name in torch.npu
+class device:
     """A block in which a device is the current one; None or a negative number leave it as it is.
 
     >>> with device(5):

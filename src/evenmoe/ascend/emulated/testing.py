@@ -32,7 +32,7 @@ def run_tests() -> None:
 class TestCase(unittest.TestCase):
     """A test with torch_npu's comparisons."""
 
-    def assertEqual(self, x: Any, y: Any, msg: Any = None, **tolerances: float) -> None:  # noqa: N802, N803
+    def assertEqual(self, x: Any, y: Any, msg: Any = None, **tolerances: float) -> None:
         """Compare tensors by shape and values, whatever their dtypes, and anything else by `==`.
 
         Args:
@@ -46,9 +46,7 @@ class TestCase(unittest.TestCase):
         prec = tolerances.get("prec", 0)
         torch.testing.assert_close(x, y, rtol=0, atol=prec, equal_nan=True, check_dtype=False, msg=msg)
 
-    def assertRtolEqual(  # noqa: N802
-        self, x: Any, y: Any, prec: float = 1e-4, prec16: float = 1e-3, message: Any = None
-    ) -> None:
+    def assertRtolEqual(self, x: Any, y: Any, prec: float = 1e-4, prec16: float = 1e-3, message: Any = None) -> None:
         """Compare numbers that may differ by a share of the larger one, or by as much absolutely.
 
         Args:
@@ -83,7 +81,7 @@ def _array(value: Any) -> _Values:
     return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
 
 
-def create_common_tensor(item: Sequence[Any], minValue: float, maxValue: float, device: Any = None) -> tuple[Any, Any]:  # noqa: N803
+def create_common_tensor(item: Sequence[Any], minValue: float, maxValue: float, device: Any = None) -> tuple[Any, Any]:
     """Draw a tensor of evenly distributed numbers, and its copy on the device.
 
     Args:
@@ -104,7 +102,7 @@ def create_common_tensor(item: Sequence[Any], minValue: float, maxValue: float, 
     return drawn, drawn.clone()
 
 
-def SupportedDevices(supported_devices: Sequence[str]) -> Callable[[_Function], _Function]:  # noqa: N802
+def SupportedDevices(supported_devices: Sequence[str]) -> Callable[[_Function], _Function]:
     """Skip a test that is for none of the chips whose values are emulated: Ascend 910B and 910_93, Atlas A2 and A3.
 
     Args:
@@ -114,7 +112,7 @@ def SupportedDevices(supported_devices: Sequence[str]) -> Callable[[_Function], 
     return unittest.skipUnless(here, f"emulated is the Atlas A3, the test is for {', '.join(supported_devices)}")
 
 
-def skipIfUnsupportMultiNPU(npu_number_needed: int) -> Callable[[_Function], _Function]:  # noqa: N802
+def skipIfUnsupportMultiNPU(npu_number_needed: int) -> Callable[[_Function], _Function]:
     """Skip a test that needs more devices than there are."""
     missing = npu_number_needed > device_count()
     return unittest.skipIf(missing, f"{npu_number_needed} devices are needed, emulated are {device_count()}")
