@@ -204,7 +204,8 @@ def _gathered(
         return torch.zeros_like(rows), nothing
     rows = rows.float()
     if quant_mode == _STATIC:
-        assert scale is not None and offset is not None
+        assert scale is not None
+        assert offset is not None
         return (rows * scale + offset).round().clamp(-128, 127).to(torch.int8), nothing
     if scale is not None:
         rows = rows * (scale if len(scale) == 1 else scale[experts])

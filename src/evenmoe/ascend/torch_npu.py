@@ -16,8 +16,10 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
+from evenmoe.ascend.barrier import _npu_distribute_barrier  # noqa: F401  one of the functions here
 from evenmoe.ascend.executor import check_call
 from evenmoe.ascend.groups import find_group
+from evenmoe.ascend.init_routing import npu_moe_init_routing, npu_moe_init_routing_v2  # noqa: F401  as well
 from evenmoe.ascend.patching import UNCHECKED, NotEmulatedError, in_effect
 from evenmoe.ascend.status import NpuCallError, of_the_chip
 from evenmoe.ascend.tensors import number_of, remember
@@ -205,11 +207,8 @@ def npu_moe_distribute_dispatch_v2(
     *outputs, number = _perform("dispatch", call, lambda: _check_as_wrapper(call, later_chips))
     expand_x, dynamic_scales, assist_info, token_nums, ep_recv_counts, tp_recv_counts, expand_scales = outputs
     if not call.check_values and ep_recv_counts.max() > len(dynamic_scales):
-        value, rule = (
-            f"such that {ep_recv_counts.max()} rows came here",
-            f"must bring at most {len(dynamic_scales)} rows",
-        )
-        raise NpuCallError("expert_ids", value, rule, "let no expert occur twice in a token")
+        rule, fix = f"must bring at most {len(dynamic_scales)} rows", "let no expert occur twice in a token"
+        raise NpuCallError("expert_ids", f"such that {ep_recv_counts.max()} rows came here", rule, fix)
     remember(assist_info, number)
     if call.expert_scales is not None:
         tokens, top_k = call.expert_ids.shape

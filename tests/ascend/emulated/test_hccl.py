@@ -81,6 +81,6 @@ def test_repeated_experts(seen):
         assert rank["no room"] == (
             "7"
             if number != 2
-            else "NpuCallError: `expert_ids` is such that 6 rows came here: it must bring at most 3 rows; let no expert "
-            "occur twice in a token."
+            else "NpuCallError: `expert_ids` is such that 6 rows came here: it must bring at most 3 rows; let no "
+            "expert occur twice in a token."
         )

@@ -46,7 +46,7 @@ def test_a_torch_device_has_no_number(npu):
     [
         (16, "`device` is 16: it must be one of the 16 devices of a server; pass 0 to 15, such as rank % "),
         (-1, "`device` is -1: it must be one of the 16 devices of a server; "),
-        ("npu:16", "`device` is npu:16: it must be one of the 16 devices of a server; "),
+        ("npu:16", "`device` is 16: it must be one of the 16 devices of a server; "),
         ("cuda:1", "`device` is 'cuda:1': it must be a number or \"npu:<number>\"; "),
         (1.5, "`device` is 1.5: it must be an integer; pass 0 to 15"),
     ],

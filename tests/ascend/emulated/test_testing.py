@@ -37,7 +37,7 @@ def test_every_part_is_found():
     ],
 )
 def test_equal(x, y, options):
-    TestCase().assertEqual(x, y, **options)
+    TestCase().assertEqual(x, y, **options)  # noqa: PT009
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_equal(x, y, options):
 def test_not_equal(x, y):
     for first, second in ((x, y), (y, x)):
         with pytest.raises(AssertionError):
-            TestCase().assertEqual(first, second)
+            TestCase().assertEqual(first, second)  # noqa: PT009
 
 
 @pytest.mark.parametrize(

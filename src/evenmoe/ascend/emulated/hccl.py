@@ -1,4 +1,4 @@
-"""Backend "hccl" of torch.distributed: gloo under another name, with the group names that torch_npu's operators take."""
+"""Backend "hccl" of torch.distributed: gloo under another name, and the names of its groups for the operators."""
 
 from __future__ import annotations
 

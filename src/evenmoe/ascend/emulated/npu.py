@@ -154,7 +154,8 @@ class Event:
                 value = "without enable_timing" if not event._timing else "not recorded"
                 fix = "make both with Event(enable_timing=True) and call record() on each"
                 raise ConstraintError(name, value, "must have kept the time of its record", fix)
-        assert self._time is not None and end_event._time is not None
+        assert self._time is not None
+        assert end_event._time is not None
         return 1000 * (end_event._time - self._time)
 
 
@@ -240,12 +241,11 @@ def _number(device: Device) -> int:
     fix = "pass 0 to 15, such as rank % torch.npu.device_count()"
     if isinstance(device, str) and text is None:
         raise ConstraintError("device", repr(device), 'must be a number or "npu:<number>"', fix)
-    if text is None:
-        number = as_integer("device", device, fix)
-    else:
-        number = _here.device if text[1] is None else int(text[1])
+    if text is not None:
+        device = _here.device if text[1] is None else int(text[1])
+    number = as_integer("device", device, fix)
     if not 0 <= number < _DEVICES:
-        raise ConstraintError("device", device, f"must be one of the {_DEVICES} devices of a server", fix)
+        raise ConstraintError("device", number, f"must be one of the {_DEVICES} devices of a server", fix)
     return number
 
 
