@@ -170,13 +170,12 @@ class _Search:
             if found == 0:
                 continue
             number = min(found, tries)
-            tried, trial, total, *after = first_better(
+            tried, trial, total, peaks, closed, load = first_better(
                 self.held, busy, moves[:number], floors[:number], self.scenarios, self.peaks, limit, price
             )
             self.tried += tried
             tries -= tried
             if total < np.inf:
-                peaks, closed, load = after
                 self._take(trial, self.scenarios, (total, peaks, closed, load))
                 return int(moves[tried - 1, 4])
             if tries == 0:
