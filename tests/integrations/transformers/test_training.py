@@ -45,4 +45,4 @@ def trained(rank: int, mode: str, slots: int, checkpointing: bool) -> tuple[floa
 def test_weights_are_those_of_one_process(mode, slots, checkpointing):
     for off, gone in on_ranks(trained, mode, slots, checkpointing):
         assert off <= CLOSE
-        assert gone > 100 * CLOSE  # the experts learned something
+        assert gone > 20 * CLOSE  # the experts learned something
