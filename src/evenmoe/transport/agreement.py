@@ -45,6 +45,9 @@ _COMBINE = (DISPATCH, *agreement(COMBINE))
 OPERATORS: dict[str, tuple[str, ...]] = {
     "dispatch": agreement(operators.DISPATCH),
     "combine": _COMBINE,
+    # The first versions, which have no more to agree on, but are other operators.
+    "dispatch_v1": agreement(operators.DISPATCH),
+    "combine_v1": _COMBINE,
     "tensor-parallel step of dispatch": (
         "hidden size of `x`",
         "dtype of the rows",
@@ -95,6 +98,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "ElasticBuffer.combine": (DISPATCH, "hidden size of `x`", "dtype of `x`", "presence of `topk_weights`"),
     "ElasticBuffer.barrier": (),
     "ElasticBuffer.engram_write": ("entries of `storage`", "hidden size of `storage`", "dtype of `storage`"),
+    "barrier": ("digest of `elastic_info`",),
 }
 _NAMES = tuple(OPERATORS)
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int8", "float8_e4m3fn", "float8_e5m2")
