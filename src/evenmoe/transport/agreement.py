@@ -61,6 +61,18 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     ),
     "batch rule of ExpertParallel.dispatch": (LAYER,),
     "ExpertParallel.combine": (LAYER, DISPATCH, "hidden size of `expert_out`", "dtype of `expert_out`"),
+    "ElasticBuffer.dispatch": (
+        "hidden size of `x`",
+        "dtype of `x`",
+        "bytes of the scales of a row",
+        "top-k of `topk_idx`",
+        "`num_experts`",
+        "`num_max_tokens_per_rank`",
+        "presence of `topk_weights`",
+    ),
+    "ElasticBuffer.combine": (DISPATCH, "hidden size of `x`", "dtype of `x`", "presence of `topk_weights`"),
+    "ElasticBuffer.barrier": (),
+    "ElasticBuffer.engram_write": ("entries of `storage`", "hidden size of `storage`", "dtype of `storage`"),
 }
 _NAMES = tuple(OPERATORS)
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int8", "float8_e4m3fn", "float8_e5m2")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import re
 import shutil
 import subprocess
@@ -116,6 +118,57 @@ def test_a_tree_has_what_the_pages_name(tree: Path) -> None:
     libraries = {f"lib{name}.so" for name in ("ascendcl", "nnopbase", "opapi", "op_common", "hccl")}
     assert {path.name for path in (tree / "lib64").iterdir()} >= libraries
     assert [path.name for path in tree.parent.iterdir()] == ["latest"], "nothing is left beside it"
+
+
+#: As the operators' pages, the upstream build script (its own and a custom package) and its CMake page have them.
+LINK_LINES = {
+    "pages of V2": "-lascendcl -lnnopbase -lopapi -lop_common -lpthread -lhccl",
+    "pages of V3 and V4": "-lascendcl -lnnopbase -lopapi_math -lop_common -lpthread -lhccl",
+    "build script": "-L$ASCEND_HOME_PATH/lib64 -lopapi_math -lopapi_transformer -lascendcl -lnnopbase -lc_sec "
+    "-lpthread -Wl,--no-as-needed -lhccl -lhccl_fwk",
+    "custom package": "-L$ASCEND_OPP_PATH/vendors/custom_transformer/op_api/lib -L$ASCEND_HOME_PATH/lib64 -lopapi_math "
+    "-lcust_opapi -lascendcl -lnnopbase -lc_sec -lpthread -Wl,--no-as-needed -lhccl -lhccl_fwk "
+    "-Wl,-rpath=$ASCEND_OPP_PATH/vendors/custom_transformer/op_api/lib",
+    "CMake": "$ASCEND_HOME_PATH/lib64/libascendcl.so $ASCEND_HOME_PATH/lib64/libnnopbase.so "
+    "$ASCEND_HOME_PATH/lib64/libopapi_math.so $ASCEND_HOME_PATH/lib64/libopapi_transformer.so -Wl,--no-as-needed "
+    "$ASCEND_HOME_PATH/lib64/libhccl.so $ASCEND_HOME_PATH/lib64/libhccl_fwk.so -lpthread",
+    "opapi_nn": "-lopapi_nn -lascendcl -lnnopbase -lhccl -lpthread",
+}
+
+
+@pytest.mark.parametrize("line", LINK_LINES.values(), ids=LINK_LINES)
+def test_every_published_link_line_links_and_runs(tree: Path, tmp_path: Path, line: str) -> None:
+    """With one copy of each library in the process: its own and its other names."""
+    program = (
+        '#include "acl/acl.h"\n#include "hccl/hccl.h"\n#include "aclnnop/aclnn_moe_update_expert.h"\n#include <cstdio>'
+    )
+    program += (
+        "\nint main() { uint64_t size; aclOpExecutor *executor; int status = aclnnMoeUpdateExpertGetWorkspaceSize("
+    )
+    program += "nullptr, nullptr, nullptr, nullptr, nullptr, 0, 2, 0, nullptr, nullptr, &size, &executor);"
+    program += ' std::printf("%d %d\\n", status, HcclCommDestroy(nullptr)); return 0; }\n'
+    (tmp_path / "one.cpp").write_text(program)
+    done = run_in_tree(tree, f"g++ one.cpp -o one {line} && ./one && LD_TRACE_LOADED_OBJECTS=1 ./one", tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, *loaded = done.stdout.splitlines()
+    assert first == "161001 15", "null expertIds; aclInit not called"
+    files = [str(Path(path).resolve()) for path in re.findall(rf"=> ({re.escape(str(tree))}\S+)", "\n".join(loaded))]
+    assert len(files) == len(set(files))
+    assert {"libopapi.so", "libhccl.so"} <= {Path(path).name for path in files}
+
+
+@pytest.mark.parametrize("script", ["bin/setenv.bash", "bin/set_env.sh", "set_env.sh"])
+def test_each_script_sets_the_same_environment(tree: Path, tmp_path: Path, script: str) -> None:
+    command = f'source "{tree}/{script}" && echo "$ASCEND_TOOLKIT_HOME $ASCEND_HOME_PATH $ASCEND_OPP_PATH $CPATH"'
+    environment = {"PATH": os.environ["PATH"]}
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, check=True)
+    assert done.stdout.decode() == f"{tree} {tree} {tree}/opp {tree}/include\n"
+
+
+def test_folders_that_builds_look_into_are_those_of_the_tree(tree: Path) -> None:
+    for name in ("opp/vendors/custom_transformer/op_api/include", f"{platform.machine()}-linux/include"):
+        assert (tree / name / "aclnnop" / "aclnn_moe_update_expert.h").is_file()
+    assert (tree / f"{platform.machine()}-linux" / "lib64" / "libascendcl.so").is_file()
 
 
 def test_a_second_run_replaces_the_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

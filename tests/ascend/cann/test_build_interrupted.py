@@ -44,7 +44,7 @@ def names(room: Path) -> list[str]:
 def test_a_tree_is_replaced_whole(tmp_path, room):
     assert forked(tmp_path, ["cann", "--out", room], compiler(tmp_path, WRITES)).code == 0
     assert [path.name for path in room.iterdir()] == ["latest"]
-    assert {"bin/setenv.bash", "evenmoe.txt", "lib64/libascendcl.so"} <= set(names(room / "latest"))
+    assert {"bin/setenv.bash", "set_env.sh", "evenmoe.txt", "lib64/libascendcl.so"} <= set(names(room / "latest"))
 
 
 def test_an_interrupt_while_it_compiles(tmp_path, room):

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -21,7 +22,21 @@ from evenmoe.errors import ConstraintError
 from evenmoe.io.output import made_folder, scratch_folder, undone_by_exit, whole_folder
 
 CORE = "evenmoe_cann"
-LIBRARIES = ("ascendcl", "nnopbase", "opapi", "op_common", "hccl")
+LIBRARIES = ("ascendcl", "nnopbase", "opapi", "op_common", "hccl", "c_sec")
+#: Other names of libraries, as releases divide and package them; relative to the tree.
+_ALIASES = {
+    "lib64/libopapi_math.so": "opapi",
+    "lib64/libopapi_nn.so": "opapi",
+    "lib64/libopapi_transformer.so": "opapi",
+    "lib64/libhccl_fwk.so": "hccl",
+    "opp/vendors/custom_transformer/op_api/lib/libcust_opapi.so": "opapi",
+}
+#: Where else builds look for folders of the tree.
+_FOLDERS = {
+    "opp/vendors/custom_transformer/op_api/include/aclnnop": "include/aclnnop",
+    f"{platform.machine()}-linux/include": "include",
+    f"{platform.machine()}-linux/lib64": "lib64",
+}
 _MARKER = "evenmoe.txt"
 #: What a compiler says, or a shell of the program that it started, where it could not write its files.
 _NO_ROOM = {
@@ -34,9 +49,14 @@ _SETENV = """\
 ASCEND_TOOLKIT_HOME="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export ASCEND_TOOLKIT_HOME
 export ASCEND_HOME_PATH="$ASCEND_TOOLKIT_HOME"
+export ASCEND_OPP_PATH="$ASCEND_TOOLKIT_HOME/opp"
 export LD_LIBRARY_PATH="$ASCEND_TOOLKIT_HOME/lib64${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 export LIBRARY_PATH="$ASCEND_TOOLKIT_HOME/lib64${LIBRARY_PATH:+:$LIBRARY_PATH}"
 export CPATH="$ASCEND_TOOLKIT_HOME/include${CPATH:+:$CPATH}"
+"""
+_SET_ENV = """\
+# Sourced by bash, as bin/setenv.bash, which it calls.
+. "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/%s"
 """
 _HERE = Path(__file__).parent
 _TYPES: dict[Kind, str] = {
@@ -144,7 +164,7 @@ aclnnStatus aclnn{operator}(void *workspace, uint64_t workspaceSize, aclOpExecut
 
 
 def build_tree(out: Path) -> Path:
-    """Write `out`/latest with include, lib64 and bin/setenv.bash; a tree that is already there is replaced.
+    """Write `out`/latest with include, lib64, opp, set_env.sh and bin/setenv.bash, in place of one already there.
 
     The libraries embed the Python that runs this function, with its packages; they find it wherever they are used on
     this machine, without an environment variable.
@@ -177,8 +197,19 @@ def _write_texts(tree: Path) -> None:
     for name, text in header_texts().items():
         _write(tree / "include" / name, text)
     _write(tree / "bin" / "setenv.bash", _SETENV)
+    _write(tree / "bin" / "set_env.sh", _SET_ENV % "setenv.bash")
+    _write(tree / "set_env.sh", _SET_ENV % "bin/setenv.bash")
     _write(tree / _MARKER, f"Written by `evenmoe cann` for {sys.executable}\n")
     (tree / "lib64").mkdir()
+    for name, folder in _FOLDERS.items():
+        _link(tree, name, folder)
+
+
+def _link(tree: Path, name: str, target: str) -> None:
+    """Make `name` another name of `target`, both relative to the tree; the tree can be moved."""
+    path = tree / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(os.path.relpath(tree / target, path.parent))
 
 
 def _write(path: Path, text: str) -> None:
@@ -208,6 +239,9 @@ def _compile(compiler: str, tree: Path, scratch: Path) -> None:
                     raise OSError(number, os.strerror(number))
             first = next((line for line in errors.splitlines() if "error" in line), errors.strip())
             raise ConstraintError("g++", f"{compiler}: {first}", "must compile C++17", "use a newer compiler")
+    # A program linked to one of these asks the loader for the library's own name, and so finds one copy of it.
+    for name, library in _ALIASES.items():
+        _link(tree, name, f"lib64/lib{library}.so")
 
 
 def _run(command: list[str]) -> tuple[int, str]:

@@ -81,13 +81,14 @@ std::string initialize_python()
 std::string import_bridge()
 {
     PyObject *path = PySys_GetObject("path");  // borrowed
+    Py_ssize_t place = 0;  // before site packages, which may hold another evenmoe than the one that wrote the tree
     for (const char *directory : kPaths) {
         PyObject *entry = PyUnicode_DecodeFSDefault(directory);
         if (path == nullptr || entry == nullptr) {
             return "sys.path cannot be set";
         }
         if (PySequence_Contains(path, entry) == 0) {
-            PyList_Append(path, entry);
+            PyList_Insert(path, place++, entry);
         }
         Py_DECREF(entry);
     }

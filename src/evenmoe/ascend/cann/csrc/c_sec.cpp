@@ -1,0 +1,1 @@
+// libc_sec.so: programs link against it, and call nothing of it.
