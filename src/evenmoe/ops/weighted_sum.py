@@ -1,4 +1,4 @@
-"""The weighted sum of a token's rows in float32: the local half of combine (§3.4).
+"""The weighted sum of a token's rows, in float32 unless they are float64: the local half of combine (§3.4).
 
 On a CPU it is one compiled pass: every row is read once, the float32 sums stay in a core's cache. Nothing is fused:
 numba compiles without fast-math, so a product is rounded to float32 before it is added.
@@ -47,21 +47,20 @@ def add_bfloat16(total, addresses, weights):
 
 
 @compiled
-def add_float32(total, addresses, weights):
-    """As `add_bfloat16`, of float32 rows."""
-    row = np.empty(total.shape[1], np.float32)
+def add_plain(total, addresses, weights):
+    """As `add_bfloat16`, of rows, sums and weights of one dtype, float32 or float64."""
+    row = np.empty(total.shape[1], total.dtype)
     for token in range(addresses.shape[0]):
         part = total[token]
         for k in range(addresses.shape[1]):
             if addresses[token, k] == 0:
                 continue
-            copy_bytes(row.ctypes.data, addresses[token, k], 4 * part.size)
+            copy_bytes(row.ctypes.data, addresses[token, k], row.itemsize * part.size)
             weight = weights[token, k]
             for h in range(part.size):
                 part[h] += weight * row[h]
 
 
-_KERNELS = {torch.bfloat16: add_bfloat16, torch.float32: add_float32}
 _NO_NUMBERS = torch.zeros(0, dtype=torch.int32)
 
 
@@ -87,23 +86,29 @@ def accumulate(layout: Layout, rows: torch.Tensor | Incoming, position: torch.Te
     return total
 
 
+def sum_dtype(rows: torch.dtype) -> torch.dtype:
+    """The dtype in which rows are weighted and added up: float64 for float64, float32 for all others."""
+    return torch.float64 if rows == torch.float64 else torch.float32
+
+
 def add_rows(total: torch.Tensor, rows: torch.Tensor | Incoming, position: torch.Tensor, weights: torch.Tensor) -> None:
-    """total[t] += weights[t, k] · rows[position[t, k]] for ascending k, each product rounded to float32 first.
+    """total[t] += weights[t, k] · rows[position[t, k]] for ascending k, each product rounded before it is added.
 
     Args:
-        total: float32 (T, H), contiguous, changed in place.
+        total: (T, H) of `sum_dtype` of the rows, contiguous, changed in place.
         rows: (N, H) of any float dtype; or what was received, which is read where it lies.
         position: int64 (T, K), −1 where there is no row.
-        weights: float32 (T, K); what they hold where there is no row does not matter.
+        weights: (T, K), dtype of `total`; what they hold where there is no row does not matter.
     """
     like = rows if isinstance(rows, torch.Tensor) else rows.parts[0]
-    if like.device.type == "cpu" and like.dtype in _KERNELS:
+    if like.device.type == "cpu" and like.dtype in (torch.bfloat16, total.dtype):
         if isinstance(rows, torch.Tensor):
             rows = rows.contiguous()
             rows = Incoming([rows], [len(rows)], torch.arange(len(rows)), _NO_NUMBERS)
         # One address more, for the position −1.
         addresses = np.append(rows.addresses(), 0)[position.numpy()]
-        _KERNELS[like.dtype](total.numpy(), addresses, weights.contiguous().numpy())
+        add = add_bfloat16 if like.dtype == torch.bfloat16 else add_plain
+        add(total.numpy(), addresses, weights.contiguous().numpy())
         return
     if not isinstance(rows, torch.Tensor):
         rows = rows.take()
@@ -112,7 +117,7 @@ def add_rows(total: torch.Tensor, rows: torch.Tensor | Incoming, position: torch
         for k in range(position.shape[1]):
             where = (position[tokens, k] >= 0).nonzero().flatten()
             if where.numel():
-                term = rows.index_select(0, position[tokens, k][where]).float()
+                term = rows.index_select(0, position[tokens, k][where]).to(total.dtype)
                 part[where] += term.mul_(weights[tokens, k][where, None])
 
 
