@@ -15,6 +15,13 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import torch
 
 from evenmoe.contract.calls import AddRmsNormCall, CombineCall, DispatchCall, DistributeCall, UpdateExpertCall
+from evenmoe.contract.half_calls import (
+    CombineSetupCall,
+    CombineTeardownCall,
+    DispatchSetupCall,
+    DispatchTeardownCall,
+    HalfCall,
+)
 from evenmoe.contract.layout import Layout
 from evenmoe.contract.limits import resolve_limits
 from evenmoe.contract.operators import OPERATORS, schema
@@ -30,7 +37,7 @@ Outputs: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
 Dispatching: TypeAlias = DispatchCall[torch.Tensor]
 Combining: TypeAlias = CombineCall[torch.Tensor]
 
-Call: TypeAlias = DistributeCall[torch.Tensor] | UpdateExpertCall[torch.Tensor]
+Call: TypeAlias = DistributeCall[torch.Tensor] | UpdateExpertCall[torch.Tensor] | HalfCall[torch.Tensor]
 
 _Call = TypeVar("_Call", bound=DistributeCall[torch.Tensor])
 _Given = TypeVar("_Given")
@@ -45,6 +52,10 @@ CALL_TYPES: dict[str, Callable[..., Call]] = {
     "dispatch": DispatchCall,
     "combine": CombineCall,
     "combine_add_rms_norm": AddRmsNormCall,
+    "dispatch_setup": DispatchSetupCall,
+    "dispatch_teardown": DispatchTeardownCall,
+    "combine_setup": CombineSetupCall,
+    "combine_teardown": CombineTeardownCall,
 }
 _KINDS = {
     name: {argument.name: argument.kind for argument in operator.arguments if argument.kind != "output"}

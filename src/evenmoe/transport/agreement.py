@@ -61,6 +61,8 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     ),
     "batch rule of ExpertParallel.dispatch": (LAYER,),
     "ExpertParallel.combine": (LAYER, DISPATCH, "hidden size of `expert_out`", "dtype of `expert_out`"),
+    "setup of dispatch": agreement(operators.DISPATCH_SETUP),
+    "setup of combine": agreement(operators.COMBINE_SETUP),
     "ElasticBuffer.dispatch": (
         "hidden size of `x`",
         "dtype of `x`",

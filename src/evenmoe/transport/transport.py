@@ -17,6 +17,7 @@ from typing import NoReturn, TypeAlias
 import torch
 
 from evenmoe.errors import ConstraintError, LostRankError
+from evenmoe.transport.pending import Setups
 
 Members = tuple[int, ...]
 Ints: TypeAlias = Sequence[int]
@@ -34,13 +35,15 @@ class Transport(ABC):
     together, and those of each narrower set of `members` by themselves. Whoever copies what holds an end shares it,
     since it is a connection to other ranks; nobody can pickle it.
 
-    Attributes: `name` (of the group, the same on all its ranks), `rank` (0…W−1), `world_size` (W).
+    Attributes: `name` (of the group, the same on all its ranks), `rank` (0…W−1), `world_size` (W), `setups` (the
+    exchanges under way that no call waits for).
     """
 
     def __init__(self, name: str, rank: int, world_size: int) -> None:
         self.name, self.rank, self.world_size = name, rank, world_size
         self._numbers: Counter[Members] = Counter()
         self._layers = 0
+        self.setups = Setups()
         self._turn = threading.RLock()  # an operator's parts take their turn within the operator's
         self._broken: tuple[str, Members] | None = None  # why no exchange may follow, and whose fault it is
         self._closed = False
@@ -71,11 +74,12 @@ class Transport(ABC):
         return self._layers - 1
 
     def take_turn(self) -> None:
-        """Begin a call of this rank, which may have parts that take their turn within it.
+        """Begin a call of this rank, which may have parts that take their turn within it, behind all that is under way.
 
         Raises:
             ConstraintError: another thread's call is not over.
         """
+        self.setups.wait()
         # One call at a time, since the others' exchanges are paired with this rank's in their order.
         if not self._turn.acquire(blocking=False):
             value = f"group {self.name!r}, in the midst of another call of rank {self.rank}"
