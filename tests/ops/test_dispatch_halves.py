@@ -314,7 +314,8 @@ def test_a_teardown_that_differs_from_its_setup_is_named_and_may_be_repeated():
             world.run(step)
             == [
                 [
-                    "`expert_ids` is another tensor: it must be that of the setup; pass the same to setup and teardown.",
+                    "`expert_ids` is another tensor: it must be that of the setup; pass the same to setup and "
+                    "teardown.",
                     "`global_bs` is 6: it must be 0, as in the setup; pass the same to setup and teardown.",
                 ]
             ]
@@ -366,8 +367,8 @@ def test_a_rank_that_sets_up_something_else_is_named():
         assert (
             world.run(step)
             == [
-                "`hidden size of x` is 4 on rank 0 and 5 on rank 1: it must be equal on every rank of a group; pass the "
-                "same on all ranks."
+                "`hidden size of x` is 4 on rank 0 and 5 on rank 1: it must be equal on every rank of a group; pass "
+                "the same on all ranks."
             ]
             * 2
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from evenmoe.contract.calls import with_integers
@@ -162,6 +163,38 @@ def setup_commands(call: HalfCall[TensorSpec], layout: Layout) -> int:
     """Length of the `comm_cmd_info` of dispatch: 16 numbers for each row, and for each of the ranks' experts."""
     rows = layout.num_tokens * (layout.top_k + call.shared_expert_num)
     return 16 * (rows + layout.ep * layout.local_experts)
+
+
+def dispatch_sizes(tokens: int, hidden: int, top_k: int, numbers: Mapping[str, int]) -> tuple[int, int, int, int]:
+    """Columns of `y`, and lengths of `expand_idx`, assist info and `comm_cmd_info`, as C programs ask for them.
+
+    >>> numbers = {"ep_world_size": 2, "ep_rank_id": 0, "moe_expert_num": 4, "shared_expert_num": 0}
+    >>> dispatch_sizes(3, 1024, 2, numbers | {"shared_expert_rank_num": 0, "quant_mode": 0, "global_bs": 0})
+    (1024, 6, 1536, 160)
+
+    Raises:
+        ConstraintError: numbers that make no layout.
+    """
+    ep, rank, experts = numbers["ep_world_size"], numbers["ep_rank_id"], numbers["moe_expert_num"]
+    shared, ranks = numbers["shared_expert_num"], numbers["shared_expert_rank_num"]
+    require(0 <= ranks < ep, "shared_expert_rank_num", ranks, f"must be 0 to {ep - 1}", "use another number")
+    require(rank >= 0, "ep_rank_id", rank, "must not be negative", "use the rank within the EP group")
+    require(ranks == 0 or shared > 0, "shared_expert_num", shared, "must be positive with ranks for them", "use 1")
+    on_shared = rank < ranks
+    local = 1 if on_shared else experts // (ep - ranks)
+    most = numbers["global_bs"] or tokens * ep
+    rows = tokens * ep * shared // ranks if on_shared else most * min(local, top_k)
+    commands = 16 * (tokens * (top_k + shared) + ep * local)
+    return message_columns(hidden, numbers["quant_mode"]), tokens * top_k, 128 * rows, commands
+
+
+def combine_sizes(rows: int, hidden: int, ep: int) -> tuple[int, int]:
+    """Columns of `quant_expand_x`, and the length of `comm_cmd_info`, likewise.
+
+    >>> combine_sizes(96, 4096, 2)
+    (6144, 1568)
+    """
+    return quantized_columns(hidden), 16 * (rows + ep)
 
 
 def aligned(value: int, multiple: int) -> int:
