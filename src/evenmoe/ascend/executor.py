@@ -18,11 +18,19 @@ from evenmoe.ascend.groups import Membership, find_group, late_ranks, peers_here
 from evenmoe.ascend.status import AclError, of_the_chip
 from evenmoe.ascend.stream import Stream
 from evenmoe.ascend.tensors import check_unchanged, number_of, write_outputs
-from evenmoe.contract.calls import CombineCall, DispatchCall, DistributeCall, UpdateExpertCall
+from evenmoe.contract.calls import (
+    CombineCall,
+    CombineV1Call,
+    DispatchCall,
+    DispatchV1Call,
+    DistributeCall,
+    UpdateExpertCall,
+)
 from evenmoe.contract.combine import check_combine_call
 from evenmoe.contract.combine_halves import check_combine_setup_call, check_combine_teardown_call
 from evenmoe.contract.dispatch import check_dispatch_call
 from evenmoe.contract.dispatch_halves import check_dispatch_setup_call, check_dispatch_teardown_call
+from evenmoe.contract.first_version import check_combine_v1_call, check_dispatch_v1_call
 from evenmoe.contract.half_calls import (
     CombineSetupCall,
     CombineTeardownCall,
@@ -36,7 +44,16 @@ from evenmoe.contract.operators import SIGNATURES, Kind
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.contract.update_expert import check_update_expert_call
 from evenmoe.errors import ConstraintError, EvenmoeError, UnsupportedTypeError, as_integer
-from evenmoe.ops import combine, combine_add_rms_norm, combine_halves, dispatch, dispatch_halves, update_expert
+from evenmoe.ops import (
+    combine,
+    combine_add_rms_norm,
+    combine_halves,
+    combine_v1,
+    dispatch,
+    dispatch_halves,
+    dispatch_v1,
+    update_expert,
+)
 from evenmoe.ops.halves import group_of
 from evenmoe.ops.operator import CALL_TYPES, Call, Prepared, find_groups, perform, specs_of
 from evenmoe.transport.transport import Transport
@@ -44,7 +61,9 @@ from evenmoe.transport.transport import Transport
 _PREPARED: dict[str, Prepared[Any, Any]] = {  # importing the operators registers them
     "combine": combine.PREPARED,
     "combine_add_rms_norm": combine_add_rms_norm.PREPARED,
+    "combine_v1": combine_v1.PREPARED,
     "dispatch": dispatch.PREPARED,
+    "dispatch_v1": dispatch_v1.PREPARED,
     "update_expert": update_expert.PREPARED,
     "dispatch_setup": dispatch_halves.SETUP,
     "dispatch_teardown": dispatch_halves.TEARDOWN,
@@ -69,6 +88,10 @@ def check_call(specs: Specs) -> Layout | None:
     """
     if isinstance(specs, UpdateExpertCall):
         return check_update_expert_call(specs)
+    if isinstance(specs, DispatchV1Call):
+        return check_dispatch_v1_call(specs)
+    if isinstance(specs, CombineV1Call):
+        return check_combine_v1_call(specs)
     if isinstance(specs, DispatchCall):
         return check_dispatch_call(specs)
     if isinstance(specs, CombineCall):
@@ -240,7 +263,8 @@ class Executor:
         if isinstance(call, HalfCall):
             call = replace(call, comm_alg=call.comm_alg or "")
         if isinstance(call, CombineCall):
-            call = replace(call, dispatch_number=number_of(self.tensors["assist_info_for_combine"]))
+            origin = "expand_idx" if isinstance(call, CombineV1Call) else "assist_info_for_combine"
+            call = replace(call, dispatch_number=number_of(self.tensors[origin]))
         _PREPARED[name].accept(call, checked)  # the first stage has looked at all that is told from shapes
         self._memberships = self._join(layout)
         with taking_part(self._memberships):

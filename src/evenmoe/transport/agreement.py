@@ -45,6 +45,9 @@ _COMBINE = (DISPATCH, *agreement(COMBINE))
 OPERATORS: dict[str, tuple[str, ...]] = {
     "dispatch": agreement(operators.DISPATCH),
     "combine": _COMBINE,
+    # The first versions, which have no more to agree on, but are other operators.
+    "dispatch_v1": agreement(operators.DISPATCH),
+    "combine_v1": _COMBINE,
     "tensor-parallel step of dispatch": (
         "hidden size of `x`",
         "dtype of the rows",
