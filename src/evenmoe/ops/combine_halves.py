@@ -110,7 +110,7 @@ def _exchange(ep: Transport, plan: SetupPlan, counts: torch.Tensor, rows: torch.
         outgoing = Outgoing([0] * ep.world_size, counts.sum(1).tolist(), rows.shape[1:], rows)
         theirs = part.agree(plan.header, counts, outgoing)
         incoming = part.exchange(rows)
-        return Returned(incoming.buffer.index_select(0, incoming.positions()), theirs)
+        return Returned(incoming.take(), theirs)
 
 
 def _tear_down(call: Teardown) -> torch.Tensor:
