@@ -6,7 +6,7 @@ once for all calls that have the same (`Prepared`), its values by the operator e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from operator import attrgetter
@@ -46,6 +46,7 @@ CALL_TYPES: dict[str, Callable[..., Call]] = {
     "combine": CombineCall,
     "combine_add_rms_norm": AddRmsNormCall,
 }
+_RUNS: dict[str, Callable[..., Outputs]] = {}  # as torch knows them
 _KINDS = {
     name: {argument.name: argument.kind for argument in operator.arguments if argument.kind != "output"}
     for name, operator in OPERATORS.items()
@@ -70,7 +71,8 @@ def register(
 
         return operator
 
-    custom = torch.library.custom_op(f"evenmoe::{name}", taking(run), mutates_args=(), schema=schema(OPERATORS[name]))
+    _RUNS[name] = taking(run)
+    custom = torch.library.custom_op(f"evenmoe::{name}", _RUNS[name], mutates_args=(), schema=schema(OPERATORS[name]))
     custom.register_fake(taking(fake))
 
 
@@ -82,7 +84,25 @@ def perform(name: str, call: Call) -> Any:
     """
     arguments = check_types(name, call)
     check_devices(arguments)
+    if not _seen_by_torch(arguments.values()):
+        tensors = [arguments.pop(argument) for argument, kind in _KINDS[name].items() if kind == "tensor"]
+        return _RUNS[name](*tensors, **arguments)
     return getattr(torch.ops.evenmoe, name)(**arguments)
+
+
+def _seen_by_torch(values: Iterable[object]) -> bool:
+    """Whether a call is more to torch than its result: recorded for gradients, traced, transformed.
+
+    Where it is not, it need not go through torch's dispatcher, whose first call of any custom operator imports the
+    800 modules of torch._dynamo: 1.2 s of CPU time, half of the start of a C++ program.
+    """
+    if not torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+        return True
+    # No public functions tell of modes (FakeTensorMode, make_fx) and transforms (vmap) that are active.
+    internals: Any = torch._C
+    if internals._len_torch_dispatch_stack() or internals._functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(isinstance(value, torch.Tensor) and type(value) is not torch.Tensor for value in values)
 
 
 def check_types(name: str, call: object) -> dict[str, Any]:
