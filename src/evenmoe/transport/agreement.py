@@ -45,6 +45,9 @@ _COMBINE = (DISPATCH, *agreement(COMBINE))
 OPERATORS: dict[str, tuple[str, ...]] = {
     "dispatch": (*agreement(operators.DISPATCH), GRADIENTS_OF_X),
     "combine": (*_COMBINE, GRADIENTS_OF_ROWS, GRADIENTS_OF_SCALES),
+    # The first versions, which have no more to agree on and no gradients, but are other operators.
+    "dispatch_v1": agreement(operators.DISPATCH),
+    "combine_v1": _COMBINE,
     "tensor-parallel step of dispatch": (
         "hidden size of `x`",
         "dtype of the rows",
