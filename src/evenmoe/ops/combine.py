@@ -46,7 +46,8 @@ from evenmoe.transport.agreement import (
     Header,
     dtype_code,
 )
-from evenmoe.transport.call import GroupCall, Outgoing, together
+from evenmoe.transport.call import GroupCall, together
+from evenmoe.transport.packets import Incoming, Outgoing
 from evenmoe.transport.process_world import Group
 
 _Call = TypeVar("_Call", bound=CombineCall[torch.Tensor])
@@ -224,8 +225,8 @@ def combine_and_sum(call: Combining, prepared: Prepared[Layout, CombinePlan]) ->
         rows = call.expand_x[:num_rows]
         if beside is not None:
             rows = add_peer_rows(rows, beside, plan, call)
-        rows, position = _return_rows(rows, assist_info, across, plan, call, due)
-    return accumulate(layout, rows, position, call), active
+        returned, position = _return_rows(rows, assist_info, across, plan, call, due)
+        return accumulate(layout, returned, position, call), active
 
 
 def own_rows(layout: Layout, call: Combining) -> int:
@@ -284,7 +285,7 @@ def add_peer_rows(rows: torch.Tensor, part: GroupCall, plan: CombinePlan, call: 
             "pass the tp_recv_counts and ep_recv_counts that dispatch returned on both peers",
         )
     incoming = part.exchange(offer)
-    received = incoming.buffer[incoming.first[peer] :][:own]
+    received = incoming.take()[incoming.first[peer] :][:own]
     # float16 too: a sum of two float16 in float32, rounded once more, is the sum rounded once (24 ≥ 2·11 + 2 bits).
     return (rows.float() + received.float()).to(rows.dtype)
 
@@ -296,12 +297,12 @@ def _return_rows(
     plan: CombinePlan,
     call: Combining,
     due: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | Incoming, torch.Tensor]:
     """Rows to the ranks in their assist info.
 
     Returns:
-        rows (N, H) received, in the dtype of expand_x; int64 (Bs, K + Sn), the row of every assignment, −1 where none
-        is `due`.
+        rows (N, H) received, in the dtype of expand_x, valid until the call ends; int64 (Bs, K + Sn), the row of every
+        assignment, −1 where none is `due`.
     """
     layout, world_size, packed = plan.layout, part.group.world_size, call.comm_quant_mode == BLOCK_INT8
     source, token, k = assist_info.unbind(dim=1)
@@ -317,7 +318,7 @@ def _return_rows(
     if call.check_values:
         _check_returned(assignments, due.flatten())
     position = positions_of(incoming, assignments, due.numel()).view(due.shape)
-    received = unpack_blocks(incoming.buffer, layout.hidden, rows.dtype) if packed else incoming.buffer
+    received = unpack_blocks(incoming.take(), layout.hidden, rows.dtype) if packed else incoming
     return received, torch.where(due, position, -1)
 
 

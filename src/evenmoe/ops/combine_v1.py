@@ -22,6 +22,7 @@ from evenmoe.ops.numerics import BLOCK_INT8, pack_blocks, unpack_blocks
 from evenmoe.ops.operator import Prepared, find_groups, in_order, parts_of, register
 from evenmoe.ops.weighted_sum import accumulate
 from evenmoe.transport.call import GroupCall, together
+from evenmoe.transport.packets import Incoming
 
 Combining = CombineV1Call[torch.Tensor]
 
@@ -47,8 +48,8 @@ def _run(call: Combining) -> torch.Tensor:
         rows = call.expand_x[: own_rows(layout, call)]
         if beside is not None:
             rows = add_peer_rows(rows, beside, plan, call)
-        rows, position = _return_rows(rows, counts, across, plan, call)
-    return accumulate(layout, rows, position, call).to(call.expand_x.dtype)
+        returned, position = _return_rows(rows, counts, across, plan, call)
+        return accumulate(layout, returned, position, call).to(call.expand_x.dtype)
 
 
 def _counts_by_source(call: Combining, layout: Layout) -> torch.Tensor:
@@ -71,7 +72,7 @@ def _counts_by_source(call: Combining, layout: Layout) -> torch.Tensor:
 
 def _return_rows(
     rows: torch.Tensor, counts: torch.Tensor, part: GroupCall, plan: CombinePlan, call: Combining
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | Incoming, torch.Tensor]:
     """Rows to the ranks that they came from: what came here, and int64 (Bs, K + Sn), the row of every assignment."""
     layout, packed = plan.layout, call.comm_quant_mode == BLOCK_INT8
     travelling = pack_blocks(rows) if packed else rows
@@ -84,12 +85,12 @@ def _return_rows(
     incoming = part.exchange(travelling, order)
     first = torch.tensor(incoming.first, device=rows.device)
     position = _positions(returned, first, call, layout)
-    received = unpack_blocks(incoming.buffer, layout.hidden, rows.dtype) if packed else incoming.buffer
+    received = unpack_blocks(incoming.take(), layout.hidden, rows.dtype) if packed else incoming
     return received, position
 
 
 def _positions(returned: torch.Tensor, first: torch.Tensor, call: Combining, layout: Layout) -> torch.Tensor:
-    """int64 (Bs, K + Sn): where in the buffer the row of every assignment lies.
+    """int64 (Bs, K + Sn): which of the returned rows is that of every assignment.
 
     Args:
         returned: int64 (W, L), rows that each rank returned for each of its experts.

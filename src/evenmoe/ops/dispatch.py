@@ -45,7 +45,8 @@ from evenmoe.ops.operator import (
     specs_of,
 )
 from evenmoe.transport.agreement import GRADIENTS_OF_X, NEEDED, OFF, UNKNOWN, Header, dtype_code
-from evenmoe.transport.call import GroupCall, Outgoing, together
+from evenmoe.transport.call import GroupCall, together
+from evenmoe.transport.packets import Outgoing
 from evenmoe.transport.process_world import Group
 
 Outputs = Sequence[torch.Tensor]
@@ -270,8 +271,7 @@ def exchange_with_peer(received: Received, part: GroupCall, layout: Layout) -> P
     theirs = part.agree(header, mine.expand(2, -1), outgoing)[peer]
     incoming = part.exchange(rows)
     first = incoming.first[peer]
-    # A copy, since the group uses its memory again.
-    return Peer(incoming.buffer[first : first + incoming.rows[peer]].clone(), theirs)
+    return Peer(incoming.take()[first : first + incoming.rows[peer]], theirs)
 
 
 def fill(outputs: Outputs, received: Received, peer: Peer | None, call: Dispatching) -> None:

@@ -175,7 +175,7 @@ def check_headers(headers: Words, choices: Mapping[str, Mapping[int, str]]) -> N
         readable = {rank: _readable(name, int(value), choices) for rank, value in enumerate(values)}
         raise RankDisagreementError(
             name.replace("`", ""),
-            _by_value(readable),
+            by_value(readable),
             "must be equal on every rank of a group",
             "pass the same on all ranks",
         )
@@ -196,7 +196,7 @@ def _check_gradients(name: str, states: Words) -> None:
         recorded = {rank: "not recorded" if state == OFF else "recorded" for rank, state in enumerate(states)}
         raise RankDisagreementError(
             name.replace("`", ""),
-            _by_value(recorded),
+            by_value(recorded),
             "must be recorded on every rank of a group or on none, as all take part in the backward pass",
             "enable gradients on all ranks, or call under torch.no_grad() on all",
         )
@@ -238,7 +238,7 @@ def _where(words: Words) -> str:
 def _elsewhere(what: str, where: Mapping[int, str]) -> RankDisagreementError:
     return RankDisagreementError(
         f"the {what}",
-        _by_value(where),
+        by_value(where),
         "must be the same on every rank of a group",
         "call the collective operators in the same order on all ranks",
     )
@@ -254,7 +254,7 @@ def _readable(name: str, value: int, choices: Mapping[str, Mapping[int, str]]) -
     return str(value)
 
 
-def _by_value(values: Mapping[int, str]) -> str:
+def by_value(values: Mapping[int, str]) -> str:
     """`64 on ranks 0, 1, 3 and 32 on rank 2`, the most common value first."""
     ranks: dict[str, list[int]] = {}
     for rank, value in values.items():
