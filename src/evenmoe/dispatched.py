@@ -34,6 +34,8 @@ class Dispatched:
         number: int64 (2,), which exchange of the expert-parallel group it was, and which of the TP peers' (−1 without
             them), so that all ranks combine the same dispatch; None if it is not known. Not one of the operator's
             outputs.
+        link: (0,), what lets the backward of combine come before that of dispatch on every rank; None where x needs no
+            gradients. Not one of the operator's outputs.
     """
 
     expand_x: torch.Tensor
@@ -45,3 +47,4 @@ class Dispatched:
     expand_scales: torch.Tensor
     num_experts: int = 0
     number: torch.Tensor | None = None
+    link: torch.Tensor | None = None

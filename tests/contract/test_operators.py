@@ -48,7 +48,8 @@ def test_the_schema_is_the_registered_one(name):
     ],
 )
 def test_the_ranks_compare_what_the_table_says(name, compared):
-    assert sorted(agreement(OPERATORS[name])) == sorted(set(COMPARED[compared]) - {"dispatch"})
+    told = {words for words in COMPARED[compared] if not words.startswith("gradients of ")}  # which no argument says
+    assert sorted(agreement(OPERATORS[name])) == sorted(told - {"dispatch"})
     assert agreement(OPERATORS["combine_add_rms_norm"]) == agreement(OPERATORS["combine"])
 
 

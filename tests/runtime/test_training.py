@@ -6,6 +6,7 @@ Shapes: T tokens of a rank, H hidden, F inner width, K experts per token, E expe
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -13,8 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 import evenmoe as em
+from evenmoe.errors import ConstraintError
+from evenmoe.rules.rule import Rule
 from evenmoe.transport.world import Rank
 from tests.worlds import assert_same_bits
 
@@ -172,3 +176,175 @@ def test_replicas_that_are_not_added_up_are_found(monkeypatch):
     results = train_threads()
     with pytest.raises(AssertionError):
         check_trained(results)
+
+
+# -- what torch does around a layer ------------------------------------------------------------------------------------
+
+
+def gradients(model: MoE, x: torch.Tensor, target: torch.Tensor, call: Any) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    loss_of(call(model, x), target).backward()
+    return [x.grad, model.router.grad, model.up.grad, model.down.grad]
+
+
+def plainly(model: MoE, x: torch.Tensor) -> torch.Tensor:
+    return model(x)
+
+
+def twice(model: MoE, x: torch.Tensor) -> torch.Tensor:
+    """Two checkpoints in a chain, both computed again in the backward."""
+    inner = checkpoint(model, x, use_reentrant=False)
+    return checkpoint(model, inner, use_reentrant=False)
+
+
+def reentrant(model: MoE, x: torch.Tensor) -> torch.Tensor:
+    return checkpoint(model, x, use_reentrant=True)
+
+
+WAYS = {"once": (plainly, reentrant), "twice": (lambda model, x: model(model(x)), twice)}
+
+
+class Restless(Rule):
+    """Takes the next replica at every call, whatever it is asked for."""
+
+    name, description = "restless", "Another replica at every call."
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def choose(self, expert_ids: torch.Tensor, eplb_table: torch.Tensor, **_: Any) -> torch.Tensor:
+        self.calls += 1
+        rows = eplb_table[expert_ids.long()]
+        number = 1 + self.calls % rows[..., 0]
+        return rows.gather(-1, number[..., None].long())[..., 0].to(expert_ids.dtype)
+
+
+class RestlessCounting(Restless):
+    """The same, and it needs the counts of all ranks."""
+
+    name, needs_counts = "restless-counting", True
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("rule", ["rank", "token", "occurrence", "batch", Restless, RestlessCounting])
+def test_checkpoints_change_no_bit(rule, way):
+    """Also where the rule would choose other slots the second time."""
+
+    def step(rank: Rank) -> None:
+        x, target = batch_of(rank.index)
+        found = []
+        for call in WAYS[way]:
+            model = MoE(rank, rule() if isinstance(rule, type) else rule)
+            found.append(gradients(model, x, target, call))
+        # With use_reentrant the graph is of the second time alone, where a restless rule may take other slots.
+        same = 2 if way == "once" and isinstance(rule, type) else 4
+        for plain, again in zip(*(grads[:same] for grads in found), strict=True):
+            assert_same_bits(again, plain, "gradient")
+
+    with em.local_world(RANKS, timeout_s=60.0) as world:
+        world.run(step)
+
+
+def checkpoint_in_process(rank: Rank) -> bool:
+    x, target = batch_of(rank.index)
+    plain, again = (gradients(MoE(rank), x, target, call) for call in WAYS["twice"])
+    return all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+
+
+def test_checkpoints_over_processes(processes):
+    assert processes.run((RANKS, 1), checkpoint_in_process) == [True] * RANKS
+
+
+def test_without_what_was_chosen_first_a_restless_rule_is_found(monkeypatch):
+    """Slots change their owners, so that other experts' outputs would be multiplied with the gradients."""
+    monkeypatch.setattr("evenmoe.runtime.gradients.Chosen.again", lambda self, ids, counts, choose: choose())
+    with pytest.raises(Exception, match=r"Recomputed values|slots when activation checkpointing|failed"):
+        test_checkpoints_change_no_bit(Restless, "twice")
+
+
+def test_a_router_that_does_not_repeat_itself_is_named():
+    """The second time the two tokens have changed their experts: the shapes are the same."""
+
+    def step(rank: Rank) -> str:
+        layer = em.ExpertParallel(rank.ep, em.Placement([[0, 1]], 1).eplb_table(0), num_slots=2)
+        asked = iter([[[0], [1]], [[1], [0]]])
+        x = torch.ones((2, 1), requires_grad=True)
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            sent = layer.dispatch(x, torch.tensor(next(asked)), torch.ones(2, 1))
+            return layer.combine(sent, sent.rows * 2)
+
+        y = checkpoint(forward, x, use_reentrant=False)
+        with pytest.raises(ConstraintError) as caught:
+            y.sum().backward()
+        return str(caught.value)
+
+    with em.local_world(1) as world:
+        assert world.run(step) == [
+            "`topk_ids` is such that tokens went to other slots when activation checkpointing computed the dispatch "
+            "again: it must be the same both times; make the router repeat itself: keep checkpoint's "
+            "preserve_rng_state, and leave out noise of its own."
+        ]
+
+
+class Plain(torch.nn.Module):
+    """A layer whose experts are all the same one, without a loop over slots."""
+
+    def __init__(self, rank: Rank) -> None:
+        super().__init__()
+        self.layer = em.ExpertParallel(rank.ep, PLACEMENT.eplb_table(0), num_slots=PLACEMENT.num_slots, rule="rank")
+        self.router, self.up, self.down = (torch.nn.Parameter(values) for values in new_parameters())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ids, weights = routed(x, self.router)
+        sent = self.layer.dispatch(x, ids, weights)
+        return x + self.layer.combine(sent, expert(sent.rows, self.up[0], self.down[0]))
+
+
+def compiled_in_process(rank: Rank) -> tuple[bool, list[str]]:
+    with warnings.catch_warnings():
+        return _compiled(rank)
+
+
+def _compiled(rank: Rank) -> tuple[bool, list[str]]:
+    x, target = batch_of(rank.index)
+    warnings.simplefilter("ignore")  # the compiler looks at gradients of tensors that are no leaves, and torch warns
+    torch._dynamo.reset()
+    eager, model = Plain(rank), Plain(rank)
+    reasons = [reason.reason for reason in torch._dynamo.explain(model)(x).break_reasons]
+    torch._dynamo.reset()
+    found = [
+        gradients(eager, x, target, plainly),
+        gradients(model, x, target, lambda model, x: torch.compile(model, backend="aot_eager")(x)),
+    ]
+    same = all(one.allclose(other, rtol=0, atol=1e-12) for one, other in zip(*found, strict=True) if one is not None)
+    return same, reasons
+
+
+def test_compiled_graphs_end_at_the_collectives_alone(processes):
+    """1e-12 is 4500 roundings of numbers below 1, more than there are operations behind any of these gradients."""
+    for same, reasons in processes.run((RANKS, 1), compiled_in_process, patience_s=300.0):
+        assert same
+        assert len(reasons) == 2
+        assert all("(reason: evenmoe: it exchanges rows with other ranks)" in reason for reason in reasons)
+
+
+def test_autocast_is_the_experts_own_business():
+    """Whole numbers below 256, which bfloat16 holds: nothing is rounded, so every gradient can be said."""
+
+    def step(rank: Rank) -> tuple:
+        layer = em.ExpertParallel(rank.ep, em.Placement([[0, 1]], 2).eplb_table(0), num_slots=2)
+        x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+        matrix = torch.tensor([[1.0, -2.0], [3.0, 5.0]], requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            sent = layer.dispatch(x, torch.tensor([[0, 1], [1, 0]]), torch.full((2, 2), 0.5))
+            out = sent.rows @ matrix * (rank.index + 1)
+            y = layer.combine(sent, out)
+        y.float().sum().backward()
+        return sent.rows.dtype, y.dtype, x.grad.tolist(), matrix.grad.tolist()
+
+    with em.local_world(2, timeout_s=60.0) as world:
+        for index, result in enumerate(world.run(step)):
+            # Half of expert 0, half of twice expert 1: 1.5 times the row sums; all four tokens at both experts.
+            of_matrix = [[8.0 / 2 * (index + 1)] * 2, [12.0 / 2 * (index + 1)] * 2]
+            assert result == (torch.float32, torch.bfloat16, [[-1.5, 12.0]] * 2, of_matrix)

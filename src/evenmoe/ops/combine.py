@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.dispatched import Dispatched
 from evenmoe.errors import ConstraintError
 from evenmoe.ops.exchange import active_tokens, check_physical_ids, positions_of, prepare_returning, sent_assignments
+from evenmoe.ops.gradients import as_recorded, check_differentiable, needed, not_recorded, record_combine
 from evenmoe.ops.numerics import BLOCK_INT8, pack_blocks, unpack_blocks
 from evenmoe.ops.operator import (
     Combining,
@@ -35,7 +37,15 @@ from evenmoe.ops.operator import (
     register,
 )
 from evenmoe.ops.weighted_sum import accumulate
-from evenmoe.transport.agreement import UNKNOWN, Header, dtype_code
+from evenmoe.transport.agreement import (
+    GRADIENTS_OF_ROWS,
+    GRADIENTS_OF_SCALES,
+    NEEDED,
+    OFF,
+    UNKNOWN,
+    Header,
+    dtype_code,
+)
 from evenmoe.transport.call import GroupCall, together
 from evenmoe.transport.packets import Incoming, Outgoing
 from evenmoe.transport.process_world import Group
@@ -82,7 +92,8 @@ def combine(
     """Send the experts' rows back to their tokens and add them up, weighted; a collective of the whole world.
 
     The sum runs in float32, k ascending, each product rounded before it is added, then the shared experts, then
-    `shared_expert_x`, both unweighted; one rounding to the output dtype (§3.4).
+    `shared_expert_x`, both unweighted; one rounding to the output dtype (§3.4). The result is differentiable in
+    `expert_out`, `expert_scales` and `shared_expert_x`, where dispatch is in x and rows do not return as int8.
 
     Args:
         expert_out: float16, bfloat16 (or float32, beyond the chip) (A·max(tp, 1), H), the experts' outputs in the row
@@ -126,8 +137,15 @@ def combine(
     ...     world.run(step)
     [0.5, 1.0]
     """
-    with combining(CombineCall, locals()) as call:
-        return perform("combine", call)
+    given = locals()
+    with combining(CombineCall, given) as call:
+        recorded = needed(expert_out, expert_scales, shared_expert_x, getattr(dispatched, "link", None))
+        if recorded:
+            check_differentiable(call)
+            call = as_recorded(call, dispatched)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not recorded):
+            y = perform("combine", call if recorded else not_recorded(call))
+    return record_combine(y, given) if recorded else y
 
 
 @contextmanager
@@ -152,7 +170,7 @@ class CombinePlan:
     """What follows from a call's shapes and attributes: the layout, and what the ranks and the peers must agree on."""
 
     layout: Layout
-    header: Header
+    headers: dict[tuple[bool, bool], Header]  # by whether gradients are recorded of the rows, and of the weights
     peer_header: Header
 
 
@@ -171,7 +189,11 @@ def make_plan(
         "`comm_quant_mode`": call.comm_quant_mode,
     }
     peer_sizes = {**sizes, "expert parallel rank": layout.rank}
-    return CombinePlan(layout, Header(operator, sizes), Header("tensor-parallel step of combine", peer_sizes))
+    headers = {}
+    for rows, weights in product((False, True), repeat=2):
+        states = {GRADIENTS_OF_ROWS: NEEDED if rows else OFF, GRADIENTS_OF_SCALES: NEEDED if weights else OFF}
+        headers[rows, weights] = Header(operator, sizes | (states if operator == "combine" else {}))
+    return CombinePlan(layout, headers, Header("tensor-parallel step of combine", peer_sizes))
 
 
 def combine_and_sum(call: Combining, prepared: Prepared[Layout, CombinePlan]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -287,7 +309,8 @@ def _return_rows(
     travelling = pack_blocks(rows) if packed else rows
     order, outgoing = prepare_returning(source, world_size, travelling.shape[1:], travelling, numbered=True)
     nothing = torch.zeros((world_size, 0), dtype=torch.int64)
-    part.agree(plan.header, nothing, outgoing, dispatch_number(call, 0))
+    header = plan.headers[call.expand_x.requires_grad, call.expert_scales.requires_grad]
+    part.agree(header, nothing, outgoing, dispatch_number(call, 0))
     each = layout.top_k + layout.shared_experts
     sent = (token * each + k)[order]
     incoming = part.exchange(travelling, order, sent.int())

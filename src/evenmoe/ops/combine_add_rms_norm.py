@@ -7,7 +7,9 @@ import torch
 from evenmoe.contract.calls import AddRmsNormCall
 from evenmoe.contract.combine import check_combine_call
 from evenmoe.dispatched import Dispatched
+from evenmoe.errors import ConstraintError
 from evenmoe.ops.combine import combine_and_sum, combining, make_plan
+from evenmoe.ops.gradients import needed, not_recorded
 from evenmoe.ops.numerics import reciprocal_sqrt, tree_sum
 from evenmoe.ops.operator import Prepared, perform, register
 from evenmoe.transport.process_world import Group
@@ -88,7 +90,14 @@ def combine_add_rms_norm(
     [(10.0, 0.25, 4.0)]
     """
     with combining(AddRmsNormCall, locals()) as call:
-        return perform("combine_add_rms_norm", call)
+        if needed(expert_out, expert_scales, residual_x, gamma, getattr(dispatched, "link", None)):
+            raise ConstraintError(
+                "expert_out",
+                "given where gradients are recorded",
+                "has none in combine_add_rms_norm",
+                "call under torch.no_grad(), or use combine and torch.nn.functional.rms_norm",
+            )
+        return perform("combine_add_rms_norm", not_recorded(call))
 
 
 PREPARED = Prepared("combine_add_rms_norm", check_combine_call, make_plan)

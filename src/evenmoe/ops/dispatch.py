@@ -28,6 +28,7 @@ from evenmoe.ops.exchange import (
     sent_assignments,
     zeros,
 )
+from evenmoe.ops.gradients import check_differentiable, needed, not_recorded, record_dispatch
 from evenmoe.ops.numerics import DYNAMIC_INT8, quantize_rows, reinterpret
 from evenmoe.ops.operator import (
     Dispatching,
@@ -43,7 +44,7 @@ from evenmoe.ops.operator import (
     register,
     specs_of,
 )
-from evenmoe.transport.agreement import UNKNOWN, Header, dtype_code
+from evenmoe.transport.agreement import GRADIENTS_OF_X, NEEDED, OFF, UNKNOWN, Header, dtype_code
 from evenmoe.transport.call import GroupCall, together
 from evenmoe.transport.packets import Outgoing
 from evenmoe.transport.process_world import Group
@@ -79,7 +80,9 @@ def dispatch(
 ) -> Dispatched:
     """Send each token to the ranks that hold its experts; a collective of the whole world.
 
-    A token crosses once per destination rank, not once per expert; the outputs are the operator's.
+    A token crosses once per destination rank, not once per expert; the outputs are the operator's. `expand_x` is
+    differentiable in x, unless rows are int8, expert-specific (`scales`), or shared by tensor-parallel peers, the world
+    is scaled down, or there are copy or const experts.
 
     Args:
         x: float16, bfloat16 (or float32, beyond the chip) (Bs, H), the tokens of this rank.
@@ -126,9 +129,15 @@ def dispatch(
     ...     world.run(step)
     [([1.0, 11.0], [1, 2]), ([0.0, 10.0], [1, 2])]
     """
-    with collective("dispatch", DispatchCall, locals(), x) as call:
-        *outputs, number = perform("dispatch", call)
-        return Dispatched(*outputs, num_experts=num_experts, number=number)
+    given = locals()
+    with collective("dispatch", DispatchCall, given, x) as call:
+        recorded = needed(x)
+        if recorded:
+            check_differentiable(call)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not recorded):
+            *outputs, number = perform("dispatch", call if recorded else not_recorded(call))
+    dispatched = Dispatched(*outputs, num_experts=num_experts, number=number)
+    return record_dispatch(dispatched, given) if recorded else dispatched
 
 
 @dataclass(frozen=True)
@@ -136,12 +145,13 @@ class DispatchPlan:
     """What follows from a call's shapes and attributes.
 
     Attributes:
-        layout, header: who holds what, and what the ranks must agree on.
+        layout: who holds what.
+        headers: what the ranks must agree on, by whether gradients of x are recorded.
         outputs: shape and dtype of each.
     """
 
     layout: Layout
-    header: Header
+    headers: dict[bool, Header]
     outputs: list[tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -159,9 +169,11 @@ def make_plan(
         "presence of `expert_scales`": call.sends_expert_scales,
     }
     outputs = infer_dispatch(layout, call.x.dtype, call.quant_mode, is_hierarchy(call)).values()
-    return DispatchPlan(
-        layout, Header("dispatch", sizes), [(spec.shape, getattr(torch, spec.dtype)) for spec in outputs]
-    )
+    headers = {
+        recorded: Header("dispatch", sizes | {GRADIENTS_OF_X: NEEDED if recorded else OFF})
+        for recorded in (False, True)
+    }
+    return DispatchPlan(layout, headers, [(spec.shape, getattr(torch, spec.dtype)) for spec in outputs])
 
 
 PREPARED = Prepared("dispatch", check_dispatch_call, make_plan)
@@ -207,7 +219,7 @@ def exchange_across(
         rows_differ_by_expert=call.scales is not None,
         weights=call.expert_scales if call.sends_expert_scales else None,
     )
-    counts = part.agree(plan.header, routing.counts, sending.outgoing)
+    counts = part.agree(plan.headers[x.requires_grad], routing.counts, sending.outgoing)
     # A shared-expert rank has one local expert, and every source counts for it in column 0.
     counts = counts[:, : layout.local_experts]
     if layout.is_shared and int(counts.sum()) > layout.capacity:  # the first version's parts, when Bs differ (§2.17)

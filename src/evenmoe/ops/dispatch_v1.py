@@ -106,9 +106,8 @@ def make_plan(call: DispatchV1Call[TensorSpec], layout: Layout, _: object = None
         "presence of `expert_scales`": False,  # which are not sent
     }
     outputs = infer_dispatch_v1(layout, call.x.dtype, call.quant_mode).values()
-    return DispatchPlan(
-        layout, Header("dispatch_v1", sizes), [(spec.shape, getattr(torch, spec.dtype)) for spec in outputs]
-    )
+    headers = dict.fromkeys((False, True), Header("dispatch_v1", sizes))  # it has no gradients to agree on
+    return DispatchPlan(layout, headers, [(spec.shape, getattr(torch, spec.dtype)) for spec in outputs])
 
 
 PREPARED = Prepared("dispatch_v1", check_dispatch_v1_call, make_plan)

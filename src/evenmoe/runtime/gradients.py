@@ -19,6 +19,7 @@ import torch
 
 from evenmoe.errors import ConstraintError
 from evenmoe.ops.exchange import prepare_sending, received_order
+from evenmoe.ops.gradients import check_once, check_threads
 from evenmoe.ops.numerics import reinterpret, tree_sum
 from evenmoe.ops.weighted_sum import add_rows, chunks, sum_dtype
 from evenmoe.rules.rule import IntArray
@@ -26,7 +27,6 @@ from evenmoe.runtime.rows import DispatchedRows, return_rows
 from evenmoe.transport.agreement import LAYER, NEEDED, OFF, ON, Header
 from evenmoe.transport.call import GroupCall, together
 from evenmoe.transport.transport import Transport
-from evenmoe.transport.world import LocalTransport
 
 _DISPATCH, _COMBINE = "backward of ExpertParallel.dispatch", "backward of ExpertParallel.combine"
 _WEIGHTS = f"{_COMBINE}, for the weights"
@@ -68,14 +68,7 @@ class Way:
 def way_of(group: Transport, dispatched: DispatchedRows) -> Way:
     """The way of `dispatched`, which keeps neither its rows nor the graph behind them."""
     rows = dispatched.rows
-    threads = isinstance(group, LocalTransport) and group.world_size > 1
-    if threads and rows.device.type != "cpu" and torch.autograd.is_multithreading_enabled():
-        raise ConstraintError(
-            "x",
-            f"on the device {rows.device} with gradients, in a world of threads",
-            "must be on the CPU there: torch computes the backward of all threads in one thread of the device",
-            "use processes, or wrap forward and backward in torch.autograd.set_multithreading_enabled(False)",
-        )
+    check_threads(group, rows.device)
     weights = dispatched.topk_weights.detach()
     return Way(group, replace(dispatched, rows=rows.new_empty((0, *rows.shape[1:])), topk_weights=weights, link=None))
 
@@ -205,7 +198,7 @@ def gradient_of_x(way: Way, grad_rows: torch.Tensor, slots: torch.Tensor) -> tor
     """
     call = GroupCall(way.group, _DISPATCH, grad_rows)
     with together(call):
-        _check_once()
+        check_once()
         way.check_recomputed(slots)
         incoming, position = return_rows(call, way.header(_DISPATCH), way.dispatched, grad_rows)
         dtype = sum_dtype(grad_rows.dtype)
@@ -236,7 +229,7 @@ def gradients_of_combine(
     dispatched, routing = way.dispatched, way.dispatched.routing
     call = GroupCall(way.group, _COMBINE, grad_y)
     with together(call):
-        _check_once()
+        check_once()
         way.check_recomputed(slots)
         sending = prepare_sending(routing, len(grad_y), (grad_y.shape[1],), grad_y)
         # With each assignment goes the row of its token, and its weight as bits.
@@ -280,17 +273,6 @@ def _counts(dispatched: DispatchedRows, world_size: int) -> torch.Tensor:
     per_slot = dispatched.num_tokens_per_expert
     key = dispatched.source_rank * len(per_slot) + torch.repeat_interleave(per_slot)
     return torch.bincount(key, minlength=world_size * len(per_slot)).view(world_size, -1)
-
-
-def _check_once() -> None:
-    """Raise in a backward that is itself recorded."""
-    if torch.is_grad_enabled():
-        raise ConstraintError(
-            "create_graph",
-            True,
-            "must be False, since gradients of gradients do not cross ranks",
-            "call backward without it, or keep the layer out of what is differentiated twice",
-        )
 
 
 @cache

@@ -35,7 +35,7 @@ LAYER, DISPATCH = "layer", "dispatch"
 OFF, ON, NEEDED = range(3)
 _GRADIENTS = "gradients of "
 GRADIENTS_OF_X, GRADIENTS_OF_ROWS = f"{_GRADIENTS}`x`", f"{_GRADIENTS}`expert_out`"
-GRADIENTS_OF_WEIGHTS = f"{_GRADIENTS}`topk_weights`"
+GRADIENTS_OF_WEIGHTS, GRADIENTS_OF_SCALES = f"{_GRADIENTS}`topk_weights`", f"{_GRADIENTS}`expert_scales`"
 _WHERE = (LAYER, DISPATCH)  # which call it is: told for every rank at once
 Words = npt.NDArray[np.int64]
 
@@ -43,9 +43,9 @@ _COMBINE = (DISPATCH, *agreement(COMBINE))
 
 #: What must be equal on all ranks, by operator; the position of a name is its word in the header.
 OPERATORS: dict[str, tuple[str, ...]] = {
-    "dispatch": agreement(operators.DISPATCH),
-    "combine": _COMBINE,
-    # The first versions, which have no more to agree on, but are other operators.
+    "dispatch": (*agreement(operators.DISPATCH), GRADIENTS_OF_X),
+    "combine": (*_COMBINE, GRADIENTS_OF_ROWS, GRADIENTS_OF_SCALES),
+    # The first versions, which have no more to agree on and no gradients, but are other operators.
     "dispatch_v1": agreement(operators.DISPATCH),
     "combine_v1": _COMBINE,
     "tensor-parallel step of dispatch": (
