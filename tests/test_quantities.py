@@ -13,7 +13,7 @@ from evenmoe.simulator.replayed import PolicySummary
 from tests.simulator.simulations import make_simulation
 
 #: What identifies a policy, beside its figures.
-IDENTITY = {"name", "description", "rule", "num_slots"}
+IDENTITY = {"name", "description", "rule", "num_slots", "cannot_run"}
 
 
 def test_every_figure_of_a_policy_is_defined():

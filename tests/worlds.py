@@ -33,6 +33,7 @@ class Spec:
         mask: "none", "tokens" (Bs,), "assignments" (Bs, K). hot: every token wants expert 0.
         values: "normal", or "special" with ±0, subnormals, the largest numbers, ±inf and NaN among them.
         elastic: "none", "whole" (a vector that says nobody is gone), "scaled" (some ranks are).
+        gates: dispatch is given the weights of combine. factors: alphas of const experts are one number each.
         strided: every tensor is transposed in memory, with gaps and an offset.
         roomy: expert_out has more rows than dispatch made, and gamma is given per token.
     """
@@ -58,6 +59,8 @@ class Spec:
     shared_x: str = "none"
     values: str = "normal"
     elastic: str = "none"
+    gates: bool = False
+    factors: bool = False
     strided: bool = False
     roomy: bool = False
 
@@ -106,6 +109,8 @@ def specs(draw: st.DrawFn, ep: int | None = None, tp: int | None = None, elastic
         shared_x=draw(st.sampled_from(["none", "flat", "cube"])) if shared_ranks == 0 else "none",
         values=draw(st.sampled_from(["normal", "special"])),
         elastic="scaled" if elastic else draw(st.sampled_from(["none", "none", "whole"])) if tp < 2 else "none",
+        gates=draw(st.booleans()),
+        factors=draw(st.booleans()),
         strided=draw(st.booleans()),
         roomy=draw(st.booleans()),
     )
@@ -140,6 +145,9 @@ class Case:
             )
         self.ori_x = self.x if spec.virtual[1] or const else None
         self.const = [self._values(const, hidden) if const else None for _ in range(3)]
+        if const and spec.factors:
+            self.const[:2] = [alphas[:, 0].contiguous() for alphas in self.const[:2]]
+        self.gates = self.weights if spec.gates else None
         self.residual = self._per_rank(lambda n: self._values(n, hidden)[:, None])
         self.gamma = [self._values(1, hidden)[0]] * spec.ranks
         if spec.roomy:
@@ -278,6 +286,7 @@ def run_rank(rank: Rank, case: Case) -> tuple | None:
         lent.mine(case.x),
         lent.mine(case.ids),
         scales=lent(case.scales),
+        expert_scales=lent.mine(case.gates),
         quant_mode=spec.quant_mode,
         expert_token_nums_type=spec.nums_type,
         **_shared(rank, case, lent),
@@ -333,6 +342,7 @@ def run_reference(case: Case) -> list[tuple | None]:
         case.x,
         case.ids,
         scales=case.scales,
+        expert_scales=case.gates,
         quant_mode=spec.quant_mode,
         expert_token_nums_type=spec.nums_type,
         **shared,

@@ -3,7 +3,8 @@
     python tools/recompute_headline.py out.sim
 
 It shares no code with evenmoe: numpy reads the arrays and draws random numbers, everything else is written out. It
-prints one JSON object: kind, policy, net_gain_percent, lower_percent and upper_percent, as in `headline` of `--json`.
+prints one JSON object: kind, policy, net_gain_percent, lower_percent and upper_percent, as in `headline` of `--json`,
+and for an engine (`--for`) own_policy, beside, gain_over_own_percent and its limits, as in `headline.beside_own`.
 The rules are those of docs/simulate.md and docs/evidence.md.
 """
 
@@ -127,9 +128,54 @@ class Recomputed:
         total_limit = float(np.quantile(drawn_total, 0.995))
         return par > limit or total > total_limit, total_limit
 
+    def is_own(self, policy):
+        return self.head["policies"][policy].get("own_of") == self.head["engine"]["name"]
+
+    def fits_engine(self, policy):
+        """Whether the engine can have what the policy showed, were its placement there."""
+        entry, engine = self.head["policies"][policy], self.head["engine"]
+        slots = self.file[f"{policy}/final/slots"].shape[1]
+        by_rule = slots == self.head["num_experts"] or entry["rule"] in engine["rules"]
+        again = len(self.array(policy, "refreshes")) > 1 and not engine["takes_plans"] and not self.is_own(policy)
+        return entry["name"].split(":")[0] != "oracle" and by_rule and not again and "rank_sizes" not in entry
+
+    def can_run(self, policy):
+        if not self.fits_engine(policy) or self.head["engine"]["loads_file"] or self.is_own(policy):
+            return self.fits_engine(policy)
+        slots, experts = self.file[f"{policy}/initial/slots"], self.head["num_experts"]
+        default = all(row == [s % experts for s in range(len(row))] for row in slots.tolist())
+        return default and not self.array(policy, "refreshes")
+
+    def beside_own(self, policy):
+        """The policy beside the engine's own balancer, as in `headline.beside_own`."""
+        numbers = range(len(self.head["policies"]))
+        slots = {n: self.file[f"{n}/final/slots"].shape[1] for n in numbers}
+        time = {n: mean(self.net_times(n)) for n in numbers}
+        owned = [n for n in numbers if self.is_own(n)]
+        others = [n for n in numbers if n and n not in owned and self.fits_engine(n)]
+        if not owned:
+            return {}
+        if policy in owned:
+            own, others = policy, [n for n in others if slots[n] <= slots[policy]]
+        else:
+            own = min([n for n in owned if slots[n] == slots[policy]] or owned, key=time.get)
+        found = {"own_policy": self.head["policies"][own]["name"], "beside": None}
+        if not others:
+            return found
+        other = policy if policy in others else min(others, key=time.get)
+        times = [self.by_window(self.net_times(n)) for n in (own, other)]
+        gain = paired(*times, 0.01 / len(others), CLUSTERED if self.thinned else 1.0)
+        limits = [value if math.isfinite(value) else None for value in gain[1:]]
+        return found | {
+            "beside": self.head["policies"][other]["name"],
+            "gain_over_own_percent": 100 * (1 - time[other] / time[own]),
+            "gain_over_own_lower_percent": limits[0], "gain_over_own_upper_percent": limits[1],
+        }  # fmt: skip
+
     def headline(self):
-        policies = self.head["policies"]
+        policies, engine = self.head["policies"], self.head.get("engine")
         chosen = [n for n, policy in enumerate(policies) if n and policy["name"].split(":")[0] != "oracle"]
+        chosen = [n for n in chosen if engine is None or self.can_run(n)]
         if not chosen:
             return {"kind": "nothing compared", "policy": policies[0]["name"], "net_gain_percent": 0.0}
         net = {n: self.net_times(n) for n in [0, *chosen]}
@@ -160,12 +206,13 @@ class Recomputed:
                 or paired(pieces[n], pieces[fastest], 0.01)[1] <= 0
             ]
             best = min(near, key=lambda n: (
-                policies[n]["memory_per_rank"], policies[n]["rule"] not in ENGINE_RULES,
+                policies[n]["memory_per_rank"],
+                policies[n]["rule"] not in ENGINE_RULES if engine is None else not self.is_own(n),
                 sum(map(sum, self.array(n, "copies"))), mean(net[n]),
             ))  # fmt: skip
             if percent[best] < MATERIAL:
                 kind = "no gain"
-        return self.said(kind, best, percent[best], gains[best])
+        return self.said(kind, best, percent[best], gains[best]) | (self.beside_own(best) if engine else {})
 
     def said(self, kind, policy, percent, gain):
         limits = [value if math.isfinite(value) else None for value in gain[1:]]

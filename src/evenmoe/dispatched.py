@@ -25,10 +25,11 @@ class Dispatched:
             rank's own rows; k is K+e for shared expert e.
         expert_token_nums: int64 (L,). Rows per local expert, or their inclusive prefix sums when
             expert_token_nums_type is 0. With TP a single total of own and peer rows.
-        ep_recv_counts: int32 (ep·L·max(tp, 1),). Inclusive prefix sums over (local expert, source rank); the second
-            half holds the TP peer's.
+        ep_recv_counts: int32 (ep·L·max(tp, 1),), longer with comm_alg "hierarchy". Inclusive prefix sums over (local
+            expert, source rank); the second half holds the TP peer's.
         tp_recv_counts: int32 (tp,). [own rows, peer's rows] indexed by TP rank.
-        expand_scales: float32 (A,). Never written on Atlas A3, zero.
+        expand_scales: float32 (A,). Of dispatch with expert_scales, the weight of each own row that a MoE expert gets;
+            zero otherwise.
         num_experts: M of the dispatch, for combine; 0 if it is not known. Not one of the operator's outputs.
         number: int64 (2,), which exchange of the expert-parallel group it was, and which of the TP peers' (−1 without
             them), so that all ranks combine the same dispatch; None if it is not known. Not one of the operator's

@@ -237,6 +237,23 @@ QUANTITIES = {
     )
 }  # fmt: skip
 
+#: Every figure of a policy beside an engine's own balancer, by name; `simulator.beside_own` computes them.
+BESIDE_OWN = {
+    quantity.name: quantity
+    for quantity in (
+        Quantity("own_balancer_net_gain_percent", "Own balancer", "%", "higher",
+                 "Net gain of the engine's own balancer over the first policy.", percent),
+        Quantity("gain_over_own_percent", "Gain over the own balancer", "%", "higher",
+                 "100 % minus step and copying under the policy ÷ step and copying under the engine's own balancer; "
+                 "null without a policy.", percent),
+        Quantity("gain_over_own_lower_percent", "At least", "%", "higher",
+                 "Lower limit of that gain, one-sided, which together with those of the other policies that could have "
+                 "been taken is wrong in one case of a hundred; null where it cannot be said.", percent),
+        Quantity("gain_over_own_upper_percent", "At most", "%", "higher",
+                 "Upper limit of that gain over the own balancer, likewise.", percent),
+    )
+}  # fmt: skip
+
 #: Every figure of a verdict, by name; `evenmoe.evidence` computes them.
 EVIDENCE = {
     quantity.name: quantity

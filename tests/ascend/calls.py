@@ -183,6 +183,7 @@ def expected(chain: Chain, rank: Rank, given: dict[str, Any], rows: torch.Tensor
         given["x"],
         given["expert_ids"],
         scales=given["scales"],
+        expert_scales=given["expert_scales"],
         quant_mode=chain.quant_mode,
         expert_token_nums_type=chain.nums_type,
         **shared,

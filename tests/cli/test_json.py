@@ -12,7 +12,7 @@ import pytest
 
 from evenmoe import formats
 from evenmoe.placement import Placement
-from evenmoe.quantities import EVIDENCE, QUANTITIES
+from evenmoe.quantities import BESIDE_OWN, EVIDENCE, QUANTITIES
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "json.md"
 #: Objects whose keys depend on the input, and what the document calls these keys.
@@ -75,13 +75,19 @@ def inputs(tmp_path, monkeypatch) -> None:
 
 WORLD = ("--ranks", 2, "--slots", 4)
 CALLS = {
-    "simulate": [("simulate", name, *SIMULATION, "--json") for name in ("ring.pt", "skewed.npz")],
+    "simulate": [
+        ("simulate", name, *SIMULATION, *options, "--json")
+        for name in ("ring.pt", "skewed.npz")
+        for options in ((), ("--for", "sglang"))
+    ],
     "report": [
         call
         for name in ("ring.pt", "skewed.npz")
         for call in (
             ("simulate", name, *SIMULATION, "--out", "s.sim"),
             ("report", "s.sim", "--figures", "png", "--json"),
+            ("simulate", name, *SIMULATION, "--for", "vllm", "--out", "v.sim"),
+            ("report", "v.sim", "--json"),
         )
     ],
     "plan": [
@@ -138,6 +144,12 @@ def test_figures_are_documented_in_the_words_of_the_vocabulary():
 def test_figures_of_a_verdict_are_documented_in_the_words_of_the_vocabulary():
     for name, quantity in EVIDENCE.items():
         assert DOCUMENTED["plan"][f"verdict.{name}"] == (quantity.unit, quantity.better, quantity.definition)
+
+
+def test_figures_beside_an_own_balancer_are_documented_in_the_words_of_the_vocabulary():
+    for name, quantity in BESIDE_OWN.items():
+        row = DOCUMENTED["simulate"][f"headline.beside_own.{name}"]
+        assert row == (quantity.unit, quantity.better, quantity.definition)
 
 
 def test_keys_of_finds_every_leaf():

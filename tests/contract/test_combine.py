@@ -1,4 +1,4 @@
-"""Every rule of specification §3.2 and §4, and the order of §3.6, for combine and for combine_add_rms_norm."""
+"""Every rule of specification §3.2 and §4, and the order of §3.6, for combine and combine_add_rms_norm, 2025."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from evenmoe.contract.limits import RELAXED, UNLIMITED
+from evenmoe.contract.limits import ATLAS_A3, ATLAS_A3_2025, ATLAS_A3_2026, RELAXED, UNLIMITED
 from evenmoe.contract.tensor_spec import ALLOCATED, TensorSpec
 from tests.contract.checks import check_combine, check_combine_add_rms_norm
 
@@ -44,6 +44,7 @@ VALID = {
     "x_out": TensorSpec((8, 1024), "bfloat16"),
     # As in dispatch: td = al(2048 + 44, 512) = 2560, tc = 2048, 2·(8·2560·8·2 + 8·2048·4).
     "hccl_buffer_bytes": 786432,
+    "limits": ATLAS_A3_2025,
 }
 ELASTIC = TensorSpec((20,), "int32")
 TP = {"tp_world_size": 2, "tp_rank_id": 1, "group_tp": "tp"}
@@ -81,7 +82,7 @@ ATTRIBUTES = [
     ({"zero_expert_num": INT32_MAX, "moe_expert_num": 16}, 561002, "moe_expert_num", f"at most {INT32_MAX}"),
     ({"ep_world_size": 1}, 561002, "ep_world_size", 'must be 2 to 768; .*limits="relaxed"'),
     ({"ep_world_size": 769}, 561002, "ep_world_size", 'must be 2 to 768; .*limits="unlimited"'),
-    ({"tp_world_size": 3}, 561002, "tp_world_size", "must be 0, 1 or 2"),
+    ({"tp_world_size": 3}, 561002, "tp_world_size", "must be 0 to 2"),
     ({"ep_rank_id": 8}, 561002, "ep_rank_id", "must be 0 to 7"),
     ({"ep_rank_id": -1}, 561002, "ep_rank_id", "must be 0 to 7"),
     ({"tp_world_size": 0, "tp_rank_id": 1}, 561002, "tp_rank_id", "must be 0 without TP"),
@@ -342,21 +343,25 @@ def test_the_norm_refuses_only_minus_one(accepts):
 
 
 def test_without_tp_the_chip_multiplies_by_zero(accepts, refuses):
-    """tp_world_size 0: Atlas A3 asks for A·0 rows and ep·L·0 counts (§3.2), other limits for those of one TP rank."""
+    """tp_world_size 0: in 2025 A·0 rows and ep·L·0 counts are asked for (§3.2), elsewhere those of one TP rank."""
     short = {"tp_world_size": 0, "tp_send_counts": TensorSpec((0,), "int32")}
     rows, counts = short | {"expand_x.0": 1}, short | {"ep_send_counts.0": 0}
     for changes in (rows, counts):
         accepts(check_combine, VALID, changes)
-    for limits in (RELAXED, UNLIMITED):
+        accepts(check_combine, VALID | {"limits": ATLAS_A3}, changes)
+    for limits in (ATLAS_A3_2026, RELAXED, UNLIMITED):
         refuses(check_combine, VALID | {"limits": limits}, (rows, 561002, "expand_x", "at least 128 entries"))
         refuses(check_combine, VALID | {"limits": limits}, (counts, 561002, "ep_send_counts", "at least 16 entries"))
 
 
-def test_null_tp_send_counts_needs_relaxed_limits_and_no_tp(accepts, refuses):
+def test_tp_send_counts_are_looked_at_with_peers_and_in_2025(accepts, refuses):
     changes = {"tp_send_counts": None, "tp_world_size": 0}
+    any_shape = {"tp_send_counts": TensorSpec((5, 7), "int32")}
     refuses(check_combine, VALID, (changes, 561002, "tp_send_counts", "must be given"))
-    for limits in (RELAXED, UNLIMITED):
+    accepts(check_combine, VALID | {"limits": ATLAS_A3_2026}, changes)
+    for limits in (ATLAS_A3, RELAXED, UNLIMITED):
         accepts(check_combine, VALID | {"limits": limits}, changes)
+        accepts(check_combine, VALID | {"limits": limits}, any_shape)
         tp = TP | {"moe_expert_num": 8, "tp_send_counts": None}
         refuses(check_combine, VALID | {"limits": limits}, (tp, 561002, "tp_send_counts", "must be given"))
 

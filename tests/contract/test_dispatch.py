@@ -1,4 +1,4 @@
-"""Every rule of specification §2.2 to §2.4 and §2.9 to §2.13, and the order in which they are checked."""
+"""Every rule of specification §2.2 to §2.4 and §2.9 to §2.13 as of December 2025, and the order of the checks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from evenmoe.contract.limits import ATLAS_A3
+from evenmoe.contract.limits import ATLAS_A3, ATLAS_A3_2025
 from evenmoe.contract.tensor_spec import ALLOCATED, TensorSpec
 from tests.contract.checks import check_dispatch
 
@@ -38,6 +38,7 @@ VALID = {
     "expand_scales": TensorSpec((128,), "float32"),
     # §2.2 by hand: td = al(2048 + 44, 512) = 2560, tc = 2048, 2·(8·2560·8·2 + 8·2048·4) = 786432.
     "hccl_buffer_bytes": 786432,
+    "limits": ATLAS_A3_2025,
 }
 ELASTIC = TensorSpec((20,), "int32")
 TP = {"tp_world_size": 2, "tp_rank_id": 1, "group_tp": "tp"}
@@ -71,8 +72,8 @@ VIOLATIONS = [
     # ep, tp, ep rank, tp rank and group
     ({"ep_world_size": 1}, 561002, "ep_world_size", r'2 to 768; use 2 to 768 ranks, or lift .* limits="relaxed"'),
     ({"ep_world_size": 769}, 561002, "ep_world_size", r'2 to 768; use 2 to 768 ranks, or lift .* limits="unlimited"'),
-    ({"tp_world_size": 3}, 561002, "tp_world_size", "is 3: it must be 0, 1 or 2"),
-    ({"tp_world_size": -1}, 561002, "tp_world_size", "is -1: it must be 0, 1 or 2"),
+    ({"tp_world_size": 3}, 561002, "tp_world_size", "is 3: it must be 0 to 2; use 0 for no TP.$"),
+    ({"tp_world_size": -1}, 561002, "tp_world_size", "is -1: it must be 0 to 2"),
     ({"ep_rank_id": 8}, 561002, "ep_rank_id", "is 8: it must be 0 to 7"),
     ({"ep_rank_id": -1}, 561002, "ep_rank_id", "is -1: it must be 0 to 7"),
     ({"tp_world_size": 1, "tp_rank_id": 1}, 561002, "tp_rank_id", "must be 0 without TP"),
@@ -131,7 +132,7 @@ VIOLATIONS = [
     ({**FULL_MESH_V2, "zero_expert_num": 1}, 561002, "comm_alg", "must not come with zero, copy or const"),
     ({**FULL_MESH_V2, "copy_expert_num": 1}, 561002, "comm_alg", "must not come with zero, copy or const"),
     ({**FULL_MESH_V2, "const_expert_num": 1}, 561002, "comm_alg", "must not come with zero, copy or const"),
-    ({**FULL_MESH_V2, "x_active_mask": TensorSpec((8,), "bool")}, 561002, "comm_alg", "come with x_active_mask"),
+    ({**FULL_MESH_V2, "x_active_mask": VALID["x_active_mask"]}, 561002, "comm_alg", "with a two-dimensional x_active"),
     ({**FULL_MESH_V2, **TP}, 561002, "comm_alg", "must not come with tp_world_size 2"),
     ({**FULL_MESH_V2, "global_bs": 72}, 561002, "comm_alg", "global_bs 72, so unequal Bs"),
     ({**FULL_MESH_V2, "x.0": 257}, 561002, "comm_alg", 'with 257 tokens: it takes 0 to 256 .*limits="unlimited"'),
@@ -192,7 +193,7 @@ VIOLATIONS = [
     ({"ep_recv_counts.0": 15}, 561002, "ep_recv_counts", "at least 16 entries"),
     ({"tp_recv_counts.0": 1}, 561002, "tp_recv_counts", r"must have the shape \(0,\)"),
     # performance info, buffer
-    ({"performance_info": TensorSpec((8,), "int64")}, 561002, "performance_info", "must be None; .* Atlas A2"),
+    ({"performance_info": TensorSpec((8,), "int64")}, 561002, "performance_info", "must be None; .* not measured"),
     ({"hccl_buffer_bytes": 786431}, 561002, "hccl_buffer_bytes", r"at least 786432 for the EP group; .* 1 \(MB\)"),
 ]
 
@@ -223,10 +224,11 @@ ACCEPTED = [
     {"x_active_mask": None},
     {"x_active_mask": TensorSpec((8,), "bool")},
     {"scales": None},
-    {"expert_scales": TensorSpec((3,), "float32")},  # ignored on Atlas A3
+    {"expert_scales": TensorSpec((3,), "float32")},  # ignored in 2025
     {"elastic_info": ELASTIC},
     {"comm_alg": None},
     {"comm_alg": "fullmesh_v1"},
+    {**FULL_MESH_V2, "x_active_mask": TensorSpec((8,), "bool")},
     {"expert_token_nums_type": 0},
     {"tp_world_size": 1, "tp_recv_counts": TensorSpec((1,), "int32")},
     {"tp_world_size": 1, "group_tp": "ep", "tp_recv_counts": TensorSpec((1,), "int32")},

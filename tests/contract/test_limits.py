@@ -1,4 +1,4 @@
-"""The three sets of limits, their names, and what an error says about them."""
+"""The sets of limits, their names, and what an error says about them."""
 
 from __future__ import annotations
 
@@ -10,35 +10,100 @@ from dataclasses import fields, replace
 import pytest
 
 import evenmoe.contract
-from evenmoe.contract.limits import ATLAS_A3, RELAXED, UNLIMITED, Limits, Range, resolve_limits
+from evenmoe.contract.limits import (
+    ATLAS_A3,
+    ATLAS_A3_2025,
+    ATLAS_A3_2026,
+    RELAXED,
+    UNLIMITED,
+    Limits,
+    Range,
+    resolve_limits,
+)
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
 
+BOTH_RELEASES = {
+    "tokens": Range(1, 512),
+    "hidden": Range(1024, 8192),
+    "top_k": Range(1, 16),
+    "logical_experts": Range(1, 1024),
+    "update_world_size": Range(2, 768),
+    "table_columns_by_token": Range(2, 769),
+    "table_columns_within_world": True,
+    "old_logical_experts": Range(1, 512),
+    "old_update_world_size": Range(2, 384),
+    "ep_world_size": Range(2, 768),
+    "physical_experts": Range(1, 1024),
+    "experts_times_ranks": Range(1, 2048),
+    "shared_experts": Range(0, 4),
+    "full_mesh_tokens": Range(0, 256),
+    "full_mesh_top_k": Range(0, 12),
+    "hierarchy_ranks": Range(16, 256, 16),
+    "hierarchy_experts": Range(1, 512),
+    "hierarchy_tokens": Range(1, 256),
+    "hierarchy_hidden": Range(32, 7168, 32),
+    "token_dtypes": ("bfloat16", "float16"),
+    "rms_norm_dtypes": ("bfloat16",),
+}
+NAMES = '"atlas-a3", "atlas-a3-2025", "atlas-a3-2026", "relaxed", "unlimited" or a Limits'
+FULL_MESH = ("", "fullmesh_v1", "fullmesh_v2")
 
-def test_the_bounds_of_atlas_a3():
+
+def test_the_bounds_of_december_2025():
     """§1.6 (new and old column), §2.2, §4."""
-    documented = Limits(
-        name="atlas-a3",
-        tokens=Range(1, 512),
-        hidden=Range(1024, 8192),
-        top_k=Range(1, 16),
-        logical_experts=Range(1, 1024),
-        update_world_size=Range(2, 768),
-        table_columns_by_token=Range(2, 769),
-        table_columns_within_world=True,
-        old_logical_experts=Range(1, 512),
-        old_update_world_size=Range(2, 384),
-        ep_world_size=Range(2, 768),
-        physical_experts=Range(1, 1024),
-        experts_times_ranks=Range(1, 2048),
-        shared_experts=Range(0, 4),
-        full_mesh_tokens=Range(0, 256),
-        full_mesh_top_k=Range(0, 12),
-        token_dtypes=("bfloat16", "float16"),
-        rms_norm_dtypes=("bfloat16",),
-        tp_send_counts_needed=True,
-        lengths_times_tp=True,
+    assert (
+        Limits(
+            name="atlas-a3-2025",
+            **BOTH_RELEASES,
+            tp_world_size=Range(0, 2),
+            comm_algs=FULL_MESH,
+            full_mesh_alone=True,
+            const_alpha_dims=(2,),
+            tp_arguments_reserved=False,
+            lengths_times_tp=True,
+            assist_info_per_row=3,
+            expand_scales="unwritten",
+        )
+        == ATLAS_A3_2025
     )
-    assert documented == ATLAS_A3
+
+
+def test_the_bounds_of_july_2026():
+    """§2.16."""
+    assert (
+        Limits(
+            name="atlas-a3-2026",
+            **BOTH_RELEASES,
+            tp_world_size=Range(0, 1),
+            comm_algs=(*FULL_MESH, "hierarchy"),
+            full_mesh_alone=False,
+            const_alpha_dims=(2,),
+            tp_arguments_reserved=True,
+            lengths_times_tp=False,
+            assist_info_per_row=128,
+            expand_scales="required",
+        )
+        == ATLAS_A3_2026
+    )
+
+
+def test_the_bounds_of_either_release():
+    """What one of the two takes, and the alphas of November 2025."""
+    assert (
+        Limits(
+            name="atlas-a3",
+            **BOTH_RELEASES,
+            tp_world_size=Range(0, 2),
+            comm_algs=(*FULL_MESH, "hierarchy"),
+            full_mesh_alone=False,
+            const_alpha_dims=(1, 2),
+            tp_arguments_reserved=True,
+            lengths_times_tp=True,
+            assist_info_per_row=3,
+            expand_scales="optional",
+        )
+        == ATLAS_A3
+    )
 
 
 def ranges(limits):
@@ -54,14 +119,32 @@ def test_the_relaxed_limits_keep_the_chips_maxima_and_lifts_minima():
         relaxed, unlimited = getattr(RELAXED, name), getattr(UNLIMITED, name)
         assert relaxed.high == chip.high
         assert unlimited.low <= relaxed.low <= chip.low
-        assert unlimited.high is None
+        assert relaxed.step == 1
+        assert unlimited.high is None or name == "tp_world_size"  # peers are two
     lifted = {name: bound.low for name, bound in ranges(RELAXED).items() if bound != getattr(ATLAS_A3, name)}
-    assert lifted == {"tokens": 0, "hidden": 1, "update_world_size": 1, "old_update_world_size": 1, "ep_world_size": 1}
+    assert lifted == {
+        "tokens": 0,
+        "hidden": 1,
+        "update_world_size": 1,
+        "old_update_world_size": 1,
+        "ep_world_size": 1,
+        "hierarchy_ranks": 1,
+        "hierarchy_tokens": 0,
+        "hierarchy_hidden": 1,
+    }
 
 
 @pytest.mark.parametrize(
     ("name", "limits"),
-    [("atlas-a3", ATLAS_A3), ("relaxed", RELAXED), ("unlimited", UNLIMITED), (None, UNLIMITED), (RELAXED, RELAXED)],
+    [
+        ("atlas-a3", ATLAS_A3),
+        ("atlas-a3-2025", ATLAS_A3_2025),
+        ("atlas-a3-2026", ATLAS_A3_2026),
+        ("relaxed", RELAXED),
+        ("unlimited", UNLIMITED),
+        (None, UNLIMITED),
+        (RELAXED, RELAXED),
+    ],
 )
 def test_names_resolve(name, limits):
     assert resolve_limits(name) is limits
@@ -70,16 +153,14 @@ def test_names_resolve(name, limits):
 def test_the_old_name_of_the_relaxed_limits_says_the_new_one():
     with pytest.raises(ConstraintError) as caught:
         resolve_limits("laptop")
-    assert str(caught.value) == (
-        '`limits` is \'laptop\': it must be "atlas-a3", "relaxed", "unlimited" or a Limits; '
-        'use "relaxed", its new name.'
-    )
+    assert str(caught.value) == (f"`limits` is 'laptop': it must be {NAMES}; use \"relaxed\", its new name.")
 
 
 @pytest.mark.parametrize("name", ["a3", "", "RELAXED", 3])
-def test_another_name_lists_the_three(name):
+def test_another_name_lists_them(name):
     with pytest.raises(
-        ConstraintError, match=r'`limits` is .*: it must be "atlas-a3", "relaxed", "unlimited" or a Limits'
+        ConstraintError,
+        match=f"`limits` is .*: it must be {NAMES}; use one of these names",
     ):
         resolve_limits(name)
 
@@ -87,9 +168,9 @@ def test_another_name_lists_the_three(name):
 def test_limits_of_ones_own_are_taken_and_named():
     mine = replace(RELAXED, name="my-box", tokens=Range(0, 4), token_dtypes=("float32",))
     assert resolve_limits(mine) is mine
-    with pytest.raises(ConstraintError, match='use 0 to 4, or lift this bound of my-box with limits="relaxed"'):
+    with pytest.raises(ConstraintError, match='use 0 to 4, or lift this bound of my-box with limits="atlas-a3"'):
         mine.check("tokens", 5, "x", "of 5 tokens", "must have {} tokens", "use {}")
-    with pytest.raises(UnsupportedTypeError, match='use float32, or lift this bound of my-box with limits="relaxed"'):
+    with pytest.raises(UnsupportedTypeError, match='use float32, or lift this bound of my-box with limits="atlas-a3"'):
         mine.check_dtype("token_dtypes", "float16", "x", "float16 (1, 1)")
 
 

@@ -40,4 +40,5 @@ def test_options_have_their_values(name):
 
 def test_only_evenmoe_can_split_a_batch():
     assert [name for name in NAMES if ENGINES.get(name).can_run("batch")] == ["evenmoe"]
-    assert [name for name in NAMES if ENGINES.get(name).can_run("occurrence")] == ["tensorrt-llm"]
+    assert [name for name in NAMES if ENGINES.get(name).can_run("occurrence")] == ["tensorrt-llm", "evenmoe"]
+    assert all(ENGINES.get("evenmoe").can_run(rule) for rule in RULES)

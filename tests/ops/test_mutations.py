@@ -44,9 +44,9 @@ WORLDS = [
         mask="tokens",
     ),
     Spec(seed=4, moe_ranks=3, experts_per_rank=2, top_k=4, hidden=64, max_bs=6, comm_quant_mode=2, nums_type=0),
-    Spec(seed=5, moe_ranks=5, experts_per_rank=2, shared_ranks=2, top_k=3, max_bs=4, elastic="scaled"),
+    Spec(seed=5, moe_ranks=5, experts_per_rank=2, shared_ranks=2, top_k=3, max_bs=4, elastic="scaled", gates=True),
     Spec(seed=6, tp=2, shared_ranks=2, max_bs=5, mask="tokens", hidden=8),
-    Spec(seed=9, virtual=(1, 2, 2), top_k=4, max_bs=6, mask="assignments"),
+    Spec(seed=9, virtual=(1, 2, 2), top_k=4, max_bs=6, mask="assignments", factors=True, gates=True),
     Spec(seed=12, dtype="float16", moe_ranks=3, experts_per_rank=2, top_k=4, max_bs=6, hidden=64),
     # 65536 / 8192 = 8 tokens of float16 at a time are summed on a CPU, so ten take two turns.
     Spec(
@@ -224,6 +224,11 @@ BUGS = {
     "counts for sums": bug(
         worlds, OPS + "dispatch", "call.expert_token_nums_type == 1", "call.expert_token_nums_type == 0"
     ),
+    # §2.3: the weights that travel
+    "the first k's weight": bug(worlds, OPS + "exchange", "routing.token * top_k + ", "routing.token * top_k + 0 * "),
+    "a weight for shared experts": bug(
+        worlds, OPS + "exchange", "weights.flatten()[at], 0.0", "weights.flatten()[at], 1.0"
+    ),
     # §2.8, §3.5: int8
     "scale not a reciprocal": bug(worlds, OPS + "numerics", "torch.ones_like(factor) / factor", "largest / 127.0"),
     "smooth scale forgotten": bug(worlds, OPS + "numerics", "values * smooth", "values"),
@@ -271,9 +276,10 @@ BUGS = {
     "a const expert copies": bug(
         worlds, OPS + "weighted_sum", "(ids < call.copy_expert_num)", "(ids <= call.copy_expert_num)"
     ),
+    "factors as rows of a softmax": bug(worlds, OPS + "weighted_sum", "if p1.dim() == 2:", "if p1.dim() > 2:"),
     "const experts unweighted": bug(worlds, OPS + "weighted_sum", "weights[where] * mixed", "mixed"),
     "torch's order in const experts": bug(
-        worlds, OPS + "weighted_sum", "first = tree_sum(", "first = (lambda t: t.sum(-1))("
+        worlds, OPS + "weighted_sum", "softmax_of_two(tree_sum(p1 * x)", "softmax_of_two((p1 * x).sum(-1)"
     ),
     "neighbours added first": bug(
         worlds, OPS + "numerics", "values[..., :width] + values[..., width:]", "values[..., ::2] + values[..., 1::2]"

@@ -7,15 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evenmoe.engines.modulo import RULE as MODULO
 from evenmoe.placement import Placement
 from evenmoe.rules import RULES
 from evenmoe.simulator.batches import Cluster
 from evenmoe.simulator.slot_choice import CalledRule, CompiledRule, Scratch, SlotChoice, StepLayers, StepResult
 from evenmoe.simulator.step_kernels import add_ranks
 
-COMPILED = [name for name in RULES if RULES.get(name).kernel is not None]
+COMPILED = [*(RULES.get(name) for name in RULES if RULES.get(name).kernel is not None), MODULO]
 # "even" cannot be called: no rank alone can choose by it.
-CALLABLE = [name for name in COMPILED if name != "even"]
+CALLABLE = [rule for rule in COMPILED if rule.name != "even"]
 
 
 @st.composite
@@ -65,29 +66,28 @@ def assert_same(one: StepResult, other: StepResult) -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(batches(), st.sampled_from(CALLABLE))
-def test_a_compiled_rule_does_what_the_called_one_does(batch, name):
+def test_a_compiled_rule_does_what_the_called_one_does(batch, rule):
     cluster, placement, experts = batch
     counts, whole = counts_of(experts, placement, cluster), [slice(0, placement.num_layers)]
-    rule = RULES.get(name)
     compiled, called = CompiledRule(rule, placement, cluster), CalledRule(rule, placement, cluster)
     assert_same(
         run(compiled, placement, cluster, counts, experts, whole),
         run(called, placement, cluster, counts, experts, whole),
     )
-    if name != "token":  # which draws the rows where only counts are known, each in its own way
+    if rule.name != "token":  # which draws the rows where only counts are known, each in its own way
         assert_same(
             run(compiled, placement, cluster, counts, None, whole), run(called, placement, cluster, counts, None, whole)
         )
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("rule", COMPILED, ids=lambda rule: rule.name)
 @settings(deadline=None, max_examples=20)
 @given(batch=batches())
-def test_it_does_not_matter_which_layers_run_together(name, batch):
+def test_it_does_not_matter_which_layers_run_together(rule, batch):
     cluster, placement, experts = batch
     counts, layers = counts_of(experts, placement, cluster), placement.num_layers
     together, alone = [slice(0, layers)], [slice(layer, layer + 1) for layer in range(layers)]
-    choice = CompiledRule(RULES.get(name), placement, cluster)
+    choice = CompiledRule(rule, placement, cluster)
     for known in (experts, None):
         assert_same(
             run(choice, placement, cluster, counts, known, together),

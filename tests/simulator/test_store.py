@@ -39,6 +39,30 @@ def test_what_is_written_comes_back(tmp_path, details):
     assert_same(load_simulation(tmp_path / "a.sim"), simulation)
 
 
+def test_an_engine_comes_back(tmp_path):
+    simulation = make_simulation().seen_for("tensorrt-llm")
+    object.__setattr__(simulation.policies[1], "own_of", "tensorrt-llm")
+    save_simulation(simulation, tmp_path / "a.sim")
+    assert_same(load_simulation(tmp_path / "a.sim"), simulation)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda head: head.update(engine=3), "with `engine` 3: it must be an object"),
+        (lambda head: head["engine"].pop("rule"), "with `rule` None: it must be text"),
+        (lambda head: head["engine"].update(rules=[1]), "with `rules` [1]: it must be a list of texts"),
+        (lambda head: head["policies"][0].update(own_of=None), "with `own_of` None: it must be text"),
+    ],
+)
+def test_a_wrong_engine(tmp_path, change, text):
+    save_simulation(make_simulation().seen_for("vllm"), tmp_path / "a")
+    rewrite_head(tmp_path / "a", change)
+    with pytest.raises(FileFormatError) as error:
+        load_simulation(tmp_path / "a")
+    assert text in str(error.value)
+
+
 def test_one_of_everything_comes_back(tmp_path):
     simulation = make_simulation(1, 1, 1, 1, 1, ("identity",))
     save_simulation(simulation, tmp_path / "a")

@@ -22,7 +22,7 @@ from evenmoe.contract.calls import CombineCall, DispatchCall, DistributeCall, Up
 from evenmoe.contract.combine import check_combine_call
 from evenmoe.contract.dispatch import check_dispatch_call
 from evenmoe.contract.layout import Layout, scale_down
-from evenmoe.contract.limits import ATLAS_A3
+from evenmoe.contract.limits import ATLAS_A3, Limits
 from evenmoe.contract.operators import SIGNATURES, Kind
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.contract.update_expert import check_update_expert_call
@@ -57,13 +57,14 @@ def check_call(specs: Specs) -> Layout | None:
     return check_combine_call(specs)
 
 
-def stage_one(operator: str, given: Mapping[str, object]) -> Executor:
+def stage_one(operator: str, given: Mapping[str, object], limits: Limits = ATLAS_A3) -> Executor:
     """Check one call as the operator's first stage does, and make it ready to run.
 
     Args:
         operator: a key of `SIGNATURES`.
         given: {name: value} for every name of its signature; None is a null pointer. Tensors may be strided views. The
             outputs are written by `Executor.run`, as far as the operator writes them.
+        limits: what the chip takes.
 
     Raises:
         MissingArgumentError: a null tensor or group name (status 161001).
@@ -75,7 +76,7 @@ def stage_one(operator: str, given: Mapping[str, object]) -> Executor:
     arguments = {name: _of_type(argument.kind, name, given[name]) for name, argument in signature.arguments.items()}
     if operator == "MoeEPLBUpdateExpert":
         arguments["generation"] = "eplb_update_expert"
-    call = CALL_TYPES[signature.operator](**arguments, limits=ATLAS_A3)
+    call = CALL_TYPES[signature.operator](**arguments, limits=limits)
     specs = specs_of(call)
     try:
         layout = check_call(specs)
@@ -203,7 +204,7 @@ class Executor:
         call, layout = replace(self._call, **given), self._layout
         checked = layout
         if isinstance(call, DistributeCall):
-            call = replace(call, comm_alg=call.comm_alg or "")
+            call = replace(call, comm_alg=call.comm_alg or "", group_tp=call.group_tp or "")
             if layout is not None and call.elastic_info is not None:
                 layout = scale_down(layout, call.elastic_info.tolist())
         if isinstance(call, CombineCall):

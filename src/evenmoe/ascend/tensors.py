@@ -129,7 +129,7 @@ def write_outputs(call: Call, outputs: Outputs, results: Sequence[torch.Tensor],
 def _write_dispatch(
     call: DispatchCall[torch.Tensor], outputs: Outputs, results: Sequence[torch.Tensor], layout: Layout
 ) -> None:
-    expand_x, dynamic_scales, assist, token_nums, ep_recv_counts, tp_recv_counts, _, number = results
+    expand_x, dynamic_scales, assist, token_nums, ep_recv_counts, tp_recv_counts, expand_scales, number = results
     pairs = layout.ep * layout.local_experts
     own = int(ep_recv_counts[pairs - 1])
     rows, counted = own, pairs
@@ -139,6 +139,9 @@ def _write_dispatch(
     _write(outputs, "expand_x", expand_x[:rows])
     if call.quant_mode == DYNAMIC_INT8:
         _write(outputs, "dynamic_scales", dynamic_scales[:rows])
+    room = outputs["expand_scales"]
+    if call.sends_expert_scales and not layout.is_shared and room is not None and room.dim() == 1 and len(room) >= own:
+        room[:own] = expand_scales[:own]
     _write(outputs, "assist_info_for_combine", assist[: 3 * own])
     remember(_given(outputs, "assist_info_for_combine"), number)
     _write(outputs, "expert_token_nums", token_nums[: layout.local_experts])

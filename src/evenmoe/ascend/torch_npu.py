@@ -21,6 +21,7 @@ from evenmoe.ascend.groups import find_group
 from evenmoe.ascend.status import of_the_chip
 from evenmoe.ascend.tensors import number_of, remember
 from evenmoe.contract.calls import CombineCall, DispatchCall, UpdateExpertCall
+from evenmoe.contract.comm_alg import HIERARCHY
 from evenmoe.contract.dispatch import check_token_nums_type
 from evenmoe.contract.distribute import check_ep_rank, check_shared_pair, check_shared_rank_num
 from evenmoe.contract.limits import ATLAS_A3
@@ -177,7 +178,7 @@ def npu_moe_distribute_dispatch_v2(
         moe_expert_num: physical experts over all ranks, 1…1024.
         scales: float32 (shared experts + moe_expert_num, H), only with quant_mode 2.
         x_active_mask: bool (Bs,) or (Bs, K). elastic_info: int32 (4 + 2·ep,).
-        expert_scales: float32 (Bs, K); on Atlas A3 it only enlarges ep_recv_counts.
+        expert_scales: float32 (Bs, K), gate weights, which arrive in expand_scales; they enlarge ep_recv_counts too.
         group_tp, tp_world_size, tp_rank_id: two tensor-parallel peers, or "" and 0.
         quant_mode: 0, or 2 for int8. expert_token_nums_type: 1 for counts, 0 for prefix sums.
         performance_info, y_dtype, x_dtype, scales_dtype: only None on this chip.
@@ -204,7 +205,7 @@ def npu_moe_distribute_dispatch_v2(
     *outputs, number = _perform("dispatch", call, lambda: _check_as_wrapper(call, later_chips))
     expand_x, dynamic_scales, assist_info, token_nums, ep_recv_counts, tp_recv_counts, expand_scales = outputs
     remember(assist_info, number)
-    if call.expert_scales is not None:
+    if call.expert_scales is not None and call.comm_alg != HIERARCHY:  # which allocates them itself
         tokens, top_k = call.expert_ids.shape
         more = 2 * (call.global_bs or tokens * call.ep_world_size) * top_k * (call.ep_world_size // _RANKS_PER_NODE)
         ep_recv_counts = torch.cat([ep_recv_counts, ep_recv_counts.new_zeros(more)])
@@ -219,7 +220,7 @@ def npu_moe_distribute_combine_v2(call: CombineCall[Tensor]) -> Tensor:
         expand_x: float16 or bfloat16 (at least A·tp, H), the experts' outputs in the row order of dispatch's expand_x.
         expert_ids, x_active_mask, elastic_info, and every attribute: those that dispatch was called with.
         assist_info_for_combine, ep_send_counts, tp_send_counts: dispatch's assist_info_for_combine, ep_recv_counts and
-            tp_recv_counts. The chip needs tp_send_counts even without tensor parallelism.
+            tp_recv_counts. Without tensor parallelism tp_send_counts may be None.
         expert_scales: float32 (Bs, K), gate weights.
         All others: as in `evenmoe.combine`.
 

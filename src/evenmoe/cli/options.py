@@ -22,6 +22,7 @@ import typer
 from typer import Option
 from typer.models import OptionInfo
 
+from evenmoe.engines import ENGINES
 from evenmoe.errors import ConstraintError, EvenmoeError
 from evenmoe.formats.catalogue import FORMATS, Format
 from evenmoe.rules import RULES
@@ -29,6 +30,7 @@ from evenmoe.rules import RULES
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from evenmoe.engines.engine import Engine
     from evenmoe.formats.contents import ReadOptions
 
 SCHEMA = 1  #: version of what `--json` prints, described in docs/json.md; a key that changes its meaning raises it
@@ -70,6 +72,23 @@ Rule = Annotated[
         autocompletion=completed(RULES),
     ),
 ]
+
+
+def for_option(help: str) -> OptionInfo:
+    """The option that names a serving engine, the same for all commands."""
+    return Option("--for", help=f"{help}: {', '.join(ENGINES)}.", metavar="ENGINE", autocompletion=completed(ENGINES))
+
+
+def find_engine(name: str | None) -> Engine | None:
+    """Return the engine that --for names, None where it is not given.
+
+    Raises:
+        ConstraintError: there is none; it names the flag.
+    """
+    try:
+        return None if name is None else ENGINES.get(name)
+    except ConstraintError as error:
+        raise ConstraintError("--for", error.value, error.rule, error.fix) from None
 
 
 def out_option(help: str) -> OptionInfo:

@@ -16,7 +16,9 @@ from evenmoe.cli.options import (
     Rule,
     WorldOptions,
     completed,
+    find_engine,
     find_format,
+    for_option,
     make_command,
     numbers_of,
     out_option,
@@ -26,7 +28,6 @@ from evenmoe.cli.options import (
 )
 from evenmoe.cli.plan_for import check_for, engine_outcome
 from evenmoe.cli.plan_outcome import Outcome, Request, compare, compared_with, gaps, merged
-from evenmoe.engines import ENGINES
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.formats.catalogue import ENTRIES
 from evenmoe.planner import PLANNERS
@@ -77,15 +78,7 @@ class PlanCommand(FileOptions, WorldOptions):
         ),
     ] = "evenmoe"
     rule: Rule = "even"
-    for_: Annotated[
-        str | None,
-        Option(
-            "--for",
-            help=f"Plan for an engine: its format, rule and launch options: {', '.join(ENGINES)}.",
-            metavar="ENGINE",
-            autocompletion=completed(ENGINES),
-        ),
-    ] = None
+    for_: Annotated[str | None, for_option("Plan for an engine: its format, rule and launch options")] = None
     mean: Annotated[
         bool, Option("--mean/--windows", help="Balance the sum of the recording, or its single windows.")
     ] = False
@@ -195,13 +188,9 @@ class PlanCommand(FileOptions, WorldOptions):
         if self.to not in _PLACEMENT_FORMATS and find_format("--to", self.to).kind != "placement":
             fitting = ", ".join(_PLACEMENT_FORMATS)
             raise ConstraintError("--to", repr(self.to), "must be a format of placements", f"use one of {fitting}")
-        if self.for_ is None:
-            return None
-        try:
-            engine = ENGINES.get(self.for_)
-        except ConstraintError as error:
-            raise ConstraintError("--for", error.value, error.rule, error.fix) from None
-        check_for(engine, self.out, self.rule, self.to, (PlanCommand.rule, PlanCommand.to))
+        engine = find_engine(self.for_)
+        if engine is not None:
+            check_for(engine, self.out, self.rule, self.to, (PlanCommand.rule, PlanCommand.to))
         return engine
 
     def _read_previous(self, contents: Contents) -> tuple[Placement | None, list[str]]:

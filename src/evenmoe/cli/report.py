@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from typer import Argument, Option
 
-from evenmoe.cli.options import Command, check_no_stream, completed, make_command, out_option, print_json
+from evenmoe.cli.options import (
+    Command,
+    check_no_stream,
+    completed,
+    find_engine,
+    for_option,
+    make_command,
+    out_option,
+    print_json,
+)
 from evenmoe.errors import ConstraintError
 from evenmoe.report.look import FORMATS, WIDTH, Look
 
@@ -24,6 +33,7 @@ if TYPE_CHECKING:
 
 #: Figures that fit 80 columns; everything else is on the page.
 _SHOWN = ("mean_par", "worst_par", "net_gain_percent", "copies", "break_even_steps")
+_MARK = "*"  # of a policy that the engine cannot run
 _WIDTH = 8  # characters of a column's head
 
 
@@ -39,6 +49,9 @@ class ReportCommand(Command):
 
     simulation: Annotated[Path, Argument(metavar="INPUT", help="The file that `evenmoe simulate --out` wrote.")]
     out: Annotated[Path, out_option("The HTML page; a file there is replaced.")] = Path("report.html")
+    for_: Annotated[
+        str | None, for_option("Look at it for an engine: which policies it can run, and the best of them")
+    ] = None
     figures: Annotated[Path | None, Option(metavar="DIR", help="Also write the pictures, one file each.")] = None
     figure_format: Annotated[
         str | None, Option(help="png, svg or pdf. Default: png.", autocompletion=completed(FORMATS))
@@ -55,10 +68,11 @@ class ReportCommand(Command):
         from evenmoe.report import write_report
         from evenmoe.simulator.store import load_simulation
 
-        look = self._look()
+        look, engine = self._look(), find_engine(self.for_)
         check_no_stream("--out", self.out)
         check_no_stream("--figures", self.figures)
         simulation = load_simulation(self.simulation)
+        simulation = simulation if engine is None else simulation.seen_for(engine)
         if self.out.exists() and self.out.samefile(self.simulation):
             raise ConstraintError("--out", self.out, "must not be the input", "name another file")
         inputs = {str(self.simulation): hashlib.sha256(self.simulation.read_bytes()).hexdigest()}
@@ -76,6 +90,7 @@ class ReportCommand(Command):
         console = Console()
         print_headline(simulation.summary, console)
         console.print(summary_table(simulation.summary, _SHOWN))
+        print_unable(simulation.summary, console)
         if simulation.empty_windows:
             print(f"{count(simulation.empty_windows)} empty windows of the trace left out")
         for path in written:
@@ -102,8 +117,16 @@ def print_headline(summary: Summary, console: Console) -> None:
     console.print()
 
 
-def summary_table(summary: Summary, names: tuple[str, ...]) -> Table:
-    """Some figures of all policies, each as it is written on the page."""
+def print_unable(summary: Summary, console: Console) -> None:
+    """Print which of the marked policies the engine cannot run, and why."""
+    unable = [f"{policy.name} ({policy.cannot_run})" for policy in summary.policies if policy.cannot_run]
+    if summary.engine is not None and unable:
+        text = f"{_MARK} {summary.engine.name} cannot run {'; '.join(unable)}"
+        console.print(text, markup=False, highlight=False)
+
+
+def summary_table(summary: Summary, figures: tuple[str, ...]) -> Table:
+    """Some figures of all policies, each as it is written on the page; those that the engine cannot run are marked."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -113,10 +136,12 @@ def summary_table(summary: Summary, names: tuple[str, ...]) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     table.add_column("Policy", overflow="fold", min_width=20)
-    columns = [[Text(shortened(policy.name, 60)) for policy in summary.policies]]
-    for name in names:
-        shown = summary.shown(name)
-        head = "\n".join(fill(text, _WIDTH, break_long_words=False) for text in (QUANTITIES[name].label, shown.unit))
+    marks = [f" {_MARK}" if policy.cannot_run else "" for policy in summary.policies]
+    names = [shortened(policy.name, 60) for policy in summary.policies]
+    columns = [[Text(f"{name}{mark}") for name, mark in zip(names, marks, strict=True)]]
+    for key in figures:
+        shown = summary.shown(key)
+        head = "\n".join(fill(text, _WIDTH, break_long_words=False) for text in (QUANTITIES[key].label, shown.unit))
         table.add_column(head, justify="right", no_wrap=True)
         columns.append([Text(text) for text in shown.texts])
     for cells in zip(*columns, strict=True):

@@ -17,11 +17,13 @@ from evenmoe.cli.options import (
     WorldOptions,
     check_no_stream,
     completed,
+    find_engine,
+    for_option,
     make_command,
     out_option,
     print_json,
 )
-from evenmoe.cli.report import print_headline, summary_table
+from evenmoe.cli.report import print_headline, print_unable, summary_table
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.planner import PLANNERS
 from evenmoe.rules import RULES
@@ -47,7 +49,8 @@ _POLICY_HELP = (
     "NAME[:key=value,...], once per policy. identity (the default placement, always compared with): rule. static: "
     "rule, slots, groups, window, pieces, planner, plan-for. greedy (published): rule, slots, groups, refresh, window. "
     "evenmoe: rule, slots, groups, refresh, window, pieces, plan-for, max-copies, target-par, "
-    "start=first|previous|scratch. oracle: rule, slots, groups, planner, plan-for. file:PATH, a placement in any "
+    "start=first|previous|scratch. own (of --for's engine): slots, groups. "
+    "oracle: rule, slots, groups, planner, plan-for. file:PATH, a placement in any "
     "format: rule. py:module:attribute: your own planner, rule, placement or policy. Planners: "
     f"{', '.join(PLANNERS)}. Rules: {', '.join(RULES)}. Without any: all kinds."
 )
@@ -62,7 +65,7 @@ class SimulateCommand(FileOptions, WorldOptions):
     codes: 0 done; 2 an option, the trace or a file is wrong.
     """
 
-    words: ClassVar = {"num_steps": "--steps", "expert_flops_per_token": "--expert-flops"}
+    words: ClassVar = {"num_steps": "--steps", "engine": "--for", "expert_flops_per_token": "--expert-flops"}
 
     trace: Annotated[str, Argument(help="A trace (.npz), a load in any format, or synthetic:MODEL.")]
     policy: Annotated[
@@ -85,15 +88,23 @@ class SimulateCommand(FileOptions, WorldOptions):
     ] = None
     slots: Annotated[int | None, Option(min=1, help="Total slots. Default: one a rank more than experts need.")] = None
     refresh: Annotated[
-        str, Option(help="Steps between plans; auto: what pays on the warm-up, else --horizon.", metavar="STEPS|auto")
+        str,
+        Option(
+            help="Steps between plans; auto: the engine's interval, else what pays on the warm-up, else --horizon.",
+            metavar="STEPS|auto",
+        ),
     ] = "auto"
     window: Annotated[
         int | None,
         Option(min=1, help="Past steps a plan is made from. Default: --refresh, or a third of the steps, to 1000."),
     ] = None
     horizon: Annotated[
-        int, Option(min=1, help="Steps that a first plan serves, which share its copies. Default: vLLM's interval.")
-    ] = 3000
+        int | None,
+        Option(
+            min=1,
+            help="Steps that a first plan serves, which share its copies. Default: the engine's interval, or 3000.",
+        ),
+    ] = None
     copy_overlap: Annotated[
         bool,
         Option(
@@ -116,6 +127,9 @@ class SimulateCommand(FileOptions, WorldOptions):
     out: Annotated[Path | None, out_option("Write everything, for `evenmoe report`.")] = None
     report: Annotated[Path | None, Option(help="Write the HTML page at once.")] = None
     details: Annotated[bool, Option("--details", help="Keep every rank's load in every step and layer.")] = False
+    for_: Annotated[
+        str | None, for_option("Compare for an engine: its rule, and its own balancer (policy own) at its interval")
+    ] = None
     seed: Annotated[int, Option(min=0, help="Of draws, planners and a synthetic trace.")] = 0
     workers: Annotated[int | None, Option(min=1, help="Threads; no number depends on it. Default: all processors.")] = (
         None
@@ -128,6 +142,7 @@ class SimulateCommand(FileOptions, WorldOptions):
         from evenmoe.simulator.replay import simulate
         from evenmoe.simulator.store import save_simulation
 
+        engine = find_engine(self.for_)
         num_nodes = self.num_nodes(self.ranks)
         Cluster(self.ranks, num_nodes, self.tokens_per_rank)  # says what cannot be before anything is read
         self._check_outputs()
@@ -155,6 +170,7 @@ class SimulateCommand(FileOptions, WorldOptions):
                 refresh=self._refresh(),
                 window=self.window,
                 horizon=self.horizon,
+                engine=engine,
                 copy_overlap=self.copy_overlap,
                 chunk=self.chunk,
                 top_k=top_k,
@@ -278,6 +294,7 @@ def _print(summary: Summary) -> None:
     print_headline(summary, console)
     console.print(summary_table(summary, _GAINS))
     console.print(summary_table(summary, _PRICES))
+    print_unable(summary, console)
     notes = Console(stderr=True)
     for note in summary.notes:
         notes.print(note, style="dim", markup=False, highlight=False)

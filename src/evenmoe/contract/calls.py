@@ -7,7 +7,7 @@ The same class holds an operator's tensors (`DispatchCall[torch.Tensor]`), and t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Generic, Literal, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from evenmoe.contract.limits import ATLAS_A3, Limits
 from evenmoe.contract.tensor_spec import ALLOCATED, Allocated
@@ -74,7 +74,7 @@ class DistributeCall(_Fields, Generic[Tensor]):
 
     Attributes:
         expert_ids: int32 (Bs, K).
-        group_ep, group_tp: names of 1…127 characters; group_tp may be "" without TP.
+        group_ep, group_tp: names of 1…127 characters; group_tp may be "" without TP, and since 2026 None.
         ep_world_size, ep_rank_id, tp_world_size, tp_rank_id: int. tp_world_size 0 and 1 both mean no TP.
         moe_expert_num: int, physical MoE experts over all ranks.
         x_active_mask: bool (Bs,) or (Bs, K), or None.
@@ -83,7 +83,7 @@ class DistributeCall(_Fields, Generic[Tensor]):
         expert_shard_type: only 0.
         shared_expert_num, shared_expert_rank_num: int; the default 1 and 0 together mean none.
         global_bs: int, tokens of the fullest rank times ep, or 0 when every rank has Bs.
-        comm_alg: "", "fullmesh_v1" or "fullmesh_v2"; None is taken as "".
+        comm_alg: "", "fullmesh_v1", "fullmesh_v2" or "hierarchy"; None is taken as "".
         zero_expert_num, copy_expert_num, const_expert_num: int, virtual experts with the ids after moe_expert_num.
         hccl_buffer_bytes: int, size of each group's communication buffer, or None: do not check it.
     """
@@ -131,7 +131,7 @@ class DispatchCall(DistributeCall[Tensor]):
     Attributes:
         x: float16 or bfloat16 (Bs, H).
         scales: float32 (Sn + M, H), only under quant_mode 2, or None.
-        expert_scales: float32, ignored, or None.
+        expert_scales: float32 (Bs, K), gate weights, or None.
         quant_mode: int, 0 or 2.
         expert_token_nums_type: int, 0 for prefix sums, 1 for counts.
         expand_x, dynamic_scales, assist_info_for_combine, expert_token_nums, ep_recv_counts, tp_recv_counts,
@@ -151,6 +151,15 @@ class DispatchCall(DistributeCall[Tensor]):
     tp_recv_counts: Output[Tensor] = ALLOCATED
     expand_scales: Output[Tensor] = ALLOCATED
 
+    @property
+    def sends_expert_scales(self) -> bool:
+        """Whether each row's weight travels with it (§2.3). A tensor without elements counts as none on the chip."""
+        if self.expert_scales is None or self.limits.expand_scales == "unwritten" or self.tp_world_size == 2:
+            return False
+        given: Any = self.expert_scales
+        expected: Any = self.expert_ids
+        return 0 not in given.shape or given.shape == expected.shape
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CombineCall(DistributeCall[Tensor]):
@@ -161,12 +170,13 @@ class CombineCall(DistributeCall[Tensor]):
         assist_info_for_combine: int32 (at least 128·A,), dispatch's.
         ep_send_counts: int32 (at least ep·L·tp,), dispatch's ep_recv_counts.
         expert_scales: float32 (Bs, K), gate weights.
-        tp_send_counts: int32 (tp,), dispatch's tp_recv_counts; None only without TP and not on Atlas A3.
+        tp_send_counts: int32 (tp,), dispatch's tp_recv_counts; without TP also None and of any shape, but in 2025.
         activation_scale, weight_scale, group_list: only None.
-        expand_scales: float32, ignored, or None.
+        expand_scales: float32, not used, or None; dispatch's must be given with comm_alg "hierarchy".
         shared_expert_x: (Bs, H) or (a, b, H) with a·b = Bs, or None; only without ranks of shared experts.
         ori_x: (Bs, H), the tokens; needed when there are copy or const experts.
         const_expert_alpha_1, const_expert_alpha_2, const_expert_v: (const_expert_num, H); needed when there are any.
+            The first two both (const_expert_num,) as in November 2025 are plain factors (§3.4).
         dispatch_number: int64 (2,), which exchange of the two groups the dispatch was, or None: it is not known.
         out_dtype, group_list_type: not examined.
         comm_quant_mode: int, 0, or 2 for rows that travel as int8.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from math import prod
 
+from evenmoe.contract import comm_alg
 from evenmoe.contract import distribute as common
 from evenmoe.contract.calls import AddRmsNormCall, CombineCall, Output, with_integers
 from evenmoe.contract.distribute import INTEGER_ATTRIBUTES, Sizes
@@ -89,6 +90,7 @@ def check_tiling(call: Call) -> Layout:
     sizes = check_tensor_dims(call)
     check_dtypes(call)
     common.check_shared_pair(call)
+    comm_alg.check_restrictions(call, sizes)
     common.check_experts_on_ranks(call)
     common.check_tokens(call, sizes, "expert_ids")
     check_virtual_inputs_given(call)
@@ -97,21 +99,38 @@ def check_tiling(call: Call) -> Layout:
     layout = common.layout_of(call, sizes)
     tp = call.tp_world_size if call.limits.lengths_times_tp else max(call.tp_world_size, 1)
     check_length("expand_x", call.expand_x, layout.capacity * tp, "the rows that dispatch makes room for")
-    common.check_hidden(call, sizes, "expand_x")
+    if not comm_alg.is_hierarchy(call):  # which has bounds of its own
+        common.check_hidden(call, sizes, "expand_x")
     check_length("assist_info_for_combine", call.assist_info_for_combine, 128 * layout.capacity, "128 per row")
     counts, meaning = layout.ep * layout.local_experts * tp, "one per local expert, source and TP rank"
     check_length("ep_send_counts", call.ep_send_counts, counts, meaning)
-    check_shape("tp_send_counts", call.tp_send_counts, (layout.tp,), "one per TP rank")
+    comm_alg.check_combine_lengths(call, layout)
+    if common.tp_examined(call):
+        check_shape("tp_send_counts", call.tp_send_counts, (layout.tp,), "one per TP rank")
     check_shape("expert_scales", call.expert_scales, (sizes.tokens, sizes.top_k), "one weight per token and k")
     common.check_mask_shape(call, sizes)
     check_shared_expert_x(call, sizes)
     check_norm_and_out(call, sizes)
     check_shape("ori_x", call.ori_x, (sizes.tokens, sizes.hidden), "one row per token")
-    for name in _CONST_INPUTS:
-        check_shape(name, getattr(call, name), (call.const_expert_num, sizes.hidden), "one row per const expert")
+    check_const_shapes(call, sizes)
     common.check_performance_info(call)
-    common.check_buffer(call, layout)
+    common.check_buffer(call, layout, hierarchy=comm_alg.is_hierarchy(call))
     return layout
+
+
+def check_const_shapes(call: Call, sizes: Sizes) -> None:
+    """Each const expert has a row of each; alphas of one dimension have a number (§3.4)."""
+    for name in _CONST_INPUTS:
+        spec: TensorSpec | None = getattr(call, name)
+        if spec is not None and len(spec.shape) == 1:
+            check_shape(name, spec, (call.const_expert_num,), "one factor per const expert")
+        else:
+            check_shape(name, spec, (call.const_expert_num, sizes.hidden), "one row per const expert")
+    first, second = call.const_expert_alpha_1, call.const_expert_alpha_2
+    if first is not None and second is not None:
+        rule = f"must have as many dimensions as const_expert_alpha_1, which is {first}"
+        alike = len(first.shape) == len(second.shape)
+        require(alike, "const_expert_alpha_2", second, rule, "pass both as rows, or both as factors")
 
 
 def check_virtual_experts(call: Call) -> None:
@@ -133,11 +152,12 @@ def check_tensor_dims(call: Call) -> Sizes:
         check_dims("gamma", call.gamma, (1, 3), "(hidden,) or (tokens, 1, hidden)")
     check_dims("ori_x", call.ori_x, (2,), "(tokens, hidden)")
     for name in _CONST_INPUTS:
-        check_dims(name, getattr(call, name), (2,), "(const_expert_num, hidden)")
-    given = call.tp_send_counts is not None or not (call.tp_world_size == 2 or call.limits.tp_send_counts_needed)
-    rule, fix = "must be given, although it is declared optional", "pass dispatch's tp_recv_counts"
-    require(given, "tp_send_counts", None, rule, fix)
-    check_dims("tp_send_counts", call.tp_send_counts, (1,), "(tp_world_size,)")
+        dims = call.limits.const_alpha_dims if name != "const_expert_v" else (2,)
+        check_dims(name, getattr(call, name), dims, "(const_expert_num, hidden)")
+    if common.tp_examined(call):
+        rule, fix = "must be given, although it is declared optional", "pass dispatch's tp_recv_counts"
+        require(call.tp_send_counts is not None, "tp_send_counts", None, rule, fix)
+        check_dims("tp_send_counts", call.tp_send_counts, (1,), "(tp_world_size,)")
     check_dims("x_active_mask", call.x_active_mask, (1, 2), "(tokens,) or (tokens, top_k)")
     check_dims("elastic_info", call.elastic_info, (1,), "(4 + 2·ep_world_size,)")
     for name in ("activation_scale", "weight_scale", "group_list"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from evenmoe.contract import comm_alg
 from evenmoe.contract import distribute as common
 from evenmoe.contract.calls import DispatchCall, with_integers
 from evenmoe.contract.distribute import INTEGER_ATTRIBUTES, Sizes
@@ -18,7 +19,6 @@ from evenmoe.contract.tensor_spec import (
 from evenmoe.errors import MissingArgumentError, require
 
 _NO_QUANT, _STATIC_QUANT, _DYNAMIC_QUANT = 0, 1, 2
-_FULL_MESH_V2 = "fullmesh_v2"
 Call = DispatchCall[TensorSpec]
 
 
@@ -47,7 +47,8 @@ def check_wrapper(call: Call) -> None:
     """What the aclnn wrapper looks at: null pointers and the lengths of the group names."""
     check_given("x", call.x, "pass the tokens of this rank")
     check_given("expert_ids", call.expert_ids, "pass the physical experts of every token")
-    for name in ("expand_x", "assist_info_for_combine", "expert_token_nums", "ep_recv_counts", "tp_recv_counts"):
+    outputs = ("expand_x", "assist_info_for_combine", "expert_token_nums", "ep_recv_counts", "tp_recv_counts")
+    for name in outputs if common.tp_examined(call) else outputs[:-1]:
         check_given(name, getattr(call, name), "pass a tensor for this output")
     common.check_group_given(call)
     if call.quant_mode == _DYNAMIC_QUANT:
@@ -65,10 +66,11 @@ def check_tiling(call: Call) -> Layout:
     sizes = check_tensor_dims(call)
     check_dtypes(call)
     common.check_shared_pair(call)
-    check_full_mesh(call, sizes)
+    comm_alg.check_restrictions(call, sizes)
     common.check_experts_on_ranks(call)
     common.check_tokens(call, sizes, "x")
-    common.check_hidden(call, sizes, "x")
+    if not comm_alg.is_hierarchy(call):  # which has bounds of its own
+        common.check_hidden(call, sizes, "x")
     rule = f"must have one row for each of the {sizes.tokens} tokens of x"
     require(call.expert_ids.shape[0] == sizes.tokens, "expert_ids", call.expert_ids, rule, "match them")
     common.check_top_k(call, sizes)
@@ -78,19 +80,19 @@ def check_tiling(call: Call) -> Layout:
     common.check_elastic_shape(call)
     layout = common.layout_of(call, sizes)
     check_outputs(call, layout)
+    check_expert_scales(call, layout)
     common.check_performance_info(call)
-    common.check_buffer(call, layout, full_mesh_v2=call.comm_alg == _FULL_MESH_V2)
+    full_mesh_v2 = call.comm_alg == comm_alg.FULL_MESH_V2
+    common.check_buffer(call, layout, full_mesh_v2, hierarchy=comm_alg.is_hierarchy(call))
     return layout
 
 
 def check_modes(call: Call) -> None:
-    quant, algorithm, scales = call.quant_mode, call.comm_alg, call.scales
+    quant, scales = call.quant_mode, call.scales
     modes = (_NO_QUANT, _STATIC_QUANT, _DYNAMIC_QUANT)
     require(quant in modes, "quant_mode", quant, "must be 0 or 2", "use 0 for rows as they are, 2 for int8")
     check_token_nums_type(call)
-    known = algorithm in (None, "", "fullmesh_v1", _FULL_MESH_V2)
-    rule = 'must be "", "fullmesh_v1" or "fullmesh_v2"'
-    require(known, "comm_alg", repr(algorithm), rule, 'use "" for the default')
+    comm_alg.check_known(call)
     # In the range above, yet an error on Atlas A3 (§2.8).
     rule = "must be 0 or 2, static quantisation is not supported"
     require(quant != _STATIC_QUANT, "quant_mode", 1, rule, "use 2 for int8")
@@ -138,28 +140,6 @@ def check_dtypes(call: Call) -> None:
     check_dtype("expand_scales", call.expand_scales, ("float32",))
 
 
-def check_full_mesh(call: Call, sizes: Sizes) -> None:
-    """What fullmesh_v2 cannot be combined with (§2.2)."""
-    if call.comm_alg != _FULL_MESH_V2:
-        return
-    unequal = call.global_bs not in (0, sizes.tokens * call.ep_world_size)
-    for excluded, named in (
-        (call.elastic_info is not None, "elastic_info"),
-        (call.virtual_experts > 0, "zero, copy or const experts"),
-        (call.x_active_mask is not None, "x_active_mask"),
-        (call.tp_world_size == 2, "tp_world_size 2"),
-        (unequal, f"global_bs {call.global_bs}, so unequal Bs"),
-    ):
-        value, rule = f'"fullmesh_v2" with {named}', f"must not come with {named}"
-        require(not excluded, "comm_alg", value, rule, 'use "" or "fullmesh_v1"')
-    for quantity, number, named in (
-        ("full_mesh_tokens", sizes.tokens, "tokens"),
-        ("full_mesh_top_k", sizes.top_k, "experts per token"),
-    ):
-        value, fix = f'"fullmesh_v2" with {number} {named}', 'use "fullmesh_v1"'
-        call.limits.check(quantity, number, "comm_alg", value, f"takes {{}} {named}", fix)
-
-
 def check_outputs(call: Call, layout: Layout) -> None:
     """The outputs must have room for what may arrive (§2.3); where nothing is written, any shape will do."""
     if isinstance(call.expand_x, TensorSpec):
@@ -167,21 +147,38 @@ def check_outputs(call: Call, layout: Layout) -> None:
         check_shape("expand_x", call.expand_x, (call.expand_x.shape[0], layout.hidden), "as wide as x")
     if call.quant_mode == _DYNAMIC_QUANT:
         check_length("dynamic_scales", call.dynamic_scales, layout.expand_x_rows, "one per row")
-    # Assist info only: the 128 ints per row that combine asks for are more than dispatch fills (§2.3).
-    check_length("assist_info_for_combine", call.assist_info_for_combine, 3 * layout.capacity, "three per row")
+    # Dispatch fills three; the 128 that combine asks for are asked for here too since 2026 (§2.3).
+    per_row = call.limits.assist_info_per_row
+    meaning = "three per row" if per_row == 3 else f"{per_row} per row"
+    check_length("assist_info_for_combine", call.assist_info_for_combine, per_row * layout.capacity, meaning)
     check_shape("expert_token_nums", call.expert_token_nums, (layout.local_experts,), "one per local expert")
     meaning = "one per local expert, source and TP rank"
-    check_length("ep_recv_counts", call.ep_recv_counts, layout.ep_recv_counts_length, meaning)
-    check_shape("tp_recv_counts", call.tp_recv_counts, (layout.tp,), "one per TP rank")
+    more = comm_alg.more_counts(layout, layout.top_k) if comm_alg.is_hierarchy(call) else 0
+    check_length("ep_recv_counts", call.ep_recv_counts, layout.ep_recv_counts_length + more, meaning)
+    if common.tp_examined(call):
+        check_shape("tp_recv_counts", call.tp_recv_counts, (layout.tp,), "one per TP rank")
 
 
-def infer_dispatch(layout: Layout, dtype: str, quant_mode: int) -> dict[str, TensorSpec]:
+def check_expert_scales(call: Call, layout: Layout) -> None:
+    """One weight per token and k, and room for one per row, where they are sent (§2.3)."""
+    if not call.sends_expert_scales:
+        return
+    shape = (layout.num_tokens, layout.top_k)
+    check_shape("expert_scales", call.expert_scales, shape, "one weight per token and k")
+    if call.limits.expand_scales == "required":
+        check_given("expand_scales", call.expand_scales, "pass a tensor for this output of expert_scales")
+        check_dims("expand_scales", call.expand_scales, (1,), "(rows,)")
+        check_length("expand_scales", call.expand_scales, layout.capacity, "one per row")
+
+
+def infer_dispatch(layout: Layout, dtype: str, quant_mode: int, hierarchy: bool = False) -> dict[str, TensorSpec]:
     """The outputs that dispatch allocates (specification §5), by name, in the operator's order.
 
     Args:
         layout: from `check_dispatch_call`.
         dtype: of x.
         quant_mode: 0 or 2.
+        hierarchy: whether comm_alg is "hierarchy", which asks for more counts.
 
     >>> from evenmoe.contract.layout import make_layout
     >>> layout = make_layout(ep=2, rank=0, num_experts=4, num_tokens=3, hidden=5, top_k=1)
@@ -197,13 +194,14 @@ def infer_dispatch(layout: Layout, dtype: str, quant_mode: int) -> dict[str, Ten
     """
     sent, rows = "int8" if quant_mode == _DYNAMIC_QUANT else dtype, layout.expand_x_rows
     local_experts = (layout.original or layout).local_experts
+    more = comm_alg.more_counts(layout.original or layout, layout.top_k) if hierarchy else 0
     assist_info = max(layout.num_tokens * layout.top_k, 128 * layout.capacity)
     return {
         "expand_x": TensorSpec((rows, layout.hidden), sent),
         "dynamic_scales": TensorSpec((rows,), "float32"),
         "assist_info_for_combine": TensorSpec((assist_info,), "int32"),
         "expert_token_nums": TensorSpec((local_experts,), "int64"),
-        "ep_recv_counts": TensorSpec((layout.ep_recv_counts_length,), "int32"),
+        "ep_recv_counts": TensorSpec((layout.ep_recv_counts_length + more,), "int32"),
         "tp_recv_counts": TensorSpec((layout.tp,), "int32"),
         "expand_scales": TensorSpec((layout.capacity,), "float32"),
     }

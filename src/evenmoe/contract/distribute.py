@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from evenmoe.contract.calls import DistributeCall
+from evenmoe.contract.calls import DispatchCall, DistributeCall
 from evenmoe.contract.layout import Layout, make_layout
 from evenmoe.contract.tensor_spec import TensorSpec, check_absent, check_shape
 from evenmoe.errors import EvenmoeError, MissingArgumentError, require
@@ -44,10 +44,15 @@ class Sizes(NamedTuple):
 # The aclnn wrapper ----------------------------------------------------------------------------------------------
 
 
+def tp_examined(call: Call) -> bool:
+    """Whether the arguments for tensor-parallel peers are looked at: where there are peers, and in 2025 always."""
+    return call.tp_world_size == 2 or not call.limits.tp_arguments_reserved
+
+
 def check_group_given(call: Call) -> None:
     if not isinstance(call.group_ep, str) or not call.group_ep:
         raise MissingArgumentError("group_ep", repr(call.group_ep), "must be a name", "pass the name of the EP group")
-    if not isinstance(call.group_tp, str):
+    if not isinstance(call.group_tp, str) and not (call.group_tp is None and not tp_examined(call)):
         raise MissingArgumentError("group_tp", repr(call.group_tp), "must be a name", 'pass "" where there is no TP')
 
 
@@ -82,10 +87,12 @@ def check_ranks(call: Call) -> None:
     """The two groups' sizes, and this rank in both."""
     ep, tp, tp_rank, group_tp = call.ep_world_size, call.tp_world_size, call.tp_rank_id, call.group_tp
     call.limits.check("ep_world_size", ep, "ep_world_size", ep, "must be {}", "use {} ranks")
-    require(tp in (0, 1, 2), "tp_world_size", tp, "must be 0, 1 or 2", "use 0 for no TP")
+    call.limits.check("tp_world_size", tp, "tp_world_size", tp, "must be {}", "use 0 for no TP")
     check_ep_rank(call)
     if tp != 2:
-        require(tp_rank == 0, "tp_rank_id", tp_rank, "must be 0 without TP", "use 0, or tp_world_size=2")
+        reserved = isinstance(call, DispatchCall) and not tp_examined(call)  # combine looks at it in every release
+        rule, fix = "must be 0 without TP", "use 0, or tp_world_size=2"
+        require(tp_rank == 0 or reserved, "tp_rank_id", tp_rank, rule, fix)
         return
     require(tp_rank in (0, 1), "tp_rank_id", tp_rank, "must be 0 or 1", "use the rank within the TP group")
     rule, fix = "must be a name when tp_world_size is 2", "pass the name of the TP group"
@@ -210,10 +217,10 @@ def layout_of(call: Call, sizes: Sizes) -> Layout:
 
 
 def check_performance_info(call: Call) -> None:
-    check_absent("performance_info", call.performance_info, "pass None, only Atlas A2 fills it")
+    check_absent("performance_info", call.performance_info, "pass None, waiting times are not measured here")
 
 
-def check_buffer(call: Call, layout: Layout, full_mesh_v2: bool = False) -> None:
+def check_buffer(call: Call, layout: Layout, full_mesh_v2: bool = False, hierarchy: bool = False) -> None:
     """Room for two halves of every rank's tokens in HCCL's buffer (§2.2); a token there is 16-bit."""
     if call.hccl_buffer_bytes is None:
         return
@@ -223,6 +230,9 @@ def check_buffer(call: Call, layout: Layout, full_mesh_v2: bool = False) -> None
     returned = _align(2 * layout.hidden, 512)
     per_token = sent * layout.ep * layout.experts_per_rank + returned * (layout.top_k + layout.shared_experts)
     needs = {"EP": 2 * layout.max_bs * per_token}
+    if hierarchy:  # each token with its experts' numbers and weights, and 404 MiB for what the nodes exchange
+        per_token = 2 * layout.hidden + 4 * (3 * (layout.top_k + 7) // 8 * 8) + 64
+        needs = {"EP": layout.num_experts * layout.max_bs * per_token + 404 * 2**20}
     if layout.tp == 2:
         needs["TP"] = 2 * layout.capacity * (sent + returned)
     for group, need in needs.items():

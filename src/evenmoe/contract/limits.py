@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from evenmoe.contract.tensor_spec import join_or
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
 
 
 class Range(NamedTuple):
-    """Whole numbers low…high, both included; high None is no upper bound."""
+    """Whole numbers low…high, both included, every `step` of them; high None is no upper bound.
+
+    >>> str(Range(16, 256, 16)), Range(16, 256, 16).admits(24)
+    ('16 to 256 in steps of 16', False)
+    """
 
     low: int
     high: int | None = None
+    step: int = 1
 
     def admits(self, value: int) -> bool:
-        return self.low <= value and (self.high is None or value <= self.high)
+        return self.low <= value and (self.high is None or value <= self.high) and (value - self.low) % self.step == 0
 
     def __str__(self) -> str:
-        return f"at least {self.low}" if self.high is None else f"{self.low} to {self.high}"
+        bounds = f"at least {self.low}" if self.high is None else f"{self.low} to {self.high}"
+        return bounds if self.step == 1 else f"{bounds} in steps of {self.step}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +45,26 @@ class Limits:
         physical_experts: M, MoE expert instances over all ranks.
         experts_times_ranks: L·ep, MoE experts of one rank times ranks.
         shared_experts: Sn.
+        tp_world_size: tp, which means tensor-parallel peers when it is 2.
+        comm_algs: the algorithms that comm_alg names. They differ in what they take, not in what they compute.
         full_mesh_tokens, full_mesh_top_k: Bs and K when comm_alg is "fullmesh_v2".
+        full_mesh_alone: whether "fullmesh_v2" excludes elastic worlds, virtual experts, (Bs, K) masks and unequal Bs.
+        hierarchy_ranks, hierarchy_experts, hierarchy_tokens, hierarchy_hidden: ep, M, Bs and H when comm_alg is
+            "hierarchy".
         token_dtypes: dtypes of x, and of expand_x in combine.
         rms_norm_dtypes: dtypes of expand_x in combine_add_rms_norm.
-        tp_send_counts_needed: whether combine takes tp_send_counts=None when tp < 2. The chip does not.
+        const_alpha_dims: dimensions of const_expert_alpha_1 and _2 that combine takes (specification §3.4).
+        tp_arguments_reserved: whether nobody looks at what is for peers when there are none: tp_recv_counts,
+            tp_send_counts, and a group_tp that is a null pointer. Otherwise they are as strict as with peers.
         lengths_times_tp: whether combine asks for A·tp rows and ep·L·tp counts to the letter, so for nothing at all
             when tp is 0 (specification §3.2). Otherwise for A and ep·L of them even then.
+        assist_info_per_row: int32 numbers that dispatch asks for in assist_info_for_combine, per row of A.
+        expand_scales: what dispatch does with expert_scales. "unwritten": it ignores them. "required": it checks them,
+            and writes each row's weight to expand_scales, which must have room. "optional": likewise, where there is
+            room.
 
-    >>> ATLAS_A3.tokens, RELAXED.tokens, UNLIMITED.tokens
-    (Range(low=1, high=512), Range(low=0, high=512), Range(low=0, high=None))
+    >>> ATLAS_A3.tokens, RELAXED.tokens.low, UNLIMITED.tokens.high
+    (Range(low=1, high=512, step=1), 0, None)
     """
 
     name: str
@@ -64,12 +81,22 @@ class Limits:
     physical_experts: Range
     experts_times_ranks: Range
     shared_experts: Range
+    tp_world_size: Range
+    comm_algs: tuple[str, ...]
     full_mesh_tokens: Range
     full_mesh_top_k: Range
+    full_mesh_alone: bool
+    hierarchy_ranks: Range
+    hierarchy_experts: Range
+    hierarchy_tokens: Range
+    hierarchy_hidden: Range
     token_dtypes: tuple[str, ...]
     rms_norm_dtypes: tuple[str, ...]
-    tp_send_counts_needed: bool
+    const_alpha_dims: tuple[int, ...]
+    tp_arguments_reserved: bool
     lengths_times_tp: bool
+    assist_info_per_row: int
+    expand_scales: Literal["unwritten", "optional", "required"]
 
     def check(self, quantity: str, value: int, argument: str, shown: object, rule: str, use: str) -> None:
         """Compares `value` with the field `quantity`; `{}` in `rule` and in `use` stands for the range.
@@ -84,7 +111,7 @@ bound of atlas-a3 with limits="unlimited".
         """
         bound: Range = getattr(self, quantity)
         if not bound.admits(value):
-            lifting = (other.name for other in (RELAXED, UNLIMITED) if getattr(other, quantity).admits(value))
+            lifting = (other.name for other in _WIDER if getattr(other, quantity).admits(value))
             fix = use.format(bound) + self._or_lift(next(lifting, None))
             raise ConstraintError(argument, shown, rule.format(bound), fix)
 
@@ -96,7 +123,7 @@ bound of atlas-a3 with limits="unlimited".
         """
         supported: tuple[str, ...] = getattr(self, quantity)
         if dtype not in supported:
-            lifting = (other.name for other in (RELAXED, UNLIMITED) if dtype in getattr(other, quantity))
+            lifting = (other.name for other in _WIDER if dtype in getattr(other, quantity))
             fix = f"use {join_or(supported)}" + self._or_lift(next(lifting, None))
             raise UnsupportedTypeError(argument, shown, f"must be {join_or(supported)}", fix)
 
@@ -104,8 +131,8 @@ bound of atlas-a3 with limits="unlimited".
         return f', or lift this bound of {self.name} with limits="{other}"' if other else ""
 
 
-ATLAS_A3 = Limits(
-    name="atlas-a3",
+ATLAS_A3_2025 = Limits(
+    name="atlas-a3-2025",
     tokens=Range(1, 512),
     hidden=Range(1024, 8192),
     top_k=Range(1, 16),
@@ -119,14 +146,48 @@ ATLAS_A3 = Limits(
     physical_experts=Range(1, 1024),
     experts_times_ranks=Range(1, 2048),
     shared_experts=Range(0, 4),
+    tp_world_size=Range(0, 2),
+    comm_algs=("", "fullmesh_v1", "fullmesh_v2"),
     full_mesh_tokens=Range(0, 256),
     full_mesh_top_k=Range(0, 12),
+    full_mesh_alone=True,
+    hierarchy_ranks=Range(16, 256, 16),
+    hierarchy_experts=Range(1, 512),
+    hierarchy_tokens=Range(1, 256),
+    hierarchy_hidden=Range(32, 7168, 32),
     token_dtypes=("bfloat16", "float16"),
     rms_norm_dtypes=("bfloat16",),
-    tp_send_counts_needed=True,
+    const_alpha_dims=(2,),
+    tp_arguments_reserved=False,
     lengths_times_tp=True,
+    assist_info_per_row=3,
+    expand_scales="unwritten",
 )
-"""Atlas A3 (Ascend 910_93), exactly as its tiling decides (specification §1.6, §2.2, §3.2, §4)."""
+"""Atlas A3 (Ascend 910_93), exactly as its tiling of December 2025 decides (specification §1.6, §2.2, §3.2, §4)."""
+
+ATLAS_A3_2026 = replace(
+    ATLAS_A3_2025,
+    name="atlas-a3-2026",
+    tp_world_size=Range(0, 1),
+    comm_algs=(*ATLAS_A3_2025.comm_algs, "hierarchy"),
+    full_mesh_alone=False,
+    tp_arguments_reserved=True,
+    lengths_times_tp=False,
+    assist_info_per_row=128,
+    expand_scales="required",
+)
+"""The same chip as the tiling of July 2026 decides, which has no tensor-parallel peers (specification §2.16)."""
+
+ATLAS_A3 = replace(
+    ATLAS_A3_2026,
+    name="atlas-a3",
+    tp_world_size=ATLAS_A3_2025.tp_world_size,
+    const_alpha_dims=(1, 2),
+    lengths_times_tp=True,
+    assist_info_per_row=3,
+    expand_scales="optional",
+)
+"""The same chip, whatever its release: what either of the two takes, and the one dimension of November 2025 (§3.4)."""
 
 RELAXED = replace(
     ATLAS_A3,
@@ -136,9 +197,11 @@ RELAXED = replace(
     update_world_size=Range(1, 768),
     old_update_world_size=Range(1, 384),
     ep_world_size=Range(1, 768),
+    hierarchy_ranks=Range(1, 256),
+    hierarchy_tokens=Range(0, 256),
+    hierarchy_hidden=Range(1, 7168),
     token_dtypes=("bfloat16", "float16", "float32"),
     rms_norm_dtypes=("bfloat16", "float16", "float32"),
-    tp_send_counts_needed=False,
     lengths_times_tp=False,
 )
 """The chip's upper bounds without its lower ones, so that a world of one rank and tiny sizes runs; float32 beside."""
@@ -161,12 +224,22 @@ UNLIMITED = replace(
     shared_experts=Range(0),
     full_mesh_tokens=Range(0),
     full_mesh_top_k=Range(0),
+    hierarchy_ranks=Range(1),
+    hierarchy_experts=Range(1),
+    hierarchy_tokens=Range(0),
+    hierarchy_hidden=Range(1),
 )
 """No size bound at all: only what a correct result needs."""
 
 
+_WIDER = (ATLAS_A3, RELAXED, UNLIMITED)
+_KNOWN = {known.name: known for known in (ATLAS_A3, ATLAS_A3_2025, ATLAS_A3_2026, RELAXED, UNLIMITED)}
+
+
 def resolve_limits(limits: Limits | str | None) -> Limits:
-    """The limits that a name stands for: "atlas-a3", "relaxed", "unlimited" or None, which is "unlimited" too.
+    """The limits that a name stands for; None is "unlimited" too.
+
+    The names are "atlas-a3", "atlas-a3-2025", "atlas-a3-2026", "relaxed" and "unlimited".
 
     Raises:
         ConstraintError: another name.
@@ -178,8 +251,8 @@ def resolve_limits(limits: Limits | str | None) -> Limits:
         return limits
     if limits is None:
         return UNLIMITED
-    for known in (ATLAS_A3, RELAXED, UNLIMITED):
-        if limits == known.name:
-            return known
-    fix = 'use "relaxed", its new name' if limits == "laptop" else "use one of these three names"
-    raise ConstraintError("limits", repr(limits), 'must be "atlas-a3", "relaxed", "unlimited" or a Limits', fix)
+    if isinstance(limits, str) and limits in _KNOWN:
+        return _KNOWN[limits]
+    fix = 'use "relaxed", its new name' if limits == "laptop" else "use one of these names"
+    names = ", ".join(f'"{name}"' for name in _KNOWN)
+    raise ConstraintError("limits", repr(limits), f"must be {names} or a Limits", fix)

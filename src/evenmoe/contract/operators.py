@@ -204,7 +204,7 @@ DISPATCH = Operator(
         _EXPERT_IDS,
         _optional("scales", "presence of `scales`"),
         _MASK,
-        _optional("expert_scales"),
+        _optional("expert_scales", "presence of `expert_scales`"),
         _elastic(since=3),
         _optional("performance_info", since=4),
         *_GROUPS,

@@ -27,7 +27,9 @@ class Engine:
         suffixes: endings of a file's name that it takes; () for any.
         rule: the rule by which its ranks choose replicas, or the one whose shares are the expected ones of its own.
         choice: how it chooses, in its own terms.
+        runs: names of further rules that it can be told to choose by.
         loads_file: whether it starts from a placement in a file.
+        takes_plans: whether it takes plans of others while it serves.
         keeps_order: whether its format stores the order of an expert's replicas; else it is that of the slots.
         options: what goes into its launch command or configuration; `{path}`, `{ranks}`, `{slots}` and `{redundant}`
             stand for the file, the ranks, the slots of a layer, and the slots beyond one per expert.
@@ -45,7 +47,9 @@ class Engine:
     choice: str
     options: tuple[str, ...]
     suffixes: tuple[str, ...] = ()
+    runs: tuple[str, ...] = ()
     loads_file: bool = True
+    takes_plans: bool = False
     keeps_order: bool = False
     balancer: str = "greedy"
     balancer_words: str = "the published greedy balancer"
@@ -70,8 +74,21 @@ class Engine:
         >>> [ENGINES.get(name).can_run("batch") for name in ("vllm", "evenmoe")]
         [False, True]
         """
-        mine, theirs = RULES.get(self.rule), RULES.get(rule)
-        return mine is theirs or (mine.shares_evenly and rule == "even")
+        mine, theirs = [RULES.get(each) for each in (self.rule, *self.runs)], RULES.get(rule)
+        return theirs in mine or (rule == "even" and any(each.shares_evenly for each in mine))
+
+    @property
+    def pace(self) -> str:
+        """When its own balancer plans.
+
+        >>> from evenmoe.engines import ENGINES
+        >>> ENGINES.get("vllm").pace, ENGINES.get("mindie").pace
+        ('every 3,000 steps from the last 1,000', 'once')
+        """
+        if self.interval is None:
+            return "once"
+        past = "all before" if self.window is None else f"the last {self.window:,}"
+        return f"every {self.interval:,} steps from {past}"
 
 
 def _filled(option: str, values: dict[str, str | int]) -> str:

@@ -98,6 +98,7 @@ EVENMOE = Engine(
     format="evenmoe-placement",
     rule="batch",
     choice="the best split of every batch",
+    runs=("rank", "token", "occurrence"),
     balancer_words="the published greedy balancer, under the same rule",
     keeps_order=True,
     options=(

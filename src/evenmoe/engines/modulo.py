@@ -22,6 +22,7 @@ class ModuloRule(Rule):
 
     name = "modulo"
     description = "Every token of rank r takes replica r mod replicas; vllm-ascend's without tensor parallelism."
+    kernel = 5
 
     def prepare(self, eplb_table: torch.Tensor, num_slots: int, rank: int, world_size: int) -> Chooser:
         """See `Rule.prepare`."""

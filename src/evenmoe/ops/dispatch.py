@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from evenmoe.contract.calls import DispatchCall
+from evenmoe.contract.comm_alg import is_hierarchy
 from evenmoe.contract.dispatch import check_dispatch_call, infer_dispatch
 from evenmoe.contract.layout import Layout, scale_down
 from evenmoe.contract.tensor_spec import TensorSpec
@@ -79,18 +80,19 @@ def dispatch(
         tp: the group of the two tensor-parallel peers, of the same kinds, or None. With two peers, one expert per rank.
         scales: float32 (shared experts + M, H), smooth factors; only with quant_mode 2.
         x_active_mask: bool (Bs,), of which only the number of True counts (they come first), or bool (Bs, K).
-        expert_scales, performance_info: taken for the signature's sake; unused by this chip.
+        expert_scales: float32 (Bs, K), gate weights, which arrive in `expand_scales`, or None. On all ranks or on none.
+        performance_info: None; waiting times are not measured here.
         elastic_info: int32 (4 + 2·W,), the scaled-down world (§2.11).
         expert_shard_type: 0, shared-expert ranks come first.
         shared_expert_num, shared_expert_rank_num: shared experts, and the ranks 0… that host them.
         quant_mode: 0 to send rows as they are, 2 for int8 with one scale per row.
         global_bs: 0, or W · (the largest Bs of any rank) when ranks have different numbers of tokens.
         expert_token_nums_type: 1 for counts, 0 for prefix sums.
-        comm_alg: "", "fullmesh_v1" or "fullmesh_v2"; the outputs are the same.
+        comm_alg: "", "fullmesh_v1", "fullmesh_v2" or "hierarchy"; what is written is the same.
         zero_expert_num, copy_expert_num, const_expert_num: virtual experts.
         check_values: check that ids are in range and not repeated within a token. False saves the pass.
-        limits: "atlas-a3" for exactly the chip's ranges, "relaxed" for its maxima with small worlds allowed, or
-            "unlimited".
+        limits: "atlas-a3" for exactly the chip's ranges ("atlas-a3-2025" and "atlas-a3-2026" for those of one release),
+            "relaxed" for its maxima with small worlds allowed, or "unlimited".
 
     Returns:
         `Dispatched`, the seven outputs; unwritten regions are zero.
@@ -143,8 +145,9 @@ def make_plan(
         "dtype of `x`": dtype_code(call.x.dtype),
         "`quant_mode`": call.quant_mode,
         "presence of `scales`": call.scales is not None,
+        "presence of `expert_scales`": call.sends_expert_scales,
     }
-    outputs = infer_dispatch(layout, call.x.dtype, call.quant_mode).values()
+    outputs = infer_dispatch(layout, call.x.dtype, call.quant_mode, is_hierarchy(call)).values()
     return DispatchPlan(
         layout, Header("dispatch", sizes), [(spec.shape, getattr(torch, spec.dtype)) for spec in outputs]
     )
@@ -185,6 +188,7 @@ def _exchange_across(part: GroupCall, plan: DispatchPlan, call: Dispatching, loc
         (layout.hidden + 4,) if quantized else (layout.hidden,),  # H int8 and one float32 scale, as bytes
         x.new_empty(0, dtype=torch.uint8) if quantized else x,
         rows_differ_by_expert=call.scales is not None,
+        weights=call.expert_scales if call.sends_expert_scales else None,
     )
     counts = part.agree(plan.header, routing.counts, sending.outgoing)
     # A shared-expert rank has one local expert, and every source counts for it in column 0.
@@ -236,7 +240,7 @@ def _exchange_with_peer(received: Received, part: GroupCall, layout: Layout) -> 
 
 
 def _fill(outputs: Outputs, received: Received, peer: _Peer | None, call: Dispatching) -> Outputs:
-    expand_x, dynamic_scales, assist, token_nums, ep_recv_counts, tp_recv_counts, _ = outputs
+    expand_x, dynamic_scales, assist, token_nums, ep_recv_counts, tp_recv_counts, expand_scales = outputs
     own = len(received.rows)
     rows = received.rows if peer is None else torch.cat([received.rows, peer.rows])
     if call.quant_mode == DYNAMIC_INT8:
@@ -245,6 +249,8 @@ def _fill(outputs: Outputs, received: Received, peer: _Peer | None, call: Dispat
         rows = rows[:, :hidden].view(torch.int8)
     if call.quant_mode == DYNAMIC_INT8 or peer is not None:  # else they were gathered where they stay
         expand_x[: len(rows)] = rows
+    if received.weight is not None:
+        expand_scales[:own] = received.weight
     assist[: 3 * own] = torch.stack([received.source, received.token, received.k], dim=1).flatten()
     ordered = received.counts.T.flatten()  # (local expert, source rank)
     ep_recv_counts[: len(ordered)] = ordered.cumsum(0)
@@ -260,7 +266,7 @@ def _fill(outputs: Outputs, received: Received, peer: _Peer | None, call: Dispat
 
 def _fake(call: Dispatching) -> tuple[torch.Tensor, ...]:
     specs = specs_of(call)
-    outputs = infer_dispatch(check_dispatch_call(specs), specs.x.dtype, call.quant_mode).values()
+    outputs = infer_dispatch(check_dispatch_call(specs), specs.x.dtype, call.quant_mode, is_hierarchy(specs)).values()
     number = torch.empty((2,), dtype=torch.int64)
     return (*[call.x.new_zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in outputs], number)
 

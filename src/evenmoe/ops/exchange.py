@@ -45,7 +45,8 @@ class Sending:
     """What a rank sends, by destination rank.
 
     Attributes:
-        assignments: int32 (N, 3), token, k, and which of the destination's rows is the token's.
+        assignments: int32 (N, 3), token, k, and which of the destination's rows is the token's; a fourth number, where
+            weights travel, is the bits of a float32.
         token: int64 (R,), the token of every row.
         outgoing: how many of both go where.
     """
@@ -63,6 +64,7 @@ class Received:
         rows: (N, …), as sent.
         source, token, k: int32 (N,), where each row came from.
         counts: int64 (W, L), rows per source and local expert.
+        weight: float32 (N,), what the source gave the assignment, or None where weights do not travel.
     """
 
     rows: torch.Tensor
@@ -70,6 +72,7 @@ class Received:
     token: torch.Tensor
     k: torch.Tensor
     counts: torch.Tensor
+    weight: torch.Tensor | None = None
 
 
 # Which rows go where ---------------------------------------------------------------------------------------------
@@ -198,7 +201,12 @@ def distinct(keys: torch.Tensor, bound: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def prepare_sending(
-    routing: Routing, num_tokens: int, shape: tuple[int, ...], like: torch.Tensor, rows_differ_by_expert: bool = False
+    routing: Routing,
+    num_tokens: int,
+    shape: tuple[int, ...],
+    like: torch.Tensor,
+    rows_differ_by_expert: bool = False,
+    weights: torch.Tensor | None = None,
 ) -> Sending:
     """Work out which rows go where.
 
@@ -206,6 +214,7 @@ def prepare_sending(
         num_tokens: tokens on this rank.
         shape, like: of one row as it travels, and a tensor of its dtype and device.
         rows_differ_by_expert: a token's rows for two experts of one rank differ (smooth scales), so each must travel.
+        weights: float32 (Bs, K), which travel with the assignments, or None. A shared expert's is 0.
     """
     per_rank = routing.counts.sum(dim=1)
     destination = torch.repeat_interleave(per_rank)
@@ -219,7 +228,14 @@ def prepare_sending(
         token = pair % tokens
     row = row - (row_counts.cumsum(0) - row_counts)[destination]
     assignments = torch.stack([routing.token, routing.k, row], dim=1).int()
-    outgoing = Outgoing((3 * per_rank).tolist(), row_counts.tolist(), shape, like)
+    if weights is not None:
+        top_k = weights.shape[1]
+        routed = routing.k < top_k
+        # Clamped where it is not read, so that the index is one of the table's.
+        at = routing.token * top_k + routing.k.clamp(max=max(top_k - 1, 0))
+        weight = torch.where(routed, weights.flatten()[at], 0.0)
+        assignments = torch.cat([assignments, weight.view(torch.int32)[:, None]], dim=1)
+    outgoing = Outgoing((assignments.shape[1] * per_rank).tolist(), row_counts.tolist(), shape, like)
     return Sending(assignments, token, outgoing)
 
 
@@ -240,12 +256,13 @@ def exchange(
     """
     incoming = call.exchange(rows, index, sending.assignments)
     order, source = received_order(counts)
-    assignments = incoming.numbers.view(-1, 3)[order]
+    assignments = incoming.numbers.view(-1, sending.assignments.shape[1])[order]
+    weight = assignments[:, 3].contiguous().view(torch.float32) if assignments.shape[1] == 4 else None
     position = torch.tensor(incoming.first, device=source.device)[source] + assignments[:, 2]
     buffer = incoming.buffer
     out = empty((len(position), *buffer.shape[1:]), buffer) if allocate is None else allocate(len(position))
     received = torch.index_select(buffer, 0, position, out=out)
-    return Received(received, source.int(), assignments[:, 0], assignments[:, 1], counts)
+    return Received(received, source.int(), assignments[:, 0], assignments[:, 1], counts, weight)
 
 
 def received_order(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

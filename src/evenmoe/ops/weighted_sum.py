@@ -129,8 +129,8 @@ def _add_virtual(total: torch.Tensor, k: int, layout: Layout, call: Combining) -
         assert call.const_expert_v is not None
         which = ids[where] - call.copy_expert_num
         x = call.ori_x[where].float()
-        first = tree_sum(call.const_expert_alpha_1[which].float() * x)
-        second = tree_sum(call.const_expert_alpha_2[which].float() * x)
-        p1, p2 = softmax_of_two(first, second)
+        p1, p2 = call.const_expert_alpha_1[which].float(), call.const_expert_alpha_2[which].float()
+        if p1.dim() == 2:
+            p1, p2 = softmax_of_two(tree_sum(p1 * x), tree_sum(p2 * x))
         mixed = p1[:, None] * x + p2[:, None] * call.const_expert_v[which].float()
         total[where] += weights[where] * mixed

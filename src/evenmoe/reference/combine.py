@@ -96,6 +96,7 @@ def accumulate(
         shared_expert_x: per rank (Bs,H) or (a,b,H) with a·b = Bs, added unweighted, or None.
         ori_x: per rank (Bs,H), what copy and const experts read.
         const_expert_alpha_1, const_expert_alpha_2, const_expert_v: (const_expert_num,H), one tensor or one per rank.
+            The first two may both be (const_expert_num,), as in November 2025: plain factors, without a softmax.
         global_bs: accepted as dispatch's, it fixes only buffer sizes and has no effect here.
         comm_quant_mode: 0, or 2: rows cross EP as int8 (§3.5; not with TP).
 
@@ -206,9 +207,9 @@ class _Virtual:
         if expert < first_const:
             return x
         j = expert - first_const
-        p1, p2 = softmax_of_two(
-            tree_sum(_present(self.alpha_1)[j].float() * x), tree_sum(_present(self.alpha_2)[j].float() * x)
-        )
+        p1, p2 = _present(self.alpha_1)[j].float(), _present(self.alpha_2)[j].float()
+        if p1.dim() == 1:
+            p1, p2 = softmax_of_two(tree_sum(p1 * x), tree_sum(p2 * x))
         return p1 * x + p2 * _present(self.v)[j].float()
 
 

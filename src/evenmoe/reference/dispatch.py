@@ -20,6 +20,7 @@ def dispatch(
     tp_world_size: int = 0,
     scales: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
     x_active_mask: Sequence[torch.Tensor | None] | None = None,
+    expert_scales: Sequence[torch.Tensor | None] | None = None,
     elastic_info: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
     shared_expert_num: int = 1,
     shared_expert_rank_num: int = 0,
@@ -40,6 +41,7 @@ def dispatch(
         scales: float32 (Sn+M,H) smoothing factors for quant_mode 2, one tensor or one per rank, or None. Row e belongs
             to shared expert e, row Sn+m to MoE expert m.
         x_active_mask: per rank bool (Bs,) (its number of True tokens take part) or (Bs,K) (entry by entry), or None.
+        expert_scales: per rank float32 (Bs,K), whose entry for each row arrives in expand_scales, or None.
         elastic_info: int32 (4+2·ep,), one tensor or one per rank, or None (§2.11).
         shared_expert_num, shared_expert_rank_num: Sn, Sr; the pair (1, 0) means no shared experts.
         quant_mode: 0 copies rows, 2 quantises them to int8.
@@ -73,12 +75,14 @@ def dispatch(
     num_ids = world.current.experts + zero_expert_num + copy_expert_num + const_expert_num
     tokens, ids = one_per_rank(x, len(x)), one_per_rank(expert_ids, len(x))
     masks, smooth = one_per_rank(x_active_mask, len(x)), one_per_rank(scales, len(x))
+    weights = one_per_rank(expert_scales, len(x))
 
     outboxes: dict[tuple[int, int], _Outbox] = {}
     for rank, tp_rank in world.ranks():
         d = world.index(rank, tp_rank)
         assert all(0 <= expert < num_ids for expert in ids[d].flatten().tolist())
-        outboxes[rank, tp_rank] = _pack(world, rank, tokens[d], ids[d], masks[d], smooth[d], quant_mode)
+        given = weights[d] if tp_world_size < 2 else None  # the release with peers sends none
+        outboxes[rank, tp_rank] = _pack(world, rank, tokens[d], ids[d], masks[d], smooth[d], given, quant_mode)
     # EP first, then TP (§2.12)
     received = {(rank, tp_rank): _receive(world, rank, tp_rank, outboxes) for rank, tp_rank in world.ranks()}
 
@@ -95,12 +99,13 @@ def dispatch(
 
 @dataclass(frozen=True)
 class _Sent:
-    """One row on its way: (token, k) on its source, and its scale when quantised."""
+    """One row on its way: (token, k) on its source, its scale when quantised, and its weight, 0 where there is none."""
 
     token: int
     k: int
     row: torch.Tensor
     dynamic_scale: torch.Tensor | None
+    weight: torch.Tensor | float
 
 
 _Outbox = dict[tuple[int, int], list[_Sent]]  # (rank, local expert) -> rows in the order of (token, k)
@@ -112,6 +117,7 @@ class _Received:
 
     rows: list[torch.Tensor] = field(default_factory=list)
     dynamic_scales: list[torch.Tensor] = field(default_factory=list)
+    weights: list[torch.Tensor | float] = field(default_factory=list)
     assist_info: list[int] = field(default_factory=list)
     num_per_local: list[int] = field(default_factory=list)
     running: list[int] = field(default_factory=list)  # rows so far, after every (local expert, source rank)
@@ -124,6 +130,7 @@ def _pack(
     expert_ids: torch.Tensor,
     mask: torch.Tensor | None,
     smooth: torch.Tensor | None,
+    expert_scales: torch.Tensor | None,
     quant_mode: int,
 ) -> _Outbox:
     """What `source` sends, by destination (§2.5, §2.6, §2.9, §2.10)."""
@@ -135,7 +142,8 @@ def _pack(
         row, dynamic_scale = x[token], None
         if quant_mode == 2:
             row, dynamic_scale = quantize_token(row, None if smooth is None else smooth[scale_row])
-        outbox.setdefault(destination, []).append(_Sent(token, k, row, dynamic_scale))
+        weight = 0.0 if expert_scales is None or k >= top_k else expert_scales[token, k]
+        outbox.setdefault(destination, []).append(_Sent(token, k, row, dynamic_scale, weight))
 
     num_tokens, top_k = expert_ids.shape
     active = active_entries(mask, num_tokens, top_k)
@@ -160,6 +168,7 @@ def _receive(world: World, rank: int, tp_rank: int, outboxes: dict[tuple[int, in
             for sent in outboxes[source, tp_rank].get((rank, local), []):
                 received.rows.append(sent.row)
                 received.assist_info.extend((source, sent.token, sent.k))
+                received.weights.append(sent.weight)
                 if sent.dynamic_scale is not None:
                     received.dynamic_scales.append(sent.dynamic_scale)
             received.running.append(len(received.rows))
@@ -210,6 +219,7 @@ def _write(
     _fill(result.expand_x, [row for part in parts for row in part.rows])
     _fill(result.dynamic_scales, [scale for part in parts for scale in part.dynamic_scales])
     _fill(result.assist_info_for_combine, own.assist_info)
+    _fill(result.expand_scales, own.weights)
     _fill(result.ep_recv_counts, [count for part in parts for count in part.running])
     nums = [sum(nums) for nums in zip(*(part.num_per_local for part in parts), strict=True)]
     if expert_token_nums_type == 0:
@@ -221,7 +231,7 @@ def _write(
     return result
 
 
-def _fill(buffer: torch.Tensor, values: Sequence[torch.Tensor | int]) -> None:
+def _fill(buffer: torch.Tensor, values: Sequence[torch.Tensor | float]) -> None:
     assert len(values) <= len(buffer)
     for i, value in enumerate(values):
         buffer[i] = value

@@ -91,11 +91,17 @@ class Content:
         return [f"{text} {shown.unit.partition(' per ')[0]}" for text in shown.texts]
 
     def table(self, caption: str, quantities: Sequence[str], policies: Sequence[str] = ()) -> Markup:
-        """Figures of all policies, one row for each; `policies` are the rows' heads, their names by default."""
+        """Figures of all policies, one row for each; `policies` are the rows' heads, their names by default.
+
+        Where heads are given, the last column says whether the engine can run the policy.
+        """
         columns, cells = [Column("Policy")], [policies or [name(policy.name) for policy in self.summaries]]
         for key in quantities:
             shown = self.summary.shown(key)
             columns.append(Column(QUANTITIES[key].label, shown.unit, key))
             values = [getattr(policy, key) for policy in self.summaries]
             cells.append([data(value, text) for value, text in zip(values, shown.texts, strict=True)])
+        if policies and self.summary.engine is not None:
+            columns.append(Column(f"On {self.summary.engine.name}", text=True))
+            cells.append(self.summary.runs)
         return table(caption, columns, zip(*cells, strict=True))

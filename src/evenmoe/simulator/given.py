@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
 from evenmoe.placement import Placement
@@ -19,8 +20,12 @@ from evenmoe.rules import RULES
 from evenmoe.rules.rule import Rule
 from evenmoe.simulator.batches import Cluster
 from evenmoe.simulator.fixed import FILE, ReplayedTrace, fixed_policy, read_fixed
+from evenmoe.simulator.own_balancer import OWN, OwnBalancer
 from evenmoe.simulator.policies import Policy, read_policy
 from evenmoe.simulator.policy_text import PolicyText, called
+
+if TYPE_CHECKING:
+    from evenmoe.engines.engine import Engine
 
 Given = str | Path | Placement | Rule | Planner | Policy
 Policies = Sequence[Given] | Mapping[str, Given]
@@ -37,6 +42,7 @@ def parse_policies(
     window: int,
     first: int | None = None,
     replayed: ReplayedTrace | None = None,
+    engine: Engine | None = None,
 ) -> tuple[Policy, ...]:
     """The policies of a run, the first identity in front (added where there is none).
 
@@ -45,6 +51,7 @@ def parse_policies(
         num_slots, num_groups, refresh, window: where a policy does not say.
         first: the step before which those plan for the first time that do not say a refresh; by default `refresh`.
         replayed: the trace, which placements must fit.
+        engine: whose rule those have that do not say, and whose own balancer `own` is.
 
     Raises:
         UnsupportedTypeError: something that is no policy.
@@ -57,11 +64,11 @@ def parse_policies(
     """
     defaults = {"slots": num_slots, "groups": num_groups, "refresh": refresh, "window": window, "pieces": 1}
     defaults["first"] = refresh if first is None else first
-    reader = _Reader(cluster, num_experts, defaults, replayed)
+    reader = _Reader(cluster, num_experts, defaults, replayed, engine)
     found = [reader.read(name, given) for name, given in _named(policies)]
     baseline = next((policy for policy in found if type(policy) is Policy), None)
     if baseline is None:
-        baseline = Policy.read(PolicyText("identity", defaults), cluster, num_experts)
+        baseline = Policy.read(PolicyText("identity", defaults, engine=engine), cluster, num_experts)
     found = [baseline, *(policy for policy in found if policy is not baseline)]
     names = [policy.name for policy in found]
     for name in names:
@@ -92,15 +99,13 @@ class _Reader:
     num_experts: int
     defaults: Mapping[str, int]
     replayed: ReplayedTrace | None
+    engine: Engine | None
 
     def read(self, name: str | None, given: Given) -> Policy:
         """The policy that is given, by that name or its own."""
         if isinstance(given, Path):
             given = f"{FILE}{given}"
-        if isinstance(given, str):
-            policy = self._of_text(PolicyText(given, self.defaults))
-        else:
-            policy = self._of_object(name, given)
+        policy = self._of_text(self._text(given)) if isinstance(given, str) else self._of_object(name, given)
         if name is None or name == policy.name:
             return policy
         # What sees the future is told by its name, so it keeps the word.
@@ -108,6 +113,8 @@ class _Reader:
         return replace(policy, name=kept)
 
     def _of_text(self, text: PolicyText) -> Policy:
+        if text.kind == OWN:
+            return OwnBalancer.read(text, self.cluster, self.num_experts)
         if text.kind.startswith(FILE):
             return read_fixed(text, self.cluster, self._trace())
         if text.kind.startswith("py:"):
@@ -125,19 +132,22 @@ class _Reader:
         if isinstance(given, Policy):
             return given
         if isinstance(given, Placement):
-            return fixed_policy(name or "placement", given, RULES.get("rank"), self.cluster, self._trace())
+            rule = RULES.get(self._text("placement").standard("rank"))
+            return fixed_policy(name or "placement", given, rule, self.cluster, self._trace())
         if isinstance(given, Rule):
-            policy = read_policy(PolicyText("evenmoe", self.defaults), self.cluster, self.num_experts)
+            policy = read_policy(self._text("evenmoe"), self.cluster, self.num_experts)
             return replace(policy, name=name or f"evenmoe:rule={given.name}", rule=given, plan_for=given.plan_for)
         if callable(given) and not isinstance(given, type):
-            text = PolicyText(name or called(given), self.defaults, given)
-            return read_policy(text, self.cluster, self.num_experts)
+            return read_policy(self._text(name or called(given), given), self.cluster, self.num_experts)
         raise UnsupportedTypeError(
             "policies",
             f"with {given!r}" if isinstance(given, type) else f"with something of type {type(given).__name__}",
             "must hold texts, placements, planners, rules or policies",
             "pass what can be replayed",
         )
+
+    def _text(self, text: str, planner: Planner | None = None) -> PolicyText:
+        return PolicyText(text, self.defaults, planner, self.engine)
 
     def _trace(self) -> ReplayedTrace:
         assert self.replayed is not None, "placements need the trace that they serve"

@@ -2,7 +2,8 @@
 
 The rules of `evenmoe.evidence` decide: the judged steps' times under a policy and under the default placement, paired;
 one in a hundred for all policies together. Of those that are shown to gain, the one of least memory is recommended that
-is not slower than the fastest: by less than `MATERIAL`, or not significantly.
+is not slower than the fastest: by less than `MATERIAL`, or not significantly. A replay that is looked at for an engine
+has only those to choose among that the engine can run, and says what the policy gains over the engine's own balancer.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evenmoe.evidence import PairedGain, Unevenness, Verdict, balanced_par, judge, paired_gain, unevenness
-from evenmoe.evidence.hold_out import CLUSTERED, FEWEST_WINDOWS
+from evenmoe.evidence import Unevenness, Verdict, balanced_par, judge, paired_gain, unevenness
+from evenmoe.evidence.hold_out import CLUSTERED
 from evenmoe.evidence.paired import LEVEL, t_quantile
-from evenmoe.metrics import FloatArray
-from evenmoe.simulator.headline_text import ENGINE_RULES, MATERIAL, Candidate, words
+from evenmoe.simulator.beside_own import BesideOwn, find_beside_own
+from evenmoe.simulator.candidates import Candidate, find_candidates, is_thinned
+from evenmoe.simulator.headline_text import ENGINE_RULES, MATERIAL, words, words_for
 from evenmoe.simulator.replayed import PolicySummary, Replayed
 
 _STEPS_TO_RECORD = 12  # at least, of which 4 are the warm-up: the fewest with which a steady gain of 5 % is shown
@@ -39,9 +41,12 @@ class Headline:
         lower_percent, upper_percent: one-sided limits of it, together wrong for any policy in one case of a hundred.
         fastest_policy, fastest_net_gain_percent: the least time per step, whatever the memory.
         rearranged_policy, rearranged_net_gain_percent: the least of those without more memory; None if there is none.
-        engine_policy, engine_net_gain_percent: the least of those whose rule engines have; None if there is none.
+        engine_policy, engine_net_gain_percent: the least of those whose rule engines have, or that the engine can run
+            for which the replay is looked at; None if there is none.
         judged_tokens: tokens of the judged steps.
         tokens_to_record, windows_to_record: in all, where there are too few to judge; else None.
+        beside_own: the policy beside the own balancer of the engine that the replay is looked at for; None without one,
+            or where nothing was judged.
     """
 
     kind: str
@@ -62,23 +67,27 @@ class Headline:
     judged_tokens: int
     tokens_to_record: int | None
     windows_to_record: int | None
+    beside_own: BesideOwn | None = None
 
 
 def find_headline(simulation: Replayed, summaries: Sequence[PolicySummary]) -> Headline:
     """The headline of a replay, whose policies have these figures."""
-    candidates = _candidates(simulation, summaries)
+    chosen = [n for n, each in enumerate(summaries) if n and not each.sees_future and each.cannot_run is None]
+    candidates = find_candidates(simulation, summaries, chosen)
     best: Candidate | None = None
     verdict: Verdict | None = None
     if candidates and simulation.num_judged_steps:
         shown = [candidate for candidate in candidates if candidate.gain.is_significant]
         fastest = min(shown or candidates, key=lambda candidate: candidate.summary.net_time_us)
         verdict = judge(fastest.gain, _unevenness(simulation))
-        best = _recommended(shown, fastest) if verdict.kind == "gain" else fastest
+        best = _recommended(simulation, shown, fastest) if verdict.kind == "gain" else fastest
+    own = None if best is None else find_beside_own(simulation, summaries, best.summary)
     wanted = _to_record(simulation, verdict) if candidates else (None, None)
     text = words(simulation, summaries, candidates, best, verdict, *wanted)
+    text = text if simulation.engine is None else words_for(simulation.engine, text, own)
     quickest = min(candidates, key=lambda candidate: candidate.summary.net_time_us, default=None)
     rearranged = _quickest(candidates, lambda summary: summary.extra_memory_bytes_per_rank <= 0)
-    engine = _quickest(candidates, lambda summary: summary.rule in ENGINE_RULES)
+    engine = _quickest(candidates, lambda summary: bool(simulation.engine) or summary.rule in ENGINE_RULES)
     first = best or quickest
     limits = (best.gain.lower, best.gain.upper) if best else (-math.inf, math.inf)
     return Headline(
@@ -100,46 +109,8 @@ def find_headline(simulation: Replayed, summaries: Sequence[PolicySummary]) -> H
         judged_tokens=int(simulation.tokens[simulation.judged].sum()) if simulation.num_judged_steps else 0,
         tokens_to_record=wanted[0],
         windows_to_record=wanted[1],
+        beside_own=own,
     )
-
-
-def _candidates(simulation: Replayed, summaries: Sequence[PolicySummary]) -> list[Candidate]:
-    chosen = [n for n, summary in enumerate(summaries) if n and not summary.sees_future]
-    if not simulation.num_judged_steps:
-        nothing = PairedGain(math.nan, -math.inf, math.inf, 0, LEVEL)
-        return [Candidate(summaries[n], np.zeros(0), nothing, nothing) for n in chosen]
-    base, step = simulation.policies[0], simulation.judged
-    before, alone = _by_evidence(simulation, simulation.net_times(base)), _by_evidence(simulation, base.step_time[step])
-    variance = CLUSTERED if _is_thinned(simulation) else 1.0
-    found = []
-    for n in chosen:
-        policy = simulation.policies[n]
-        times = _by_evidence(simulation, simulation.net_times(policy))
-        gain = paired_gain(before, times, comparisons=len(chosen), variance=variance)
-        steps = _by_evidence(simulation, policy.step_time[step])
-        without = paired_gain(alone, steps, comparisons=len(chosen), variance=variance)
-        found.append(Candidate(summaries[n], times, gain, without))
-    return found
-
-
-def _windows(simulation: Replayed) -> np.ndarray:
-    """Which window each judged step was drawn from; of tokens, every step is its own."""
-    steps, total, windows = simulation.judged, len(simulation.tokens), simulation.recorded_windows
-    numbers = np.arange(steps.start, steps.stop)
-    return numbers * windows // total if 0 < windows < total else numbers
-
-
-def _is_thinned(simulation: Replayed) -> bool:
-    """Whether all that could be compared are random parts of one or two windows of counts."""
-    return len(np.unique(_windows(simulation))) < FEWEST_WINDOWS <= simulation.num_judged_steps
-
-
-def _by_evidence(simulation: Replayed, times: FloatArray) -> FloatArray:
-    """Times of the judged steps, those averaged that were drawn from one window, which are no further evidence."""
-    if _is_thinned(simulation):
-        return times
-    _, first = np.unique(_windows(simulation), return_index=True)
-    return np.add.reduceat(times, first) / np.diff(np.append(first, len(times)))
 
 
 def _unevenness(simulation: Replayed) -> Unevenness:
@@ -152,16 +123,18 @@ def _unevenness(simulation: Replayed) -> Unevenness:
     variance = 1 + drawn / recorded if recorded > 0 else 1.0
     mean, deviation, _, error = (float(value) for value in balanced_par(max(drawn / variance, 1.0), ranks))
     reach = t_quantile(1 - LEVEL / 2, 10_000) * math.hypot(deviation / math.sqrt(judged.stop - judged.start), error)
-    variance *= CLUSTERED if _is_thinned(simulation) else 1.0
+    variance *= CLUSTERED if is_thinned(simulation) else 1.0
     total = unevenness(policy.rank_tokens[None].astype(np.float64), variance=variance)
     return Unevenness(
         float(policy.par[judged].mean()), total.total_par, mean + reach, total.total_limit, total.assignments
     )
 
 
-def _recommended(shown: Sequence[Candidate], fastest: Candidate) -> Candidate:
+def _recommended(simulation: Replayed, shown: Sequence[Candidate], fastest: Candidate) -> Candidate:
     """Of those that gain, the one of least memory that is not slower than the fastest; of these a rule that engines
-    have comes first, then fewer copies."""
+    have comes first, or the engine's own balancer, then fewer copies."""
+    engine = simulation.engine
+    owned = {policy.name for policy in simulation.policies if engine is not None and engine.is_own(policy)}
 
     def is_slower(candidate: Candidate) -> bool:
         if candidate is fastest or fastest.percent - candidate.percent < MATERIAL:
@@ -170,8 +143,8 @@ def _recommended(shown: Sequence[Candidate], fastest: Candidate) -> Candidate:
 
     def order(candidate: Candidate) -> tuple[float, ...]:
         summary = candidate.summary
-        rule = summary.rule not in ENGINE_RULES
-        return (summary.memory_bytes_per_rank, rule, summary.copies, summary.net_time_us)
+        later = summary.rule not in ENGINE_RULES if engine is None else summary.name not in owned
+        return (summary.memory_bytes_per_rank, later, summary.copies, summary.net_time_us)
 
     return min((candidate for candidate in shown if not is_slower(candidate)), key=order)
 

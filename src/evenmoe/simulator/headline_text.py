@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from evenmoe import quantities
 from evenmoe.quantities import count, counted
 
 if TYPE_CHECKING:
-    from evenmoe.evidence import PairedGain, Verdict
-    from evenmoe.metrics import FloatArray
+    from evenmoe.evidence import Verdict
+    from evenmoe.simulator.beside_own import BesideOwn
+    from evenmoe.simulator.candidates import Candidate
+    from evenmoe.simulator.engine_view import EngineView
     from evenmoe.simulator.replayed import PolicySummary, Replayed
 
 #: Per cent of a step below which a gain is hardly one, and more memory not worth having.
@@ -20,27 +22,6 @@ MATERIAL = 1.0
 #: Rules that inference engines have, by the number of the rank, the token's place, or a random or hashed choice.
 ENGINE_RULES = ("rank", "token", "even")
 _LITTLE = "too little to judge"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A policy that could be run, with its gain.
-
-    Attributes:
-        summary: its figures.
-        times: float64 (blocks of evidence,), step and copying.
-        gain: of `times` over the first policy's.
-        gain_without_copies: of the steps alone.
-    """
-
-    summary: PolicySummary
-    times: FloatArray
-    gain: PairedGain
-    gain_without_copies: PairedGain
-
-    @property
-    def percent(self) -> float:
-        return self.summary.net_gain_percent if self.gain.blocks else math.nan
 
 
 @dataclass(frozen=True)
@@ -70,7 +51,10 @@ def words(
     measured = _measured_on(simulation, best)
     if not candidates:
         par = quantities.par(summaries[0].mean_par)
-        alone = f"Only {summaries[0].name} was replayed, so there is nothing to compare it with"
+        alone = f"Only {summaries[0].name} was replayed"
+        if simulation.engine is not None and any(summary.cannot_run for summary in summaries):
+            alone = f"Of what was replayed {simulation.engine.name} can run {summaries[0].name} alone"
+        alone += ", so there is nothing to compare it with"
         return Words("nothing compared", "one policy", f"{alone}; its mean PAR is {par}.", (), measured)
     if best is None or verdict is None:
         return Words(_LITTLE, "no judged steps", _nothing_judged(simulation, tokens or 0), (), measured)
@@ -79,7 +63,7 @@ def words(
         kind, reason = "no gain", "hardly a gain"
     if kind == "gain":
         sentence = (
-            f"With {best.summary.name} a step takes {_percent(best.percent)} less time than with "
+            f"With {_called(simulation, best)} a step takes {_percent(best.percent)} less time than with "
             f"{summaries[0].name}, copying included (at least {_percent(best.gain.lower)}), for "
             f"{_memory(best.summary)}."
         )
@@ -96,6 +80,30 @@ def words(
     if windows is not None:
         sentence += f" Record {count(windows)} windows or more; there are {count(simulation.recorded_windows)}."
     return Words(kind, reason, sentence, (), measured)
+
+
+def words_for(engine: EngineView, said: Words, own: BesideOwn | None) -> Words:
+    """The same for the engine that the replay is looked at for; `own` is the policy beside its own balancer."""
+    if said.kind == "nothing compared":
+        return said
+    sentence = f"Under {engine.name}'s own rule ({engine.rule}), {said.sentence[0].lower()}{said.sentence[1:]}"
+    if own is not None:
+        return replace(said, sentence=f"{sentence} {own.words(engine)}")
+    if said.reason == "no judged steps":
+        return replace(said, sentence=sentence)
+    missing = f"{engine.name}'s own balancer was not replayed: it is `own` among the policies of simulate --for."
+    return replace(said, sentence=sentence, details=(missing, *said.details))
+
+
+def _called(simulation: Replayed, best: Candidate) -> str:
+    """The policy's name, and whether it is the own balancer of the engine that the replay is looked at for."""
+    name = best.summary.name
+    return f"its own balancer ({name})" if _is_own(simulation, best) else name
+
+
+def _is_own(simulation: Replayed, best: Candidate) -> bool:
+    engine = simulation.engine
+    return engine is not None and any(engine.is_own(each) for each in simulation.policies if best.is_of(each))
 
 
 def _percent(value: float) -> str:
@@ -214,7 +222,7 @@ def _alternatives(simulation: Replayed, candidates: Sequence[Candidate], best: C
         said.append(
             f"Whether {slots} slots would do, without more memory, was not tried: add -p evenmoe:slots={slots}."
         )
-    if best.summary.rule not in ENGINE_RULES:
+    if best.summary.rule not in ENGINE_RULES and simulation.engine is None:
         by_engine = [other for other in others if other.summary.rule in ENGINE_RULES]
         if by_engine:
             said.append(
@@ -230,16 +238,21 @@ def _alternatives(simulation: Replayed, candidates: Sequence[Candidate], best: C
 
 
 def _what_to_do(simulation: Replayed, best: Candidate) -> tuple[str, ...]:
+    engine = simulation.engine
+    if engine is not None and _is_own(simulation, best):
+        redundant = best.summary.num_slots - simulation.num_experts
+        return (f"{best.summary.name} is what {engine.name} does by itself ({engine.balancer}), with {redundant} "
+                "redundant experts.",)  # fmt: skip
     kind = best.summary.name.partition(":")[0]
     planner = {"greedy": " --planner greedy", "evenmoe": "", "static": ""}.get(kind)
     if planner is None:
         return ()
-    rule = best.summary.rule
+    target = f"--rule {best.summary.rule}" if engine is None else f"--for {engine.name} -o FILE"
     nodes = f" --nodes {simulation.num_nodes}" if simulation.num_nodes > 1 else ""
     tokens = count(simulation.num_warmup_steps * int(simulation.tokens[0]))
     return (
         f"To get the placement: evenmoe plan LOAD --ranks {simulation.num_ranks} --slots {best.summary.num_slots}"
-        f"{nodes} --rule {rule}{planner}, from the load of {tokens} tokens or more.",
+        f"{nodes} {target}{planner}, from the load of {tokens} tokens or more.",
     )
 
 
@@ -263,8 +276,10 @@ def _measured_on(simulation: Replayed, best: Candidate | None) -> str:
         if simulation.copy_overlap
         else "steps wait while experts are copied"
     )
+    engine = simulation.engine
+    own = "" if engine is None else f"; {engine.name}'s own balancer ({engine.balancer}) plans {engine.pace}"
     times = f"; times are modeled for {simulation.hardware}" if simulation.hardware else ""
     return (
         f"Measured on {steps}; {copies}, those of a first plan being charged over "
-        f"{counted(simulation.horizon_steps, 'step')}{times}."
+        f"{counted(simulation.horizon_steps, 'step')}{own}{times}."
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from evenmoe.compiled import compiled
 
-RANK, TOKEN, OCCURRENCE, BATCH, EVEN = range(5)  # `Rule.kernel`
+RANK, TOKEN, OCCURRENCE, BATCH, EVEN, MODULO = range(6)  # `Rule.kernel`
 WITHIN, BETWEEN = range(2)
 
 
@@ -42,6 +42,8 @@ def choose_slots(experts, first, slots, rule, quotas, chosen):
                 count = first[expert + 1] - first[expert]
                 if rule == RANK:
                     replica = rank // ((num_ranks + count - 1) // count)
+                elif rule == MODULO:
+                    replica = rank % count
                 elif rule == TOKEN:
                     replica = token % count
                 elif rule == OCCURRENCE:
@@ -90,6 +92,11 @@ def share_counts(counts, first, slots, rule, quotas, per_slot):
                 taken[:] = 0
                 begin, end = min(replica * width, num_ranks), min((replica + 1) * width, num_ranks)
                 taken[begin:end] = tokens[begin:end]
+        elif rule == MODULO:
+            for replica in range(count):
+                taken = per_slot[replicas[replica]]
+                taken[:] = 0
+                taken[replica::count] = tokens[replica::count]
         elif rule == BATCH:
             _cut_at_quotas(tokens, replicas, quotas, per_slot)
         else:

@@ -25,6 +25,7 @@ from evenmoe.errors import ConstraintError
 from evenmoe.metrics import FloatArray
 from evenmoe.placement import Placement
 from evenmoe.planner import PLANNERS, Planner
+from evenmoe.planner.judging import without_order
 from evenmoe.planner.options import PlanOptions
 from evenmoe.planner.plan import names, plan_with, takes
 from evenmoe.rules import RULES
@@ -44,12 +45,14 @@ class Policy:
         rule: by which its tokens choose among replicas.
         num_slots: S.
         window: past steps that a plan is made from, at most.
+        own_of: name of the engine whose own balancer it is, "" of none.
     """
 
     name: str
     rule: Rule
     num_slots: int
     window: int = 1
+    own_of: str = ""
 
     sees_the_step: ClassVar[bool] = False  # and plans before every step from its own load, with free copies
 
@@ -110,7 +113,8 @@ class Planned(Policy):
         num_groups: expert groups that stay inside nodes; 1 plans across nodes.
         pieces: windows that the past steps are added up to; a plan from more than one looks at how loads vary.
         planner: its name, py:module:function, or a function that is called as `evenmoe.plan` is.
-        plan_for: name of the rule that the plan is made for.
+        plan_for: the rule that the plan is made for, or its name.
+        in_slot_order: whether replicas are in the order of their slots, as the file of an engine leaves them.
         max_copies: of a layer in a plan that starts from the placement in use; None for no bound.
         target_par: at which such a plan stops copying, or None.
     """
@@ -118,7 +122,8 @@ class Planned(Policy):
     num_groups: int = 1
     pieces: int = 1
     planner: str | Planner = "evenmoe"
-    plan_for: str = "even"
+    plan_for: str | Rule = "even"
+    in_slot_order: bool = False
     max_copies: int | None = None
     target_par: float | None = None
 
@@ -137,11 +142,12 @@ class Planned(Policy):
             pieces=text.number("pieces"),
             planner=text.find_planner(),
             plan_for=text.rule_name("plan-for", plan_for),
+            in_slot_order=text.engine is not None and not text.engine.keeps_order,
         )
 
     @classmethod
-    def _default_rules(cls, text: PolicyText) -> tuple[str, str]:
-        return "rank", text.given.get("rule", "rank")
+    def _default_rules(cls, text: PolicyText) -> tuple[str, str | Rule]:
+        return "rank", text.given.get("rule", text.standard("rank"))
 
     def plan(self, cluster: Cluster, past: FloatArray, previous: Placement | None, seed: int) -> Placement:
         """See `Policy.plan`; the steps are added up to `pieces` windows, as equal in number as they can be."""
@@ -158,7 +164,8 @@ class Planned(Policy):
             rule=self.plan_for,
             seed=seed,
         )
-        return plan_with(self.planner, windows[0] if len(windows) == 1 else windows, options)
+        placement = plan_with(self.planner, windows[0] if len(windows) == 1 else windows, options)
+        return without_order(placement) if self.in_slot_order else placement
 
     @property
     def _plan(self) -> str:
@@ -209,8 +216,8 @@ class Oracle(Planned):
         return ("rule", "slots", "groups", "planner", "plan-for")
 
     @classmethod
-    def _default_rules(cls, text: PolicyText) -> tuple[str, str]:
-        return "batch", "even"
+    def _default_rules(cls, text: PolicyText) -> tuple[str, str | Rule]:
+        return "batch", "even" if "rule" in text.given else text.standard("even")
 
     @property
     def description(self) -> str:

@@ -64,6 +64,7 @@ class PolicyResult:
         break_even_steps: float, steps after which a mean refresh has paid for its copies, compared with the default
             placement; inf when it never does, 0.0 when nothing is copied.
         details: or None where they were not asked for.
+        own_of: name of the engine whose own balancer it is, "" of none.
     """
 
     name: str
@@ -81,6 +82,12 @@ class PolicyResult:
     memory_per_rank: int
     break_even_steps: float
     details: Details | None = None
+    own_of: str = ""
+
+    @property
+    def sees_future(self) -> bool:
+        """Whether the policy plans from the loads that it is then measured on."""
+        return self.name.split(":")[0] == "oracle"
 
     @property
     def first_copy_time(self) -> float:

@@ -136,6 +136,7 @@ class PolicyState:
             memory_per_rank=round(placement.num_layers * placement.slots_per_rank * costs.expert_bytes),
             break_even_steps=self._break_even(baseline, judged or slice(None)),
             details=self._details,
+            own_of=self.policy.own_of,
         )
 
     def _break_even(self, baseline: PolicyState, judged: slice) -> float:

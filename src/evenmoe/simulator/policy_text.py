@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from evenmoe.errors import ConstraintError
 from evenmoe.planner import PLANNERS, Planner
@@ -15,6 +15,9 @@ from evenmoe.registry import Registry
 from evenmoe.rules import RULES
 from evenmoe.rules.rule import Rule
 from evenmoe.simulator.batches import Cluster
+
+if TYPE_CHECKING:
+    from evenmoe.engines.engine import Engine
 
 Thing = TypeVar("Thing")
 
@@ -31,11 +34,14 @@ def called(planner: str | Planner) -> str:
 class PolicyText:
     """A policy as written: its kind, what is given of its keys, and the defaults of the run.
 
-    With a `planner`, a function, it is that function's policy, and the text is its name alone.
+    With a `planner`, a function, it is that function's policy, and the text is its name alone. For an `engine`, its
+    rule is that of policies that do not say.
     """
 
-    def __init__(self, text: str, defaults: Mapping[str, int], planner: Planner | None = None) -> None:
-        self.whole, self._defaults, self.planner = text, defaults, planner
+    def __init__(
+        self, text: str, defaults: Mapping[str, int], planner: Planner | None = None, engine: Engine | None = None
+    ) -> None:
+        self.whole, self._defaults, self.planner, self.engine = text, defaults, planner, engine
         # A path may have colons: C:\\plans.py.
         kind = re.match(r"file:.*?(?=:rule=|$)|py:(?:[^=]+?\.py(?=:|$)|[^:]*)(?::[^:]*)?|[^:]*", text)
         self.kind = kind[0] if kind and planner is None else text
@@ -65,10 +71,14 @@ class PolicyText:
         self._named(PLANNERS, "planner", "evenmoe")
         return self.given.get("planner", "evenmoe")
 
-    def rule(self, key: str, default: str) -> Rule:
-        return self._named(RULES, key, default)
+    def standard(self, rule: str) -> str | Rule:
+        """The rule where none is given: that of the engine, or else this one."""
+        return rule if self.engine is None else self.engine.rule
 
-    def rule_name(self, key: str, default: str) -> str:
+    def rule(self, key: str, default: str) -> Rule:
+        return self._named(RULES, key, self.standard(default))
+
+    def rule_name(self, key: str, default: str | Rule) -> str | Rule:
         self._named(RULES, key, default)
         return self.given.get(key, default)
 
@@ -96,12 +106,12 @@ class PolicyText:
             self.fail(f"has {key}={self.given[key]}", f"use a {what}, {least} or more")
         return number
 
-    def _named(self, registry: Registry[Thing], key: str, default: str) -> Thing:
+    def _named(self, registry: Registry[Thing], key: str, default: str | Thing) -> Thing:
         value = self.given.get(key, default)
         try:
             return registry.get(value)
         except ConstraintError as error:
-            reason = f", which {error.rule}" if value.startswith("py:") else ""
+            reason = f", which {error.rule}" if str(value).startswith("py:") else ""
             self.fail(f"has {key}={value}{reason}", f"use one of {', '.join(registry)}, or py:module:attribute")
 
     def fail(self, what: str, fix: str) -> NoReturn:

@@ -9,18 +9,22 @@ from dataclasses import replace
 
 import numpy as np
 
+from evenmoe.engines import ENGINES
+from evenmoe.engines.engine import Engine
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.metrics import FloatArray
 from evenmoe.planner.options import whole_number
 from evenmoe.simulator.batches import Batches, Cluster, new_batches, recorded_part
 from evenmoe.simulator.costs import CostModel, costs_of
+from evenmoe.simulator.engine_view import EngineView
 from evenmoe.simulator.fixed import ReplayedTrace
 from evenmoe.simulator.given import Policies, parse_policies
+from evenmoe.simulator.own_balancer import policies_for
 from evenmoe.simulator.policies import Policy, Refreshed, check_policy, default_policies
 from evenmoe.simulator.policy_state import PolicyState
 from evenmoe.simulator.result import Simulation
 from evenmoe.simulator.run import Run
-from evenmoe.simulator.schedule import HORIZON, choose_refresh, make_schedule
+from evenmoe.simulator.schedule import choose_refresh, make_schedule
 from evenmoe.simulator.settings import describe_settings
 from evenmoe.traces.models import ModelShape, shape_of
 from evenmoe.traces.trace import Trace
@@ -41,10 +45,11 @@ def simulate(
     costs: CostModel | ModelShape | str | None = None,
     num_slots: int | None = None,
     num_groups: int = 1,
+    engine: Engine | str | None = None,
     num_steps: int | None = None,
     refresh: int | None = None,
     window: int | None = None,
-    horizon: int = HORIZON,
+    horizon: int | None = None,
     copy_overlap: bool = True,
     chunk: int | None = None,
     top_k: int | None = None,
@@ -65,7 +70,8 @@ def simulate(
         policies: a sequence, or a dict that names them, of texts as `--policy` takes them (`simulator.policies`;
             "file:p.json" is a placement's file), `Placement`s, functions that are called as `evenmoe.plan` is, rules
             (`evenmoe.rules.rule.Rule`), and `simulator.policies.Policy` objects. The first identity comes first, added
-            if missing. Default: every kind (`policies.default_policies`).
+            if missing. Default: every kind (`policies.default_policies`), or what compares with the engine's own
+            balancer (`own_balancer.policies_for`).
         num_ranks: G, every one of which is a source rank and holds experts.
         num_nodes: nodes that share the ranks evenly, in rank order.
         tokens_per_rank: B, tokens of one source rank in one step.
@@ -73,11 +79,16 @@ def simulate(
             your own (`CostModel`). Default: of the model that the trace names, or that alone has its sizes.
         num_slots: S of policies that do not say. Default: one slot per rank more than the experts need.
         num_groups: expert groups of policies that do not say, kept inside nodes; 1 plans across nodes.
+        engine: the serving engine that policies are compared for (`evenmoe.engines.ENGINES`), or its name: those that
+            do not say have its replica rule, `own` is its own balancer at its own interval, and the headline is of
+            those that it can run. Default: none.
         num_steps: N. Default: as many as the trace fills once; at most 100 where only loads are known.
-        refresh: steps between plans, of policies that do not say. Default: chosen from the warm-up (`schedule`).
+        refresh: steps between plans, of policies that do not say. Default: the engine's interval, else chosen from
+            the warm-up (`schedule`).
         window: past steps a plan is made from, of policies that do not say. Default: `refresh`; where that is not given
             either, a third of the steps, at most 1000.
         horizon: steps that a plan serves in production, over which the copies of a policy's first one are charged.
+            Default: the engine's interval, else 3000.
         copy_overlap: whether experts are copied beside the steps, the old placement serving until all are there; else
             steps wait for the copies.
         chunk: consecutive tokens that one request gives to a step; divides the tokens per rank, which is the default.
@@ -116,7 +127,8 @@ def simulate(
     top_k = _find_top_k(trace, top_k, shape)
     recorded = _recorded_tokens(trace, top_k)
     num_steps = _find_steps(trace, cluster, recorded, num_steps)
-    schedule = make_schedule(num_steps, refresh, window, horizon, copy_overlap)
+    engine = None if engine is None else ENGINES.get(engine)
+    schedule = make_schedule(num_steps, refresh, window, horizon, copy_overlap, engine)
     fewest = cluster.fewest_slots(trace.num_experts)
     num_slots = fewest + num_ranks if num_slots is None else whole_number("num_slots", num_slots, 1)
     replayed = ReplayedTrace.of(given, trace)
@@ -135,6 +147,7 @@ def simulate(
             window=schedule.window,
             first=schedule.first,
             replayed=replayed,
+            engine=engine,
         )
 
     def replay(chosen: Sequence[Policy], steps: int, warmup: int, progress: Progress | None) -> _Replayed:
@@ -160,16 +173,20 @@ def simulate(
         waits = 0.0 if copy_overlap else 1.0
         return [policy.step_time[first:] + waits * policy.later_copy_time[first:] for policy in found]
 
-    if refresh is None and (policies is None or any(policy.is_scheduled(schedule.first) for policy in read(policies))):
+    chosen_here = refresh is None and engine is None
+    if chosen_here and (policies is None or any(policy.is_scheduled(schedule.first) for policy in read(policies))):
         schedule = choose_refresh(schedule, trial)
+    if policies is None and engine is not None:
+        policies = policies_for(engine, num_slots, fewest)
     chosen = read(default_policies(num_slots, fewest, once=schedule.once) if policies is None else policies)
     warmup = min(max(policy.first_plan for policy in chosen), num_steps)
     run, states, batches = replay(chosen, num_steps, warmup, progress)
     num_judged = max(0, run.fresh_steps - warmup)
     judged = slice(warmup, warmup + num_judged) if num_judged else None
+    view = None if engine is None else EngineView.of(engine)
     return Simulation(
         trace=trace.name,
-        settings=describe_settings(trace, cluster, costs, num_slots, num_groups, schedule, chunk, seed),
+        settings=describe_settings(trace, cluster, costs, num_slots, num_groups, schedule, chunk, seed, view),
         num_ranks=num_ranks,
         num_nodes=num_nodes,
         num_experts=trace.num_experts,
@@ -188,6 +205,7 @@ def simulate(
         assignments_per_step=num_ranks * tokens_per_rank * top_k,
         recorded_assignments_per_step=0.0 if trace.routing is not None else recorded * top_k / num_steps,
         hardware=costs.hardware,
+        engine=view,
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from evenmoe.simulator.engine_view import EngineView
 from evenmoe.simulator.policy_result import PolicyResult
 
 FloatArray = npt.NDArray[np.float64]
@@ -43,6 +44,7 @@ class Replayed:
         recorded_assignments_per_step: float, those of a layer that a step's counts were drawn from; 0.0 where tokens
             are known.
         hardware: what times are modeled for, in words; "" where that is not known.
+        engine: the one that the replay is looked at for, or None.
     """
 
     trace: str
@@ -65,6 +67,7 @@ class Replayed:
     assignments_per_step: int = 0
     recorded_assignments_per_step: float = 0.0
     hardware: str = ""
+    engine: EngineView | None = None
 
     @property
     def judged(self) -> slice:
@@ -98,6 +101,9 @@ class PolicySummary:
     Attributes:
         name, description, rule: as in `PolicyResult`.
         num_slots: of the last placement.
+        cannot_run: why the engine that the replay is looked at for cannot run it, in two or three words; None where it
+            can, and without an engine.
+        sees_future: whether it plans from the loads that it is then measured on.
 
     Every other attribute is defined in `evenmoe.quantities.QUANTITIES`; nan stands for a quotient of nothing, inf for
     never.
@@ -107,6 +113,7 @@ class PolicySummary:
     description: str
     rule: str
     num_slots: int
+    cannot_run: str | None
     mean_par: float
     worst_par: float
     mean_par_per_layer: list[float]
@@ -161,6 +168,7 @@ def summarize(simulation: Replayed, policy: PolicyResult) -> PolicySummary:
         description=policy.description,
         rule=policy.rule,
         num_slots=policy.final.num_slots,
+        cannot_run=None if simulation.engine is None else simulation.engine.cannot_run(policy),
         mean_par=float(par.mean()),
         worst_par=float(par.max()),
         mean_par_per_layer=par.mean(axis=0).tolist(),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from evenmoe.engines import ENGINES
 from evenmoe.errors import require
 from evenmoe.quantities import QUANTITIES, Shown
+from evenmoe.simulator.engine_view import EngineView
 from evenmoe.simulator.figures import find_figure
 from evenmoe.simulator.frames import data_frame, html_table
 from evenmoe.simulator.headline import Headline, find_headline
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
     import pandas
     from matplotlib.figure import Figure
+
+    from evenmoe.engines.engine import Engine
 
 #: Figures of policies in a notebook's table.
 _IN_NOTEBOOKS = ("mean_par", "net_time_us", "net_gain_percent", "copies", "extra_memory_percent")
@@ -37,8 +41,11 @@ class Simulation(Replayed):
         """What a notebook shows: the headline, and a table of all policies."""
         shown = [self.summary.shown(name) for name in _IN_NOTEBOOKS]
         heads = [f"{QUANTITIES[name].label}, {one.unit}" for name, one in zip(_IN_NOTEBOOKS, shown, strict=True)]
-        names = [policy.name for policy in self.policies]
-        rows = [list(row) for row in zip(names, *(one.texts for one in shown), strict=True)]
+        columns = [[policy.name for policy in self.policies], *(one.texts for one in shown)]
+        if self.engine is not None:
+            heads.append(f"On {self.engine.name}")
+            columns.append(self.summary.runs)
+        rows = [list(row) for row in zip(*columns, strict=True)]
         headline = self.summary.headline
         return html_table(headline.sentence, ["Policy", *heads], rows, (*headline.details, headline.measured_on))
 
@@ -76,6 +83,19 @@ class Simulation(Replayed):
         ):
             columns[key] = np.concatenate(each)
         return data_frame(columns, "policy")
+
+    def seen_for(self, engine: Engine | str) -> Simulation:
+        """The same replay looked at for a serving engine: the headline is of those policies that it can run.
+
+        Its own balancer is among them where the replay was for it.
+
+        Args:
+            engine: of `evenmoe.engines.ENGINES`, or its name.
+
+        Raises:
+            ConstraintError: there is none of that name.
+        """
+        return replace(self, engine=EngineView.of(ENGINES.get(engine)))
 
     def save(self, path: str | Path) -> None:
         """Write everything to a file that `evenmoe report` and `evenmoe.load_simulation` read."""
@@ -138,6 +158,7 @@ class Simulation(Replayed):
             headline=headline,
             settings=tuple({"name": name, "value": value, "unit": unit} for name, value, unit in self.settings),
             notes=self.notes,
+            engine=self.engine,
             policies=policies,
         )
 
@@ -147,7 +168,7 @@ class Summary:
     """What a simulation found, in the figures that are shown; its attributes are the keys of `simulate --json`.
 
     Attributes:
-        trace, num_ranks, num_nodes, num_experts, top_k, notes: as in `Simulation`.
+        trace, num_ranks, num_nodes, num_experts, top_k, notes, engine: as in `Simulation`.
         num_steps, num_layers: N and L.
         tokens_per_step: of the first step, over all ranks.
         num_empty_windows: windows of the trace that were left out because nothing was recorded in them.
@@ -175,6 +196,7 @@ class Summary:
     headline: Headline
     settings: tuple[dict[str, str], ...]
     notes: tuple[str, ...]
+    engine: EngineView | None
     policies: tuple[PolicySummary, ...]
 
     def shown(self, name: str) -> Shown:
@@ -182,6 +204,11 @@ class Summary:
         quantity = QUANTITIES[name]
         family = [other.name for other in QUANTITIES.values() if other.family and other.family == quantity.family]
         return quantity.shown(self._values(name), [value for other in family for value in self._values(other)])
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """For each policy, "yes" or why the engine that the replay is looked at for cannot run it."""
+        return tuple(f"no: {policy.cannot_run}" if policy.cannot_run else "yes" for policy in self.policies)
 
     def as_json(self) -> dict[str, object]:
         """The object of `simulate --json`."""

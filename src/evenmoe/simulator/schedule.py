@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from evenmoe.evidence import paired_gain
 from evenmoe.planner.options import whole_number
+
+if TYPE_CHECKING:
+    from evenmoe.engines.engine import Engine
 
 #: Steps between plans where an engine is left to itself: vLLM's step_interval (0.33).
 HORIZON = 3000
@@ -44,9 +48,16 @@ class Schedule:
 
 
 def make_schedule(
-    num_steps: int, refresh: int | None, window: int | None, horizon: int, copy_overlap: bool
+    num_steps: int,
+    refresh: int | None,
+    window: int | None,
+    horizon: int | None,
+    copy_overlap: bool,
+    engine: Engine | None = None,
 ) -> Schedule:
-    """The schedule of a replay; `refresh` and `window` are None where they are not given.
+    """The schedule of a replay; `refresh`, `window` and `horizon` are None where they are not given.
+
+    For an engine that plans at an interval, that is `refresh` and `horizon`.
 
     Raises:
         ConstraintError: a number that is not whole, or below 1.
@@ -54,7 +65,8 @@ def make_schedule(
     >>> make_schedule(60, None, None, 3000, True).first, make_schedule(60, 10, 5, 3000, True).first
     (20, 10)
     """
-    horizon = whole_number("horizon", horizon, 1)
+    interval = None if engine is None else engine.interval
+    horizon = interval or HORIZON if horizon is None else whole_number("horizon", horizon, 1)
     if refresh is not None:
         refresh = whole_number("refresh", refresh, 1)
         window = refresh if window is None else whole_number("window", window, 1)
@@ -62,6 +74,8 @@ def make_schedule(
     if window is None:
         window = min(_MOST_WINDOW, max(1, num_steps // _WARMUP_PARTS))
     window = whole_number("window", window, 1)
+    if engine is not None and interval is not None:
+        return Schedule(num_steps, window, interval, window, horizon, copy_overlap, f"{engine.name}'s own interval")
     return Schedule(num_steps, window, horizon, window, horizon, copy_overlap, "the horizon")
 
 

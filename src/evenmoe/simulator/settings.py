@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from evenmoe.simulator.batches import Cluster
 from evenmoe.simulator.costs import CostModel
+from evenmoe.simulator.engine_view import EngineView
 from evenmoe.simulator.schedule import Schedule
 from evenmoe.traces.trace import Trace
 
@@ -30,6 +31,7 @@ def describe_settings(
     schedule: Schedule,
     chunk: int,
     seed: int,
+    engine: EngineView | None = None,
 ) -> tuple[tuple[str, str, str], ...]:
     """Everything that a replay was made from, in the order to be shown; a policy's own choices are in its name."""
     rows = [
@@ -43,6 +45,12 @@ def describe_settings(
             ("recorded tokens", str(len(trace.routing)), "tokens"),
             ("recorded requests", str(requests), ""),
             ("tokens of a request per step", str(chunk), "tokens"),
+        ]
+    if engine is not None:
+        rows += [
+            ("engine", engine.version, ""),
+            ("the engine's replica rule", f"{engine.rule}: {engine.choice}", ""),
+            ("the engine's own balancer", f"{engine.balancer}; it plans {engine.pace}", ""),
         ]
     rows += [
         ("ranks", str(cluster.num_ranks), ""),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from evenmoe.errors import ConstraintError, FileFormatError
 from evenmoe.io.output import whole_file
 from evenmoe.placement import Placement
+from evenmoe.simulator.engine_view import EngineView
 from evenmoe.simulator.policy_result import Details, PolicyResult, Traffic
 from evenmoe.simulator.result import Simulation
 
@@ -67,6 +68,7 @@ def save_simulation(simulation: Simulation, path: str | Path) -> None:
                 # JSON has no infinity: null is "never".
                 "break_even_steps": policy.break_even_steps if math.isfinite(policy.break_even_steps) else None,
                 "details": policy.details is not None,
+                **({"own_of": policy.own_of} if policy.own_of else {}),
             }
         )
     head = {
@@ -88,6 +90,7 @@ def save_simulation(simulation: Simulation, path: str | Path) -> None:
         "assignments_per_step": simulation.assignments_per_step,
         "recorded_assignments_per_step": simulation.recorded_assignments_per_step,
         "hardware": simulation.hardware,
+        **({} if simulation.engine is None else {"engine": asdict(simulation.engine)}),
         "policies": policies,
     }
     # A file's name may hold bytes that are no text: escaped as JSON does, it is read back as it was.
@@ -168,6 +171,7 @@ def _read(archive: zipfile.ZipFile, path: Path) -> Simulation:
         assignments_per_step=_whole(path, head, "assignments_per_step", least=0),
         recorded_assignments_per_step=drawn_from,
         hardware=_text(path, head, "hardware"),
+        engine=_engine(path, head["engine"]) if "engine" in head else None,
         **{name: _array(archive, path, name, dtype, sizes, axes) for name, (dtype, axes) in _ARRAYS.items()},
     )
 
@@ -204,7 +208,20 @@ def _policy(
         memory_per_rank=_whole(path, entry, "memory_per_rank", least=0),
         break_even_steps=math.inf if even is None else float(even),
         details=Details(**arrays(_DETAILS)) if entry.get("details") else None,
+        own_of=_text(path, entry, "own_of") if "own_of" in entry else "",
         **arrays(_POLICY_ARRAYS),
+    )
+
+
+def _engine(path: Path, entry: object) -> EngineView:
+    if not isinstance(entry, dict):
+        raise _refuse(path, f"with `engine` {entry!r}", "must be an object", _AGAIN)
+    texts = {key: _text(path, entry, key) for key in ("name", "version", "rule", "choice", "balancer", "pace")}
+    return EngineView(
+        rules=tuple(_texts(path, entry, "rules")),
+        loads_file=entry.get("loads_file") is True,
+        takes_plans=entry.get("takes_plans") is True,
+        **texts,
     )
 
 
