@@ -91,7 +91,9 @@ def test_times_between_events() -> None:
     gate = threading.Event()
     stream.enqueue(lambda: gate.wait(HANG_S))
     end.record(stream)
-    with pytest.raises(AclError, match=r"^`end` is recorded, but not complete: it must be complete; record it") as error:
+    with pytest.raises(
+        AclError, match=r"^`end` is recorded, but not complete: it must be complete; record it"
+    ) as error:
         start.elapsed_ms(end)
     assert error.value.status == 107006
     gate.set()

@@ -89,6 +89,11 @@ class Stream:
         """Whether the call with that number is done."""
         return self._done >= number
 
+    @property
+    def idle(self) -> bool:
+        """Whether everything that was enqueued is done."""
+        return self._done == self._enqueued
+
     def describe(self) -> str:
         """What the stream does now, and which ranks that waits for, for messages."""
         with self._changed:
