@@ -123,7 +123,7 @@ class ProcessGroupTransport(Transport):
             assert self._group is not None
             others = [peer for peer in members if peer != self.rank]
             begun = [self._group.recv([incoming[peer]], peer, 0) for peer in others if recv[peer]]
-            return begun + [self._group.send([outgoing[peer]], peer, 0) for peer in others if send[peer]]
+            return [*begun, *(self._group.send([outgoing[peer]], peer, 0) for peer in others if send[peer])]
         work = []
         for peer in members:
             if peer != self.rank and recv[peer]:

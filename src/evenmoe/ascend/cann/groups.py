@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]: documented
 
 from evenmoe.ascend import status
 from evenmoe.ascend.cann.rank_table import announced, found, read_rank_table
@@ -52,7 +52,7 @@ class Communicators:
             3, "a communicator", "HcclCommInitAll", status.HCCL_PARA, status.HCCL_PTR
         )
         self._numbers = itertools.count()
-        self._roots: list[dist.TCPStore] = []  # of root infos of this process, where its groups meet
+        self._roots: list[TCPStore] = []  # of root infos of this process, where its groups meet
 
     def create(self, devices: list[int]) -> list[int]:
         """One group; rank r is devices[r].
@@ -69,10 +69,10 @@ class Communicators:
 
     def root_info(self) -> str:
         """Open a place where the processes of one group meet; the text by which they find it, below 4 KiB."""
-        store = dist.TCPStore(_HOST, 0, None, True, timedelta(seconds=JOIN_S), wait_for_workers=False)
+        store = TCPStore(_HOST, 0, None, True, timedelta(seconds=JOIN_S), wait_for_workers=False)
         self._roots.append(store)
         name = f"evenmoe_hccl_{os.getpid()}_{secrets.token_hex(4)}"
-        return json.dumps({_KEY: {"port": store.port, "group": name, "process": os.getpid()}})
+        return _Root(store.port, name, os.getpid()).text()
 
     def join(self, size: int, root_info: str, rank: int, device: int, name: str = "", join_s: float = JOIN_S) -> int:
         """This process's rank of a group of processes; returns once all have come.
@@ -89,21 +89,20 @@ class Communicators:
         if not 0 <= rank < size:
             rule = f"must be 0 to nRanks - 1, {size - 1}" if size else "needs a group of at least one rank"
             raise acl_error(status.HCCL_PARA, "rank", rank, rule, "number the ranks of the group from 0")
-        root = _parsed(root_info)
-        store = _store_of(root, join_s)
-        group = root["group"]
+        root = _root_of(root_info)
+        store, group = root.store(join_s), root.group
         try:
             first = store.compare_set(f"{group}/size", "", str(size)).decode()
             twice = store.add(f"{group}/rank {rank}", 1) > 1
         except RuntimeError as error:
-            raise _gone(root) from error
+            raise root.gone() from error
         if first != str(size):
             rule, fix = f"must be {first}, as on the first rank that came", "pass the same number on all ranks"
             raise acl_error(status.HCCL_PARA, "nRanks", size, rule, fix)
         if twice:
             rule, fix = "must be of one process or thread alone", "give every rank a number of its own"
             raise acl_error(status.HCCL_PARA, "rank", f"{rank}, which has come before", rule, fix)
-        holder = root["process"] == os.getpid() and rank == 0
+        holder = root.process == os.getpid() and rank == 0
         try:
             transport = join_group(
                 store, group, name or group, rank, size, join_s=join_s, exchange_s=_EXCHANGE_S, stays=holder
@@ -199,28 +198,36 @@ def _close(communicator: Communicator) -> None:
     communicator.transport.close()
 
 
-def _parsed(root_info: str) -> dict[str, int | str]:
+@dataclass(frozen=True)
+class _Root:
+    """Where the processes of a group meet: a port of this host, a name, and the process that holds it."""
+
+    port: int
+    group: str
+    process: int
+
+    def text(self) -> str:
+        return json.dumps({_KEY: vars(self)})
+
+    def store(self, join_s: float) -> TCPStore:
+        try:  # the store's own client would go on trying until its time-out
+            socket.create_connection((_HOST, self.port), timeout=5).close()
+            return TCPStore(_HOST, self.port, None, False, timedelta(seconds=join_s), wait_for_workers=False)
+        except (OSError, RuntimeError) as error:
+            raise self.gone() from error
+
+    def gone(self) -> AclError:
+        value = f"of process {self.process}, which does not answer"
+        rule = "must be of a process of this host that has not ended"
+        fix = "let the root live until all ranks have come"
+        return acl_error(status.HCCL_TCP_CONNECT, "rootInfo", value, rule, fix)
+
+
+def _root_of(text: str) -> _Root:
     try:
-        root = json.loads(root_info)[_KEY]
-        return {"port": int(root["port"]), "group": str(root["group"]), "process": int(root["process"])}
+        root = json.loads(text)[_KEY]
+        return _Root(int(root["port"]), str(root["group"]), int(root["process"]))
     except (ValueError, KeyError, TypeError):
-        value = "another text" if root_info else "empty"
+        value = "another text" if text else "empty"
         rule, fix = "must be what HcclGetRootInfo wrote", "send it from the root to all ranks, all of its bytes"
         raise acl_error(status.HCCL_PARA, "rootInfo", value, rule, fix) from None
-
-
-def _store_of(root: dict[str, int | str], join_s: float) -> dist.TCPStore:
-    port = int(root["port"])
-    try:
-        socket.create_connection(
-            (_HOST, port), timeout=5
-        ).close()  # the store's own client would try until its time-out
-        return dist.TCPStore(_HOST, port, None, False, timedelta(seconds=join_s), wait_for_workers=False)
-    except (OSError, RuntimeError) as error:
-        raise _gone(root) from error
-
-
-def _gone(root: dict[str, int | str]) -> AclError:
-    value = f"of process {root['process']}, which does not answer"
-    rule = "must be of a process of this host that has not ended"
-    return acl_error(status.HCCL_TCP_CONNECT, "rootInfo", value, rule, "let the root live until all ranks have come")

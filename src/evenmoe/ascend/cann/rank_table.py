@@ -42,7 +42,7 @@ def read_rank_table(path: str, rank: int) -> tuple[int, str]:
     if len(servers) > 1:
         value, rule = (
             f"{path!r}, a table of {len(servers)} servers",
-            "must have one: groups over hosts are not emulated",
+            "must have one: groups over several hosts are not emulated",
         )
         raise acl_error(status.HCCL_NOT_SUPPORT, "clusterInfo", value, rule, "name all ranks under one server")
     if not 0 <= rank < len(ranks):
