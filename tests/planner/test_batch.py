@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import evenmoe as em
 from evenmoe.metrics import peak_over_mean
 from evenmoe.planner.batch import drift_factors, scenarios_of
-from evenmoe.planner.kernels.batch import evaluate
+from evenmoe.planner.kernels.batch import evaluate, first_better
 from evenmoe.planner.kernels.batch_moves import candidates
 from evenmoe.planner.kernels.packing import draft, replicate
 from evenmoe.rules import RULES
@@ -216,6 +216,36 @@ def test_no_move_that_helps_is_screened_out(case):
                         trial[hot, mine] = b
                     if peaks_of(trial, scenarios, np.inf)[0] < total - 5 * 2.1e-4:
                         assert (mine, rank, theirs, keeps) in listed
+
+
+@settings(max_examples=100, deadline=None)
+@given(searches())
+def test_the_first_move_that_is_good_enough_is_made(case):
+    held, scenarios, rng = case
+    num_ranks, width = held.shape
+    _, peaks, _, _ = peaks_of(held, scenarios, np.inf)
+    number = int(rng.integers(1, 6))
+    moves = np.stack([rng.integers(0, most, number) for most in (width, num_ranks, width, 2, 3)], axis=1)
+    floors = 1 - 0.1 * rng.random((number, len(peaks)))
+    hot, price = int(rng.integers(num_ranks)), float(rng.choice([0.0, 0.01]))
+    limit = float(peaks.sum() * rng.choice([0.5, 0.99, 1.0, 2.0]))
+    expected = number, None, np.inf
+    for tried, (mine, rank, theirs, keeps, cost) in enumerate(moves.tolist(), 1):
+        trial = held.copy()
+        trial[rank, theirs] = held[hot, mine]
+        if not keeps:
+            trial[hot, mine] = held[rank, theirs]
+        order = np.argsort(floors[tried - 1] - peaks, kind="stable")
+        total = evaluate(trial, scenarios, floors[tried - 1], order, limit - price * max(cost, 0))[0]
+        if total < np.inf:
+            expected = tried, trial, total
+            break
+    found = first_better(held, hot, moves, floors, scenarios, peaks, limit, price)
+    assert (found[0], found[2]) == (expected[0], expected[2])
+    if expected[1] is not None:
+        np.testing.assert_array_equal(found[1], expected[1])
+        for one, other in zip(found[3:], peaks_of(found[1], scenarios, np.inf)[1:], strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_a_draft_links_all_ranks():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import evenmoe as em
 from evenmoe.planner.even import FAR, plan_static
+from evenmoe.planner.kernels import swaps
 
 Load = npt.NDArray[np.float64]
 
@@ -174,3 +175,26 @@ def test_a_slot_that_must_be_filled_can_hurt() -> None:
     assert check(load, 2, 4) == pytest.approx(1.0)
     assert check(load, 2, 6) == pytest.approx(1.1)
     assert em.lower_bound(load, num_ranks=2, num_slots=6) == pytest.approx(1.1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_no_swap_is_overlooked(problem: tuple[Load, int, int], seed: int) -> None:
+    """`_any_step` finds what `_least_step` and `_lowest_peak` look for, among all pairs of slots in plain loops."""
+    load, num_ranks, num_slots = problem
+    slots = plan_static(load, num_ranks, num_slots).reshape(len(load), num_ranks, -1)[0].astype(np.int64)
+    layer = swaps._new_state(load.shape[1], num_ranks, slots.shape[1], load.shape[1])
+    swaps._load_layer(load[0], slots, layer)
+    random = np.random.default_rng(seed)
+    rank, other = (int(each) for each in random.integers(0, num_ranks, 2))
+    steps = (layer.share[rank][:, None] - layer.share[other]).ravel()
+    step = float(random.choice(steps))
+    for low in (step, float(np.nextafter(step, -np.inf)), step / 3):  # at its edges the range takes in its ends
+        high = float(random.choice([low, step, 2 * abs(step)]))
+        if low <= high:
+            half = (high - low) / 2
+            inside = bool(((steps >= low) & (steps <= high)).any())
+            found = swaps._any_step(rank, other, low + half, half + layer.load[rank] * 1e-12 + 1e-300, layer)
+            assert found or not inside
+    misses = np.abs(layer.share[rank][:, None] - step / 2 - layer.share[other])
+    assert swaps._any_step(rank, other, step / 2, abs(step) / 2, layer) == bool((misses < abs(step) / 2).any())

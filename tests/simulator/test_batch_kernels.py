@@ -28,6 +28,22 @@ def test_counts_are_binomial(chance, tokens):
     assert abs(np.corrcoef(counts[0, :-1], counts[0, 1:])[0, 1]) < 6 / np.sqrt(ranks)
 
 
+@pytest.mark.parametrize(("experts", "ranks", "columns"), [(1, 3, 1), (64, 2, 1), (65, 3, 1), (130, 1, 1), (33, 4, 4)])
+@pytest.mark.parametrize("tokens", [1, 128, 3000])
+def test_chances_that_are_tabulated_together_do_not_touch_each_other(experts, ranks, columns, tokens):
+    """Blocks of 64 tables give what each chance gives alone, whatever its neighbors need; 0 and 1 are among them."""
+    chance = np.random.default_rng(tokens).random((experts, columns)) ** 6
+    chance[::7], chance[3::11] = 0.0, 1.0
+    counts, without = np.full((2, experts, ranks), -1, np.int32)
+    draw_counts(chance, tokens, 3, 1, 4, counts)
+    for expert in range(experts):
+        alone = np.zeros_like(chance)
+        alone[expert] = chance[expert]
+        draw_counts(alone, tokens, 3, 1, 4, without)
+        np.testing.assert_array_equal(without[expert], counts[expert])
+        assert not np.delete(without, expert, axis=0).any()
+
+
 def test_certain_and_impossible_experts():
     counts = np.full((2, 3), -1, np.int32)
     draw_counts(np.array([[0.0], [1.0]]), 7, 0, 0, 0, counts)

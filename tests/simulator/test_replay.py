@@ -7,7 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import evenmoe as em
 from evenmoe.errors import ConstraintError, MissingArgumentError, UnsupportedTypeError
+from evenmoe.planner.plan import plan_with
+from evenmoe.simulator import policies
 from evenmoe.simulator.batches import Cluster
 from evenmoe.simulator.costs import CostModel
 from evenmoe.simulator.replay import simulate
@@ -100,6 +103,31 @@ def test_policies_do_not_touch_each_other(trace):
         np.testing.assert_array_equal(alone.par, together[name].par)
         np.testing.assert_array_equal(alone.copies, together[name].copies)
         assert alone.break_even_steps == together[name].break_even_steps
+
+
+def test_policies_share_a_plan_that_would_be_the_same(monkeypatch):
+    """Made anew of the same steps for rules that are planned for alike; a user's planner is asked by every policy."""
+    asked: list[int] = []
+
+    def counting(planner, load, options):
+        asked.append(0 if options.previous is None else 1)
+        return plan_with(planner, load, options)
+
+    monkeypatch.setattr(policies, "plan_with", counting)
+    names = ["static:rule=even", "evenmoe:rule=even,refresh=5", "evenmoe:rule=token,refresh=5", "greedy:refresh=5"]
+
+    def plans(given):
+        asked.clear()
+        run(with_requests(), given, refresh=5, window=5)
+        return asked.count(0), asked.count(1)
+
+    alone = [plans([name]) for name in names]  # each is tried once before the replay, too
+    assert plans(names) == (sum(anew for anew, _ in alone) - 2, sum(kept for _, kept in alone))
+
+    def own(load, **options):
+        return em.plan(load, **options)
+
+    assert plans({"one": own, "two": own})[0] == 2 * plans({"one": own})[0]
 
 
 def test_the_seed_decides_the_draws():

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evenmoe.traces.models import find_model
 from evenmoe.traces.sampling import (
+    NUM_FACTORS,
     TraceParameters,
     draw_counts,
     draw_tokens,
     factor_parts,
     layer_popularity,
     overdispersion,
+    parameters_of,
     pick_probability,
     request_factors,
 )
@@ -112,3 +117,22 @@ def test_factor_parts(part):
     assert parts[0] == pytest.approx(part, abs=1e-9)
     assert parts.sum() == pytest.approx(min(1, 64 * part))
     assert (np.diff(parts) <= 1e-12).all()
+
+
+@pytest.mark.parametrize("requests", [1, 15, 16, 17, 100])
+def test_popularity_is_the_product_of_all_requests_factors(requests):
+    """It is made in pieces of 16 requests here. Sums of 64 products differ by at most 64 roundings of their parts."""
+    experts, parameters = 256, parameters_of(find_model("deepseek-v3"))
+    factors = request_factors(requests, parameters, np.random.default_rng(1))
+    popularity, _ = layer_popularity(
+        experts, factors, replace(parameters, skew=0.0, locality=0.0), np.random.default_rng(2)
+    )
+    random = np.random.default_rng(2)
+    random.standard_normal(experts)
+    loadings = random.standard_normal((NUM_FACTORS, experts))
+    own = 1 - factor_parts(parameters.common_factor_share).sum()
+    whole = np.einsum("rk,ke->re", factors, loadings)
+    if own > 1e-9:
+        whole += random.standard_normal(whole.shape) * (parameters.drift * np.sqrt(own))
+    error = 2 * 64 * 2.0**-53 * (np.abs(factors) @ np.abs(loadings)).max() + 2.0**-50
+    assert np.abs(popularity - (whole - whole.max(axis=1, keepdims=True))).max() <= 2 * error

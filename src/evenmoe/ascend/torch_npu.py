@@ -16,9 +16,12 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
+from evenmoe.ascend.barrier import _npu_distribute_barrier  # noqa: F401  one of the functions here
 from evenmoe.ascend.executor import check_call
 from evenmoe.ascend.groups import find_group
-from evenmoe.ascend.status import of_the_chip
+from evenmoe.ascend.init_routing import npu_moe_init_routing, npu_moe_init_routing_v2  # noqa: F401  as well
+from evenmoe.ascend.patching import UNCHECKED, NotEmulatedError, in_effect
+from evenmoe.ascend.status import NpuCallError, of_the_chip
 from evenmoe.ascend.tensors import number_of, remember
 from evenmoe.contract.calls import CombineCall, DispatchCall, UpdateExpertCall
 from evenmoe.contract.comm_alg import HIERARCHY
@@ -28,6 +31,7 @@ from evenmoe.contract.limits import ATLAS_A3
 from evenmoe.contract.operators import OPERATORS, Argument, Kind
 from evenmoe.contract.tensor_spec import TensorSpec, check_dims
 from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError
+from evenmoe.ops.exchange import check_range
 from evenmoe.ops.operator import CALL_TYPES, check_devices, check_types, find_groups, in_order, parts_of, specs_of
 from evenmoe.transport.call import together
 from evenmoe.transport.transport import Transport
@@ -38,10 +42,6 @@ _TYPES: dict[Kind, type] = {"tensor": torch.Tensor, "str": str, "int": int, "flo
 _Result = TypeVar("_Result")
 Tensor = torch.Tensor
 _Collective: TypeAlias = DispatchCall[Tensor] | CombineCall[Tensor]
-
-
-class NpuCallError(EvenmoeError, RuntimeError):
-    """A call that is not valid on Atlas A3; `status` (int) is the code of its first stage: 161001, 161002 or 561002."""
 
 
 def _function(
@@ -91,7 +91,10 @@ def _function(
             for name, theirs in names.items():
                 given[name] = given.pop(theirs)
             try:
-                return function(CALL_TYPES[operator](**given, **fields, limits=ATLAS_A3), **unknown)
+                checked = operator == "update_expert" or not in_effect(UNCHECKED)
+                return function(
+                    CALL_TYPES[operator](**given, **fields, limits=ATLAS_A3, check_values=checked), **unknown
+                )
             except EvenmoeError as error:
                 argument, fix = error.argument, of_the_chip(error).fix
                 if argument in names:
@@ -204,6 +207,9 @@ def npu_moe_distribute_dispatch_v2(
     """
     *outputs, number = _perform("dispatch", call, lambda: _check_as_wrapper(call, later_chips))
     expand_x, dynamic_scales, assist_info, token_nums, ep_recv_counts, tp_recv_counts, expand_scales = outputs
+    if not call.check_values and ep_recv_counts.max() > len(dynamic_scales):
+        rule, fix = f"must bring at most {len(dynamic_scales)} rows", "let no expert occur twice in a token"
+        raise NpuCallError("expert_ids", f"such that {ep_recv_counts.max()} rows came here", rule, fix)
     remember(assist_info, number)
     if call.expert_scales is not None and call.comm_alg != HIERARCHY:  # which allocates them itself
         tokens, top_k = call.expert_ids.shape
@@ -276,6 +282,8 @@ def _perform(operator: str, call: _Collective, check_first: Callable[[], None] =
         arguments = check_types(operator, _completed(call))
         check_first()
         check_devices(arguments)
+        if not call.check_values:  # ids may occur twice in a token, and nothing else
+            check_range(call.expert_ids, call.moe_expert_num + call.virtual_experts)
         return getattr(torch.ops.evenmoe, operator)(**arguments)
 
 
@@ -298,3 +306,12 @@ def _completed(call: _Collective) -> _Collective:
         return replace(call, comm_alg="") if call.comm_alg is None else call
     number = number_of(call.assist_info_for_combine)
     return replace(call, comm_alg="" if call.comm_alg is None else call.comm_alg, dispatch_number=number)
+
+
+def __getattr__(name: str) -> object:
+    if name in ("npu", "testing"):
+        rule, fix = "needs patch(npu=True)", "call evenmoe.ascend.patch(npu=True) first"
+        raise NotEmulatedError(f"torch_npu.{name}", "not in place", rule, fix)
+    emulated = sorted(other for other in globals() if "npu_" in other)
+    fix = "write it with torch's own functions, or run this part on the chip"
+    raise NotEmulatedError(f"torch_npu.{name}", "not emulated", f"must be one of {', '.join(emulated)}", fix)

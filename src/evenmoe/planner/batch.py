@@ -11,7 +11,7 @@ import numpy.typing as npt
 from evenmoe.metrics import FloatArray
 from evenmoe.placement import held_by_rank
 from evenmoe.planner.even import plan_static
-from evenmoe.planner.kernels.batch import evaluate
+from evenmoe.planner.kernels.batch import evaluate, first_better
 from evenmoe.planner.kernels.batch_moves import candidates
 from evenmoe.planner.kernels.packing import draft, replicate
 from evenmoe.planner.options import Shape
@@ -151,12 +151,11 @@ class _Search:
         """Make one move that pays for at most `copies` more; returns its copies, or None after `tries` in vain."""
         price = PRICE_OF_COPY * len(self.scenarios)
         limit = self.total - _LEAST_GAIN * len(self.scenarios)
-        by_expert = np.ascontiguousarray(self.scenarios.T)
         moves, floors = self._moves, self._floors
         for busy in _busiest(self.peaks, self.closed):
             found = candidates(
                 self.held,
-                by_expert,
+                self._by_expert,
                 self.closed,
                 self.load,
                 self.kept,
@@ -168,20 +167,19 @@ class _Search:
                 moves,
                 floors,
             )
-            for move, (mine, rank, theirs, keeps, cost) in enumerate(moves[:found].tolist()):
-                if tries == 0:
-                    return None
-                tries -= 1
-                self.tried += 1
-                trial = self.held.copy()
-                trial[rank, theirs] = self.held[busy, mine]
-                if not keeps:
-                    trial[busy, mine] = self.held[rank, theirs]
-                doubtful_first = np.argsort(floors[move] - self.peaks, kind="stable")
-                judged = evaluate(trial, self.scenarios, floors[move], doubtful_first, limit - price * max(cost, 0))
-                if judged[0] < np.inf:
-                    self._take(trial, self.scenarios, judged)
-                    return cost
+            if found == 0:
+                continue
+            number = min(found, tries)
+            tried, trial, total, peaks, closed, load = first_better(
+                self.held, busy, moves[:number], floors[:number], self.scenarios, self.peaks, limit, price
+            )
+            self.tried += tried
+            tries -= tried
+            if total < np.inf:
+                self._take(trial, self.scenarios, (total, peaks, closed, load))
+                return int(moves[tried - 1, 4])
+            if tries == 0:
+                return None
         return None
 
     def _take(self, held: Held, scenarios: FloatArray, judged: Judged) -> None:
@@ -189,6 +187,7 @@ class _Search:
         self.total, peaks, closed, load = judged
         worst_first = np.argsort(-peaks, kind="stable")  # so a bad move shows early where the floors do not say how
         self.scenarios, self.closed = scenarios[worst_first], closed[worst_first]
+        self._by_expert = np.ascontiguousarray(self.scenarios.T)
         self.load, self.peaks = load[worst_first], peaks[worst_first]
 
 

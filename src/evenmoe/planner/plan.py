@@ -158,7 +158,10 @@ def takes(planner: Planner, option: str) -> bool:
     >>> takes(PLANNERS.get("evenmoe"), "previous"), takes(PLANNERS.get("greedy"), "previous")
     (True, False)
     """
-    parameters = _parameters(planner)
+    return _taken(_parameters(planner), option)
+
+
+def _taken(parameters: Mapping[str, Parameter] | None, option: str) -> bool:
     if parameters is None:  # only a call can tell
         return True
     return option in parameters or any(each.kind is Parameter.VAR_KEYWORD for each in parameters.values())
@@ -200,7 +203,8 @@ def plan_with(planner: str | Planner, load: npt.ArrayLike, options: PlanOptions)
     options, shape = options.checked(*tokens.shape[-2:])
     found, name = PLANNERS.get(planner), planner if isinstance(planner, str) else repr(planner)
     given = {field.name: getattr(options, field.name) for field in fields(options)}
-    for option in [option for option in given if not takes(found, option)]:
+    parameters = _parameters(found)  # once, since a signature takes longer than all the rest here
+    for option in [option for option in given if not _taken(parameters, option)]:
         value = given.pop(option)
         needless = not shape.is_hierarchical if option in ("num_nodes", "num_groups") else value in (None, ())
         if not needless and option not in _HINTS:

@@ -10,7 +10,9 @@ from evenmoe.compiled import compiled
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _GUIDES = 64  # entries of the table that says where to begin looking; one per top six bits of a number
-_SIGMAS = 8.0  # beyond, a binomial count has probability below 1e-14, and numbers of 32 bits cannot tell it from zero
+# Beyond, a binomial count has probability below 1e-14, and numbers of 32 bits cannot tell it from zero.
+_SIGMAS, _FURTHER = 8.0, 12.0
+_TABLES = 64  # chances whose weights are made together
 
 
 @compiled
@@ -82,18 +84,23 @@ def draw_counts(chance, num_tokens, seed, step, layer, counts):
 
     Inversion with numbers of 32 bits, so that probabilities are met within 2⁻³².
     """
-    num_experts, num_ranks = counts.shape
+    num_ranks, columns = counts.shape[1], chance.shape[1]
     key = layer_key(seed, step, layer)
-    table = np.empty(num_tokens + 1, np.int64)
-    weight = np.empty(num_tokens + 1)
+    chances = chance.ravel()
+    reach = min(num_tokens, int(_SIGMAS / 2 * math.sqrt(num_tokens) + _FURTHER) + 3)
+    weight = np.empty((2 * reach + 1, min(_TABLES, chances.size)))
+    total = np.empty(2 * reach + 1)
+    table = np.empty(2 * reach + 1, np.int64)
     guide = np.empty(_GUIDES, np.int64)
-    for expert in range(num_experts):
-        state = mix(key + np.uint64(expert) * _GOLDEN)
-        least = 0
-        bits = np.uint64(0)
-        for rank in range(num_ranks):
-            if rank == 0 or chance.shape[1] > 1:
-                least = _tabulate(chance[expert, rank if chance.shape[1] > 1 else 0], num_tokens, weight, table, guide)
+    state = bits = np.uint64(0)
+    for entry in range(chances.size):
+        expert, column = entry // columns, entry % columns
+        if entry % _TABLES == 0:
+            _weigh(chances[entry : entry + _TABLES], num_tokens, reach, weight)
+        if column == 0:
+            state = mix(key + np.uint64(expert) * _GOLDEN)
+        least = _tabulate(chances[entry], num_tokens, weight[:, entry % _TABLES], total, table, guide)
+        for rank in range(column, num_ranks if columns == 1 else column + 1):
             if rank % 2 == 0:
                 state += _GOLDEN
                 bits = mix(state)
@@ -106,36 +113,61 @@ def draw_counts(chance, num_tokens, seed, step, layer, counts):
 
 
 @compiled
-def _tabulate(chance, num_tokens, weight, table, guide):
+def _range_of(chance, num_tokens):
+    """The least, likeliest and largest value of a binomial number, of those that numbers of 32 bits can tell apart."""
+    mean = num_tokens * chance
+    reach = _SIGMAS * math.sqrt(mean * (1.0 - chance)) + _FURTHER
+    most = min(num_tokens, int(mean + reach) + 1)
+    return max(0, int(mean - reach)), min(int(mean), most), most
+
+
+@compiled
+def _weigh(chances, num_tokens, reach, weight):
+    """Fill `weight` (2 reach + 1, C): row reach + i has how likely the likeliest value + i is, over how likely that is.
+
+    By ratios from the likeliest outwards, as (1 − chance)^tokens itself underflows for long batches: each step waits
+    for the division of the one before, so many chances take it together. Only what is in `_range_of` is filled.
+    """
+    number = chances.size
+    odds, high, low = np.ones(number), np.zeros(number), np.zeros(number)
+    up = down = 0
+    for i in range(number):
+        if 0.0 < chances[i] < 1.0:
+            least, center, most = _range_of(chances[i], num_tokens)
+            odds[i] = chances[i] / (1.0 - chances[i])
+            high[i] = low[i] = center
+            up, down = max(up, most - center), max(down, center - least)
+    here = weight[reach]
+    here[:] = 1.0
+    for step in range(up):
+        before, here = weight[reach + step], weight[reach + step + 1]
+        for i in range(number):
+            here[i] = np.divide(before[i] * odds[i] * (num_tokens - high[i]), high[i] + 1.0)
+            high[i] += 1.0
+    for step in range(down):
+        before, here = weight[reach - step], weight[reach - step - 1]
+        for i in range(number):
+            here[i] = np.divide(np.divide(before[i], odds[i]) * low[i], num_tokens - low[i] + 1.0)
+            low[i] -= 1.0
+
+
+@compiled
+def _tabulate(chance, num_tokens, weight, total, table, guide):
     """Cumulative probabilities × 2³² of a binomial number from the returned least value on, and where to look first."""
     if chance <= 0.0 or chance >= 1.0:
         table[0] = 1 << 32
         guide[:] = 0
         return 0 if chance <= 0.0 else num_tokens
-    mean = num_tokens * chance
-    reach = _SIGMAS * math.sqrt(mean * (1.0 - chance)) + 12.0
-    least = max(0, int(mean - reach))
-    most = min(num_tokens, int(mean + reach) + 1)
-    center = min(int(mean), most)
-    odds = chance / (1.0 - chance)
-    # By ratios from the center outwards: (1 − chance)^tokens itself underflows for long batches.
-    weight[center - least] = 1.0
-    high = low = center
-    while high < most or low > least:  # both ways at once, since each step waits for the division of the one before
-        if high < most:
-            weight[high + 1 - least] = weight[high - least] * odds * (num_tokens - high) / (high + 1)
-            high += 1
-        if low > least:
-            weight[low - 1 - least] = weight[low - least] / odds * low / (num_tokens - low + 1)
-            low -= 1
+    least, center, most = _range_of(chance, num_tokens)
     size = most - least + 1
+    first = weight.size // 2 + least - center
     below = 0.0
     for above in range(size):
-        below += weight[above]
-        weight[above] = below
+        below += weight[first + above]
+        total[above] = below
     scale = 4294967296.0 / below
     for above in range(size - 1):
-        table[above] = np.int64(weight[above] * scale)
+        table[above] = np.int64(total[above] * scale)
     table[size - 1] = 1 << 32
     above = 0
     for entry in range(_GUIDES):

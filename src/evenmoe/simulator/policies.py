@@ -15,6 +15,7 @@ are over.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar
@@ -92,6 +93,11 @@ class Policy:
         """Whether the next plan takes no account of the placement in use."""
         return True
 
+    @property
+    def plan_made_anew(self) -> Hashable | None:
+        """What tells a plan made anew from that of another policy at the same step; None where nothing surely does."""
+        return None
+
     def first_placement(self, cluster: Cluster, num_layers: int, num_experts: int) -> Placement:
         """The default placement, which runs before anything is known: slot s holds expert s mod E."""
         slots = np.tile(np.arange(self.num_slots, dtype=np.int32) % num_experts, (num_layers, 1))
@@ -148,6 +154,15 @@ class Planned(Policy):
     @classmethod
     def _default_rules(cls, text: PolicyText) -> tuple[str, str | Rule]:
         return "rank", text.given.get("rule", text.standard("rank"))
+
+    @property
+    def plan_made_anew(self) -> Hashable | None:
+        """See `Policy.plan_made_anew`; a planner of the user's is asked by every policy."""
+        if not PLANNERS.is_own(PLANNERS.get(self.planner)):
+            return None
+        # A rule is planned for as another, so that static and evenmoe's first plan are often one.
+        assumed = RULES.get(self.plan_for).plan_for
+        return type(self).plan, self.planner, self.num_slots, self.num_groups, self.window, self.pieces, assumed
 
     def plan(self, cluster: Cluster, past: FloatArray, previous: Placement | None, seed: int) -> Placement:
         """See `Policy.plan`; the steps are added up to `pieces` windows, as equal in number as they can be."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -58,6 +60,12 @@ class PolicyState:
             self._use(self._coming[0])
             self._coming = None
         return self._coming is None and self.policy.is_due(step)
+
+    def plan_key(self) -> Hashable:
+        """Equal for policies whose next plans would be the same from the same steps."""
+        anew = self.policy.starts_anew(self._has_planned)
+        key = self.policy.plan_made_anew if anew else None
+        return (id(self),) if key is None else key
 
     def plan(self, past: npt.NDArray[np.float64], seed: int) -> Placement:
         """The policy's next placement, from `past`, tokens (steps, L, E)."""

@@ -71,9 +71,12 @@ class Run:
         self._past.append(self._totals.astype(np.float64))
 
     def _plan(self, step: int, states: list[PolicyState], seen: list[FloatArray]) -> None:
-        planned = self._pool.map(lambda state, past: state.plan(past, self._seed), states, seen)
-        for state, placement in zip(states, planned, strict=True):
-            state.replace(step, placement, self._costs)
+        keys = [state.plan_key() for state in states]
+        asked = {key: (state, past) for key, state, past in zip(keys, states, seen, strict=True)}
+        planned = self._pool.map(lambda each: each[0].plan(each[1], self._seed), asked.values())
+        plans = dict(zip(asked, planned, strict=True))
+        for key, state in zip(keys, states, strict=True):
+            state.replace(step, plans[key], self._costs)
 
     def _each(self, work: Callable[[int], None]) -> None:
         """Call `work` for every part of the layers, each in a thread of its own."""

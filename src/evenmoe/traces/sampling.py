@@ -30,6 +30,9 @@ FloatArray = npt.NDArray[np.float64]
 NUM_FACTORS = 64
 
 _NUMBERS_AT_ONCE = 1 << 21  # of a block of tokens × experts: 16 MB each of a handful of arrays
+# Rows × inner × columns of a product that OpenBLAS leaves to one thread. A larger one wakes others, which then wait for
+# the next by spinning: as much CPU time again as all of `synthesize`, for products of a tenth of it.
+_SERIAL_PRODUCT = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -243,7 +246,10 @@ def layer_popularity(
         sticky = rng.random(num_experts) ** ((1 - parameters.locality) / parameters.locality)  # Beta(a, 1), a / (a + 1)
     else:
         sticky = np.zeros(num_experts)
-    popularity = factors @ loadings
+    popularity = np.empty((len(factors), num_experts))
+    step = max(1, _SERIAL_PRODUCT // loadings.size)
+    for first in range(0, len(factors), step):
+        np.matmul(factors[first : first + step], loadings, out=popularity[first : first + step])
     own = 1 - factor_parts(parameters.common_factor_share).sum()
     if own > 1e-9:
         popularity += rng.standard_normal(popularity.shape) * (parameters.drift * np.sqrt(own))

@@ -222,19 +222,20 @@ def _draw_loads(shape: ModelShape, traffic: _Traffic, parameters: TraceParameter
         if traffic.requests_per_stream > 1:
             center = picked.mean(axis=0)
             picked = center + (picked - center) / np.sqrt(traffic.requests_per_stream)
+        varied = picked * (1 - picked)
         wider = overdispersion(sticky, traffic.edges[-1] / (traffic.live.shape[1] * traffic.requests_per_stream))
         for first in range(0, windows, step):
-            block = picked[traffic.live[first : first + step]]
-            mean = traffic.parts @ block
-            variance = traffic.parts @ (block * (1 - block)) * wider
+            live = traffic.live[first : first + step]
+            mean = traffic.parts @ picked[live]
+            variance = traffic.parts @ varied[live] * wider
             counts = draw_counts(
                 mean.reshape(-1, shape.num_experts),
                 variance.reshape(-1, shape.num_experts),
-                np.tile(tokens, len(block)),
+                np.tile(tokens, len(live)),
                 shape.top_k,
                 rng,
             )
-            load[first : first + step, :, layer] = counts.reshape(len(block), ranks, -1)
+            load[first : first + step, :, layer] = counts.reshape(len(live), ranks, -1)
     return load
 
 

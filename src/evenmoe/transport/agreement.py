@@ -96,6 +96,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "ElasticBuffer.barrier": (),
     "HcclBarrier": (),
     "ElasticBuffer.engram_write": ("entries of `storage`", "hidden size of `storage`", "dtype of `storage`"),
+    "barrier": ("digest of `elastic_info`",),
 }
 _NAMES = tuple(OPERATORS)
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int8", "float8_e4m3fn", "float8_e5m2")

@@ -249,3 +249,47 @@ def evaluate(held, tokens, floors, order, limit):
         if total + to_come > limit:
             return np.inf, peaks, closed, load
     return total, peaks, closed, load
+
+
+@compiled
+def first_better(held, hot, moves, floors, tokens, peaks, limit, price):
+    """Try moves of rank `hot` one after the other, until one lowers the sum of the peaks below `limit` and its price.
+
+    Args:
+        held, tokens: as for `evaluate`.
+        moves: int64 (M, 5), M > 0, and floors: float64 (M, N), as `batch_moves.candidates` fills them.
+        peaks: float64 (N,), of `held`.
+        limit: what the sum has to stay within.
+        price: how much further each copy has to lower it.
+
+    Returns:
+        tried: how many moves.
+        trial: int64 (G, n), `held` after the last of them.
+        total, peaks, closed, load: of `trial`, as `evaluate` returns them; infinity where no move was good enough.
+    """
+    order = np.empty(peaks.size, np.int64)
+    tried = 0
+    while True:
+        mine, rank, theirs, keeps = moves[tried, 0], moves[tried, 1], moves[tried, 2], moves[tried, 3]
+        trial = held.copy()
+        trial[rank, theirs] = held[hot, mine]
+        if keeps == 0:
+            trial[hot, mine] = held[rank, theirs]
+        _doubtful_first(floors[tried], peaks, order)
+        within = limit - price * max(moves[tried, 4], 0)
+        total, after, closed, load = evaluate(trial, tokens, floors[tried], order, within)
+        tried += 1
+        if total < np.inf or tried == moves.shape[0]:
+            return tried, trial, total, after, closed, load
+
+
+@compiled_inner
+def _doubtful_first(floors, peaks, order):
+    """Fill `order` (N,) with the scenarios by how little of their peaks is certain to stay; ties in their order."""
+    for scenario in range(order.size):
+        place = scenario
+        gain = floors[scenario] - peaks[scenario]
+        while place > 0 and floors[order[place - 1]] - peaks[order[place - 1]] > gain:
+            order[place] = order[place - 1]
+            place -= 1
+        order[place] = scenario

@@ -220,10 +220,34 @@ def _may_swap(rank, slot, other, other_slot, layer):
 
 
 @compiled_inner
+def _any_step(busiest, other, step, off, layer):
+    """Whether some pair of slots has shares that differ by `step`, give or take less than `off`.
+
+    Looking at all pairs without a branch takes a fifth of the time of the passes that look for the best one, whose
+    branches nobody can predict; and most pairs of ranks have none. Three slots at a time, as only the end of a row
+    costs anything.
+    """
+    share = layer.share
+    last = layer.held.shape[1] - 1
+    found = False
+    for slot in range(0, last + 1, 3):
+        first = share[busiest, slot] - step
+        second = share[busiest, min(slot + 1, last)] - step
+        third = share[busiest, min(slot + 2, last)] - step
+        for theirs in range(last + 1):
+            given = share[other, theirs]
+            found |= min(abs(first - given), abs(second - given), abs(third - given)) < off
+    return found
+
+
+@compiled_inner
 def _least_step(busiest, other, least, most, layer):
     """The pair of slots whose shares differ least, by `least` to `most` tokens; (-1, -1) if there is none."""
     width = layer.held.shape[1]
     mine = theirs = -1
+    half = (most - least) / 2
+    if not _any_step(busiest, other, least + half, half + layer.load[busiest] * 1e-12, layer):  # more than is rounded
+        return mine, theirs
     at = 0  # both ranks descend, so one pass over each finds the nearest partner of every slot
     for slot in range(width):
         limit = layer.share[busiest, slot] - least
@@ -251,13 +275,7 @@ def _lowest_peak(busiest, layer):
         off = peak - (top + layer.load[other]) / 2  # a step within `off` of `half` leaves less than `peak`
         if off <= 0:
             break  # nor would one with a heavier rank
-        # All pairs without a branch take less time than the pass below, which most ranks then do not need.
-        near = False
-        for slot in range(width):
-            limit = share[busiest, slot] - half
-            for theirs in range(width):
-                near |= abs(limit - share[other, theirs]) < off
-        if not near:
+        if not _any_step(busiest, other, half, off, layer):
             continue
         at = 0
         for slot in range(width):
