@@ -165,7 +165,7 @@ class Communicators:
         late = None
         for stream, number in communicator.calls:
             try:
-                stream.wait_for(number, max(0.0, end - time.monotonic()))
+                stream.wait_for(number, round(max(0.0, end - time.monotonic()), 2))
             except AclError as error:
                 if error.status == status.RT_STREAM_SYNC_TIMEOUT:  # else the stream was destroyed, and the call with it
                     late = late or error

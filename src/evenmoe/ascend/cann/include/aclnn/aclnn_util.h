@@ -2,6 +2,8 @@
 #ifndef EVENMOE_ACLNN_ACLNN_UTIL_H
 #define EVENMOE_ACLNN_ACLNN_UTIL_H
 
+#include "aclnn/aclnn_base.h"
+
 #define ACLNN_API __attribute__((visibility("default")))
 
 #endif
