@@ -21,9 +21,13 @@ import torch.distributed as dist
 
 import evenmoe as em
 
+TRANSPORTS = ("process_group", "shared_memory")  # by which processes of one host exchange
+
 
 class Processes:
     """Processes that wait for jobs: `run(world, job, *arguments)` calls `job(rank, *arguments)` in each.
+
+    Every world is there over each of `TRANSPORTS`.
 
     Args:
         count: processes.
@@ -40,7 +44,14 @@ class Processes:
         self._pipes: list[Connection] = []
         self._directory = ""
 
-    def run(self, world: tuple[int, int], job: Callable[..., Any], *arguments: Any, patience_s: float = 90.0) -> list:
+    def run(
+        self,
+        world: tuple[int, int],
+        job: Callable[..., Any],
+        *arguments: Any,
+        patience_s: float = 90.0,
+        transport: str = "process_group",
+    ) -> list:
         """Results in rank order; an exception that a job raised stands in its place. A child that ended gives None.
 
         Raises:
@@ -50,7 +61,7 @@ class Processes:
             self._start()
         for pipe in self._pipes:
             with suppress(BrokenPipeError):
-                pipe.send_bytes(pickle.dumps((world, job, arguments)))
+                pipe.send_bytes(pickle.dumps(((*world, transport), job, arguments)))
         deadline = time.monotonic() + patience_s
         results = []
         for index, pipe in enumerate(self._pipes):
@@ -146,7 +157,11 @@ def _serve(
     timeout = timedelta(seconds=60.0)
     store = dist.FileStore(store_path, count)
     dist.init_process_group("gloo", store=store, rank=index, world_size=count, timeout=timeout)
-    ranks = {shape: em.process_world(*shape, timeout_s=timeout_s) for shape in worlds}
+    ranks = {
+        (*shape, transport): em.process_world(*shape, timeout_s=timeout_s, transport=transport)
+        for shape in worlds
+        for transport in TRANSPORTS
+    }
     while (message := pickle.loads(pipe.recv_bytes())) is not None:
         world, job, arguments = message
         try:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import evenmoe as em
 from evenmoe.transport.world import Rank
 from tests.lagging import let_lag
+from tests.processes import TRANSPORTS
 from tests.worlds import Case, Spec, assert_equal_worlds, run_rank, run_reference, specs
 
 
@@ -47,15 +48,19 @@ def in_process(rank: Rank, spec: Spec) -> tuple | None:
     return run_rank(rank, Case(spec))
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize(("ep", "tp"), [(4, 1), (2, 2)])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_processes(processes, ep, tp, data):
+def test_processes(processes, transport, ep, tp, data):
     spec = data.draw(specs(ep=ep, tp=tp))
-    assert_equal_worlds(processes.run((ep, tp), in_process, spec), run_reference(Case(spec)))
+    results = processes.run((ep, tp), in_process, spec, transport=transport)
+    assert_equal_worlds(results, run_reference(Case(spec)))
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @settings(max_examples=30, deadline=None)
-@given(specs(ep=4, tp=0, elastic=True))
-def test_processes_with_ranks_that_are_gone(processes, spec):
-    assert_equal_worlds(processes.run((4, 1), in_process, spec), run_reference(Case(spec)))
+@given(spec=specs(ep=4, tp=0, elastic=True))
+def test_processes_with_ranks_that_are_gone(processes, transport, spec):
+    results = processes.run((4, 1), in_process, spec, transport=transport)
+    assert_equal_worlds(results, run_reference(Case(spec)))

@@ -25,6 +25,7 @@ from evenmoe.errors import (
 )
 from evenmoe.transport.world import Rank
 from tests.lagging import let_lag
+from tests.processes import TRANSPORTS
 
 ODD = 2
 PATIENCE_S = 60.0  # the time-out of the worlds: nobody waits for it, however busy the machine is
@@ -150,15 +151,16 @@ def works(rank: Rank) -> bool:
     return bool((y == (2.0 if rank.tp.world_size == 2 else 1.0)).all())
 
 
-@pytest.fixture(params=["threads", "processes"])
+@pytest.fixture(params=["threads", *TRANSPORTS])
 def run(request: pytest.FixtureRequest, processes: Any) -> Callable[..., list]:
     """run(world, job, *arguments): the results of the ranks, which must leave the world in order."""
-    if request.param == "processes":
+    if request.param != "threads":
 
         def in_processes(shape: tuple[int, int], job: Callable, *arguments: object) -> list:
-            assert processes.run(shape, works) == [True] * 4  # the first call of all imports half of torch
-            results = processes.run(shape, job, *arguments)
-            assert processes.run(shape, works) == [True] * 4
+            by = {"transport": request.param}
+            assert processes.run(shape, works, **by) == [True] * 4  # the first call of all imports half of torch
+            results = processes.run(shape, job, *arguments, **by)
+            assert processes.run(shape, works, **by) == [True] * 4
             return results
 
         return in_processes

@@ -208,7 +208,7 @@ BUGS = {
         worlds, OPS + "exchange", "- (row_counts.cumsum(0) - row_counts)[dest", "- (row_counts.cumsum(0))[dest"
     ),
     "head taken for a row": bug(
-        worlds, TRANSPORT + "call", "self.first.append(self.total + head)", "self.first.append(self.total)"
+        worlds, TRANSPORT + "packets", "self.first.append(self.total + head)", "self.first.append(self.total)"
     ),
     "numbers of the next rank": bug(worlds, TRANSPORT + "call", "            taken = 0\n", "            taken = 1\n"),
     "numbers over the head": bug(worlds, TRANSPORT + "call", "at += _HEAD_BYTES", "at += 0"),
@@ -252,8 +252,8 @@ BUGS = {
     "descending k": bug(
         worlds,
         OPS + "weighted_sum",
-        "position.contiguous(), weights.contiguous()",
-        "position.flip(1).contiguous(), weights.flip(1).contiguous()",
+        "addresses, weights.contiguous().numpy()",
+        "np.ascontiguousarray(addresses[:, ::-1]), weights.flip(1).contiguous().numpy()",
     ),
     "descending k in float16": bug(
         worlds,

@@ -12,6 +12,7 @@ from scipy.optimize import linprog
 import evenmoe as em
 from evenmoe.errors import EvenmoeError
 from evenmoe.runtime import expert_parallel
+from tests.processes import TRANSPORTS
 from tests.runtime.layers import (
     FLOATS,
     RULES,
@@ -124,10 +125,11 @@ def test_threads(spec):
     check(spec, in_threads(spec))
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @settings(max_examples=25, deadline=None)
-@given(specs(ranks=4))
-def test_processes(processes, spec):
-    check(spec, processes.run((4, 1), in_process, spec))
+@given(spec=specs(ranks=4))
+def test_processes(processes, transport, spec):
+    check(spec, processes.run((4, 1), in_process, spec, transport=transport))
 
 
 AWKWARD = {

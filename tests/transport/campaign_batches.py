@@ -181,7 +181,9 @@ class Running:
     def _layer_output(self) -> torch.Tensor:
         """Expert e doubles its rows e mod 3 times and adds e."""
         experts = self._experts_of_slots()[self._local_slots(self._result)][:, None]
-        return self._result.rows * 2.0 ** (experts % 3) + experts
+        out = self._result.rows * 2.0 ** (experts % 3) + experts
+        shown = self.member.rank.ep.new_rows(tuple(out.shape), out)  # where there is memory that the others read
+        return out if shown is None else shown.copy_(out)
 
     def _chain_output(self) -> torch.Tensor:
         """Expert e doubles its rows e mod 4 times, on TP rank 1 once more; the rows behind those in use stay."""

@@ -21,7 +21,8 @@ IN_FLIGHT: tuple[Order, ...] = (
 class Plan:
     """One world and its episodes; `kind` and `number` say which it is, for a repetition.
 
-    Attributes: `harm`, what the parent does to processes in a "free" episode: "kill", "interrupt", "stop" or "".
+    Attributes: `harm`, what the parent does to processes in a "free" episode: "kill", "interrupt", "stop" or "";
+    `transport`, by which processes exchange.
     """
 
     kind: str
@@ -33,9 +34,10 @@ class Plan:
     episodes: tuple[Episode, ...]
     harm: str = ""
     also_killed: int = -1
+    transport: str = "process_group"
 
     def __str__(self) -> str:
-        ranks = "threads" if self.threads else f"processes, {self.store} store"
+        ranks = "threads" if self.threads else f"processes, {self.store} store, {self.transport}"
         return f"{self.kind}:{self.number} ({self.size} {ranks}, tp_size {self.tp_size})"
 
 
@@ -134,13 +136,15 @@ def make_plan(kind: str, number: int, seed: int, episodes: int, count: int, size
     """World `number` of a kind of fault.
 
     Args:
-        kind: a key of `KINDS`, with "local-" in front for ranks that are threads.
+        kind: a key of `KINDS`, with "local-" in front for ranks that are threads, "shared-" for processes that share
+            memory.
         episodes: in this world, of the `count` of this kind in all.
         sizes: of worlds, to choose from.
     """
     random = Random(f"{seed} {kind} {number}")
     threads = kind.startswith("local-")
-    fault = kind.removeprefix("local-")
+    fault = kind.removeprefix("local-").removeprefix("shared-")
+    transport = "shared_memory" if kind.startswith("shared-") else "process_group"
     size = random.choice(sizes)
     tp_size = 2 if size % 2 == 0 and fault in ("exception", "argument", "kill") and random.random() < 0.2 else 1
     maker = Maker(random, size, tp_size)
@@ -151,7 +155,8 @@ def make_plan(kind: str, number: int, seed: int, episodes: int, count: int, size
     also = -1
     if fault == "kill" and size > 3 and random.random() < 0.1:
         also = random.choice([rank for rank in range(size) if rank != made[0].guilty])
-    return Plan(kind, number, size, tp_size, threads, random.choice(["file", "tcp"]), made, harm, also)
+    store = random.choice(["file", "tcp"])
+    return Plan(kind, number, size, tp_size, threads, store, made, harm, also, transport)
 
 
 def _exception(maker: Maker, number: int, count: int, guilty: int) -> Episode:

@@ -47,10 +47,11 @@ class World:
 
     Args:
         size: ranks, those of tensor parallelism included. tp_size: 1 or 2.
-        threads: the ranks are threads of one process; else each is a process, joined by gloo.
+        threads: the ranks are threads of one process; else each is a process.
         store: "file", or "tcp" with rank 0 as its host.
         timeout_s: of the world.
         prepare: called in every process before the world opens, with its index (0 for threads).
+        transport: by which processes exchange.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class World:
         store: str,
         timeout_s: float,
         prepare: Callable[[], object] = lambda: None,
+        transport: str = "process_group",
     ) -> None:
         self.size, self.tp_size, self.threads, self.store, self.timeout_s = size, tp_size, threads, store, timeout_s
+        self.transport = transport
         self.directory = Path(tempfile.mkdtemp())
         context = multiprocessing.get_context("fork")
         import_module("torch._dynamo")  # the first call of an operator imports it; once here, not in every child
@@ -146,7 +149,8 @@ class World:
             store = dist.FileStore(str(self.directory / "store"), self.size)
         timeout = timedelta(seconds=START_S)
         dist.init_process_group("gloo", store=store, rank=index, world_size=self.size, timeout=timeout)
-        rank = em.process_world(self.size // self.tp_size, self.tp_size, timeout_s=self.timeout_s)
+        sizes = self.size // self.tp_size, self.tp_size
+        rank = em.process_world(*sizes, timeout_s=self.timeout_s, transport=self.transport)
         with suppress(KeyboardInterrupt):  # outside a call: a program that ends
             self._serve(rank, pipes[index])
         os._exit(130)

@@ -81,7 +81,7 @@ def test_a_long_error_is_cut_even_within_a_character(cut):
 
 def test_the_most_common_value_comes_first():
     words = {0: "7", 1: "9", 2: "9", 3: "8", 4: "9"}
-    assert agreement._by_value(words) == "9 on ranks 1, 2, 4 and 7 on rank 0 and 8 on rank 3"
+    assert agreement.by_value(words) == "9 on ranks 1, 2, 4 and 7 on rank 0 and 8 on rank 3"
 
 
 def test_dtypes_are_told_apart():

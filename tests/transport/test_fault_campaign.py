@@ -1,10 +1,11 @@
-"""A small fault campaign over threads and gloo processes, and that a runtime which breaks a promise is found out."""
+"""A small fault campaign over threads and processes, and that a runtime which breaks a promise is found out."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,8 +30,15 @@ SMALL = {
     "order": 10,
     "kill": 2,
     "interrupt": 2,
+    "shared-exception": 20,
+    "shared-last-exception": 4,
+    "shared-argument": 10,
+    "shared-order": 10,
+    "shared-kill": 2,
+    "shared-interrupt": 2,
 }
 Exchange = Callable[..., torch.Tensor]
+Views = Callable[..., Any]
 TIMEOUT_S = 20.0  # no right call comes near it, however busy the machine
 
 
@@ -64,7 +72,19 @@ def stale_rows() -> None:
 
         return exchange_rows
 
-    _change_exchanges(last_of_its_shape)
+    def views_of_the_first(exchange: Views) -> Views:
+        kept: dict[Any, Any] = {}
+
+        def exchange_views(self: Any, rows: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+            found = exchange(self, rows, *arguments, **keywords)
+            shapes = tuple(tuple(theirs.shape) for theirs in found.rows)
+            copies = [theirs.clone() for theirs in found.rows]
+            before, kept[self.name, self.rank, shapes] = kept.get((self.name, self.rank, shapes), copies), copies
+            return replace(found, rows=before) if rows.is_floating_point() else found
+
+        return exchange_views
+
+    _change_exchanges(last_of_its_shape, views_of_the_first)
 
 
 def own_rows() -> None:
@@ -79,12 +99,24 @@ def own_rows() -> None:
 
         return exchange_rows
 
-    _change_exchanges(with_own_row)
+    def own_views(exchange: Views) -> Views:
+        def exchange_views(self: Any, rows: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+            found = exchange(self, rows, *arguments, **keywords)
+            theirs = [other.clone() for other in found.rows]
+            for other in theirs:
+                if rows.is_floating_point() and len(rows):
+                    other[-1:] = rows[-1:]
+            return replace(found, rows=theirs)
+
+        return exchange_views
+
+    _change_exchanges(with_own_row, own_views)
 
 
-def _change_exchanges(change: Callable[[Exchange], Exchange]) -> None:
+def _change_exchanges(change: Callable[[Exchange], Exchange], change_views: Callable[[Views], Views]) -> None:
     for transport in (LocalTransport, ProcessGroupTransport):
         setattr(transport, "exchange_rows", change(transport.exchange_rows))  # noqa: B010
+        setattr(transport, "exchange_views", change_views(transport.exchange_views))  # noqa: B010
 
 
 def other_errors() -> None:
@@ -155,12 +187,15 @@ def _tried(tally: Tally) -> int:
     [
         (stale_rows, "local-exception", 1, lambda tally: len(tally.broken)),
         (stale_rows, "exception", 1, lambda tally: len(tally.broken)),
+        (stale_rows, "shared-exception", 1, lambda tally: len(tally.broken)),
         (own_rows, "local-exception", 4, lambda tally: _total(tally, "wrong_values")),
         (own_rows, "exception", 4, lambda tally: _total(tally, "wrong_values")),
+        (own_rows, "shared-exception", 4, lambda tally: _total(tally, "wrong_values")),
         (other_errors, "local-exception", 10, lambda tally: _total(tally, "own_due") - _total(tally, "own")),
         (aborts, "argument", 2, lambda tally: _total(tally, "aborts")),
         (hangs, "argument", 1, lambda tally: _total(tally, "hangs")),
         (wrong_names, "kill", 1, lambda tally: _total(tally, "wrong_names")),
+        (wrong_names, "shared-kill", 1, lambda tally: _total(tally, "wrong_names")),
         (no_names, "local-order", 2, lambda tally: _total(tally, "named_due") - _total(tally, "named")),
         (losses_of_another_kind, "local-last-exception", 2, lambda tally: _tried(tally) - _total(tally, "settled")),
     ],

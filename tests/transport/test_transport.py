@@ -22,6 +22,7 @@ from evenmoe.transport.process_group import RemappedTransport
 from evenmoe.transport.transport import Transport
 from evenmoe.transport.world import LocalTransport, Rank
 from tests.lagging import let_lag
+from tests.processes import TRANSPORTS
 
 DTYPES = ["uint8", "int8", "bool", "int32", "int64", "float16", "bfloat16", "float32", "float64"]
 DTYPES += ["float8_e4m3fn", "float8_e5m2"]
@@ -34,18 +35,18 @@ def run_in_threads(job: Callable[..., Any], *arguments: object) -> list:
         return world.run(lambda rank: job(rank, *arguments))
 
 
-@pytest.fixture(scope="module", params=["local", "process_group"])
+@pytest.fixture(scope="module", params=["local", *TRANSPORTS])
 def run(request: pytest.FixtureRequest, processes: Any) -> Run:
     """run(job, *arguments): the results of four ranks of one implementation. The next implementation goes here."""
 
     def run_in_processes(job: Callable[..., Any], *arguments: object) -> list:
-        results = processes.run((SIZE, 1), job, *arguments)
+        results = processes.run((SIZE, 1), job, *arguments, transport=request.param)
         for result in results:
             if isinstance(result, Exception):
                 raise result
         return results
 
-    return {"local": run_in_threads, "process_group": run_in_processes}[request.param]
+    return run_in_threads if request.param == "local" else run_in_processes
 
 
 def make_rows(seed: int, count: int, shape: Sequence[int], dtype: str) -> torch.Tensor:

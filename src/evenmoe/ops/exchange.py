@@ -17,7 +17,8 @@ import torch
 
 from evenmoe.contract.layout import Layout
 from evenmoe.errors import ConstraintError
-from evenmoe.transport.call import GroupCall, Incoming, Outgoing
+from evenmoe.transport.call import GroupCall
+from evenmoe.transport.packets import Incoming, Outgoing
 
 # Bytes from which numpy asks for huge pages, so that writing to new memory costs a third less of a dispatch; and its
 # zeros are the system's own, which cost nothing until written. Below, torch's own allocator serves as well.
@@ -269,10 +270,11 @@ def exchange(
     order, source = received_order(counts)
     assignments = incoming.numbers.view(-1, sending.assignments.shape[1])[order]
     weight = assignments[:, 3].contiguous().view(torch.float32) if assignments.shape[1] == 4 else None
-    position = torch.tensor(incoming.first, device=source.device)[source] + assignments[:, 2]
-    buffer = incoming.buffer
-    out = empty((len(position), *buffer.shape[1:]), buffer) if allocate is None else allocate(len(position))
-    received = torch.index_select(buffer, 0, position, out=out)
+    which = torch.tensor(incoming.first, device=source.device)[source] + assignments[:, 2]
+    like = incoming.parts[0]
+    shape = (len(which), *like.shape[1:])
+    out = allocate(len(which)) if allocate is not None else call.group.new_rows(shape, like)
+    received = incoming.take(which, empty(shape, like) if out is None else out)
     return Received(received, source.int(), assignments[:, 0], assignments[:, 1], counts, weight)
 
 
@@ -320,13 +322,13 @@ def prepare_returning(
 
 
 def positions_of(incoming: Incoming, assignments: torch.Tensor, num_assignments: int) -> torch.Tensor:
-    """int64 (num_assignments,): where in the buffer of returned rows that of each lies, −1 where there is none.
+    """int64 (num_assignments,): which of the returned rows is that of each, −1 where there is none.
 
     Args:
         assignments: int64 (N,), which one each returned row is for, in the order in which they came.
     """
-    position = torch.full((num_assignments,), -1, dtype=torch.int64, device=incoming.buffer.device)
-    position[assignments] = incoming.positions()
+    position = torch.full((num_assignments,), -1, dtype=torch.int64, device=assignments.device)
+    position[assignments] = torch.arange(len(assignments), device=assignments.device)
     return position
 
 

@@ -14,7 +14,15 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 
-from evenmoe.contract.calls import AddRmsNormCall, CombineCall, DispatchCall, DistributeCall, UpdateExpertCall
+from evenmoe.contract.calls import (
+    AddRmsNormCall,
+    CombineCall,
+    CombineV1Call,
+    DispatchCall,
+    DispatchV1Call,
+    DistributeCall,
+    UpdateExpertCall,
+)
 from evenmoe.contract.layout import Layout
 from evenmoe.contract.limits import resolve_limits
 from evenmoe.contract.operators import OPERATORS, schema
@@ -45,6 +53,8 @@ CALL_TYPES: dict[str, Callable[..., Call]] = {
     "dispatch": DispatchCall,
     "combine": CombineCall,
     "combine_add_rms_norm": AddRmsNormCall,
+    "dispatch_v1": DispatchV1Call,
+    "combine_v1": CombineV1Call,
 }
 _RUNS: dict[str, Callable[..., Outputs]] = {}  # as torch knows them
 _KINDS = {
@@ -289,18 +299,18 @@ def parts_of(
     nobody is told before the part is narrowed to the ranks that are left.
 
     Args:
-        operator: "dispatch" or "combine", under whose name the ranks agree.
+        operator: "dispatch", "combine" or the first version of one, under whose name the ranks agree.
         rows: the tensor to be exchanged, or anything else if it is what is missing.
     """
     across = GroupCall(ep, operator, rows, heard=not scaled_down)
     if tp is None or tp.world_size != 2:
         return across, None
-    return across, GroupCall(tp, f"tensor-parallel step of {operator}", rows)
+    return across, GroupCall(tp, f"tensor-parallel step of {operator.removesuffix('_v1')}", rows)
 
 
 def in_order(operator: str, across: GroupCall, beside: GroupCall | None) -> tuple[GroupCall | None, GroupCall | None]:
     """The parts of a call in the order of their exchanges."""
-    return (across, beside) if operator == "dispatch" else (beside, across)
+    return (across, beside) if operator.startswith("dispatch") else (beside, across)
 
 
 @contextmanager
@@ -312,7 +322,7 @@ def collective(
     Whatever is raised before the operator has exchanged anything is told to the other ranks.
 
     Args:
-        operator: "dispatch" or "combine", under whose name the ranks agree.
+        operator: "dispatch", "combine" or the first version of one, under whose name the ranks agree.
         given: the fields of the call by name, but for the groups, which are `ep`, `tp` and `group`.
         rows: what would be exchanged.
     """
@@ -324,14 +334,14 @@ def collective(
         )
     ep = transport_of(group if ep is None else ep, "ep")
     tp = None if tp is None else transport_of(tp, "tp")
-    parts = parts_of(operator, ep, tp, arguments["elastic_info"] is not None, rows)
+    parts = parts_of(operator, ep, tp, arguments.get("elastic_info") is not None, rows)
     with together(*in_order(operator, *parts)):
         arguments["moe_expert_num"] = arguments.pop("num_experts")
         if arguments["moe_expert_num"] is None:
             raise MissingArgumentError(
                 "num_experts", None, "must be the number of physical experts", "pass what dispatch was called with"
             )
-        arguments["comm_alg"] = "" if arguments["comm_alg"] is None else arguments["comm_alg"]
+        arguments["comm_alg"] = "" if arguments.get("comm_alg") is None else arguments["comm_alg"]
         arguments["limits"] = resolve_limits(arguments["limits"])
         yield call_type(
             **arguments,

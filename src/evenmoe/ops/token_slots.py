@@ -15,7 +15,8 @@ from evenmoe.errors import ConstraintError
 from evenmoe.ops.exchange import positions_of, prepare_returning, stable_order
 from evenmoe.ops.weighted_sum import add_rows
 from evenmoe.transport.agreement import Header
-from evenmoe.transport.call import GroupCall, Outgoing
+from evenmoe.transport.call import GroupCall
+from evenmoe.transport.packets import Outgoing
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def send_tokens(
     if topk_weights is not None:
         weights = described[row, 1 + top_k + k].contiguous().view(torch.float32)
     return Arrived(
-        rows=incoming.buffer.index_select(0, incoming.positions()[row]),
+        rows=incoming.take(row),
         weights=weights,
         metadata=torch.stack([source[row], described[row, 0].long(), k, own_slot[row]], dim=1).int(),
         per_rank=per_rank.int(),
@@ -147,7 +148,7 @@ def return_rows(
         )
     position = positions_of(incoming, entries, due.numel()).view(num_tokens, top_k)
     total = torch.zeros((num_tokens, rows.shape[1]), dtype=torch.float32, device=rows.device)
-    add_rows(total, incoming.buffer, position, torch.ones((num_tokens, top_k), device=rows.device))
+    add_rows(total, incoming, position, torch.ones((num_tokens, top_k), device=rows.device))
     if weights is None:
         return total, None
     returned = torch.zeros(due.numel(), dtype=torch.float32, device=rows.device)

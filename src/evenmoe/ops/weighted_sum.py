@@ -15,28 +15,30 @@ from evenmoe.compiled import compiled
 from evenmoe.contract.layout import Layout
 from evenmoe.ops.numerics import softmax_of_two, tree_sum
 from evenmoe.ops.operator import Combining
+from evenmoe.transport.packets import Incoming
+from evenmoe.transport.raw_memory import copy_bytes
 
 # Columns at a time: two float32 buffers of 8 KiB leave room for the rows in a first-level cache of 32 KiB.
 WIDTH = 2048
 
 
 @compiled
-def add_bfloat16(total, rows, position, weights):
-    """total[t] += weights[t, k] · rows[position[t, k]] for ascending k, where position is not −1.
+def add_bfloat16(total, addresses, weights):
+    """total[t] += weights[t, k] · the row at addresses[t, k] for ascending k, where that is not 0.
 
-    `total` float32 (T, H), `rows` uint16 (N, H), the bits of bfloat16, `position` int64 (T, K), `weights` float32
-    (T, K).
+    `total` float32 (T, H), `addresses` int64 (T, K), of H bfloat16 each, `weights` float32 (T, K).
     """
     hidden = total.shape[1]
+    row = np.empty(WIDTH, np.uint16)
     bits = np.empty(WIDTH, np.uint32)
     values = bits.view(np.float32)
-    for token in range(position.shape[0]):
+    for token in range(addresses.shape[0]):
         for start in range(0, hidden, WIDTH):
             part = total[token, start : min(start + WIDTH, hidden)]
-            for k in range(position.shape[1]):
-                if position[token, k] < 0:
+            for k in range(addresses.shape[1]):
+                if addresses[token, k] == 0:
                     continue
-                row = rows[position[token, k], start : start + part.size]
+                copy_bytes(row.ctypes.data, addresses[token, k] + 2 * start, 2 * part.size)
                 weight = weights[token, k]
                 for h in range(part.size):
                     bits[h] = np.uint32(row[h]) << np.uint32(16)  # a bfloat16 is the upper half of a float32
@@ -45,20 +47,24 @@ def add_bfloat16(total, rows, position, weights):
 
 
 @compiled
-def add_plain(total, rows, position, weights):
+def add_plain(total, addresses, weights):
     """As `add_bfloat16`, of rows, sums and weights of one dtype, float32 or float64."""
-    for token in range(position.shape[0]):
+    row = np.empty(total.shape[1], total.dtype)
+    for token in range(addresses.shape[0]):
         part = total[token]
-        for k in range(position.shape[1]):
-            if position[token, k] < 0:
+        for k in range(addresses.shape[1]):
+            if addresses[token, k] == 0:
                 continue
-            row = rows[position[token, k]]
+            copy_bytes(row.ctypes.data, addresses[token, k], row.itemsize * part.size)
             weight = weights[token, k]
             for h in range(part.size):
                 part[h] += weight * row[h]
 
 
-def accumulate(layout: Layout, rows: torch.Tensor, position: torch.Tensor, call: Combining) -> torch.Tensor:
+_NO_NUMBERS = torch.zeros(0, dtype=torch.int32)
+
+
+def accumulate(layout: Layout, rows: torch.Tensor | Incoming, position: torch.Tensor, call: Combining) -> torch.Tensor:
     """§3.4 up to the final rounding: weighted rows in ascending k, then shared experts, then shared_expert_x.
 
     Each product is rounded to float32 before it is added; assignments without a row, at position −1, add nothing.
@@ -67,7 +73,7 @@ def accumulate(layout: Layout, rows: torch.Tensor, position: torch.Tensor, call:
         float32 (Bs, H) sums, of which those of active tokens count.
     """
     scales, num_tokens, top_k = call.expert_scales, layout.num_tokens, layout.top_k
-    total = torch.zeros((num_tokens, layout.hidden), dtype=torch.float32, device=rows.device)
+    total = torch.zeros((num_tokens, layout.hidden), dtype=torch.float32, device=scales.device)
     weights = torch.cat([scales.float(), scales.new_ones((num_tokens, layout.shared_experts))], dim=1)
     if call.virtual_experts:  # their terms stand between those of the rows, by k
         for k in range(top_k):
@@ -85,22 +91,27 @@ def sum_dtype(rows: torch.dtype) -> torch.dtype:
     return torch.float64 if rows == torch.float64 else torch.float32
 
 
-def add_rows(total: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, weights: torch.Tensor) -> None:
+def add_rows(total: torch.Tensor, rows: torch.Tensor | Incoming, position: torch.Tensor, weights: torch.Tensor) -> None:
     """total[t] += weights[t, k] · rows[position[t, k]] for ascending k, each product rounded before it is added.
 
     Args:
         total: (T, H) of `sum_dtype` of the rows, contiguous, changed in place.
-        rows: (N, H) of any float dtype.
+        rows: (N, H) of any float dtype; or what was received, which is read where it lies.
         position: int64 (T, K), −1 where there is no row.
         weights: (T, K), dtype of `total`; what they hold where there is no row does not matter.
     """
-    if rows.device.type == "cpu" and rows.dtype in (torch.bfloat16, total.dtype):
-        rows, position, weights = rows.contiguous(), position.contiguous(), weights.contiguous()
-        add = add_plain
-        if rows.dtype == torch.bfloat16:
-            rows, add = rows.view(torch.uint16), add_bfloat16
-        add(total.numpy(), rows.numpy(), position.numpy(), weights.numpy())
+    like = rows if isinstance(rows, torch.Tensor) else rows.parts[0]
+    if like.device.type == "cpu" and like.dtype in (torch.bfloat16, total.dtype):
+        if isinstance(rows, torch.Tensor):
+            rows = rows.contiguous()
+            rows = Incoming([rows], [len(rows)], torch.arange(len(rows)), _NO_NUMBERS)
+        # One address more, for the position −1.
+        addresses = np.append(rows.addresses(), 0)[position.numpy()]
+        add = add_bfloat16 if like.dtype == torch.bfloat16 else add_plain
+        add(total.numpy(), addresses, weights.contiguous().numpy())
         return
+    if not isinstance(rows, torch.Tensor):
+        rows = rows.take()
     for tokens in chunks(len(total), max(total.shape[1], 1), rows.device):
         part = total[tokens]
         for k in range(position.shape[1]):

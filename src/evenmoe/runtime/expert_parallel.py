@@ -83,6 +83,9 @@ class ExpertParallel:
         check_values: look at ids at every step. False saves the pass; a wrong value is then undefined.
         layer: a number of the layer, 0 or more, the same on all ranks, for messages and to tell layers apart. None for
             the next number of the group, which agrees if all ranks make their layers in the same order.
+        transport: how the ranks of a group of torch.distributed exchange what is on the CPU, the same on all of them:
+            "shared_memory", "process_group", or "auto" for shared memory where all ranks are on one Linux host.
+            `describe` says which it is. The transport of a world is chosen where that is opened.
 
     Raises:
         ConstraintError: a table, a number of slots or a rule that cannot work, said before anything is exchanged.
@@ -110,8 +113,9 @@ class ExpertParallel:
         rule: str | Rule = "rank",
         check_values: bool = True,
         layer: int | None = None,
+        transport: str = "auto",
     ) -> None:
-        self._group = ep = transport_of(group)
+        self._group = ep = transport_of(group, transport=transport)
         self._rule, self._check_values = RULES.get(rule), check_values
         self.num_slots, self.rule = num_slots, self._rule.name
         nearest = max(1, round(num_slots / ep.world_size)) * ep.world_size
@@ -130,6 +134,18 @@ class ExpertParallel:
         self._combine_headers: dict[tuple[object, ...], Header] = {}
         self._chosen = Chosen()
         self._batch_header = Header(_BATCH, {LAYER: self.layer})
+
+    def describe(self) -> str:
+        """Return a line that says what the layer is, and by what its ranks exchange rows.
+
+        >>> import evenmoe as em
+        >>> with em.local_world(ep_size=2) as world:
+        ...     table = em.Placement([[0, 1, 0, 2]], num_ranks=2).eplb_table(0)
+        ...     em.ExpertParallel(world.ranks[0].ep, table, num_slots=4, layer=7).describe()
+        "layer 7: 3 logical experts in 4 slots of 2 ranks, rule 'rank', exchange by threads of one process"
+        """
+        experts = f"{self.num_experts} logical experts in {self.num_slots} slots of {self._group.world_size} ranks"
+        return f"layer {self.layer}: {experts}, rule {self.rule!r}, exchange by {self._group.description}"
 
     def __deepcopy__(self, memo: object) -> ExpertParallel:
         return ExpertParallel(
@@ -231,7 +247,7 @@ class ExpertParallel:
             rows = expert_out.detach() if expert_out.requires_grad else expert_out
             incoming, position = return_rows(call, header, dispatched, rows)
             total = expert_out.new_zeros((len(weights), expert_out.shape[1]), dtype=weights.dtype)
-            add_rows(total, incoming.buffer, position, weights.detach())
+            add_rows(total, incoming, position, weights.detach())
             y = total.to(expert_out.dtype)
         if not torch.is_grad_enabled():
             return y

@@ -210,7 +210,7 @@ def gradient_of_x(way: Way, grad_rows: torch.Tensor, slots: torch.Tensor) -> tor
         incoming, position = return_rows(call, way.header(_DISPATCH), way.dispatched, grad_rows)
         dtype = sum_dtype(grad_rows.dtype)
         total = grad_rows.new_zeros((len(position), grad_rows.shape[1]), dtype=dtype)
-        add_rows(total, incoming.buffer, position, torch.ones(position.shape, dtype=dtype, device=total.device))
+        add_rows(total, incoming, position, torch.ones(position.shape, dtype=dtype, device=total.device))
     return total.to(grad_rows.dtype)
 
 
@@ -250,7 +250,7 @@ def gradients_of_combine(
         order, source = received_order(_counts(dispatched, call.group.world_size))
         theirs = incoming.numbers.view(-1, numbers.shape[1])[order]
         first = torch.tensor(incoming.first, device=source.device)[source]
-        rows = incoming.buffer.index_select(0, first + theirs[:, 0])
+        rows = incoming.take(first + theirs[:, 0])
     grad_out = grad_weights = None
     if needed[1]:
         grad_weights = _return_dots(way, rows, expert_out, weights)
@@ -270,8 +270,9 @@ def _return_dots(way: Way, grads: torch.Tensor, expert_out: torch.Tensor, weight
     call = GroupCall(way.group, _WEIGHTS, dots)
     with together(call):
         incoming, position = return_rows(call, way.header(_WEIGHTS), way.dispatched, dots)
-        found = incoming.buffer[position.clamp(min=0).flatten(), 0] if position.numel() else weights.new_empty(0)
-        return torch.where(position >= 0, found.view(position.shape), 0.0)
+        returned, due = weights.new_zeros(position.shape), position >= 0
+        returned[due] = incoming.take(position[due])[:, 0]
+        return returned
 
 
 def _counts(dispatched: DispatchedRows, world_size: int) -> torch.Tensor:

@@ -17,7 +17,8 @@ import torch
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
 from evenmoe.ops.weighted_sum import sum_dtype
 from evenmoe.transport.agreement import LAYER, Header, digest, dtype_code
-from evenmoe.transport.call import GroupCall, Outgoing, together
+from evenmoe.transport.call import GroupCall, together
+from evenmoe.transport.packets import Outgoing
 from evenmoe.transport.transport import Transport
 
 OPERATOR = "ExpertParallel.reduce_replica_gradients"
@@ -180,4 +181,4 @@ def _exchange(group: Transport, replicas: Replicas, rows: torch.Tensor, destinat
         nothing = torch.zeros((group.world_size, 0), dtype=torch.int64)
         call.agree(Header(ROWS, {LAYER: replicas.layer}), nothing, outgoing)
         incoming = call.exchange(rows)
-        return incoming.buffer.index_select(0, incoming.positions())
+        return incoming.take()

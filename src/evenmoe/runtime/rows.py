@@ -12,7 +12,8 @@ import torch
 from evenmoe.errors import ConstraintError
 from evenmoe.ops.exchange import Routing, positions_of, prepare_returning
 from evenmoe.transport.agreement import Header
-from evenmoe.transport.call import GroupCall, Incoming
+from evenmoe.transport.call import GroupCall
+from evenmoe.transport.packets import Incoming
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,9 @@ _COMBINE = (DISPATCH, *agreement(COMBINE))
 OPERATORS: dict[str, tuple[str, ...]] = {
     "dispatch": agreement(operators.DISPATCH),
     "combine": _COMBINE,
+    # The first versions, which have no more to agree on, but are other operators.
+    "dispatch_v1": agreement(operators.DISPATCH),
+    "combine_v1": _COMBINE,
     "tensor-parallel step of dispatch": (
         "hidden size of `x`",
         "dtype of the rows",
@@ -173,7 +176,7 @@ def check_headers(headers: Words, choices: Mapping[str, Mapping[int, str]]) -> N
         readable = {rank: _readable(name, int(value), choices) for rank, value in enumerate(values)}
         raise RankDisagreementError(
             name.replace("`", ""),
-            _by_value(readable),
+            by_value(readable),
             "must be equal on every rank of a group",
             "pass the same on all ranks",
         )
@@ -194,7 +197,7 @@ def _check_gradients(name: str, states: Words) -> None:
         recorded = {rank: "not recorded" if state == OFF else "recorded" for rank, state in enumerate(states)}
         raise RankDisagreementError(
             name.replace("`", ""),
-            _by_value(recorded),
+            by_value(recorded),
             "must be recorded on every rank of a group or on none, as all take part in the backward pass",
             "enable gradients on all ranks, or call under torch.no_grad() on all",
         )
@@ -236,7 +239,7 @@ def _where(words: Words) -> str:
 def _elsewhere(what: str, where: Mapping[int, str]) -> RankDisagreementError:
     return RankDisagreementError(
         f"the {what}",
-        _by_value(where),
+        by_value(where),
         "must be the same on every rank of a group",
         "call the collective operators in the same order on all ranks",
     )
@@ -252,7 +255,7 @@ def _readable(name: str, value: int, choices: Mapping[str, Mapping[int, str]]) -
     return str(value)
 
 
-def _by_value(values: Mapping[int, str]) -> str:
+def by_value(values: Mapping[int, str]) -> str:
     """`64 on ranks 0, 1, 3 and 32 on rank 2`, the most common value first."""
     ranks: dict[str, list[int]] = {}
     for rank, value in values.items():

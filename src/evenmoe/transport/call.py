@@ -5,17 +5,18 @@ on a rank in between, the exchange that the others wait for is made all the same
 error that names the rank, and all ranks are in step for the next call. Only an interrupt does not wait for others: it
 breaks the group off, for good.
 
-A packet to one rank is a block of rows: a head with the exchange's number and the block's length, then int32 numbers,
-both in as many whole rows as they need, then the rows themselves. So they travel together, and a receiver sees at once
-what is not what it waits for.
+Where ranks can read each other's rows, a rank shows all of its rows and tells every other which of them are for it.
+Else a packet to one rank is a block of rows: a head with the exchange's number and the block's length, then int32
+numbers, both in as many whole rows as they need, then the rows themselves. So they travel together, and a receiver sees
+at once what is not what it waits for.
 
 Shapes: W ranks, H width of a row, N rows of a packet, M numbers of a packet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, TypeAlias
@@ -26,6 +27,7 @@ import torch
 from evenmoe.errors import LostRankError, RankDisagreementError
 from evenmoe.transport import agreement
 from evenmoe.transport.agreement import UNKNOWN, Header
+from evenmoe.transport.packets import Blocks, Incoming, Outgoing
 from evenmoe.transport.transport import Transport
 
 _HEAD_WORDS, _TEXT = 32, 3  # number of the exchange, rows of the block, status; the text of a failure
@@ -40,73 +42,13 @@ _COUNTS = agreement.HEADER + 2  # where counts begin, behind the numbers and the
 
 
 @dataclass(frozen=True)
-class Outgoing:
-    """What a rank is going to send to every rank.
-
-    Attributes:
-        numbers, rows: int32 numbers and rows for every destination, W each.
-        shape: of one row. like: a tensor of its dtype and device.
-    """
-
-    numbers: Sequence[int]
-    rows: Sequence[int]
-    shape: tuple[int, ...]
-    like: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Incoming:
-    """What a rank was sent.
-
-    Attributes:
-        buffer: (rows of all blocks, …), valid until the next packet of the group.
-        first: W positions in it, of the first row from every source.
-        rows: W row counts.
-        numbers: int32 (M,), by source, in the order in which they were sent.
-    """
-
-    buffer: torch.Tensor
-    first: list[int]
-    rows: list[int]
-    numbers: torch.Tensor
-
-    def positions(self) -> torch.Tensor:
-        """int64 (N,), where every row lies in `buffer`, by source."""
-        rows = np.array(self.rows)
-        shift = np.repeat(np.array(self.first) - (rows.cumsum() - rows), rows)
-        return torch.from_numpy(np.arange(len(shift)) + shift).to(self.buffer.device)
-
-
-class _Blocks:
-    """How the blocks of all ranks lie in a buffer, one after the other: W of each.
-
-    Attributes:
-        numbers, rows: int32 numbers and rows of every block.
-        lengths: rows of the whole block. starts, first: where it begins, and its first row of all. total: of all.
-        row_bytes: bytes of one row.
-    """
-
-    def __init__(self, numbers: Sequence[int], rows: Sequence[int], row_bytes: int) -> None:
-        self.numbers, self.rows, self.row_bytes, self.total = numbers, list(rows), row_bytes, 0
-        self.lengths: list[int] = []
-        self.starts: list[int] = []
-        self.first: list[int] = []
-        for num_numbers, num_rows in zip(numbers, rows, strict=True):
-            head = -(-(_HEAD_BYTES + 4 * num_numbers) // row_bytes)
-            self.starts.append(self.total)
-            self.first.append(self.total + head)
-            self.lengths.append(head + num_rows)
-            self.total += head + num_rows
-
-
-@dataclass(frozen=True)
 class _Packets:
     """The packets that the others wait for, known to all ranks once they have agreed."""
 
     outgoing: Outgoing
     wire_shape: tuple[int, ...]  # of a row as it travels: one of no bytes is a single element, as a head counts in rows
-    sent: _Blocks
-    received: _Blocks
+    sent: Blocks
+    received: Blocks
 
 
 @dataclass(frozen=True)
@@ -135,6 +77,7 @@ class GroupCall:
         self.group, self._operator, self._heard = group, operator, heard
         self._device = rows.device if isinstance(rows, torch.Tensor) and rows.device.type != "meta" else "cpu"
         self.number = self._next = group.number()  # of the exchange that the others wait for
+        self._shows_rows = group.shows_rows(torch.device(self._device))
         self._stage = _PENDING
         self._announced: _Announced | None = None
         self._packets: _Packets | None = None  # once agreed
@@ -204,12 +147,22 @@ class GroupCall:
         if index is None:
             index = torch.arange(len(rows), device=rows.device)
         assert len(index) == sum(packets.sent.rows), (len(index), packets.sent.rows)
+        if self._shows_rows:
+            return self._exchange_views(packets, rows, index, numbers)
         shape = packets.outgoing.shape
         if prod(shape):
             return self._exchange_packets(packets, self._packed(packets, rows, index, numbers))
         nothing = rows.new_zeros((len(rows), *packets.wire_shape))
         incoming = self._exchange_packets(packets, self._packed(packets, nothing, index, numbers))
-        return replace(incoming, buffer=rows.new_empty((len(incoming.buffer), *shape)))
+        return replace(incoming, parts=[rows.new_empty((len(incoming.parts[0]), *shape))])
+
+    def finish(self) -> None:
+        """End the reading of what was received, and wait for those who read rows of this rank where they lie.
+
+        Raises:
+            LostRankError: a rank that is being read from has stopped, or one that reads does not end.
+        """
+        self.group.end_reading()
 
     def needs(self, gradients: str) -> bool:
         """Whether some rank needs those gradients, so that all of them record; told by the last `agree`."""
@@ -221,6 +174,9 @@ class GroupCall:
         group = self.group
         if not self._heard or group.broken:
             return
+        with suppress(LostRankError):  # the caller's own error comes first
+            if isinstance(error, Exception):
+                group.end_reading()
         if not isinstance(error, Exception):
             group.break_off(f"was ended by {type(error).__name__} in the midst of {self._operator}")
             return
@@ -244,6 +200,9 @@ class GroupCall:
                 message = np.zeros((group.world_size, _COUNTS + self._fitting), np.int64)
                 message[:, : agreement.HEADER] = agreement.failed_header(self._next, self._operator, error)
                 group.exchange_counts(torch.from_numpy(message).to(self._device))
+            elif self._shows_rows:
+                self._exchange_views(self._packets, self._packets.outgoing.like[:0], error=error)
+                group.end_reading()
             else:
                 self._exchange_packets(self._packets, self._packed(self._packets, error=error))
             self._stage = _DONE
@@ -267,8 +226,8 @@ class GroupCall:
             wire_shape = outgoing.shape if prod(outgoing.shape) else (1,)
             row_bytes = prod(wire_shape) * outgoing.like.element_size()
             numbers, rows = received[:, agreement.HEADER : _COUNTS].T.tolist()
-            sent = _Blocks(outgoing.numbers, outgoing.rows, row_bytes)
-            self._packets = _Packets(outgoing, wire_shape, sent, _Blocks(numbers, rows, row_bytes))
+            sent = Blocks(outgoing.numbers, outgoing.rows, row_bytes, _HEAD_BYTES)
+            self._packets = _Packets(outgoing, wire_shape, sent, Blocks(numbers, rows, row_bytes, _HEAD_BYTES))
         self._next, self._rest, self._stage, self._fitting = self._next + 1, announced.rest, _PENDING, 0
 
     def _exchange_rest(self, rest: torch.Tensor) -> torch.Tensor:
@@ -313,7 +272,7 @@ class GroupCall:
                 taken += count
         return buffer
 
-    def _heads(self, blocks: _Blocks, error: BaseException | None = None) -> agreement.Words:
+    def _heads(self, blocks: Blocks, error: BaseException | None = None) -> agreement.Words:
         """int64 (W, _HEAD_WORDS), what stands in front of every block."""
         heads = np.zeros((len(blocks.rows), _HEAD_WORDS), np.int64)
         heads[:, 0], heads[:, 1] = self._next, blocks.lengths
@@ -334,12 +293,55 @@ class GroupCall:
             numbers.append(memory[at : at + 4 * count])
         both, size = _joined(heads + numbers), _HEAD_BYTES * len(heads)
         heads = both[:size].view(torch.int64).cpu().numpy().reshape(-1, _HEAD_WORDS)
-        if (heads[:, 0] != self._next).any() or (heads[:, 1] != blocks.lengths).any() or heads[:, 2].any():
-            self._check_in_step(np.where(heads[:, 1] == blocks.lengths, heads[:, 0], -1))
-            rank = int(np.flatnonzero(heads[:, 2])[0])
-            text, invalid = agreement.text_of(heads[rank, _TEXT:]), heads[rank, 2] != agreement.FAILED
-            raise agreement.failed_there(rank, self._operator, text, invalid)
-        return Incoming(received, blocks.first, blocks.rows, both[size:].view(torch.int32))
+        self._check_heads(heads, blocks)
+        at = blocks.positions().to(received.device)
+        return Incoming([received], blocks.rows, at, both[size:].view(torch.int32))
+
+    def _exchange_views(
+        self,
+        packets: _Packets,
+        rows: torch.Tensor,
+        index: torch.Tensor | None = None,
+        numbers: torch.Tensor | None = None,
+        error: BaseException | None = None,
+    ) -> Incoming:
+        """Show `rows`, and tell every rank which of them are for it: a head, the index and the numbers; of a failed
+        call only the heads mean anything.
+        """
+        sent, received = packets.sent, packets.received
+        heads = self._heads(sent, error).view(np.uint8)
+        which = np.zeros(sum(sent.rows), np.int64) if index is None else index.numpy().astype(np.int64, copy=False)
+        along = np.zeros(sum(sent.numbers), np.int32) if numbers is None else numbers.contiguous().numpy().reshape(-1)
+        messages, row, number = [], 0, 0
+        for head, num_rows, num_numbers in zip(heads, sent.rows, sent.numbers, strict=True):
+            parts = (head, which[row : row + num_rows], along[number : number + num_numbers])
+            message = np.zeros(_length(num_rows, num_numbers), np.uint8)
+            np.concatenate([part.view(np.uint8) for part in parts], out=message[: sum(part.nbytes for part in parts)])
+            messages.append(message)
+            row, number = row + num_rows, number + num_numbers
+        views = self.group.exchange_views(rows.contiguous(), messages)
+        self._stage = _DONE
+        theirs = np.zeros((len(views.messages), _HEAD_WORDS), np.int64)
+        at, along = [], []
+        for source, message in enumerate(views.messages):
+            num_rows, num_numbers = received.rows[source], received.numbers[source]
+            if len(message) == _length(num_rows, num_numbers):
+                theirs[source] = message[:_HEAD_BYTES].view(np.int64)
+                end = _HEAD_BYTES + 8 * num_rows
+                at.append(message[_HEAD_BYTES:end].view(np.int64))
+                along.append(message[end : end + 4 * num_numbers].view(np.int32))
+        self._check_heads(theirs, received)
+        rows_at, numbers_along = (torch.from_numpy(np.concatenate(part)) for part in (at, along))
+        return Incoming(views.rows, received.rows, rows_at, numbers_along)
+
+    def _check_heads(self, heads: agreement.Words, blocks: Blocks) -> None:
+        """Raise for what stands in front of what was received: another exchange's, cut short, or of a failed call."""
+        if (heads[:, 0] == self._next).all() and (heads[:, 1] == blocks.lengths).all() and not heads[:, 2].any():
+            return
+        self._check_in_step(np.where(heads[:, 1] == blocks.lengths, heads[:, 0], -1))
+        rank = int(np.flatnonzero(heads[:, 2])[0])
+        text, invalid = agreement.text_of(heads[rank, _TEXT:]), heads[rank, 2] != agreement.FAILED
+        raise agreement.failed_there(rank, self._operator, text, invalid)
 
     def _check_in_step(self, numbers: agreement.Words) -> None:
         """Every rank must have sent what belongs to the exchange just made; −1 for a message that is cut short."""
@@ -370,6 +372,8 @@ def together(*calls: GroupCall | None) -> Iterator[None]:
             for call in present:
                 call.group.check_usable()
             yield
+            for call in present:
+                call.finish()
         except BaseException as error:  # also an interrupt: the other ranks wait for this one whatever it was
             for call in present:
                 call.fail(error)
@@ -377,6 +381,11 @@ def together(*calls: GroupCall | None) -> Iterator[None]:
     finally:
         for group in held:
             group.end_turn()
+
+
+def _length(num_rows: int, num_numbers: int) -> int:
+    """Bytes of a message with the index of rows and numbers, in whole words."""
+    return _HEAD_BYTES + 8 * num_rows + -(-num_numbers // 2) * 8
 
 
 def _bytes(tensor: torch.Tensor) -> _Memory:

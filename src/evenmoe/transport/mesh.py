@@ -15,18 +15,17 @@ import socket
 import struct
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+
+from evenmoe.transport.segment import Gather, this_host
 
 _CONNECT_S = 5.0  # for one connection; a host that does not answer by then is behind a firewall
 _SETTLE_S = 0.05  # two processes killed together are seen together: their ends were 0.1 to 6 ms apart in 150 kills
 _HELLO = struct.Struct("<16sI")
 _LONGEST_WORD = 4096
-
-Gather = Callable[[dict[str, object]], list[dict[str, object]]]
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,11 @@ class Mesh:
         known = {rank: self._peers[rank] for rank in sorted(blamed) if rank in self._peers}
         return {rank: peer.word or LastWord("another rank lost") for rank, peer in known.items()}
 
+    def stopped_already(self, ranks: Iterable[int]) -> bool:
+        """Whether one of `ranks` has ended or left a last word, as far as it is known now."""
+        self._read(0.0)
+        return any(rank in self._peers and (self._peers[rank].ended or self._peers[rank].word) for rank in ranks)
+
     def close(self) -> None:
         for peer in self._peers.values():
             peer.connection.close()
@@ -143,7 +147,7 @@ def connect(rank: int, world_size: int, gather: Gather) -> Mesh:
     Args:
         gather: a value of this rank -> those of all ranks, in rank order; called twice.
     """
-    hosts = gather({"host": _this_host()})
+    hosts = gather({"host": this_host()})
     one_host = len({str(host) for host in hosts}) == 1
     family = socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -204,16 +208,6 @@ def _greeted(connection: socket.socket, token: str) -> int | None:
         return None
     shown, rank = _HELLO.unpack(hello)
     return rank if secrets.compare_digest(shown, bytes.fromhex(token)) else None
-
-
-def _this_host() -> str:
-    boot = ""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    network = ""
-    with suppress(OSError):
-        network = str(Path("/proc/self/ns/net").readlink())  # containers of one host may not share 127.0.0.1
-    return f"{socket.gethostname()} {boot} {network}"
 
 
 def _addresses() -> list[str]:

@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from evenmoe.errors import LostRankError
 from evenmoe.transport.mesh import LastWord, Mesh
-from evenmoe.transport.transport import Buffers, Ints, Members, Transport
+from evenmoe.transport.segment import Octets
+from evenmoe.transport.transport import Buffers, Ints, Members, Transport, Views
 
 _GRACE_S = 1.0  # after a failed exchange, for a rank to be seen to have stopped; 0.12 s sufficed in 150 kills
 
@@ -37,6 +38,8 @@ class ProcessGroupTransport(Transport):
         timeout_s: the group's own, which tells a time-out from an ended connection.
         standalone: whether torch.distributed's own world does not know the group.
     """
+
+    kind, description = "process_group", "torch.distributed"
 
     def __init__(
         self,
@@ -224,6 +227,7 @@ class RemappedTransport(Transport):
         self._transport, self._old_rank_of = transport, list(old_rank_of)
         self._members = sorted(old_rank_of)
         super().__init__(transport.name, self._old_rank_of.index(transport.rank), len(self._old_rank_of))
+        self.kind, self.description = transport.kind, transport.description
 
     @property
     def broken(self) -> bool:
@@ -241,6 +245,25 @@ class RemappedTransport(Transport):
 
     def rows_to_send(self, shape: Ints, like: torch.Tensor) -> torch.Tensor:
         return self._transport.rows_to_send(shape, like)
+
+    def shows_rows(self, device: torch.device) -> bool:
+        return self._transport.shows_rows(device)
+
+    def new_rows(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor | None:
+        return self._transport.new_rows(shape, like)
+
+    def _exchange_views(self, rows: torch.Tensor, messages: Sequence[Octets], members: Ints | None) -> Views:
+        assert members is None, "a remapped group is not narrowed again"
+        nothing = messages[0][:0]
+        full = [nothing] * self._transport.world_size
+        for new, old in enumerate(self._old_rank_of):
+            full[old] = messages[new]
+        views = self._transport.exchange_views(rows, full, self._members)
+        old_ranks = self._old_rank_of
+        return Views([views.rows[old] for old in old_ranks], [views.messages[old] for old in old_ranks])
+
+    def _end_reading(self) -> None:
+        self._transport.end_reading()
 
     def _exchange_counts(self, counts: torch.Tensor, members: Ints | None) -> torch.Tensor:
         assert members is None, "a remapped group is not narrowed again"

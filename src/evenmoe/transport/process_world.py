@@ -16,18 +16,32 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
-from evenmoe.errors import LostRankError, MissingArgumentError, UnsupportedTypeError, require
+from evenmoe.errors import (
+    ConstraintError,
+    LostRankError,
+    MissingArgumentError,
+    RankDisagreementError,
+    UnsupportedTypeError,
+    require,
+)
 from evenmoe.transport import mesh
+from evenmoe.transport.agreement import by_value
 from evenmoe.transport.process_group import ProcessGroupTransport
+from evenmoe.transport.segment import Gather, Octets, share_memory
+from evenmoe.transport.shared_memory import SharedMemoryTransport
 from evenmoe.transport.transport import Transport, register, unregister
 from evenmoe.transport.world import Rank, check_world
 
 #: What a public function takes for a group.
 Group: TypeAlias = Transport | dist.ProcessGroup | DeviceMesh
+#: How the ranks of a group of processes may exchange what is on the CPU.
+TRANSPORTS = ("auto", "shared_memory", "process_group")
+Memory: TypeAlias = tuple[Octets | None, str]  # what the ranks of a group share; or why they share none
 
 _SEEN_S = 2.0  # the processes' time-outs end about when they came, which is seconds apart at most under a launcher
 _worlds = itertools.count()
-_of_groups: dict[str, tuple[dist.ProcessGroup, ProcessGroupTransport]] = {}  # by the name of the user's group
+# By the name of the user's group, and what transport was asked for.
+_of_groups: dict[tuple[str, str], tuple[dist.ProcessGroup, ProcessGroupTransport]] = {}
 
 
 def process_world(
@@ -38,6 +52,7 @@ def process_world(
     timeout_s: float = 600.0,
     store: distributed_c10d.Store | None = None,
     index: int | None = None,
+    transport: str = "auto",
 ) -> Rank:
     """Open this process's rank of a world of processes; a collective of all of them.
 
@@ -48,15 +63,21 @@ def process_world(
         timeout_s: seconds that the others may take to come, and later to take part in one exchange.
         store, index: where the processes meet, and this one's number, if torch.distributed is to be started with
             them; without them it is started as torchrun wants it.
+        transport: how the ranks of a group exchange what is on the CPU, the same on all of them: "shared_memory" where
+            all are on one Linux host, "process_group" by torch.distributed, "auto" for the first where it can be had
+            and else the second. Tensors on other devices always go by torch.distributed.
 
     Returns:
         The `Rank` of this process, as `local_world` gives it to each thread.
 
     Raises:
-        ConstraintError: a size or a time-out out of range, or a product that is not the number of processes.
+        ConstraintError: a size or a time-out out of range, a product that is not the number of processes, or a
+            transport that is unknown or cannot be had.
+        RankDisagreementError: the processes want different transports.
         LostRankError: processes that did not come in time, which `.ranks` names (by their numbers in the world).
     """
     ep_size, tp_size, timeout_s = check_world(ep_size, tp_size, timeout_s)
+    check_transport(transport)
     size, timeout = ep_size * tp_size, timedelta(seconds=timeout_s)
     if (store is None) != (index is None):
         missing = "store" if store is None else "index"
@@ -81,10 +102,12 @@ def process_world(
     e, t = divmod(index, tp_size)
     own = distributed_c10d.PrefixStore(f"evenmoe/world{next(_worlds)}", store)
     _call_the_roll(own, index, size, timeout)
-    meshes = [
-        mesh.connect(rank, count, _through(distributed_c10d.PrefixStore(name, own), rank, count, timeout))
-        for name, rank, count in ((f"ep{t}", e, ep_size), (f"tp{e}", t, tp_size))
-    ]
+    meshes, memories = [], []
+    for name, rank, count in ((f"ep{t}", e, ep_size), (f"tp{e}", t, tp_size)):
+        gather = _through(distributed_c10d.PrefixStore(name, own), rank, count, timeout)
+        meshes.append(mesh.connect(rank, count, gather))
+        alone = name.startswith("tp") and count == 1  # which nobody exchanges with
+        memories.append((None, "since it has one rank") if alone else _memory(transport, rank, count, gather))
     try:
         if not dist.is_initialized():
             dist.init_process_group(backend, store=store, rank=index, world_size=size, timeout=timeout)
@@ -99,11 +122,14 @@ def process_world(
         ]
     except RuntimeError as error:
         raise _lost_at_start(error, index, meshes, e, t, tp_size) from error
-    ep, tp = (_open(group, one, timeout_s) for group, one in zip((ep_groups[t], tp_groups[e]), meshes, strict=True))
+    parts = zip((ep_groups[t], tp_groups[e]), meshes, memories, strict=True)
+    ep, tp = (_open(group, one, memory, timeout_s) for group, one, memory in parts)
     return Rank(index, ep, tp)
 
 
-def transport_of(group: object, argument: str = "group", *, timeout_s: float = 600.0) -> Transport:
+def transport_of(
+    group: object, argument: str = "group", *, timeout_s: float = 600.0, transport: str = "auto"
+) -> Transport:
     """Return the transport over a group, which may be one of torch.distributed's.
 
     The first use of such a group is a collective of its ranks: exchanges go over a group of their own with the same
@@ -113,12 +139,20 @@ def transport_of(group: object, argument: str = "group", *, timeout_s: float = 6
         group: a `Transport`, a torch.distributed ProcessGroup, or a DeviceMesh of one axis (`mesh["ep"]`).
         argument: what the caller calls it, for messages.
         timeout_s: seconds that one exchange may take.
+        transport: as in `process_world`, for a group of torch.distributed. A `Transport` has been opened as one kind,
+            so that another than "auto" must be that one.
 
     Raises:
-        MissingArgumentError, UnsupportedTypeError, ConstraintError: it is none of these, or has other axes.
+        MissingArgumentError, UnsupportedTypeError, ConstraintError: it is none of these, or has other axes; or the
+            transport is unknown or cannot be had.
+        RankDisagreementError: the ranks want different transports.
         LostRankError: a rank did not come.
     """
+    check_transport(transport)
     if isinstance(group, Transport):
+        value, rule = f"{transport!r} for a group that has been opened", f"must be what it is, {group.kind!r}"
+        fix = 'leave it at "auto", or choose where the group is opened'
+        require(transport in ("auto", group.kind), "transport", value, rule, fix)
         return group
     if isinstance(group, DeviceMesh):
         fix = f"pass that axis, such as mesh[{(group.mesh_dim_names or ('ep',))[0]!r}]"
@@ -133,14 +167,39 @@ def transport_of(group: object, argument: str = "group", *, timeout_s: float = 6
         rule = "must be a transport, a ProcessGroup or a DeviceMesh of which this process is a member"
         fix = "pass rank.ep of an open world, the group itself, or one axis of a mesh"
         raise UnsupportedTypeError(argument, f"a {type(group).__name__}", rule, fix)
-    known, transport = _of_groups.get(group.group_name, (None, None))
-    if known is not group or transport is None:
-        transport = _beside(group, timeout_s)
-        _of_groups[group.group_name] = group, transport
-    return transport
+    known, opened = _of_groups.get((group.group_name, transport), (None, None))
+    if known is not group or opened is None:
+        opened = _beside(group, timeout_s, transport)
+        _of_groups[group.group_name, transport] = group, opened
+    return opened
 
 
-def _beside(group: dist.ProcessGroup, timeout_s: float) -> ProcessGroupTransport:
+def check_transport(kind: object) -> None:
+    """Raise if `kind` is not the name of a way to exchange.
+
+    Raises:
+        ConstraintError: it is not.
+    """
+    rule, fix = f"must be one of {', '.join(map(repr, TRANSPORTS))}", "leave it at 'auto' if any will do"
+    require(kind in TRANSPORTS, "transport", repr(kind), rule, fix)
+
+
+def _memory(kind: str, rank: int, world_size: int, gather: Gather) -> Memory:
+    """The memory that the ranks of a group share, or why they share none; a collective of the group."""
+    wanted = {other: str(one["transport"]) for other, one in enumerate(gather({"transport": kind}))}
+    if len(set(wanted.values())) > 1:
+        rule, fix = "must be equal on every rank of a group", "pass the same on all ranks"
+        raise RankDisagreementError("transport", by_value(wanted), rule, fix)
+    if kind == "process_group":
+        return None, "as was asked for"
+    memory, reason = share_memory(rank, world_size, gather)
+    if memory is None and kind == "shared_memory":
+        fix = "use 'auto' or 'process_group'"
+        raise ConstraintError("transport", repr(kind), f"cannot be had here, since {reason}", fix)
+    return memory, f"since {reason}"
+
+
+def _beside(group: dist.ProcessGroup, timeout_s: float, kind: str) -> ProcessGroupTransport:
     """A transport over a new group with the ranks of `group`."""
     ranks = dist.get_process_group_ranks(group)
     try:
@@ -153,18 +212,29 @@ def _beside(group: dist.ProcessGroup, timeout_s: float) -> ProcessGroupTransport
             dist.all_gather_object(values, value, group=own)
             return values  # pyright: ignore[reportReturnType]
 
-        connections = mesh.connect(ranks.index(dist.get_rank()), len(ranks), gather)
+        rank = ranks.index(dist.get_rank())
+        connections = mesh.connect(rank, len(ranks), gather)
+        memory = _memory(kind, rank, len(ranks), gather)
     except RuntimeError as error:
         raise LostRankError(
             f"a rank of group {group.group_name!r} ({len(ranks)} ranks) was lost while a group of the same ranks was "
             f"being made; which cannot be told ({str(error).splitlines()[0]})"
         ) from error
-    return _open(own, connections, timeout_s)
+    return _open(own, connections, memory, timeout_s)
 
 
-def _open(group: object, connections: mesh.Mesh, timeout_s: float) -> ProcessGroupTransport:
+def _open(group: object, connections: mesh.Mesh, memory: Memory, timeout_s: float) -> ProcessGroupTransport:
     assert isinstance(group, dist.ProcessGroup), "new_group gives every member of a group the group"
-    transport = ProcessGroupTransport(group, connections, _destroy, lambda: unregister(transport), timeout_s=timeout_s)
+    shared, reason = memory
+
+    def close() -> None:
+        unregister(transport)
+
+    if shared is not None:
+        transport = SharedMemoryTransport(shared, group, connections, _destroy, close, timeout_s)
+    else:
+        transport = ProcessGroupTransport(group, connections, _destroy, close, timeout_s)
+        transport.description += f" ({dist.get_backend(group)}), {reason}"
     register(transport)
     return transport
 

@@ -11,15 +11,30 @@ import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import NoReturn, TypeAlias
 
 import torch
 
 from evenmoe.errors import ConstraintError, LostRankError
+from evenmoe.transport.segment import Octets
 
 Members = tuple[int, ...]
 Ints: TypeAlias = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Views:
+    """What the ranks of a group show and send to this one.
+
+    Attributes:
+        rows: W tensors (N of that rank, …), of ranks that do not take part with N = 0.
+        messages: uint8 (any,), W of them, of ranks that do not take part with no byte.
+    """
+
+    rows: list[torch.Tensor]
+    messages: list[Octets]
 
 
 class Transport(ABC):
@@ -34,8 +49,11 @@ class Transport(ABC):
     together, and those of each narrower set of `members` by themselves. Whoever copies what holds an end shares it,
     since it is a connection to other ranks; nobody can pickle it.
 
-    Attributes: `name` (of the group, the same on all its ranks), `rank` (0…W−1), `world_size` (W).
+    Attributes: `name` (of the group, the same on all its ranks), `rank` (0…W−1), `world_size` (W); `kind`, the name of
+    the implementation, and `description`, how the ranks exchange, to be read.
     """
+
+    kind = description = ""
 
     def __init__(self, name: str, rank: int, world_size: int) -> None:
         self.name, self.rank, self.world_size = name, rank, world_size
@@ -166,6 +184,54 @@ class Transport(ABC):
             self._note_end(error)
             raise
 
+    def shows_rows(self, device: torch.device) -> bool:
+        """Whether ranks can read each other's rows on `device` where they lie, as `exchange_views` lets them."""
+        return False
+
+    def exchange_views(self, rows: torch.Tensor, messages: Sequence[Octets], members: Ints | None = None) -> Views:
+        """Show `rows` to the other ranks and send each a message; return what they show and send.
+
+        What is returned must not be written to, and may be read until `end_reading`, which has to be called before the
+        caller may write to `rows` again.
+
+        Args:
+            rows: any dtype, (N, …), contiguous, on a device that `shows_rows`; N may differ between ranks.
+            messages: uint8 (any,) for every rank.
+            members: ranks that take part, ascending; None for all.
+
+        Raises:
+            LostRankError: a rank failed or ended instead of taking part, now or in an earlier exchange.
+        """
+        if self._closed or self._broken is not None:
+            self.check_usable()
+        try:
+            return self._exchange_views(rows, messages, members)
+        except BaseException as error:
+            self._note_end(error)
+            raise
+
+    def end_reading(self) -> None:
+        """Say that what the others have shown is not read any more, and wait until they do not read this rank's rows.
+
+        It does nothing if nothing is being read.
+
+        Raises:
+            LostRankError: a rank that showed its rows has stopped since, so that what was read may not be what it
+                showed; or one does not end its reading.
+        """
+        try:
+            self._end_reading()
+        except BaseException as error:
+            self._note_end(error)
+            raise
+
+    def new_rows(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor | None:
+        """An uninitialized tensor of `shape`, with dtype and device of `like`, that ranks can read where it lies.
+
+        None where there is no memory better suited than any other.
+        """
+        return None
+
     @abstractmethod
     def rows_to_send(self, shape: Ints, like: torch.Tensor) -> torch.Tensor:
         """An uninitialized tensor of `shape`, with dtype and device of `like`, to be filled and given to exchange_rows.
@@ -186,6 +252,12 @@ class Transport(ABC):
     def _exchange_rows(
         self, rows: torch.Tensor, send_counts: Ints, recv_counts: Ints, members: Ints | None, reuse: bool
     ) -> torch.Tensor: ...
+
+    def _exchange_views(self, rows: torch.Tensor, messages: Sequence[Octets], members: Ints | None) -> Views:
+        raise NotImplementedError(f"{type(self).__name__} does not show rows")
+
+    def _end_reading(self) -> None:  # noqa: B027 (nothing is read where nothing is shown)
+        pass
 
     @abstractmethod
     def _tell(self, reason: str, because_of: Members | None) -> None:

@@ -111,6 +111,8 @@ class Rendezvous:
 class LocalTransport(Transport):
     """One rank's end of a group of threads."""
 
+    kind, description = "local", "threads of one process"
+
     def __init__(self, rendezvous: Rendezvous, rank: int, on_close: Callable[[], None] | None = None) -> None:
         super().__init__(rendezvous.name, rank, rendezvous.world_size)
         self._rendezvous, self._on_close = rendezvous, on_close

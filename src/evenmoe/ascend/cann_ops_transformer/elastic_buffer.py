@@ -20,7 +20,8 @@ from evenmoe.ops.numerics import reinterpret
 from evenmoe.ops.operator import check_tensors
 from evenmoe.ops.token_slots import return_rows, send_tokens
 from evenmoe.transport.agreement import Header, dtype_code
-from evenmoe.transport.call import GroupCall, Outgoing, together
+from evenmoe.transport.call import GroupCall, together
+from evenmoe.transport.packets import Outgoing
 
 Tensor = torch.Tensor
 _MOE_SIZES = ("num_max_tokens_per_rank", "hidden", "num_topk")

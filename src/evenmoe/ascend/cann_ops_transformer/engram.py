@@ -14,7 +14,8 @@ from evenmoe.contract.tensor_spec import check_dims, check_dtype
 from evenmoe.errors import ConstraintError, require
 from evenmoe.ops.operator import check_tensors, spec_of
 from evenmoe.transport.agreement import Header, dtype_code
-from evenmoe.transport.call import GroupCall, Outgoing, together
+from evenmoe.transport.call import GroupCall, together
+from evenmoe.transport.packets import Outgoing
 from evenmoe.transport.transport import Transport
 
 TABLE_DTYPES = ("bfloat16", "float16", "float32")
@@ -80,7 +81,7 @@ def write(transport: Transport, storage: torch.Tensor, room: int) -> Table:
         nothing = torch.zeros((world_size, 0), dtype=torch.int64)
         part.agree(Header("ElasticBuffer.engram_write", sizes), nothing, outgoing)
         incoming = part.exchange(storage, torch.arange(entries).repeat(world_size))
-        return Table(incoming.buffer.index_select(0, incoming.positions()))
+        return Table(incoming.take())
 
 
 def check_table_dtype(argument: str, dtype: str) -> None:
