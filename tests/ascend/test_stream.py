@@ -74,7 +74,7 @@ def test_time_out_waits_only_for_work_enqueued_before(stream):
     waited = threading.Thread(target=stream.synchronize)
     stream.enqueue(first.wait)
     waited.start()
-    until_it_waits(waited, "synchronize")
+    until_it_waits(waited, "_wait")
     stream.enqueue(gate.wait)
     first.set()
     waited.join(HANG_S)
@@ -130,7 +130,7 @@ def test_destroy_wakes_a_thread_that_synchronizes():
     messages = []
     waiter = threading.Thread(target=lambda: messages.append(error_of(status.RT_STREAM_ABORT, stream.synchronize)))
     waiter.start()
-    until_it_waits(waiter, "synchronize")
+    until_it_waits(waiter, "_wait")
     stream.destroy()
     waiter.join(HANG_S)
     assert len(messages) == 1

@@ -168,8 +168,8 @@ class Executor:
         workspace_size: int,
         stream: Stream,
         translate: Callable[[EvenmoeError], Exception] = lambda error: error,
-    ) -> None:
-        """The second stage: put the call on a stream and return at once.
+    ) -> int:
+        """The second stage: put the call on a stream and return its number there at once.
 
         Args:
             operator: the operator whose second stage this is.
@@ -209,8 +209,9 @@ class Executor:
 
         with self._state:
             self._raise_if_spent()
-            stream.enqueue(work, self.describe)
+            number = stream.enqueue(work, self.describe)
             self._launched = True
+            return number
 
     def make_repeatable(self) -> None:
         """Let the second stage be called any number of times, until `destroy`; before the first of them.

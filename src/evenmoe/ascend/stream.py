@@ -42,8 +42,8 @@ class Stream:
         self._touching = threading.Lock()
         threading.Thread(target=self._serve, name=name, daemon=True).start()
 
-    def enqueue(self, work: Work, describe: Describe = lambda: "work of the caller") -> None:
-        """Append `work()` and return at once.
+    def enqueue(self, work: Work, describe: Describe = lambda: "work of the caller") -> int:
+        """Append `work()` and return at once, with its number: 1 for the first of the stream.
 
         Args:
             work: called on the stream's thread; what it raises is reported by `synchronize`.
@@ -57,6 +57,7 @@ class Stream:
             self._queue.append((work, describe))
             self._enqueued += 1
             self._changed.notify_all()
+            return self._enqueued
 
     def synchronize(self, timeout_s: float | None = None) -> None:
         """Wait until everything enqueued before is done.
@@ -68,24 +69,35 @@ class Stream:
             AclError: the first failure since the last `synchronize` (status 361001); not done in time (507046; the work
                 goes on, and a later call may wait for it again); destroyed before (107017) or meanwhile (107023).
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
             self._raise_if_destroyed(status.RT_INVALID_HANDLE)
-            target = self._enqueued
-            while self._done < target:
-                remaining = None if deadline is None else deadline - time.monotonic()
-                if remaining is not None and remaining <= 0:
-                    doing = "it has not begun" if self._running is None else self._running()
-                    raise AclError(
-                        status.RT_STREAM_SYNC_TIMEOUT,
-                        f"{self.name} was not done within {timeout_s:g} s, with {target - self._done} of its "
-                        f"{target} calls outstanding: {doing}.",
-                    )
-                self._changed.wait(remaining)
-                self._raise_if_destroyed(status.RT_STREAM_ABORT)
+            self._wait(self._enqueued, timeout_s)
             failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
+
+    def wait_for(self, number: int, timeout_s: float | None = None) -> None:
+        """Wait until the call with that number, and all before it, are done; failed ones are.
+
+        Raises:
+            AclError: not done in time (status 507046), or the stream is destroyed before (107023).
+        """
+        with self._changed:
+            self._wait(number, timeout_s)
+
+    def has_done(self, number: int) -> bool:
+        """Whether the call with that number is done."""
+        return self._done >= number
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything that was enqueued is done."""
+        return self._done == self._enqueued
+
+    def describe(self) -> str:
+        """What the stream does now, and which ranks that waits for, for messages."""
+        with self._changed:
+            return self._doing()
 
     def destroy(self) -> None:
         """Drop the work that has not begun, and end the thread after what runs; never waits for other ranks."""
@@ -104,6 +116,22 @@ class Stream:
         with self._touching:
             self._raise_if_destroyed(status.RT_STREAM_ABORT)
             yield
+
+    def _wait(self, target: int, timeout_s: float | None) -> None:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while self._done < target:
+            self._raise_if_destroyed(status.RT_STREAM_ABORT)
+            remaining = None if deadline is None else deadline - time.monotonic()
+            if remaining is not None and remaining <= 0:
+                raise AclError(
+                    status.RT_STREAM_SYNC_TIMEOUT,
+                    f"{self.name} was not done within {timeout_s:g} s, with {target - self._done} of its "
+                    f"{target} calls outstanding: {self._doing()}.",
+                )
+            self._changed.wait(remaining)
+
+    def _doing(self) -> str:
+        return "it has not begun" if self._running is None else self._running()
 
     def _raise_if_destroyed(self, code: int) -> None:
         if self._destroyed:

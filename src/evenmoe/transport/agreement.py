@@ -99,6 +99,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     ),
     "ElasticBuffer.combine": (DISPATCH, "hidden size of `x`", "dtype of `x`", "presence of `topk_weights`"),
     "ElasticBuffer.barrier": (),
+    "HcclBarrier": (),
     "ElasticBuffer.engram_write": ("entries of `storage`", "hidden size of `storage`", "dtype of `storage`"),
     "barrier": ("digest of `elastic_info`",),
 }

@@ -36,6 +36,7 @@ class ProcessGroupTransport(Transport):
         give_up: closes the group's connections, so that nobody waits for this rank; None if the group is not ours.
         on_close: called by `close`, before the group is given up.
         timeout_s: the group's own, which tells a time-out from an ended connection.
+        standalone: whether torch.distributed's own world does not know the group.
     """
 
     kind, description = "process_group", "torch.distributed"
@@ -47,10 +48,12 @@ class ProcessGroupTransport(Transport):
         give_up: Callable[[dist.ProcessGroup], None] | None = None,
         on_close: Callable[[], None] | None = None,
         timeout_s: float | None = None,
+        standalone: bool = False,
     ) -> None:
         super().__init__(group.group_name, group.rank(), group.size())
         self._group: dist.ProcessGroup | None = group
         self._mesh, self._give_up, self._on_close, self._timeout_s = mesh, give_up, on_close, timeout_s
+        self._standalone = standalone
         self._pending: list[dist.Work | None] | None = []  # None while an exchange is being begun
         self._buffers = Buffers()
         self._last_counts = torch.zeros((0, 0), dtype=torch.int64)
@@ -119,6 +122,11 @@ class ProcessGroupTransport(Transport):
         """Point to point, since the ranks that are gone cannot join a collective of the whole group."""
         outgoing, incoming = _split(sent, send), _split(received, recv)
         incoming[self.rank].copy_(outgoing[self.rank])
+        if self._standalone:  # of which torch.distributed's functions for pairs of ranks know nothing
+            assert self._group is not None
+            others = [peer for peer in members if peer != self.rank]
+            begun = [self._group.recv([incoming[peer]], peer, 0) for peer in others if recv[peer]]
+            return [*begun, *(self._group.send([outgoing[peer]], peer, 0) for peer in others if send[peer])]
         work = []
         for peer in members:
             if peer != self.rank and recv[peer]:

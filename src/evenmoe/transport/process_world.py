@@ -8,8 +8,9 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
@@ -236,6 +237,59 @@ def _open(group: object, connections: mesh.Mesh, memory: Memory, timeout_s: floa
         transport.description += f" ({dist.get_backend(group)}), {reason}"
     register(transport)
     return transport
+
+
+def join_group(
+    store: distributed_c10d.Store,
+    meeting: str,
+    name: str,
+    rank: int,
+    size: int,
+    *,
+    join_s: float,
+    exchange_s: float,
+    stays: bool,
+) -> ProcessGroupTransport:
+    """Return this process's rank of a group on one host, of which torch.distributed's own world knows nothing.
+
+    Args:
+        store, meeting: where the processes meet, and the name of the group there.
+        name: of the group.
+        join_s, exchange_s: seconds that the others may take to come, and later for one exchange.
+        stays: whether this process holds the store, and so stays until nobody needs it any more.
+
+    Raises:
+        LostRankError: processes that did not come in time, or were lost meanwhile.
+    """
+    timeout, own = timedelta(seconds=join_s), distributed_c10d.PrefixStore(meeting, store)
+    _call_the_roll(own, rank, size, timeout)
+    gather = _through(distributed_c10d.PrefixStore("mesh", own), rank, size, timeout)
+    connections = mesh.connect(rank, size, gather)
+    try:
+        group = _standalone_group(distributed_c10d.PrefixStore("gloo", own), name, rank, size, exchange_s)
+        own.set(f"ready/{rank}", "")
+    except RuntimeError as error:
+        raise _lost_at_start(error, rank, [connections, mesh.Mesh({})], rank, 0, 1) from error
+    if stays:
+        with suppress(RuntimeError):  # a rank that is lost now is found out by the first exchange
+            own.wait([f"ready/{i}" for i in range(size)], timeout)
+    return ProcessGroupTransport(group, connections, lambda group: None, timeout_s=exchange_s, standalone=True)
+
+
+def _standalone_group(
+    store: distributed_c10d.Store, name: str, rank: int, size: int, timeout_s: float
+) -> dist.ProcessGroup:
+    """A gloo group that ends with the last reference to it."""
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    options._devices = [gloo.create_device(hostname="127.0.0.1")]
+    kind, cpu = dist.ProcessGroup.BackendType.GLOO, torch.device("cpu")
+    group: Any = dist.ProcessGroup(store, rank, size)
+    group._set_default_backend(kind)
+    group._register_backend(cpu, kind, gloo(store, rank, size, options))
+    group._set_group_name(name)
+    return group
 
 
 def _destroy(group: dist.ProcessGroup) -> None:

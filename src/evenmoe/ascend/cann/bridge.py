@@ -5,24 +5,24 @@ Pointers arrive as numbers. Those to results are only compared with null here; t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial, wraps
+from functools import partial
 
 import torch
 
 from evenmoe.ascend import status
 from evenmoe.ascend.cann import build
+from evenmoe.ascend.cann.answers import answers
 from evenmoe.ascend.cann.calls import Calls
-from evenmoe.ascend.cann.runtime import NUM_DEVICES, Communicator, Communicators, Runtime
-from evenmoe.ascend.cann.tensors import DTYPES, Memory, check_copy, describe_tensor
+from evenmoe.ascend.cann.groups import Communicator, Communicators
+from evenmoe.ascend.cann.runtime import NUM_DEVICES, Runtime
+from evenmoe.ascend.cann.tensors import BYTES_PER_DEVICE, DTYPES, Memory, check_copy, describe_tensor
+from evenmoe.ascend.event import Event
 from evenmoe.ascend.executor import stage_one as stage_one_of_operator
-from evenmoe.ascend.status import AclError, acl_error, check_not_null, null_pointer
+from evenmoe.ascend.status import acl_error, check_not_null, null_pointer
+from evenmoe.ascend.stream import Stream
 from evenmoe.ops.combine import combine
 from evenmoe.ops.dispatch import dispatch
 from evenmoe.transport.world import local_world
-
-Result = int | str | Sequence[int | str] | None
-Answer = tuple[int, str | None, Sequence[int | str]]
 
 _runtime = Runtime()
 _device_memory, _host_memory = Memory(), Memory()
@@ -31,40 +31,16 @@ _calls = Calls(_runtime, _device_memory, _communicators)
 _initialized = False
 
 
-def _answers(
-    function: Callable[..., Result], out: str = "", *, internal: int, null: int, uninitialized: int | None = None
-) -> Callable[..., Answer]:
-    """The function as C calls it.
-
-    Args:
-        out: the C name of a pointer to the result, which is the last argument and must not be null.
-        internal, null, uninitialized: statuses for a mistake of ours, a null `out`, and a call before aclInit.
-    """
-
-    @wraps(function)
-    def answer(*arguments: object) -> Answer:
-        try:
-            if uninitialized is not None and not _initialized:
-                raise acl_error(uninitialized, "aclInit", "not called", "must come first", "call aclInit")
-            if out:
-                check_not_null(null, out, arguments[-1])
-                arguments = arguments[:-1]
-            results = function(*arguments)
-        except AclError as error:
-            return error.status, str(error), ()
-        except Exception as error:  # a mistake of ours must not end the C program
-            return internal, f"internal error: {type(error).__name__}: {error}", ()
-        if results is None:
-            return 0, None, ()
-        return 0, None, (results,) if isinstance(results, int | str) else results
-
-    return answer
+def _check_initialized(code: int) -> None:
+    if not _initialized:
+        raise acl_error(code, "aclInit", "not called", "must come first", "call aclInit")
 
 
-_before_init = partial(_answers, internal=status.ACL_INTERNAL_ERROR, null=status.ACL_INVALID_PARAM)
-_acl = partial(_before_init, uninitialized=status.ACL_UNINITIALIZE)
-_aclnn = partial(_answers, internal=status.INNER, null=status.PARAM_NULLPTR)
-_hccl = partial(_answers, internal=status.HCCL_INTERNAL, null=status.HCCL_PTR, uninitialized=status.HCCL_RUNTIME)
+_before_init = partial(answers, internal=status.ACL_INTERNAL_ERROR, null=status.ACL_INVALID_PARAM)
+_acl = partial(_before_init, ready=partial(_check_initialized, status.ACL_UNINITIALIZE))
+_aclnn = partial(answers, internal=status.INNER, null=status.PARAM_NULLPTR)
+_hccl_ready = partial(_check_initialized, status.HCCL_RUNTIME)
+_hccl = partial(answers, internal=status.HCCL_INTERNAL, null=status.HCCL_PTR, ready=_hccl_ready)
 
 digest = build.digest
 
@@ -135,8 +111,11 @@ get_device = _acl(_runtime.device_of, "deviceId")
 
 @_acl
 def reset_device(device: int, context: int) -> int:
+    failure = _runtime.drain_device(device)
     if _runtime.reset_device(device):
         _device_memory.free_device(device)
+    if failure is not None:
+        raise failure
     return context if context in _runtime.contexts.handles() else 0
 
 
@@ -165,16 +144,60 @@ create_stream = _acl(_runtime.create_stream, "stream")
 destroy_stream = _acl(lambda handle, force: _runtime.destroy_stream(handle, bool(force)))
 
 
-@_acl
-def synchronize_stream(handle: int, timeout_ms: int, context: int) -> None:
+def _seconds(timeout_ms: int) -> float | None:
     if timeout_ms < -1:
         rule = "must be milliseconds, or -1 to wait for ever"
         raise acl_error(status.ACL_INVALID_PARAM, "timeout", timeout_ms, rule, "pass -1, 0 or more")
-    stream = _runtime.find_stream("stream", handle, context).stream
-    stream.synchronize(None if timeout_ms == -1 else timeout_ms / 1000)
+    return None if timeout_ms == -1 else timeout_ms / 1000
+
+
+@_acl
+def synchronize_stream(handle: int, timeout_ms: int, context: int) -> None:
+    _stream(handle, context).synchronize(_seconds(timeout_ms))
 
 
 synchronize_device = _acl(_runtime.synchronize_device)
+
+
+@partial(_acl, out="status")
+def query_stream(handle: int, context: int) -> int:
+    return int(not _stream(handle, context).idle)  # aclrtStreamStatus
+
+
+def _stream(handle: int, context: int) -> Stream:
+    return _runtime.find_stream("stream", handle, context).stream
+
+
+# Events --------------------------------------------------------------------------------------------------------------
+
+
+@partial(_acl, out="event")
+def create_event(context: int) -> int:
+    _runtime.device_of(context)
+    return _runtime.events.add(Event())
+
+
+def _event(handle: int, argument: str = "event") -> Event:
+    return _runtime.events.get(argument, handle)
+
+
+@_acl
+def destroy_event(handle: int) -> None:
+    _runtime.events.pop("event", handle)
+
+
+record_event = _acl(lambda event, stream, context: _event(event).record(_stream(stream, context)))
+stream_wait_event = _acl(lambda stream, event, context: _event(event).wait_on(_stream(stream, context)))
+
+
+@_acl
+def reset_event(event: int, stream: int, context: int) -> None:
+    _stream(stream, context).enqueue(_event(event).reset, lambda: "aclrtResetEvent")
+
+
+query_event = _acl(lambda event: int(_event(event).complete), "status")  # aclrtEventRecordedStatus
+synchronize_event = _acl(lambda event, timeout_ms: _event(event).synchronize(_seconds(timeout_ms)))
+elapsed_time = _acl(lambda start, end: repr(_event(start, "startEvent").elapsed_ms(_event(end, "endEvent"))), "ms")
 
 # Memory --------------------------------------------------------------------------------------------------------------
 
@@ -202,9 +225,34 @@ def free_host(address: int) -> None:
 @_acl
 def memset(address: int, room: int, value: int, size: int) -> None:
     check_not_null(status.ACL_INVALID_PARAM, "devPtr", address)
+    _check_count(size, room)
+    _device_memory.check_room("devPtr", address, size).fill(address, value, size)
+
+
+@_acl
+def memset_async(address: int, room: int, value: int, size: int, handle: int, context: int) -> None:
+    check_not_null(status.ACL_INVALID_PARAM, "devPtr", address)
+    _check_count(size, room)
+    stream = _stream(handle, context)
+    block = _device_memory.check_room("devPtr", address, size)
+
+    def work() -> None:
+        with stream.memory():
+            block.fill(address, value, size)
+
+    stream.enqueue(work, lambda: "aclrtMemsetAsync")
+
+
+@_acl
+def memory_info(context: int, free: int, total: int) -> tuple[int, int]:
+    for argument, address in (("free", free), ("total", total)):
+        check_not_null(status.ACL_INVALID_PARAM, argument, address)
+    return BYTES_PER_DEVICE - _device_memory.used(_runtime.device_of(context)), BYTES_PER_DEVICE
+
+
+def _check_count(size: int, room: int) -> None:
     if size > room:
         raise acl_error(status.ACL_INVALID_PARAM, "count", size, f"must be at most maxCount, {room}", "set less")
-    _device_memory.fill(address, value, size)
 
 
 @_acl
@@ -214,7 +262,7 @@ def memcpy(destination: int, room: int, source: int, size: int, kind: int) -> No
 
 @_acl
 def memcpy_async(destination: int, room: int, source: int, size: int, kind: int, handle: int, context: int) -> None:
-    stream = _runtime.find_stream("stream", handle, context).stream
+    stream = _stream(handle, context)
     copy = check_copy(_device_memory, destination, room, source, size, kind)
 
     def work() -> None:
@@ -241,12 +289,47 @@ def _end_of_group(handle: int) -> Communicator:
     return _communicators.handles.get("comm", handle)
 
 
+@partial(_hccl, out="comm")
+def hccl_init_root_info(size: int, root_info: str | None, rank: int, name: str, context: int) -> int:
+    if root_info is None:
+        raise null_pointer(status.HCCL_PTR, "rootInfo")
+    return _communicators.join(size, root_info, rank, _runtime.device_of(context), name)
+
+
+@partial(_hccl, out="comm")
+def hccl_init_cluster_info(path: str | None, rank: int, name: str, context: int) -> int:
+    if path is None:
+        raise null_pointer(status.HCCL_PTR, "clusterInfo")
+    return _communicators.join_by_table(path, rank, _runtime.device_of(context), name)
+
+
+@_hccl
+def hccl_barrier(handle: int, stream: int, context: int) -> None:
+    _communicators.barrier(handle, _stream(stream, context))
+
+
+hccl_root_info = _hccl(_communicators.root_info, "rootInfo")
 hccl_destroy = _hccl(_communicators.destroy)
 hccl_name = _hccl(lambda handle: _end_of_group(handle).transport.name, "commName")
 hccl_rank_size = _hccl(lambda handle: _end_of_group(handle).transport.world_size, "rankSize")
 hccl_rank_id = _hccl(lambda handle: _end_of_group(handle).transport.rank, "rank")
 
-# Tensors and the two stages ------------------------------------------------------------------------------------------
+# Arrays, tensors and the two stages ----------------------------------------------------------------------------------
+
+
+@_aclnn
+def create_int_array(values: list[int] | None) -> int:
+    if values is None:
+        raise null_pointer(status.PARAM_NULLPTR, "value")
+    return _calls.int_arrays.add(tuple(values))
+
+
+@_aclnn
+def destroy_int_array(handle: int) -> None:
+    _calls.int_arrays.pop("array", handle)
+
+
+int_array_size = _aclnn(lambda handle: len(_calls.int_arrays.get("array", handle)), "size")
 
 create_tensor = _aclnn(lambda *described: _calls.tensors.add(describe_tensor(*described)))
 

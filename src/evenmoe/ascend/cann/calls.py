@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from evenmoe.ascend import status
 from evenmoe.ascend.cann.build import c_names
-from evenmoe.ascend.cann.runtime import Communicators, Handles, Runtime
+from evenmoe.ascend.cann.groups import Communicators
+from evenmoe.ascend.cann.runtime import Handles, Runtime
 from evenmoe.ascend.cann.tensors import Memory, TensorDescription, shape_only, view
 from evenmoe.ascend.executor import Executor, stage_one
 from evenmoe.ascend.status import AclError, acl_error, check_not_null
@@ -26,6 +27,9 @@ class Calls:
         self._runtime, self._memory, self._communicators = runtime, memory, communicators
         self.tensors: Handles[TensorDescription] = Handles(
             4, "an aclTensor", "aclCreateTensor", status.PARAM_INVALID, status.PARAM_NULLPTR
+        )
+        self.int_arrays: Handles[tuple[int, ...]] = Handles(
+            7, "an aclIntArray", "aclCreateIntArray", status.PARAM_INVALID, status.PARAM_NULLPTR
         )
         self.executors: Handles[Executor] = Handles(
             5, "an executor", "the first stage", status.INNER, status.PARAM_NULLPTR, "used or destroyed"
@@ -117,9 +121,10 @@ class Calls:
         if workspace:
             self._memory.check_room("workspace", workspace, workspace_size, status.PARAM_INVALID)
         names = c_names(operator)
-        executor.launch(
+        number = executor.launch(
             operator, workspace != 0, workspace_size, chosen.stream, lambda error: _with_c_names(error, names)
         )
+        self._communicators.launched(executor.groups, chosen.stream, number)
         if not executor.repeatable:
             self.executors.pop("executor", handle)  # used up; the stream's work keeps what it needs
 
@@ -166,6 +171,7 @@ class Calls:
         """Forget all of them."""
         self.executors.clear()
         self.tensors.clear()
+        self.int_arrays.clear()
 
 
 def _with_c_names(error: EvenmoeError, names: Mapping[str, str]) -> AclError:

@@ -1,21 +1,20 @@
-"""What a C program holds by handle: contexts, streams and communicators of the process's devices.
+"""What a C program holds by handle: contexts, streams and events of the process's devices.
 
 Handles are numbers that stand for objects, never addresses, so that a stale or foreign one is found out.
 """
 
 from __future__ import annotations
 
-import itertools
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from evenmoe.ascend import status
-from evenmoe.ascend.status import acl_error, null_pointer
+from evenmoe.ascend.event import Event
+from evenmoe.ascend.status import AclError, acl_error, null_pointer
 from evenmoe.ascend.stream import Stream
-from evenmoe.transport.transport import register, unregister
-from evenmoe.transport.world import LocalTransport, Rendezvous
 
 Thing = TypeVar("Thing")
 
@@ -106,7 +105,11 @@ class Handles(Generic[Thing]):
 
 
 NUM_DEVICES = 16  # the dies of one Atlas A3 server
-_DRAIN_S = 60.0  # aclrtDestroyStream waits for the stream's work; a rank that never comes must not hold it for ever
+#: What ends a stream or a group waits for its work; a rank that never comes must not hold it for ever.
+DRAIN_S = 60.0
+
+
+_DESTROYED = (status.RT_INVALID_HANDLE, status.RT_STREAM_ABORT)
 
 
 @dataclass(eq=False)
@@ -145,6 +148,9 @@ class Runtime:
         self.streams: Handles[DeviceStream] = Handles(
             2, "a stream", "aclrtCreateStream", status.RT_STREAM_CONTEXT, status.RT_STREAM_CONTEXT
         )
+        self.events: Handles[Event] = Handles(
+            6, "an event", "aclrtCreateEvent", status.RT_PARAM_INVALID, status.RT_PARAM_INVALID
+        )
         self._devices: dict[int, Device] = {}
         self._lock = threading.RLock()
 
@@ -159,7 +165,10 @@ class Runtime:
             return known.context
 
     def reset_device(self, device: int) -> bool:
-        """Undo one set_device; after the last, all contexts and streams of the device end, and this is True."""
+        """Undo one set_device; after the last, all contexts and streams of the device end, and this is True.
+
+        What its streams have not begun is dropped; see `drain_device`.
+        """
         _check_device(device)
         with self._lock:
             known = self._devices.get(device)
@@ -171,6 +180,26 @@ class Runtime:
                 if self.contexts.get("context", handle).device == device:
                     self.destroy_context(handle)
             return True
+
+    def drain_device(self, device: int) -> AclError | None:
+        """Wait for the work of a device that is about to be reset for the last time.
+
+        Returns:
+            What failed first, or was not done within a minute.
+        """
+        with self._lock:
+            known = self._devices.get(device)
+            if known is not None and known.uses > 1:
+                return None
+        failure, end = None, time.monotonic() + DRAIN_S
+        for stream in self.streams.values():
+            if stream.device == device:
+                try:
+                    stream.stream.synchronize(max(0.0, end - time.monotonic()))
+                except AclError as error:
+                    if error.status not in _DESTROYED:  # by another thread
+                        failure = failure or error
+        return failure
 
     def create_context(self, device: int) -> int:
         _check_device(device)
@@ -222,7 +251,7 @@ class Runtime:
                 owner.default_stream = 0
         try:
             if not force:
-                ended.stream.synchronize(_DRAIN_S)
+                ended.stream.synchronize(DRAIN_S)
         finally:
             ended.stream.destroy()
 
@@ -238,6 +267,7 @@ class Runtime:
             for handle in self.contexts.handles():
                 self.destroy_context(handle)
             self._devices.clear()
+            self.events.clear()
 
     def _current(self, context: int) -> Context:
         if context not in self.contexts.handles():
@@ -252,65 +282,3 @@ def _check_device(device: int) -> None:
     if not 0 <= device < NUM_DEVICES:
         rule = f"must be 0 to {NUM_DEVICES - 1}"
         raise acl_error(status.RT_INVALID_DEVICEID, "deviceId", device, rule, "use a device there is")
-
-
-# A rank that never comes is reported by aclrtSynchronizeStreamWithTimeout; this bounds a wait without one.
-_EXCHANGE_S = 600.0
-
-
-@dataclass(eq=False)
-class Communicator:
-    """One device's end of a group."""
-
-    device: int
-    transport: LocalTransport
-
-
-class Communicators:
-    """All groups of the process."""
-
-    def __init__(self) -> None:
-        self.handles: Handles[Communicator] = Handles(
-            3, "a communicator", "HcclCommInitAll", status.HCCL_PARA, status.HCCL_PTR
-        )
-        self._numbers = itertools.count()
-
-    def create(self, devices: list[int]) -> list[int]:
-        """One group; rank r is devices[r].
-
-        Raises:
-            AclError: no device, one twice, or one there is not (HCCL_E_PARA).
-        """
-        bad = [device for device in devices if not 0 <= device < NUM_DEVICES]
-        if not devices or bad or len(set(devices)) < len(devices):
-            rule = f"must be distinct devices, each 0 to {NUM_DEVICES - 1}, and at least one"
-            raise acl_error(status.HCCL_PARA, "devices", devices, rule, "list each device of the group once")
-        rendezvous = Rendezvous(f"evenmoe_hccl_{next(self._numbers)}", len(devices), _EXCHANGE_S)
-        handles = []
-        for rank, device in enumerate(devices):
-            transport = LocalTransport(rendezvous, rank)
-            register(transport)
-            handles.append(self.handles.add(Communicator(device, transport)))
-        return handles
-
-    def destroy(self, handle: int) -> None:
-        """Close one device's end; a rank that still waits for it is told."""
-        _close(self.handles.pop("comm", handle))
-
-    def device_of(self, name: str, rank: int) -> int | None:
-        """The device that holds a rank of a named group, None when no group of ours has that name."""
-        for communicator in self.handles.values():
-            if communicator.transport.name == name and communicator.transport.rank == rank:
-                return communicator.device
-        return None
-
-    def finish(self) -> None:
-        """Close all of them."""
-        for communicator in self.handles.values():
-            _close(communicator)
-        self.handles.clear()
-
-
-def _close(communicator: Communicator) -> None:
-    unregister(communicator.transport)
-    communicator.transport.close()

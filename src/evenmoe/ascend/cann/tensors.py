@@ -54,6 +54,11 @@ class Block(NamedTuple):
     device: int
     data: torch.Tensor  # uint8 (bytes,)
 
+    def fill(self, address: int, value: int, size: int) -> None:
+        """Set bytes, as aclrtMemset does; they are all inside."""
+        start = address - self.data.data_ptr()
+        self.data[start : start + size] = value & 0xFF
+
 
 class Memory:
     """The allocations of all devices, by address."""
@@ -133,11 +138,10 @@ class Memory:
             raise acl_error(code, argument, f"{address:#x}", rule, "allocate more, or pass fewer")
         return block
 
-    def fill(self, address: int, value: int, size: int) -> None:
-        """Set bytes, as aclrtMemset does."""
-        block = self.check_room("devPtr", address, size)
-        start = address - block.data.data_ptr()
-        block.data[start : start + size] = value & 0xFF
+    def used(self, device: int) -> int:
+        """Bytes that are allocated on a device."""
+        with self._lock:
+            return self._used.get(device, 0)
 
 
 class Copy(NamedTuple):

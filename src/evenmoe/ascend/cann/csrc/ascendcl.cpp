@@ -1,9 +1,11 @@
-// libascendcl.so: devices, contexts, streams, memory.
+// libascendcl.so: devices, contexts, streams, events, memory.
 #pragma GCC visibility push(default)
 #include "acl/acl.h"
 #pragma GCC visibility pop
 
 #include <cstdlib>
+
+#include "aclnn/opdev/fp16_t.h"
 
 #include "core.h"
 
@@ -64,6 +66,18 @@ size_t aclDataTypeSize(aclDataType dataType)
     return reply.status == 0 ? reply.numbers[0] : 0;
 }
 
+aclFloat16 aclFloatToFloat16(float value)
+{
+    return op::fp16_t(value).val;
+}
+
+float aclFloat16ToFloat(aclFloat16 value)
+{
+    op::fp16_t half;
+    half.val = value;
+    return half;
+}
+
 aclError aclrtGetDeviceCount(uint32_t *count)
 {
     return give("device_count", {}, count);
@@ -118,6 +132,11 @@ aclError aclrtCreateStream(aclrtStream *stream)
     return give("create_stream", {current_context()}, stream);
 }
 
+aclError aclrtCreateStreamWithConfig(aclrtStream *stream, uint32_t, uint32_t)
+{
+    return aclrtCreateStream(stream);
+}
+
 aclError aclrtDestroyStream(aclrtStream stream)
 {
     return ask("destroy_stream", {stream, 0}).status;
@@ -143,6 +162,71 @@ aclError aclrtSynchronizeDevice(void)
     return ask("synchronize_device", {current_context()}).status;
 }
 
+aclError aclrtStreamQuery(aclrtStream stream, aclrtStreamStatus *status)
+{
+    return give("query_stream", {stream, current_context()}, status);
+}
+
+aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event)
+{
+    return ask("stream_wait_event", {stream, event, current_context()}).status;
+}
+
+aclError aclrtCreateEvent(aclrtEvent *event)
+{
+    return give("create_event", {current_context()}, event);
+}
+
+aclError aclrtCreateEventWithFlag(aclrtEvent *event, uint32_t)
+{
+    return aclrtCreateEvent(event);
+}
+
+aclError aclrtCreateEventExWithFlag(aclrtEvent *event, uint32_t)
+{
+    return aclrtCreateEvent(event);
+}
+
+aclError aclrtDestroyEvent(aclrtEvent event)
+{
+    return ask("destroy_event", {event}).status;
+}
+
+aclError aclrtRecordEvent(aclrtEvent event, aclrtStream stream)
+{
+    return ask("record_event", {event, stream, current_context()}).status;
+}
+
+aclError aclrtResetEvent(aclrtEvent event, aclrtStream stream)
+{
+    return ask("reset_event", {event, stream, current_context()}).status;
+}
+
+aclError aclrtQueryEventStatus(aclrtEvent event, aclrtEventRecordedStatus *status)
+{
+    return give("query_event", {event}, status);
+}
+
+aclError aclrtSynchronizeEvent(aclrtEvent event)
+{
+    return ask("synchronize_event", {event, -1}).status;
+}
+
+aclError aclrtSynchronizeEventWithTimeout(aclrtEvent event, int32_t timeout)
+{
+    return ask("synchronize_event", {event, timeout}).status;
+}
+
+aclError aclrtEventElapsedTime(float *ms, aclrtEvent startEvent, aclrtEvent endEvent)
+{
+    const Reply reply = ask("elapsed_time", {startEvent, endEvent, static_cast<const void *>(ms)});
+    if (reply.status == ACL_SUCCESS) {
+        const double milliseconds = std::strtod(reply.text.c_str(), nullptr);  // replies hold whole numbers and texts
+        *ms = static_cast<float>(milliseconds);
+    }
+    return reply.status;
+}
+
 aclError aclrtMalloc(void **devPtr, size_t size, aclrtMemMallocPolicy)
 {
     return give("malloc", {current_context(), size}, devPtr);
@@ -166,6 +250,22 @@ aclError aclrtFreeHost(void *hostPtr)
 aclError aclrtMemset(void *devPtr, size_t maxCount, int32_t value, size_t count)
 {
     return ask("memset", {devPtr, maxCount, value, count}).status;
+}
+
+aclError aclrtMemsetAsync(void *devPtr, size_t maxCount, int32_t value, size_t count, aclrtStream stream)
+{
+    return ask("memset_async", {devPtr, maxCount, value, count, stream, current_context()}).status;
+}
+
+aclError aclrtGetMemInfo(aclrtMemAttr, size_t *free, size_t *total)
+{
+    const Reply reply = ask("memory_info", {current_context(), static_cast<const void *>(free),
+                                            static_cast<const void *>(total)});
+    if (reply.status == ACL_SUCCESS) {
+        *free = reply.numbers[0];
+        *total = reply.numbers[1];
+    }
+    return reply.status;
 }
 
 aclError aclrtMemcpy(void *dst, size_t destMax, const void *src, size_t count, aclrtMemcpyKind kind)

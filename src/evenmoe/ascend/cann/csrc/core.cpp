@@ -5,6 +5,7 @@
 #include <cstring>
 #include <dlfcn.h>
 #include <mutex>
+#include <unistd.h>
 
 #include "core.h"
 #include "python_home.h"  // written by the builder: which Python, its paths, and what the bridge must answer
@@ -110,7 +111,7 @@ void stop_at_exit()
 {
     // Streams end before the destructors of torch's libraries run under them.
     if (Py_IsInitialized()) {
-        ask("shutdown", {});
+        ask("shutdown", {});  // which does nothing in a forked child
     }
 }
 
@@ -213,6 +214,12 @@ Reply to_reply(PyObject *answer)
 Reply ask(const char *function, const std::vector<Value> &arguments)
 {
     Reply failed;
+    static const pid_t starter = getpid();
+    if (getpid() != starter) {  // none of Python's threads is here, and locks may be held for ever
+        failed.status = fail(ACL_ERROR_INTERNAL_ERROR,
+                             "this process was forked after the first call; fork before it, or start a program anew");
+        return failed;
+    }
     const std::string &why = why_not_started();
     if (!why.empty()) {
         failed.status = fail(

@@ -8,6 +8,7 @@
 #include "core.h"
 
 using evenmoe::ask;
+using evenmoe::current_context;
 using evenmoe::Reply;
 using evenmoe::Value;
 
@@ -29,7 +30,120 @@ HcclResult rank_value(const char *function, HcclComm comm, uint32_t *out)
     return result(reply.status);
 }
 
+HcclResult joined(const char *function, std::vector<Value> arguments, HcclComm *comm)
+{
+    arguments.emplace_back(current_context());
+    arguments.emplace_back(static_cast<const void *>(comm));
+    const Reply reply = ask(function, arguments);
+    if (reply.status == HCCL_SUCCESS) {
+        *comm = reinterpret_cast<HcclComm>(reply.numbers[0]);
+    }
+    return result(reply.status);
+}
+
+// The name that a configuration gives a group; NULL for a configuration that is none.
+const char *name_of(const HcclCommConfig *config, std::string &name)
+{
+    uint32_t magic = 0;
+    if (config != nullptr) {
+        std::memcpy(&magic, config->reserved + sizeof(uint64_t), sizeof(magic));
+    }
+    if (magic != HCCL_COMM_CONFIG_MAGIC_WORD) {
+        return nullptr;
+    }
+    name.assign(config->hcclCommName, strnlen(config->hcclCommName, COMM_NAME_MAX_LENGTH - 1));
+    return name.c_str();
+}
+
+HcclResult no_config(const HcclCommConfig *config)
+{
+    const char *value = config == nullptr ? "a null pointer" : "not initialized";
+    return result(evenmoe::fail(config == nullptr ? HCCL_E_PTR : HCCL_E_PARA,
+                                std::string("`config` is ") + value + ": call HcclCommConfigInit first."));
+}
+
 }  // namespace
+
+HcclResult HcclGetRootInfo(HcclRootInfo *rootInfo)
+{
+    const Reply reply = ask("hccl_root_info", {static_cast<const void *>(rootInfo)});
+    if (reply.status == HCCL_SUCCESS) {
+        std::memset(rootInfo->internal, 0, HCCL_ROOT_INFO_BYTES);
+        std::strncpy(rootInfo->internal, reply.text.c_str(), HCCL_ROOT_INFO_BYTES - 1);
+    }
+    return result(reply.status);
+}
+
+HcclResult HcclCommInitRootInfo(uint32_t nRanks, const HcclRootInfo *rootInfo, uint32_t rank, HcclComm *comm)
+{
+    return joined("hccl_init_root_info", {nRanks, rootInfo == nullptr ? nullptr : rootInfo->internal, rank, ""}, comm);
+}
+
+HcclResult HcclCommInitRootInfoConfig(
+    uint32_t nRanks, const HcclRootInfo *rootInfo, uint32_t rank, const HcclCommConfig *config, HcclComm *comm)
+{
+    std::string text;
+    const char *name = name_of(config, text);
+    if (name == nullptr) {
+        return no_config(config);
+    }
+    const char *info = rootInfo == nullptr ? nullptr : rootInfo->internal;
+    return joined("hccl_init_root_info", {nRanks, info, rank, name}, comm);
+}
+
+HcclResult HcclCommInitClusterInfo(const char *clusterInfo, uint32_t rank, HcclComm *comm)
+{
+    return joined("hccl_init_cluster_info", {clusterInfo, rank, ""}, comm);
+}
+
+HcclResult HcclCommInitClusterInfoConfig(
+    const char *clusterInfo, uint32_t rank, HcclCommConfig *config, HcclComm *comm)
+{
+    std::string text;
+    const char *name = name_of(config, text);
+    if (name == nullptr) {
+        return no_config(config);
+    }
+    return joined("hccl_init_cluster_info", {clusterInfo, rank, name}, comm);
+}
+
+HcclResult HcclBarrier(HcclComm comm, aclrtStream stream)
+{
+    return result(ask("hccl_barrier", {comm, stream, current_context()}).status);
+}
+
+const char *HcclGetErrorString(HcclResult code)
+{
+    switch (code) {
+        case HCCL_SUCCESS:
+            return "no error";
+        case HCCL_E_PARA:
+            return "parameter error";
+        case HCCL_E_PTR:
+            return "empty pointer";
+        case HCCL_E_MEMORY:
+            return "memory error";
+        case HCCL_E_INTERNAL:
+            return "internal error";
+        case HCCL_E_NOT_SUPPORT:
+            return "not supported";
+        case HCCL_E_NOT_FOUND:
+            return "not found";
+        case HCCL_E_UNAVAIL:
+            return "resource unavailable";
+        case HCCL_E_SYSCALL:
+            return "system call error";
+        case HCCL_E_TIMEOUT:
+            return "timeout";
+        case HCCL_E_OPEN_FILE_FAILURE:
+            return "open file failure";
+        case HCCL_E_TCP_CONNECT:
+            return "tcp connect failure";
+        case HCCL_E_RUNTIME:
+            return "runtime error";
+    }
+    return "unknown error";
+}
 
 HcclResult HcclCommInitAll(uint32_t ndev, int32_t *devices, HcclComm *comms)
 {

@@ -45,6 +45,28 @@ aclnnStatus aclDestroyTensor(const aclTensor *tensor)
     return ask("destroy_tensor", {tensor}).status;
 }
 
+aclIntArray *aclCreateIntArray(const int64_t *value, uint64_t size)
+{
+    const std::vector<int64_t> none(1);
+    const Value list = size == 0 ? Value(none.data(), 0) : Value(value, size);  // nothing is read of an empty array
+    const Reply reply = ask("create_int_array", {list});
+    return reply.status == 0 ? reinterpret_cast<aclIntArray *>(reply.numbers[0]) : nullptr;
+}
+
+aclnnStatus aclDestroyIntArray(const aclIntArray *array)
+{
+    return ask("destroy_int_array", {array}).status;
+}
+
+aclnnStatus aclGetIntArraySize(const aclIntArray *array, uint64_t *size)
+{
+    const Reply reply = ask("int_array_size", {array, size});
+    if (reply.status == 0) {
+        *size = reply.numbers[0];
+    }
+    return reply.status;
+}
+
 aclnnStatus aclSetAclOpExecutorRepeatable(aclOpExecutor *executor)
 {
     return ask("set_repeatable", {executor}).status;

@@ -13,6 +13,7 @@ typedef int aclError;
 typedef uint16_t aclFloat16;
 typedef void *aclrtStream;
 typedef void *aclrtContext;
+typedef void *aclrtEvent;
 
 #define ACL_SUCCESS 0
 #define ACL_ERROR_NONE 0
@@ -23,9 +24,11 @@ typedef void *aclrtContext;
 #define ACL_ERROR_RT_INVALID_DEVICEID 107001
 #define ACL_ERROR_RT_CONTEXT_NULL 107002
 #define ACL_ERROR_RT_STREAM_CONTEXT 107003
+#define ACL_ERROR_RT_EVENT_TIMESTAMP_INVALID 107006
 #define ACL_ERROR_RT_MEMORY_ALLOCATION 207001
 #define ACL_ERROR_INTERNAL_ERROR 500000
 #define ACL_ERROR_RT_STREAM_SYNC_TIMEOUT 507046
+#define ACL_ERROR_RT_EVENT_SYNC_TIMEOUT 507047
 
 typedef enum {
     ACL_DT_UNDEFINED = -1,
@@ -70,6 +73,10 @@ typedef enum {
 
 /* Bytes of one element, 0 for a type that has no whole number of them. */
 size_t aclDataTypeSize(aclDataType dataType);
+
+/* Round to the nearest, ties to even. */
+aclFloat16 aclFloatToFloat16(float value);
+float aclFloat16ToFloat(aclFloat16 value);
 
 /* Why the last failed call of this thread failed, argument first; NULL when none failed since the last look. */
 const char *aclGetRecentErrMsg(void);

@@ -9,6 +9,7 @@ extern "C" {
 #endif
 
 typedef struct aclTensor aclTensor;
+typedef struct aclIntArray aclIntArray;
 typedef struct aclOpExecutor aclOpExecutor;
 typedef int32_t aclnnStatus;
 
@@ -17,6 +18,11 @@ aclTensor *aclCreateTensor(const int64_t *viewDims, uint64_t viewDimsNum, aclDat
                            int64_t offset, aclFormat format, const int64_t *storageDims, uint64_t storageDimsNum,
                            void *tensorData);
 aclnnStatus aclDestroyTensor(const aclTensor *tensor);
+
+/* A copy of `size` numbers; NULL when `value` is. */
+aclIntArray *aclCreateIntArray(const int64_t *value, uint64_t size);
+aclnnStatus aclDestroyIntArray(const aclIntArray *array);
+aclnnStatus aclGetIntArraySize(const aclIntArray *array, uint64_t *size);
 
 /* Directly after the first stage: the executor may then be used again, until aclDestroyAclOpExecutor. */
 aclnnStatus aclSetAclOpExecutorRepeatable(aclOpExecutor *executor);
