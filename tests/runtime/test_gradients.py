@@ -17,6 +17,7 @@ from evenmoe.errors import ConstraintError, LostRankError, RankDisagreementError
 from evenmoe.runtime import gradients
 from evenmoe.transport.world import LocalTransport, Rank
 from tests.mutations import fails, mutated
+from tests.processes import TRANSPORTS
 from tests.runtime.layers import FLOATS, RULES, Layer, Spec, expert_of, specs
 from tests.worlds import assert_same_bits
 
@@ -138,10 +139,12 @@ def test_threads(spec, rule, data):
     check(spec, needed, in_threads(spec, rule, needed))
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @settings(max_examples=25, deadline=None)
-@given(specs(ranks=4), st.sampled_from(RULES), needs(4))
-def test_processes(processes, spec, rule, needed):
-    check(spec, needed, processes.run((4, 1), backward_in_process, spec, rule, needed))
+@given(spec=specs(ranks=4), rule=st.sampled_from(RULES), needed=needs(4))
+def test_processes(processes, transport, spec, rule, needed):
+    results = processes.run((4, 1), backward_in_process, spec, rule, needed, transport=transport)
+    check(spec, needed, results)
 
 
 AWKWARD = {

@@ -15,6 +15,7 @@ import evenmoe as em
 from evenmoe.errors import EvenmoeError
 from evenmoe.transport.world import Rank
 from tests.placements import random_placement
+from tests.processes import TRANSPORTS
 from tests.worlds import assert_same_bits
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -116,10 +117,11 @@ def test_threads(spec):
         check(spec, world.run(lambda rank: reduced(rank, spec)))
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @settings(max_examples=20, deadline=None)
-@given(specs(ranks=4))
-def test_processes(processes, spec):
-    check(spec, processes.run((4, 1), reduced, spec))
+@given(spec=specs(ranks=4))
+def test_processes(processes, transport, spec):
+    check(spec, processes.run((4, 1), reduced, spec, transport=transport))
 
 
 def told(call: Any) -> str:
