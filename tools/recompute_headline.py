@@ -137,7 +137,8 @@ class Recomputed:
         slots = self.file[f"{policy}/final/slots"].shape[1]
         by_rule = slots == self.head["num_experts"] or entry["rule"] in engine["rules"]
         again = len(self.array(policy, "refreshes")) > 1 and not engine["takes_plans"] and not self.is_own(policy)
-        return entry["name"].split(":")[0] != "oracle" and by_rule and not again and "rank_sizes" not in entry
+        sizes = engine["uneven"] or "rank_sizes" not in entry
+        return entry["name"].split(":")[0] != "oracle" and by_rule and not again and sizes
 
     def can_run(self, policy):
         if not self.fits_engine(policy) or self.head["engine"]["loads_file"] or self.is_own(policy):

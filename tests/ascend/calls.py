@@ -160,6 +160,9 @@ def valid_calls(rank: Rank, of_eight: Rank) -> dict[str, dict[str, Any]]:
     }
     calls = _first_calls(of_eight)
     for operator, signature in SIGNATURES.items():
+        if signature.operator.endswith(("_setup", "_teardown")):
+            calls[operator] = pick(operator, valid_halves(rank, signature.operator))
+            continue
         if operator in calls:
             continue
         changes = {"expert_scales": None} if signature.operator == "update_expert" else {}
@@ -167,6 +170,38 @@ def valid_calls(rank: Rank, of_eight: Rank) -> dict[str, dict[str, Any]]:
             changes = back | {"x_out": chain.x_out(with_norm="AddRmsNorm" in operator)}
         calls[operator] = pick(operator, values | changes)
     return calls
+
+
+def valid_halves(rank: Rank, operator: str) -> dict[str, Any]:
+    """What the first stages of setup and teardown take (§14); combine takes few sizes, so its tensors are views."""
+    combine = operator.startswith("combine")
+    chain = Chain(experts_per_rank=16, tokens=8, top_k=6) if combine else Chain()
+    columns = 4096 if combine else HIDDEN
+    rows = chain.tokens * chain.ep * min(chain.experts_per_rank, chain.top_k)
+    sent = chain.tokens * chain.top_k
+    commands = 16 * (rows + chain.ep if combine else sent + chain.ep * chain.experts_per_rank)
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    return (
+        chain.inputs(rank)
+        | chain.attributes(rank)
+        | {
+            "comm_type": 2,
+            "x": zeros(chain.tokens, columns, dtype=chain.dtype),
+            "y": zeros(sent, columns, dtype=chain.dtype),
+            "expand_idx": zeros(sent),
+            "comm_cmd_info": zeros(commands),
+            "expand_x": zeros(rows, columns, dtype=chain.dtype),
+            "dynamic_scales": zeros(rows, dtype=torch.float32),
+            "assist_info_for_combine": zeros(128 * rows),
+            "expert_token_nums": zeros(chain.experts_per_rank, dtype=torch.int64),
+            "quant_expand_x": zeros(rows, 6144, dtype=torch.int8),
+            "shared_expert_x": None,
+            "x_out": zeros(chain.tokens, columns, dtype=chain.dtype),
+        }
+    )
 
 
 def _first_calls(rank: Rank) -> dict[str, dict[str, Any]]:

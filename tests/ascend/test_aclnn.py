@@ -35,7 +35,16 @@ _OPTIONAL = (
     "expandScalesOptional sharedExpertXOptional"
 )
 _COMBINE_ATTRIBUTES = f"{_EP_TP} globalBs outDtype commQuantMode groupListType commAlg"
+_HALF_GROUP = "groupEp epWorldSize epRankId moeExpertNum expertShardType sharedExpertNum sharedExpertRankNum"
 C_ARGUMENTS = {
+    "MoeDistributeDispatchSetup": f"x expertIds scalesOptional xActiveMaskOptional {_HALF_GROUP} quantMode globalBs "
+    "commType commAlg y expandIdxOut commCmdInfoOut",
+    "MoeDistributeDispatchTeardown": f"x y expertIds commCmdInfo {_HALF_GROUP} quantMode globalBs expertTokenNumsType "
+    "commType commAlg expandXOut dynamicScalesOut assistInfoForCombineOut expertTokenNumsOut",
+    "MoeDistributeCombineSetup": f"expandX expertIds assistInfoForCombine {_HALF_GROUP} globalBs commQuantMode "
+    "commType commAlg quantExpandXOut commCmdInfoOut",
+    "MoeDistributeCombineTeardown": "expandX quantExpandX expertIds expandIdx expertScales commCmdInfo "
+    f"xActiveMaskOptional sharedExpertXOptional {_HALF_GROUP} globalBs commQuantMode commType commAlg xOut",
     "MoeEPLBUpdateExpert": "expertIds eplbTable localRankId worldSize balanceMode balancedExpertIds",
     "MoeUpdateExpert": "expertIds eplbTable expertScalesOptional pruningThresholdOptional activeMaskOptional "
     "localRankId worldSize balanceMode balancedExpertIds balancedActiveMask",
@@ -106,6 +115,12 @@ def test_a_valid_call_gives_a_size_and_an_executor(operator, valid):
 
 
 REQUIRED = {
+    "MoeDistributeDispatchSetup": "x expert_ids y expand_idx comm_cmd_info group_ep",
+    "MoeDistributeDispatchTeardown": "x y expert_ids comm_cmd_info expand_x dynamic_scales assist_info_for_combine "
+    "expert_token_nums group_ep",
+    "MoeDistributeCombineSetup": "expand_x expert_ids assist_info_for_combine quant_expand_x comm_cmd_info group_ep",
+    "MoeDistributeCombineTeardown": "expand_x quant_expand_x expert_ids expand_idx expert_scales comm_cmd_info x_out "
+    "group_ep",
     "MoeEPLBUpdateExpert": "expert_ids eplb_table balanced_expert_ids",
     "MoeUpdateExpert": "expert_ids eplb_table balanced_expert_ids balanced_active_mask",
     "MoeDistributeDispatch": "x expert_ids expand_x expand_idx expert_token_nums ep_recv_counts group_ep",
@@ -152,7 +167,10 @@ def test_a_wrong_dtype_is_161002_and_a_wrong_shape_561002(operator, valid):
         assert f"`{name}` is" in aclnn.aclGetRecentErrMsg(), name
 
 
-@pytest.mark.parametrize("operator", [name for name in SIGNATURES if "Distribute" in name])
+HALVES = [name for name in SIGNATURES if name.endswith(("Setup", "Teardown"))]
+
+
+@pytest.mark.parametrize("operator", [name for name in SIGNATURES if "Distribute" in name and name not in HALVES])
 def test_group_names(operator, valid):
     too_long = 161001 if "Dispatch" in operator else 161002  # as in the source (§2.13, §3.6)
     for name in ("group_ep", "group_tp"):
@@ -167,6 +185,18 @@ def test_group_names(operator, valid):
     assert aclnn.aclGetRecentErrMsg().startswith("`group_ep` is 'nobody' (rank 0): it must name an open group")
     if "comm_alg" in valid[operator]:
         assert first_stage(operator, valid[operator] | {"comm_alg": None})[0] == 0
+
+
+@pytest.mark.parametrize("operator", HALVES)
+def test_group_names_of_the_halves(operator, valid):
+    too_long = 161001 if operator == "MoeDistributeDispatchTeardown" else 161002  # as in the source (§14.2)
+    assert first_stage(operator, valid[operator] | {"group_ep": "g" * 128})[0] == too_long
+    assert aclnn.aclGetRecentErrMsg().startswith("`group_ep` is 128 characters long")
+    assert first_stage(operator, valid[operator] | {"group_ep": "nobody"})[0] == 561002
+    assert aclnn.aclGetRecentErrMsg().startswith("`group_ep` is 'nobody' (rank 0): it must name an open group")
+    assert first_stage(operator, valid[operator] | {"comm_alg": None})[0] == 0
+    assert first_stage(operator, valid[operator] | {"comm_type": 0})[0] == 561002
+    assert aclnn.aclGetRecentErrMsg().startswith("`comm_type` is 0: it must be 2")
 
 
 def test_tensors_must_have_memory_and_outputs_must_not_overlap(valid):

@@ -19,7 +19,7 @@ from evenmoe.ascend import aclnn
 from evenmoe.contract.operators import SIGNATURES
 from tests.ascend.calls import valid_calls
 
-CALLS_PER_OPERATOR = 11_000  # of ten operators
+CALLS_PER_OPERATOR = 8_000  # of sixteen operators
 MESSAGE = re.compile(r"`(\w+)` is .*: it .*; .*\.", re.DOTALL)
 
 EXTREMES = [
@@ -121,7 +121,7 @@ def test_random_first_stages(operator, tensors):
         assert first(*valid.values())[0] == 0  # no call, wrong or right, has left a trace
     assert aclnn.aclGetRecentErrMsg() is None
     assert set(statuses) == {0, 161001, 161002, 561002}, statuses
-    assert min(statuses.values()) > 50, statuses
+    assert min(statuses.values()) > 25, statuses
     unexamined = {"out_dtype", "group_list_type"}
     assert set(blamed) <= set(names)
     assert len(blamed) >= len(set(names) - unexamined) - 3, set(names) - set(blamed)

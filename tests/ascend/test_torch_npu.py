@@ -25,6 +25,7 @@ _GROUP_KEYWORDS = (
 )
 _VIRTUAL_KEYWORDS = "zero_expert_num=0, copy_expert_num=0, const_expert_num=0"
 _CONSTANTS = "elastic_info=None, ori_x=None, const_expert_alpha_1=None, const_expert_alpha_2=None, const_expert_v=None"
+_HALF_GROUP = "group_ep, ep_world_size, ep_rank_id, moe_expert_num"
 LISTING = {
     "npu_moe_init_routing": "x, row_idx, expert_idx, active_num",
     "npu_moe_init_routing_v2": "x, expert_idx, *, scale=None, offset=None, active_num=-1, expert_capacity=-1, "
@@ -53,6 +54,18 @@ LISTING = {
     "x_active_mask=None, activation_scale=None, weight_scale=None, group_list=None, expand_scales=None, "
     f"shared_expert_x=None, {_CONSTANTS}, {_GROUP_KEYWORDS}, global_bs=0, out_dtype=0, comm_quant_mode=0, "
     f"group_list_type=0, comm_alg='', norm_eps=1e-06, {_VIRTUAL_KEYWORDS}",
+    "npu_moe_distribute_dispatch_setup": f"x, expert_ids, {_HALF_GROUP}, *, scales=None, x_active_mask=None, "
+    "expert_shard_type=0, shared_expert_num=1, shared_expert_rank_num=0, quant_mode=0, global_bs=0, comm_type=0, "
+    "comm_alg='', y_dtype=None",
+    "npu_moe_distribute_dispatch_teardown": f"x, y, expert_ids, comm_cmd_info, {_HALF_GROUP}, *, expert_shard_type=0, "
+    "shared_expert_num=1, shared_expert_rank_num=0, quant_mode=0, global_bs=0, expert_token_nums_type=1, comm_type=0, "
+    "comm_alg=''",
+    "npu_moe_distribute_combine_setup": f"expand_x, expert_ids, assist_info_for_combine, {_HALF_GROUP}, *, "
+    "expert_shard_type=0, shared_expert_num=1, shared_expert_rank_num=0, global_bs=0, comm_quant_mode=0, comm_type=0, "
+    "comm_alg=''",
+    "npu_moe_distribute_combine_teardown": "expand_x, quant_expand_x, expert_ids, expand_idx, expert_scales, "
+    f"comm_cmd_info, {_HALF_GROUP}, *, x_active_mask=None, shared_expert_x=None, expert_shard_type=0, "
+    "shared_expert_num=1, shared_expert_rank_num=0, global_bs=0, comm_quant_mode=0, comm_type=0, comm_alg=''",
 }
 
 

@@ -95,6 +95,7 @@ CALLS = {
         ("plan", "ring.pt", *WORLD, "--all", "--json"),
         ("plan", "ring.pt", *WORLD, "--for", "sglang", "--out", "a.json", "--all", "--json"),
         ("plan", "ring.pt", *WORLD, "--for", "sglang", "--out", "s.json", "--json"),
+        ("plan", "ring.pt", "--ranks", 2, "--slots", "3,2", "--json"),
         ("plan", "ring.pt", "--previous", "before.json", "--rule", "batch", "--out", "p.json", "--json"),
     ],
     "convert": [

@@ -89,6 +89,47 @@ def test_an_engine_of_the_users(evenmoe: Run, tmp_path, monkeypatch):
     assert "own balancer" not in done.out
 
 
+def lite(tmp_path, layers: int = 26) -> str:
+    """Counts of 26 layers of 64 experts, which is DeepSeek-V2-Lite, whose first layer is dense."""
+    np.savez(tmp_path / "l.npz", load=np.random.default_rng(0).poisson(900 / np.arange(1, 65), (2, layers, 64)))
+    return str(tmp_path / "l.npz")
+
+
+FAST = ("--ranks", 8, "--slots", 72, "--planner", "greedy", "--all")
+
+
+def test_dense_layers_of_a_known_model_are_known(evenmoe: Run, tmp_path):
+    out = tmp_path / "p.json"
+    done = evenmoe("plan", lite(tmp_path), *FAST, "--for", "sglang", "-o", out, "--json")
+    assert done.code == 0, done.err
+    said = json.loads(done.out)
+    assert said["layer_ids"] == list(range(1, 27))
+    assert "layers are numbered 1-26 as in deepseek-v2-lite, 26 layers of 64 experts (--first-layer)" in said["notes"]
+    rows = json.loads(out.read_text())["physical_to_logical_map"]
+    assert (len(rows), rows[0]) == (27, [slot % 64 for slot in range(72)])  # as SGLang begins
+    told = evenmoe("plan", lite(tmp_path), *FAST, "--for", "sglang", "-o", out, "--first-layer", 4, "--json")
+    said = json.loads(told.out)
+    assert (said["layer_ids"][0], [note for note in said["notes"] if "numbered" in note]) == (4, [])
+    assert len(json.loads(out.read_text())["physical_to_logical_map"]) == 30
+
+
+def test_a_model_that_is_not_known_needs_the_number_before_it_is_planned(evenmoe: Run, tmp_path, monkeypatch):
+    monkeypatch.setattr("evenmoe.planner.plan.plan_with", lambda *_: pytest.fail("planned"))
+    done = evenmoe("plan", lite(tmp_path, layers=25), *FAST, "--for", "sglang", "-o", tmp_path / "p.json")
+    assert done.code == 2
+    assert "must say the model's own number of each of the 25 rows: sglang-location counts dense layers" in done.err
+    assert not (tmp_path / "p.json").exists()
+
+
+def test_numbers_of_the_placement_in_use_count_more_than_those_of_a_model(evenmoe: Run, tmp_path):
+    before, out = tmp_path / "before.json", tmp_path / "p.json"
+    source = lite(tmp_path)
+    assert evenmoe("plan", source, *FAST, "--first-layer", 0, "-o", before).code == 0
+    done = evenmoe("plan", source, "--previous", before, "--max-copies", 0, "--all", "-o", out, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["copies"] == 0
+
+
 def test_uneven_ranks_have_no_balancer_to_compare_with(evenmoe: Run, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from evenmoe.engines.engine import Engine\n"

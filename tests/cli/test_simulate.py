@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import sys
@@ -64,6 +65,20 @@ def test_json_is_one_object_whose_keys_have_units(evenmoe, trace):
     names = [row["name"] for row in found["settings"]]
     assert names[:3] == ["command", "model", f"SHA-256 of {trace}"]
     assert done.err == ""
+
+
+def test_placements_that_are_policies_are_among_the_files(evenmoe, trace, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    planned = evenmoe("plan", trace, "--ranks", 8, "--slots", 40, "--all", "-o", "p.json")
+    assert planned.code == 0, planned.err
+    policies = ("-p", "file:p.json", "-p", "file:p.json:rule=token", "-p", "greedy")
+    done = evenmoe("simulate", trace, *SMALL, "--ranks", 8, *policies, "--report", "page.html", "--json")
+    assert done.code == 0, done.err
+    digest = hashlib.sha256(Path("p.json").read_bytes()).hexdigest()
+    settings = {row["name"]: row["value"] for row in json.loads(done.out)["settings"]}
+    assert settings["SHA-256 of p.json"] == digest
+    assert len([name for name in settings if name.startswith("SHA-256")]) == 2
+    assert digest in Path("page.html").read_text(encoding="utf-8")
 
 
 def test_every_option_reaches_the_replay(evenmoe, trace, tmp_path):

@@ -9,7 +9,16 @@ import torch
 
 from evenmoe.contract.operators import OPERATORS, SIGNATURES, agreement, schema
 from evenmoe.contract.tensor_spec import ALLOCATED
-from evenmoe.ops import combine, combine_add_rms_norm, combine_v1, dispatch, dispatch_v1, update_expert  # noqa: F401
+from evenmoe.ops import (  # noqa: F401  they register
+    combine,
+    combine_add_rms_norm,
+    combine_halves,
+    combine_v1,
+    dispatch,
+    dispatch_halves,
+    dispatch_v1,
+    update_expert,
+)
 from evenmoe.ops.operator import CALL_TYPES
 from evenmoe.transport.agreement import OPERATORS as COMPARED
 
@@ -29,7 +38,15 @@ def test_the_schema_is_the_registered_one(name):
     assert described(derived) == described(getattr(torch.ops.evenmoe, name).default._schema)
 
 
-@pytest.mark.parametrize(("name", "compared"), [("dispatch", "dispatch"), ("combine", "combine")])
+@pytest.mark.parametrize(
+    ("name", "compared"),
+    [
+        ("dispatch", "dispatch"),
+        ("combine", "combine"),
+        ("dispatch_setup", "setup of dispatch"),
+        ("combine_setup", "setup of combine"),
+    ],
+)
 def test_the_ranks_compare_what_the_table_says(name, compared):
     assert sorted(agreement(OPERATORS[name])) == sorted(set(COMPARED[compared]) - {"dispatch"})
     assert agreement(OPERATORS["combine_add_rms_norm"]) == agreement(OPERATORS["combine"])

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 
 import matplotlib
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from evenmoe.errors import ConstraintError
 from evenmoe.report import Look, write_report
+from evenmoe.report.content import Content
+from evenmoe.report.pictures import MUTED
 from evenmoe.simulator.figures import FIGURES
 from tests.report.replays import make_replay
 
@@ -50,6 +53,41 @@ def test_files_of_every_format_are_the_same_each_time(tmp_path, format):
         data = (tmp_path / "one" / name).read_bytes()
         assert data.startswith(BEGINS[format])
         assert data == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_lines_are_bold_for_the_policies_to_look_at_and_thin_and_gray_for_the_others():
+    simulation = make_replay(steps=9, policies=("identity", "a", "b", "c", "d"))
+    content = Content(simulation, "", {})
+    figure = simulation.plot("par")
+    lines = figure.axes[0].get_lines()
+    assert len(lines) == 5
+    for index, line in enumerate(lines):
+        assert np.array_equal(line.get_ydata(), np.median(simulation.policies[index].par, axis=1))
+        bold = index in content.focus
+        assert (line.get_linewidth() > 1, line.get_color() != MUTED) == (bold, bold)
+    named = [text.get_text().strip("\u200b") for text in figure.legends[0].get_texts()]
+    wanted = [simulation.policies[index].name for index in sorted(content.focus)]
+    assert sorted(named) == sorted([*wanted, "other policies"])
+
+
+def test_a_figure_of_an_installed_package(tmp_path, monkeypatch):
+    info = tmp_path / "figures-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: figures\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[evenmoe.figures]\nsteps = their_figures:steps\n")
+    (tmp_path / "their_figures.py").write_text(
+        "from matplotlib.figure import Figure\n"
+        "def steps(simulation, **look):\n"
+        "    figure = Figure()\n"
+        "    figure.suptitle(f'{len(simulation.tokens)} steps')\n"
+        "    return figure\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(FIGURES, "_looked_for_packages", False)  # as in a process that begins
+    monkeypatch.setattr(FIGURES, "_places", dict(FIGURES._places))
+    monkeypatch.setattr(FIGURES, "_things", dict(FIGURES._things))
+    assert list(FIGURES)[-1] == "steps"
+    assert make_replay(steps=9).plot("steps").get_suptitle() == "9 steps"
 
 
 def test_your_own_figure_is_drawn(tmp_path, monkeypatch):

@@ -57,9 +57,10 @@ def test_the_rule_does_not_matter_where_there_are_no_replicas(rule):
     assert view("sglang").cannot_run(found) is None
 
 
-def test_ranks_of_different_sizes_fit_no_engine():
+def test_ranks_of_different_sizes_fit_few_engines():
     uneven = Placement([[0, 1, 2, 3, 4, 5, 6, 7, 0]] * 3, 4, rank_sizes=[3, 2, 2, 2])
     assert view("sglang").cannot_run(policy(final=uneven)) == "uneven slots"
+    assert view("tensorrt-llm").cannot_run(policy(final=uneven, rule="occurrence")) is None
 
 
 @pytest.mark.parametrize("name", list(ENGINES))

@@ -133,6 +133,12 @@ def test_nothing_is_judged_where_no_step_is_left():
         "Too little to judge: 128 tokens make 1 step of 128, and none comes after the first plan. Record 1,536 tokens "
         "or more, or replay 2 tokens per rank."
     )
+    wide = run(routed(SKEWED, steps=20), window=50).summary.headline
+    assert wide.tokens_to_record == 58 * 128  # 50 of warm-up and 8 to judge
+    assert wide.sentence == (
+        "Too little to judge: 2,560 tokens make 20 steps of 128, and none comes after the first plan, before step 50. "
+        "Record 7,424 tokens or more, or replay 8 tokens per rank."
+    )
     late = run(routed(SKEWED, steps=20), num_steps=4, refresh=4).summary.headline
     assert "Replay more steps; 2,560 recorded tokens are enough for 20." in late.sentence
     again = run(replace(routed(SKEWED, steps=2)), num_steps=9, refresh=3).summary.headline

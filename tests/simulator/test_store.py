@@ -39,6 +39,13 @@ def test_what_is_written_comes_back(tmp_path, details):
     assert_same(load_simulation(tmp_path / "a.sim"), simulation)
 
 
+def test_a_first_plan_beyond_the_steps_comes_back(tmp_path):
+    simulation = make_simulation()
+    object.__setattr__(simulation, "first_plan", 70)
+    save_simulation(simulation, tmp_path / "a.sim")
+    assert load_simulation(tmp_path / "a.sim").first_plan == 70
+
+
 def test_an_engine_comes_back(tmp_path):
     simulation = make_simulation().seen_for("tensorrt-llm")
     object.__setattr__(simulation.policies[1], "own_of", "tensorrt-llm")

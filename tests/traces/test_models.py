@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from evenmoe.errors import ConstraintError
 from evenmoe.traces import MODELS, find_model
-from evenmoe.traces.models import ALIASES
+from evenmoe.traces.models import ALIASES, layers_of_model
 from evenmoe.traces.sampling import MEASUREMENTS, NEAREST, parameters_of
 
 # Parameters of all routed experts in billions, from the models' own announcements: nearly all of the total that each
@@ -52,6 +54,32 @@ def test_layer_numbers():
     assert list(find_model("gpt-oss-20b").layer_ids) == list(range(24))
     assert find_model("kimi-k2").layer_ids[-1] == 60
     assert find_model("glm-4.5").layer_ids[-1] == 91
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "found"),
+    [
+        ((26, 64), {}, ("deepseek-v2-lite", range(1, 27))),
+        ((48, 128), {}, ("qwen3-30b-a3b", range(48))),
+        ((24, 128), {}, ("llama-4-maverick", range(1, 48, 2))),
+        ((58, 256), {"model": "deepseek-ai/DeepSeek-V3.2-Exp"}, ("deepseek-v3.2", range(3, 61))),
+        ((58, 256), {"title": "loads_of_deepseek"}, ("deepseek-v3 or deepseek-v3.2", range(3, 61))),
+        ((58, 256), {"top_k": 4}, None),
+        ((58, 256), {"model": "mine"}, None),
+        ((58, 256), {"model": "mixtral"}, None),
+        ((58, 256), {"model": 3}, ("deepseek-v3 or deepseek-v3.2", range(3, 61))),
+        ((57, 256), {}, None),
+    ],
+)
+def test_layers_of_models(sizes, options, found):
+    assert layers_of_model(*sizes, **options) == (None if found is None else (found[0], tuple(found[1])))
+
+
+def test_two_models_that_are_numbered_otherwise_say_nothing(monkeypatch):
+    other = replace(MODELS["mixtral-8x7b"], name="other-8x7b", first_layer=1)
+    monkeypatch.setitem(MODELS, "other-8x7b", other)
+    assert layers_of_model(32, 8) is None
+    assert layers_of_model(32, 8, title="Other") == ("other-8x7b", tuple(range(1, 33)))
 
 
 @pytest.mark.parametrize("name", ["DeepSeek-V3", "deepseek_v3", " dsv3 ", "deepseek-ai/DeepSeek-R1", "deepseek-v3-r1"])

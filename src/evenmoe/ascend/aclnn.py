@@ -212,3 +212,15 @@ aclnnMoeDistributeCombineAddRmsNormGetWorkspaceSize, aclnnMoeDistributeCombineAd
 aclnnMoeDistributeCombineAddRmsNormV2GetWorkspaceSize, aclnnMoeDistributeCombineAddRmsNormV2 = _two_stages(
     "MoeDistributeCombineAddRmsNormV2"
 )
+aclnnMoeDistributeDispatchSetupGetWorkspaceSize, aclnnMoeDistributeDispatchSetup = _two_stages(
+    "MoeDistributeDispatchSetup"
+)
+aclnnMoeDistributeDispatchTeardownGetWorkspaceSize, aclnnMoeDistributeDispatchTeardown = _two_stages(
+    "MoeDistributeDispatchTeardown"
+)
+aclnnMoeDistributeCombineSetupGetWorkspaceSize, aclnnMoeDistributeCombineSetup = _two_stages(
+    "MoeDistributeCombineSetup"
+)
+aclnnMoeDistributeCombineTeardownGetWorkspaceSize, aclnnMoeDistributeCombineTeardown = _two_stages(
+    "MoeDistributeCombineTeardown"
+)

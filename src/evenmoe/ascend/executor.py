@@ -27,16 +27,36 @@ from evenmoe.contract.calls import (
     UpdateExpertCall,
 )
 from evenmoe.contract.combine import check_combine_call
+from evenmoe.contract.combine_halves import check_combine_setup_call, check_combine_teardown_call
 from evenmoe.contract.dispatch import check_dispatch_call
+from evenmoe.contract.dispatch_halves import check_dispatch_setup_call, check_dispatch_teardown_call
 from evenmoe.contract.first_version import check_combine_v1_call, check_dispatch_v1_call
+from evenmoe.contract.half_calls import (
+    CombineSetupCall,
+    CombineTeardownCall,
+    DispatchSetupCall,
+    DispatchTeardownCall,
+    HalfCall,
+)
 from evenmoe.contract.layout import Layout, scale_down
 from evenmoe.contract.limits import ATLAS_A3, Limits
 from evenmoe.contract.operators import SIGNATURES, Kind
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.contract.update_expert import check_update_expert_call
 from evenmoe.errors import ConstraintError, EvenmoeError, UnsupportedTypeError, as_integer
-from evenmoe.ops import combine, combine_add_rms_norm, combine_v1, dispatch, dispatch_v1, update_expert
+from evenmoe.ops import (
+    combine,
+    combine_add_rms_norm,
+    combine_halves,
+    combine_v1,
+    dispatch,
+    dispatch_halves,
+    dispatch_v1,
+    update_expert,
+)
+from evenmoe.ops.halves import group_of
 from evenmoe.ops.operator import CALL_TYPES, Call, Prepared, find_groups, perform, specs_of
+from evenmoe.transport.transport import Transport
 
 _PREPARED: dict[str, Prepared[Any, Any]] = {  # importing the operators registers them
     "combine": combine.PREPARED,
@@ -45,12 +65,18 @@ _PREPARED: dict[str, Prepared[Any, Any]] = {  # importing the operators register
     "dispatch": dispatch.PREPARED,
     "dispatch_v1": dispatch_v1.PREPARED,
     "update_expert": update_expert.PREPARED,
+    "dispatch_setup": dispatch_halves.SETUP,
+    "dispatch_teardown": dispatch_halves.TEARDOWN,
+    "combine_setup": combine_halves.SETUP,
+    "combine_teardown": combine_halves.TEARDOWN,
 }
 
 #: What the operators' tiling asks for, the fixed system workspace; this implementation does not touch it.
 WORKSPACE_BYTES = 16 * 2**20
 
-Specs: TypeAlias = UpdateExpertCall[TensorSpec] | DispatchCall[TensorSpec] | CombineCall[TensorSpec]
+Specs: TypeAlias = (
+    UpdateExpertCall[TensorSpec] | DispatchCall[TensorSpec] | CombineCall[TensorSpec] | HalfCall[TensorSpec]
+)
 _INT64 = range(-(2**63), 2**63)
 
 
@@ -68,7 +94,16 @@ def check_call(specs: Specs) -> Layout | None:
         return check_combine_v1_call(specs)
     if isinstance(specs, DispatchCall):
         return check_dispatch_call(specs)
-    return check_combine_call(specs)
+    if isinstance(specs, CombineCall):
+        return check_combine_call(specs)
+    if isinstance(specs, DispatchSetupCall):
+        return check_dispatch_setup_call(specs)
+    if isinstance(specs, DispatchTeardownCall):
+        return check_dispatch_teardown_call(specs)
+    if isinstance(specs, CombineSetupCall):
+        return check_combine_setup_call(specs)
+    assert isinstance(specs, CombineTeardownCall)
+    return check_combine_teardown_call(specs)
 
 
 def stage_one(operator: str, given: Mapping[str, object], limits: Limits = ATLAS_A3) -> Executor:
@@ -116,7 +151,11 @@ class Executor:
         self.tensors: dict[str, torch.Tensor | None] = {name: getattr(call, name) for name in signature.names("tensor")}
         self.outputs: dict[str, torch.Tensor | None] = {name: getattr(call, name) for name in signature.names("output")}
         self._call, self._specs, self._layout = call, specs, layout
-        found = find_groups(call, find_group) if isinstance(call, DistributeCall) else ()
+        found: tuple[Transport | None, ...] = ()
+        if isinstance(call, DistributeCall):
+            found = find_groups(call, find_group)
+        elif isinstance(call, HalfCall):
+            found = (group_of(call, find_group),)
         self.groups = [(group.name, group.rank, group.world_size) for group in found if group is not None]
         self._state = threading.Lock()
         self._launched = self._destroyed = False
@@ -221,6 +260,8 @@ class Executor:
             call = replace(call, comm_alg=call.comm_alg or "", group_tp=call.group_tp or "")
             if layout is not None and call.elastic_info is not None:
                 layout = scale_down(layout, call.elastic_info.tolist())
+        if isinstance(call, HalfCall):
+            call = replace(call, comm_alg=call.comm_alg or "")
         if isinstance(call, CombineCall):
             origin = "expand_idx" if isinstance(call, CombineV1Call) else "assist_info_for_combine"
             call = replace(call, dispatch_number=number_of(self.tensors[origin]))

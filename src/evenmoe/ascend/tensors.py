@@ -16,9 +16,17 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from evenmoe.contract.calls import CombineCall, CombineV1Call, DispatchCall, DispatchV1Call, UpdateExpertCall
+from evenmoe.contract.half_calls import (
+    CombineSetupCall,
+    CombineTeardownCall,
+    DispatchSetupCall,
+    DispatchTeardownCall,
+    HalfCall,
+)
 from evenmoe.contract.layout import Layout
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
-from evenmoe.ops.exchange import active_tokens
+from evenmoe.ops.dispatch_halves import message_width, rows_of
+from evenmoe.ops.exchange import active_tokens, route
 from evenmoe.ops.numerics import DYNAMIC_INT8
 from evenmoe.ops.operator import Call, spec_of
 
@@ -120,6 +128,9 @@ def write_outputs(call: Call, outputs: Outputs, results: Sequence[torch.Tensor],
         active = active_tokens(len(call.expert_ids), mask, call.expert_ids.device)
         for name, result in zip(outputs, results, strict=True):
             _given(outputs, name)[active] = result[active]
+    elif isinstance(call, HalfCall):
+        assert layout is not None
+        _write_half(call, outputs, results, layout)
     elif isinstance(call, UpdateExpertCall):
         ids, mask = results
         _write(outputs, "balanced_expert_ids", ids)
@@ -150,6 +161,35 @@ def _write_dispatch(
     remember(_given(outputs, name), number)
     _write(outputs, "expert_token_nums", token_nums[: layout.local_experts])
     _write(outputs, "ep_recv_counts", ep_recv_counts[:counted])
+
+
+def _write_half(
+    call: HalfCall[torch.Tensor], outputs: Outputs, results: Sequence[torch.Tensor], layout: Layout
+) -> None:
+    """What the kernels write (§14): messages and rows as many as there are, and no quantized rows of combine."""
+    if isinstance(call, DispatchSetupCall):
+        message, index, commands = results
+        rows = rows_of(route(call.expert_ids, layout, call.x_active_mask), layout)
+        width = message_width(layout.hidden, call.quant_mode == DYNAMIC_INT8)
+        _given(outputs, "y")[rows, :width] = message[rows, :width]
+        active = active_tokens(len(call.expert_ids), call.x_active_mask, index.device)
+        sent = active[:, None].expand(call.expert_ids.shape).flatten()
+        _given(outputs, "expand_idx")[sent] = index[sent]
+        _write(outputs, "comm_cmd_info", commands)
+    elif isinstance(call, DispatchTeardownCall):
+        expand_x, dynamic_scales, assist, token_nums = results
+        pairs = layout.ep * layout.local_experts
+        rows = int(assist[pairs - 1])
+        _write(outputs, "expand_x", expand_x[:rows])
+        if call.quant_mode == DYNAMIC_INT8:
+            _write(outputs, "dynamic_scales", dynamic_scales[:rows])
+        _write(outputs, "assist_info_for_combine", assist[:pairs])
+        _write(outputs, "expert_token_nums", token_nums)
+    elif isinstance(call, CombineSetupCall):
+        _write(outputs, "comm_cmd_info", results[1])
+    elif isinstance(call, CombineTeardownCall):
+        active = active_tokens(len(call.expert_ids), call.x_active_mask, call.expert_ids.device)
+        _given(outputs, "x_out")[active] = results[0][active]
 
 
 def _write(outputs: Outputs, name: str, values: torch.Tensor) -> None:

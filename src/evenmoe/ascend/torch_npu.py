@@ -9,7 +9,8 @@ the chip's first stage fails. `group_ep` and `group_tp` are names: `rank.ep.name
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from typing import Any, TypeAlias, TypeVar
@@ -27,20 +28,31 @@ from evenmoe.contract.calls import CombineCall, CombineV1Call, DispatchCall, Dis
 from evenmoe.contract.comm_alg import HIERARCHY
 from evenmoe.contract.dispatch import check_token_nums_type
 from evenmoe.contract.distribute import check_ep_rank, check_shared_pair, check_shared_rank_num
+from evenmoe.contract.half_calls import (
+    CombineSetupCall,
+    CombineTeardownCall,
+    DispatchSetupCall,
+    DispatchTeardownCall,
+    HalfCall,
+)
 from evenmoe.contract.limits import ATLAS_A3
 from evenmoe.contract.operators import OPERATORS, Argument, Kind
 from evenmoe.contract.tensor_spec import TensorSpec, check_dims
 from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError
 from evenmoe.ops.exchange import check_range
+from evenmoe.ops.halves import group_of, told
 from evenmoe.ops.operator import CALL_TYPES, check_devices, check_types, find_groups, in_order, parts_of, specs_of
 from evenmoe.transport.call import together
 from evenmoe.transport.transport import Transport
 
 _RANKS_PER_NODE = 8  # of Atlas A2, in the room that the wrapper makes for its counts (§5)
 
+_INT8 = (1, 258)  # as torch_npu writes the dtype: its own number, or torch's with 256 added
+
 _TYPES: dict[Kind, type] = {"tensor": torch.Tensor, "str": str, "int": int, "float": float}
 _Result = TypeVar("_Result")
 Tensor = torch.Tensor
+_Half: TypeAlias = HalfCall[Tensor]
 _Collective: TypeAlias = DispatchCall[Tensor] | CombineCall[Tensor]
 
 
@@ -91,7 +103,8 @@ def _function(
             for name, theirs in names.items():
                 given[name] = given.pop(theirs)
             try:
-                checked = operator == "update_expert" or not in_effect(UNCHECKED)
+                always = operator == "update_expert" or operator.endswith(("_setup", "_teardown"))
+                checked = always or not in_effect(UNCHECKED)
                 return function(
                     CALL_TYPES[operator](**given, **fields, limits=ATLAS_A3, check_values=checked), **unknown
                 )
@@ -327,6 +340,130 @@ def npu_moe_distribute_combine_add_rms_norm(call: CombineCall[Tensor]) -> tuple[
         NpuCallError: as in `npu_moe_distribute_dispatch_v2`.
     """
     return _perform("combine_add_rms_norm", call)
+
+
+@_function("dispatch_setup", version=1, later_chips=("y_dtype",))
+def npu_moe_distribute_dispatch_setup(
+    call: DispatchSetupCall[Tensor], y_dtype: object = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Begin to send each token to the ranks of its experts, and return at once (§14).
+
+    Args:
+        x: float16 or bfloat16 (Bs, H), Bs 1…512, H 1024…8192.
+        expert_ids: int32 (Bs, K), physical experts, distinct within a token.
+        group_ep, ep_world_size, ep_rank_id: the expert-parallel group, its size 2…384, this rank in it.
+        moe_expert_num: physical experts over all ranks, 1…512.
+        scales: float32 (shared_expert_num + moe_expert_num, H), only with quant_mode 2. x_active_mask: bool (Bs,).
+        quant_mode: 0, or 2 for int8. y_dtype: None, or that of y: 1 for int8.
+        comm_type: only 2. comm_alg: only "". expert_shard_type: only 0.
+        shared_expert_num, shared_expert_rank_num, global_bs: as in `evenmoe.dispatch`.
+
+    Returns:
+        y: (Bs·(K + shared_expert_num), columns), the tokens as they travel. expand_idx: int32 (Bs·K,), for
+        `npu_moe_distribute_combine_teardown`. comm_cmd_info: int32, for `npu_moe_distribute_dispatch_teardown`.
+
+    Raises:
+        NpuCallError: what the chip does not take, a group that is not open here, ids out of range.
+    """
+    with _telling("dispatch", call):
+        if y_dtype is not None and (call.quant_mode == 0 or y_dtype not in _INT8):
+            rule = "must be None, or int8 (1) under quant_mode 2"
+            raise ConstraintError("y_dtype", repr(y_dtype), rule, "leave it out")
+        arguments = check_types("dispatch_setup", _with_comm_alg(call))
+        check_devices(arguments)
+    return torch.ops.evenmoe.dispatch_setup(**arguments)
+
+
+@_function("dispatch_teardown", version=1)
+def npu_moe_distribute_dispatch_teardown(
+    call: DispatchTeardownCall[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Wait for what `npu_moe_distribute_dispatch_setup` began (§14).
+
+    Args:
+        x, expert_ids, and every attribute: those of the setup. y, comm_cmd_info: what it gave.
+        expert_token_nums_type: only 1, counts.
+
+    Returns:
+        expand_x (A, H), dtype of y; dynamic_scales float32 (A,), with quant_mode 2; assist_info_for_combine int32
+        (128·A,), for `npu_moe_distribute_combine_setup`; expert_token_nums int64 (L,). What the chip leaves unwritten
+        is zero.
+
+    Raises:
+        NpuCallError: what the chip does not take, a comm_cmd_info of no setup or of another, ranks that disagree.
+    """
+    return _end("dispatch_teardown", call)
+
+
+@_function("combine_setup", version=1)
+def npu_moe_distribute_combine_setup(call: CombineSetupCall[Tensor]) -> tuple[Tensor, Tensor]:
+    """Begin to return the experts' rows to their tokens, and return at once (§14).
+
+    Args:
+        expand_x: float16 or bfloat16 (at least A, H), the experts' outputs in the row order of dispatch's expand_x.
+        expert_ids, and every attribute that dispatch has too: as there; shared_expert_num and shared_expert_rank_num
+            only 0.
+        assist_info_for_combine: what `npu_moe_distribute_dispatch_teardown` gave.
+        comm_quant_mode: only 0.
+
+    Returns:
+        quant_expand_x: int8, empty. comm_cmd_info: int32. Both for `npu_moe_distribute_combine_teardown`.
+
+    Raises:
+        NpuCallError: as in `npu_moe_distribute_dispatch_setup`.
+    """
+    with _telling("combine", call):
+        arguments = check_types("combine_setup", _with_comm_alg(call))
+        check_devices(arguments)
+    return torch.ops.evenmoe.combine_setup(**arguments)
+
+
+@_function("combine_teardown", version=1)
+def npu_moe_distribute_combine_teardown(call: CombineTeardownCall[Tensor]) -> Tensor:
+    """Wait for what `npu_moe_distribute_combine_setup` began, and add up the rows of each token, weighted (§14).
+
+    Args:
+        expand_x, expert_ids, and every attribute: those of the setup. quant_expand_x, comm_cmd_info: what it gave.
+        expand_idx: what `npu_moe_distribute_dispatch_setup` gave.
+        expert_scales: float32 (Bs, K), gate weights.
+        x_active_mask: bool (Bs,), as in dispatch. shared_expert_x: only None.
+
+    Returns:
+        (Bs, H), dtype of expand_x. Rows of inactive tokens, which the chip leaves unwritten, are zero.
+
+    Raises:
+        NpuCallError: as in `npu_moe_distribute_dispatch_teardown`.
+    """
+    return _end("combine_teardown", call)
+
+
+@contextmanager
+def _telling(operator: str, call: _Half) -> Iterator[None]:
+    """What the wrapper looks at before a setup; the other ranks are told of an error."""
+    with told(_group_of_half(call), operator):
+        yield
+
+
+def _end(operator: str, call: _Half) -> Any:
+    _group_of_half(call)
+    arguments = check_types(operator, _with_comm_alg(call))
+    check_devices(arguments)
+    return getattr(torch.ops.evenmoe, operator)(**arguments)
+
+
+def _group_of_half(call: _Half) -> Transport:
+    try:
+        return group_of(call, find_group)
+    except (ConstraintError, TypeError):
+        # What is wrong with the call itself comes first, as on the chip.
+        check_call(specs_of(call))
+        raise
+
+
+def _with_comm_alg(call: _Half) -> _Half:
+    if call.group_ep is None:
+        raise MissingArgumentError("group_ep", None, "must be a name", "pass a str")
+    return replace(call, comm_alg="") if call.comm_alg is None else call
 
 
 def _check_as_wrapper(call: DispatchCall[Tensor], later_chips: Mapping[str, object]) -> None:

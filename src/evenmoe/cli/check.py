@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument
 
-from evenmoe.cli.options import PlacementFileOptions, make_command, print_json, print_notes, sizes_text, table_console
+from evenmoe.cli.options import (
+    PlacementFileOptions,
+    find_engine,
+    for_option,
+    make_command,
+    print_json,
+    print_notes,
+    sizes_text,
+    table_console,
+)
+from evenmoe.errors import ConstraintError
 
 if TYPE_CHECKING:
     from evenmoe.formats.reading import Checked
@@ -23,22 +33,35 @@ class CheckCommand(PlacementFileOptions):
 
     Missing experts, duplicate replicas on one rank, layers that are numbered wrongly, slots that do not divide, ranks
     of different sizes, replicas that the rank rule never reaches, counts that are negative or too large, layers without
-    tokens. Exits with 0 if there is nothing but warnings, 1 if there is an error, 2 if the file cannot be read at all.
+    tokens; with --for, a file that the engine does not read, and replicas that its own rule never reaches. Exits with 0
+    if there is nothing but warnings, 1 if there is an error, 2 if the file cannot be read at all.
     """
 
+    for_: Annotated[
+        str | None,
+        for_option("What matters for an engine: whether it reads the file, and which replicas stay idle there"),
+    ] = None
     file: Annotated[str, Argument(help="File, folder, `-` for standard input, or inline JSON.")]
 
     def run(self) -> int:
         """Print every finding."""
         from evenmoe.formats.reading import check
 
-        found = check(self.file, self.read_options())
+        engine, options = find_engine(self.for_), self.read_options()
+        if engine is not None and self.file == "-":
+            raise ConstraintError("--for", self.for_, "must come with a file, not standard input", "name the file")
+        found = check(self.file, options)
+        if engine is not None:
+            from evenmoe.engines.findings import check_for_engine
+
+            found = check_for_engine(engine, self.file, options, found)
         errors = sum(finding.severity == "error" for finding in found.findings)
         if self.json:
             print_json(
                 {
                     "source": self.file,
                     "format": found.format,
+                    "engine": None if engine is None else engine.name,
                     **found.summary,
                     "clean": found.clean,
                     "errors": errors,
@@ -49,6 +72,8 @@ class CheckCommand(PlacementFileOptions):
             )
         else:
             _print_findings(self.file, found, errors)
+            if engine is not None:
+                print(f"for {engine.version} (replicas: {engine.choice})")
             print_notes(found.notes)
         return 0 if found.clean else 1
 

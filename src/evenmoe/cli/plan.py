@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -97,7 +97,7 @@ class PlanCommand(FileOptions, WorldOptions):
     def run(self) -> int:
         """Read, plan, write, show."""
         from evenmoe.formats.reading import read_load
-        from evenmoe.formats.writing import write
+        from evenmoe.formats.writing import check_numbers, write
         from evenmoe.metrics import as_load, within_range
         from evenmoe.planner.bound import lower_bound
         from evenmoe.planner.judging import judge_plan, without_order
@@ -107,7 +107,10 @@ class PlanCommand(FileOptions, WorldOptions):
         engine = self._check_target()
         rule, to = (self.rule, self.to) if engine is None else (engine.rule, engine.format)
         contents = read_load(self.source, self.read_options())
-        previous, notes_on_previous = self._read_previous(contents)
+        contents, notes_on_layers = self._numbered(contents)
+        previous, notes_on_previous = self._read_previous(contents, are_certain=not notes_on_layers)
+        if self.out is not None:
+            check_numbers(to, contents)
         ranks, given = self._sizes(previous)
         slots = without_dead(ranks, given, numbers_of("--dead", self.dead))
         world = {"num_ranks": ranks, "num_slots": slots, "num_nodes": self.num_nodes(ranks), "num_groups": self.groups}
@@ -149,7 +152,7 @@ class PlanCommand(FileOptions, WorldOptions):
                     **_tokens(contents),
                 )
         numbers = contents.layer_ids or tuple(range(windows.shape[1]))
-        notes = [*contents.notes, *notes_on_previous]
+        notes = [*contents.notes, *notes_on_layers, *notes_on_previous]
         if contents.trace is not None and contents.trace.routing is not None:
             divided = judgement is not None and judgement.held_out.unit in ("requests", "tokens")
             used = "only judged by `routing`" if divided else "left `routing` unused"
@@ -193,8 +196,35 @@ class PlanCommand(FileOptions, WorldOptions):
             check_for(engine, self.out, self.rule, self.to, (PlanCommand.rule, PlanCommand.to))
         return engine
 
-    def _read_previous(self, contents: Contents) -> tuple[Placement | None, list[str]]:
-        """The placement in use, row by row the load's layers; and what of it is no part of the plan."""
+    def _numbered(self, contents: Contents) -> tuple[Contents, list[str]]:
+        """The load with its layers numbered as in the known model that has its sizes, if it does not number them."""
+        from evenmoe.formats.layer_numbers import ranges
+        from evenmoe.traces.models import layers_of_model
+
+        if contents.layer_ids is not None or self.layers is not None:
+            return contents, []
+        assert contents.load is not None
+        trace, (layers, experts) = contents.trace, contents.load.shape[1:]
+        found = layers_of_model(
+            layers,
+            experts,
+            top_k=None if trace is None else trace.top_k,
+            title=Path(self.source).stem,
+            model=contents.metadata.get("model"),
+        )
+        if found is None:
+            return contents, []
+        name, numbers = found
+        note = (
+            f"layers are numbered {ranges(numbers)} as in {name}, {layers} layers of {experts} experts (--first-layer)"
+        )
+        return replace(contents, layer_ids=numbers), [note]
+
+    def _read_previous(self, contents: Contents, *, are_certain: bool) -> tuple[Placement | None, list[str]]:
+        """The placement in use, row by row the load's layers; and what of it is no part of the plan.
+
+        Rows are matched by the layers' numbers, unless these are not certain and those of the placement contradict.
+        """
         if self.previous is None:
             return None, []
         from evenmoe.formats.contents import ReadOptions
@@ -211,6 +241,8 @@ class PlanCommand(FileOptions, WorldOptions):
         if ours is None or theirs is None or ours == theirs:
             return found.placement, notes
         if not set(ours) <= set(theirs):
+            if not are_certain:
+                return found.placement, notes
             raise ConstraintError(
                 "--previous",
                 f"a placement of the layers {ranges(theirs)}",

@@ -124,6 +124,7 @@ class Outcome:
             "num_experts": placement.num_experts,
             "num_ranks": placement.num_ranks,
             "num_slots": placement.num_slots,
+            "rank_sizes": None if placement.is_even else list(placement.rank_sizes),
             "num_nodes": request.num_nodes,
             "num_groups": request.num_groups,
             "planner": request.planner,

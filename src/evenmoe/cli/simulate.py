@@ -185,7 +185,7 @@ class SimulateCommand(FileOptions, WorldOptions):
                 notes=(*simulation.notes, *contents.notes),
                 empty_windows=simulation.empty_windows + contents.empty_windows,
             )
-        files, called = digests(self.trace), shlex.join(["evenmoe", *sys.argv[1:]])
+        files, called = digests(self.trace, self.policy or ()), shlex.join(["evenmoe", *sys.argv[1:]])
         origin = [("command", called, ""), ("model", "not known" if model is None else model.name, "")]
         origin += [(f"SHA-256 of {path}", digest, "") for path, digest in files.items()]
         simulation = replace(simulation, settings=(*origin, *simulation.settings))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from evenmoe.cli.options import FileOptions
 from evenmoe.formats.contents import Contents
 from evenmoe.formats.reading import read_load
 from evenmoe.metrics import FloatArray, as_load
+from evenmoe.simulator.fixed import placement_file
 from evenmoe.traces.trace import Trace, load_trace
 from evenmoe.traces.trace_arrays import MOST_TOKENS
 
@@ -73,15 +75,18 @@ def whole_tokens(load: FloatArray) -> npt.NDArray[np.int64]:
     return np.rint(scaled).astype(np.int64)
 
 
-def digests(source: str) -> dict[str, str]:
-    """Return {path: SHA-256} of the trace's file, if it is one."""
-    if source.startswith(SYNTHETIC) or not Path(source).is_file():
-        return {}
-    with Path(source).open("rb") as file:
-        digest = hashlib.sha256()
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return {source: digest.hexdigest()}
+def digests(source: str, policies: Iterable[str] = ()) -> dict[str, str]:
+    """Return {path: SHA-256} of the trace's file and of placements that are policies, as far as they are files."""
+    found = {}
+    for path in dict.fromkeys([source, *filter(None, map(placement_file, policies))]):
+        if (path is source and source.startswith(SYNTHETIC)) or not Path(path).is_file():
+            continue
+        with Path(path).open("rb") as file:
+            digest = hashlib.sha256()
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+        found[path] = digest.hexdigest()
+    return found
 
 
 def _is_trace_file(source: str) -> bool:

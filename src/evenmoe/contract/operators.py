@@ -242,6 +242,95 @@ COMBINE_ADD_RMS_NORM = _combine(
     performance_since=None,
 )
 
+_HALF_GROUP = (
+    Argument("group_ep", "str", required=True),
+    _int("ep_world_size", None),
+    _int("ep_rank_id", None),
+    _int("moe_expert_num", None, "`num_experts`"),
+    _int("expert_shard_type"),
+    _int("shared_expert_num", 1, "`shared_expert_num`"),
+    _int("shared_expert_rank_num", 0, "`shared_expert_rank_num`"),
+)
+_COMM_TYPE = _int("comm_type")
+DISPATCH_SETUP = Operator(
+    "dispatch_setup",
+    (
+        _tensor("x", "hidden size of `x`", "dtype of `x`"),
+        _EXPERT_IDS,
+        _optional("scales", "presence of `scales`"),
+        _optional("x_active_mask"),
+        *_HALF_GROUP,
+        _int("quant_mode", 0, "`quant_mode`"),
+        _GLOBAL_BS,
+        _COMM_TYPE,
+        _COMM_ALG,
+        *_CHECKS,
+        _output("y", c_name="yOut"),
+        _output("expand_idx", c_name="expandIdxOut"),
+        _output("comm_cmd_info", c_name="commCmdInfoOut"),
+    ),
+    {"MoeDistributeDispatchSetup": 1},
+)
+DISPATCH_TEARDOWN = Operator(
+    "dispatch_teardown",
+    (
+        _tensor("x"),
+        _tensor("y"),
+        _EXPERT_IDS,
+        _tensor("comm_cmd_info"),
+        *_HALF_GROUP,
+        _int("quant_mode"),
+        _GLOBAL_BS,
+        _int("expert_token_nums_type", 1),
+        _COMM_TYPE,
+        _COMM_ALG,
+        *_CHECKS,
+        _output("expand_x", c_name="expandXOut"),
+        _output("dynamic_scales", c_name="dynamicScalesOut"),
+        _output("assist_info_for_combine", c_name="assistInfoForCombineOut"),
+        _output("expert_token_nums", c_name="expertTokenNumsOut"),
+    ),
+    {"MoeDistributeDispatchTeardown": 1},
+)
+COMBINE_SETUP = Operator(
+    "combine_setup",
+    (
+        _tensor("expand_x", "hidden size of `expert_out`", "dtype of `expert_out`"),
+        _EXPERT_IDS,
+        _tensor("assist_info_for_combine"),
+        *_HALF_GROUP,
+        _GLOBAL_BS,
+        _int("comm_quant_mode"),
+        _COMM_TYPE,
+        _COMM_ALG,
+        *_CHECKS,
+        _output("quant_expand_x", c_name="quantExpandXOut"),
+        _output("comm_cmd_info", c_name="commCmdInfoOut"),
+    ),
+    {"MoeDistributeCombineSetup": 1},
+)
+COMBINE_TEARDOWN = Operator(
+    "combine_teardown",
+    (
+        _tensor("expand_x"),
+        _tensor("quant_expand_x"),
+        _EXPERT_IDS,
+        _tensor("expand_idx"),
+        _tensor("expert_scales"),
+        _tensor("comm_cmd_info"),
+        _optional("x_active_mask"),
+        _optional("shared_expert_x"),
+        *_HALF_GROUP,
+        _GLOBAL_BS,
+        _int("comm_quant_mode"),
+        _COMM_TYPE,
+        _COMM_ALG,
+        *_CHECKS,
+        _output("x_out"),
+    ),
+    {"MoeDistributeCombineTeardown": 1},
+)
+
 
 def _first_version(arguments: tuple[Argument, ...]) -> tuple[Argument, ...]:
     """The first versions' C functions call no argument optional."""
@@ -305,7 +394,18 @@ COMBINE_V1 = Operator(
 
 OPERATORS: dict[str, Operator] = {
     operator.name: operator
-    for operator in (UPDATE_EXPERT, DISPATCH, COMBINE, COMBINE_ADD_RMS_NORM, DISPATCH_V1, COMBINE_V1)
+    for operator in (
+        UPDATE_EXPERT,
+        DISPATCH,
+        COMBINE,
+        COMBINE_ADD_RMS_NORM,
+        DISPATCH_V1,
+        COMBINE_V1,
+        DISPATCH_SETUP,
+        DISPATCH_TEARDOWN,
+        COMBINE_SETUP,
+        COMBINE_TEARDOWN,
+    )
 }
 """Every operator by its registered name."""
 

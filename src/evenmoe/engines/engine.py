@@ -30,6 +30,7 @@ class Engine:
         runs: names of further rules that it can be told to choose by.
         loads_file: whether it starts from a placement in a file.
         takes_plans: whether it takes plans of others while it serves.
+        uneven: whether its ranks may have different numbers of slots.
         keeps_order: whether its format stores the order of an expert's replicas; else it is that of the slots.
         options: what goes into its launch command or configuration; `{path}`, `{ranks}`, `{slots}` and `{redundant}`
             stand for the file, the ranks, the slots of a layer, and the slots beyond one per expert.
@@ -50,6 +51,7 @@ class Engine:
     runs: tuple[str, ...] = ()
     loads_file: bool = True
     takes_plans: bool = False
+    uneven: bool = False
     keeps_order: bool = False
     balancer: str = "greedy"
     balancer_words: str = "the published greedy balancer"

@@ -50,6 +50,7 @@ TENSORRT_LLM = Engine(
     version="TensorRT-LLM, main, read at 0e626045",
     format="tensorrt-llm",
     suffixes=(".yaml", ".yml", ".json"),
+    uneven=True,
     rule="occurrence",
     choice="an expert's replicas in turn, counted over 1,024 assignments of a rank",
     options=(

@@ -240,6 +240,12 @@ def _check_ranks(value: Placement, entry: Format) -> None:
     raise ConstraintError("value", uneven, f"{rule} for {entry.name}", f"{fix}, or use evenmoe-placement")
 
 
+def check_numbers(format: str, contents: Contents) -> None:
+    """Raise ConstraintError where the format needs the model's own numbers of a load's layers, which are not known."""
+    assert contents.load is not None
+    _checked_layer_ids(contents.layer_ids, contents.load.shape[1], FORMATS.get(format))
+
+
 def _checked_layer_ids(layer_ids: Sequence[int] | None, rows: int, entry: Format) -> tuple[int, ...] | None:
     if layer_ids is None:
         if entry.model_layers:

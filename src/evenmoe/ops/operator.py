@@ -23,6 +23,13 @@ from evenmoe.contract.calls import (
     DistributeCall,
     UpdateExpertCall,
 )
+from evenmoe.contract.half_calls import (
+    CombineSetupCall,
+    CombineTeardownCall,
+    DispatchSetupCall,
+    DispatchTeardownCall,
+    HalfCall,
+)
 from evenmoe.contract.layout import Layout
 from evenmoe.contract.limits import resolve_limits
 from evenmoe.contract.operators import OPERATORS, schema
@@ -38,7 +45,7 @@ Outputs: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
 Dispatching: TypeAlias = DispatchCall[torch.Tensor]
 Combining: TypeAlias = CombineCall[torch.Tensor]
 
-Call: TypeAlias = DistributeCall[torch.Tensor] | UpdateExpertCall[torch.Tensor]
+Call: TypeAlias = DistributeCall[torch.Tensor] | UpdateExpertCall[torch.Tensor] | HalfCall[torch.Tensor]
 
 _Call = TypeVar("_Call", bound=DistributeCall[torch.Tensor])
 _Given = TypeVar("_Given")
@@ -53,6 +60,10 @@ CALL_TYPES: dict[str, Callable[..., Call]] = {
     "dispatch": DispatchCall,
     "combine": CombineCall,
     "combine_add_rms_norm": AddRmsNormCall,
+    "dispatch_setup": DispatchSetupCall,
+    "dispatch_teardown": DispatchTeardownCall,
+    "combine_setup": CombineSetupCall,
+    "combine_teardown": CombineTeardownCall,
     "dispatch_v1": DispatchV1Call,
     "combine_v1": CombineV1Call,
 }

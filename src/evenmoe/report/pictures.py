@@ -151,9 +151,14 @@ def _par(figure: Figure, content: Content) -> None:
     axes = figure.subplots()
     steps = np.arange(content.summary.num_steps)
     highest = 1.0
+    others = "other policies"
     for i, (policy, label) in enumerate(zip(content.simulation.policies, _labels(content), strict=True)):
         median = np.median(policy.par, axis=1)
         highest = max(highest, float(median.max()))
+        if i not in content.focus:  # as on the page: thin and gray behind the others, with one entry for all
+            axes.plot(steps, median, label=others, color=MUTED, alpha=0.6, linewidth=0.9, zorder=1, clip_on=False)
+            others = "_"
+            continue
         look = drawing.style(i)
         axes.plot(
             steps,
@@ -162,6 +167,7 @@ def _par(figure: Figure, content: Content) -> None:
             color=drawing.SERIES_LIGHT[look.color],
             linestyle=(0, tuple(part / 2 for part in look.dash)) if look.dash else "solid",
             linewidth=1.8,
+            zorder=2.5,
             clip_on=False,  # half of a line at 1.0 would be cut away
             marker=look.marker.matplotlib,
             markersize=5,

@@ -20,7 +20,7 @@ class EngineView:
     """What a replay keeps of an engine; the attributes are keys of `--json`.
 
     Attributes:
-        name, version, choice, loads_file, takes_plans: as in `evenmoe.engines.engine.Engine`.
+        name, version, choice, loads_file, takes_plans, uneven: as in `evenmoe.engines.engine.Engine`.
         rule: name of its own rule.
         rules: names of all rules that it can choose by, or whose expected shares are those of its own.
         balancer: its own balancer, in words.
@@ -36,6 +36,7 @@ class EngineView:
     pace: str
     loads_file: bool
     takes_plans: bool
+    uneven: bool
 
     @staticmethod
     def of(engine: Engine) -> EngineView:
@@ -59,6 +60,7 @@ class EngineView:
             pace=engine.pace,
             loads_file=engine.loads_file,
             takes_plans=engine.takes_plans,
+            uneven=engine.uneven,
         )
 
     def is_own(self, policy: PolicyResult) -> bool:
@@ -75,7 +77,7 @@ class EngineView:
         has_replicas = policy.final.num_slots > policy.final.num_experts
         if has_replicas and policy.rule not in self.rules:
             return f"{policy.rule} rule"
-        if not (policy.initial.is_even and policy.final.is_even):
+        if not self.uneven and not policy.final.is_even:
             return "uneven slots"
         if len(policy.refreshes) > 1 and not self.takes_plans and not self.is_own(policy):
             return "plans anew"

@@ -11,7 +11,7 @@ from evenmoe.errors import ConstraintError
 from evenmoe.formats.contents import ReadOptions
 from evenmoe.formats.reading import read_placement
 from evenmoe.metrics import FloatArray
-from evenmoe.placement import Placement, layers_of
+from evenmoe.placement import Placement, layers_of, sizes_text
 from evenmoe.rules.rule import Rule
 from evenmoe.simulator.batches import Cluster
 from evenmoe.simulator.policies import Policy
@@ -85,7 +85,8 @@ def fixed_policy(
             numbers, too; else they are taken row by row.
 
     Raises:
-        ConstraintError: it is of another model or another number of ranks.
+        ConstraintError: it is of another model or another number of ranks, has no slot on a rank, or as many on every
+            rank only under a rule that is compiled.
     """
     trace = replayed.trace
     for what, has, wanted in (
@@ -97,6 +98,7 @@ def fixed_policy(
                 "policy", f"{name!r}, a placement of {has} {what}", f"must have the {wanted} of the replay",
                 "pass the placement of this model on these ranks",
             )  # fmt: skip
+    _check_ranks(name, placement, rule)
     numbers = None if trace.layer_ids is None else trace.layer_ids.tolist()
     if layer_ids is not None and numbers is not None and set(numbers) <= set(layer_ids):
         placement = layers_of(placement, [layer_ids.index(number) for number in numbers])
@@ -108,6 +110,32 @@ def fixed_policy(
             f"must have the {replayed.num_before} of the trace", "pass the placement of the layers that were recorded",
         )  # fmt: skip
     return Fixed(name, rule, placement.num_slots, placement=placement, origin=origin)
+
+
+def _check_ranks(name: str, placement: Placement, rule: Rule) -> None:
+    """Raise ConstraintError for ranks without a slot, and for uneven ones under a rule that cannot know them."""
+    empty = [rank for rank, size in enumerate(placement.rank_sizes) if size == 0]
+    if empty:
+        raise ConstraintError(
+            "policy", f"{name!r}, a placement without a slot on rank {empty[0]}",
+            "must have a slot on every rank, each of which has tokens in a replay",
+            "replay the ranks that are left: plan for that many, without dead ranks",
+        )  # fmt: skip
+    if not placement.is_even and rule.kernel is None:
+        raise ConstraintError(
+            "policy", f"{name!r}, a placement whose ranks have {sizes_text(placement.rank_sizes)} slots",
+            f"must have the same number of slots on every rank for the rule {rule.name}, which is called with a table",
+            "choose one of evenmoe's own rules, or slots that divide by the ranks",
+        )  # fmt: skip
+
+
+def placement_file(text: str) -> str | None:
+    """The path in file:PATH[:rule=NAME], None of other policies.
+
+    >>> placement_file("file:p.json:rule=token"), placement_file("evenmoe")
+    ('p.json', None)
+    """
+    return PolicyText(text, {}).kind.removeprefix(FILE) if text.startswith(FILE) else None
 
 
 def read_fixed(text: PolicyText, cluster: Cluster, replayed: ReplayedTrace) -> Fixed:

@@ -22,6 +22,7 @@ from evenmoe.simulator.candidates import Candidate, find_candidates, is_thinned
 from evenmoe.simulator.headline_text import ENGINE_RULES, MATERIAL, words, words_for
 from evenmoe.simulator.replayed import PolicySummary, Replayed
 
+_STEPS_TO_JUDGE = 8  # beside the warm-up
 _STEPS_TO_RECORD = 12  # at least, of which 4 are the warm-up: the fewest with which a steady gain of 5 % is shown
 
 
@@ -156,7 +157,10 @@ def _quickest(candidates: Sequence[Candidate], fits) -> Candidate | None:
 
 def _to_record(simulation: Replayed, verdict: Verdict | None) -> tuple[int | None, int | None]:
     """Tokens, in two digits, or else windows of counts to record in all; None and None where there are enough."""
-    least = _STEPS_TO_RECORD * int(simulation.tokens[0])
+    steps = (
+        max(_STEPS_TO_RECORD, simulation.first_plan + _STEPS_TO_JUDGE) if simulation.first_plan else _STEPS_TO_RECORD
+    )
+    least = steps * int(simulation.tokens[0])
     if verdict is None:
         return least, None
     if verdict.kind != "too little to judge":

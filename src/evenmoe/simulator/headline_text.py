@@ -133,9 +133,10 @@ def _nothing_judged(simulation: Replayed, wanted: int) -> str:
         )
     fewer = recorded // (wanted // per_step) // simulation.num_ranks
     smaller = f", or replay {counted(1 << (fewer.bit_length() - 1), 'token')} per rank" if fewer else ""
+    after = f", before step {count(simulation.first_plan)}" if simulation.first_plan > steps else ""
     return (
         f"Too little to judge: {counted(recorded, 'token')} make {counted(steps, 'step')} of {count(per_step)}, and "
-        f"none comes after the first plan. Record {count(wanted)} tokens or more{smaller}."
+        f"none comes after the first plan{after}. Record {count(wanted)} tokens or more{smaller}."
     )
 
 

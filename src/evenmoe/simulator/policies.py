@@ -162,7 +162,8 @@ class Planned(Policy):
             return None
         # A rule is planned for as another, so that static and evenmoe's first plan are often one.
         assumed = RULES.get(self.plan_for).plan_for
-        return type(self).plan, self.planner, self.num_slots, self.num_groups, self.window, self.pieces, assumed
+        seen = self.window, self.pieces
+        return type(self).plan, self.planner, self.num_slots, self.num_groups, *seen, assumed, self.in_slot_order
 
     def plan(self, cluster: Cluster, past: FloatArray, previous: Placement | None, seed: int) -> Placement:
         """See `Policy.plan`; the steps are added up to `pieces` windows, as equal in number as they can be."""

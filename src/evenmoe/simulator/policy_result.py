@@ -60,7 +60,7 @@ class PolicyResult:
         step_time: float64 (N,), microseconds of one step: all layers, the busiest rank of each, and the exchange.
         copy_time: float64 (N,), microseconds of the copying that begins before each step.
         initial, final: the placements of the first and the last step.
-        memory_per_rank: int, bytes of expert weights on a rank, all layers.
+        memory_per_rank: int, bytes of expert weights on the rank that has most, all layers.
         break_even_steps: float, steps after which a mean refresh has paid for its copies, compared with the default
             placement; inf when it never does, 0.0 when nothing is copied.
         details: or None where they were not asked for.

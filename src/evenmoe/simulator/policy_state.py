@@ -13,7 +13,7 @@ from evenmoe.simulator.batches import Cluster
 from evenmoe.simulator.costs import CostModel, route_copies
 from evenmoe.simulator.policies import Policy
 from evenmoe.simulator.policy_result import Details, PolicyResult, Traffic
-from evenmoe.simulator.slot_choice import Scratch, StepLayers, StepResult, choose_by
+from evenmoe.simulator.slot_choice import Scratch, StepLayers, StepResult, choose_by, num_padded_slots
 
 
 class PolicyState:
@@ -98,7 +98,7 @@ class PolicyState:
         """`top_k` is 0 where only counts are known."""
         ranks = self.cluster.num_ranks
         return Scratch(
-            np.empty((self.policy.num_slots, ranks), self.cluster.count_type),
+            np.zeros((num_padded_slots(self.placement), ranks), self.cluster.count_type),
             np.empty((ranks, self.cluster.tokens_per_rank, top_k), np.int32),
         )
 
@@ -141,7 +141,7 @@ class PolicyState:
             copy_time=self._copy_time,
             initial=self._initial,
             final=placement,
-            memory_per_rank=round(placement.num_layers * placement.slots_per_rank * costs.expert_bytes),
+            memory_per_rank=round(placement.num_layers * max(placement.rank_sizes) * costs.expert_bytes),
             break_even_steps=self._break_even(baseline, judged or slice(None)),
             details=self._details,
             own_of=self.policy.own_of,

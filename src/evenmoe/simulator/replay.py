@@ -179,7 +179,8 @@ def simulate(
     if policies is None and engine is not None:
         policies = policies_for(engine, num_slots, fewest)
     chosen = read(default_policies(num_slots, fewest, once=schedule.once) if policies is None else policies)
-    warmup = min(max(policy.first_plan for policy in chosen), num_steps)
+    first_plan = max(policy.first_plan for policy in chosen)
+    warmup = min(first_plan, num_steps)
     run, states, batches = replay(chosen, num_steps, warmup, progress)
     num_judged = max(0, run.fresh_steps - warmup)
     judged = slice(warmup, warmup + num_judged) if num_judged else None
@@ -205,6 +206,7 @@ def simulate(
         assignments_per_step=num_ranks * tokens_per_rank * top_k,
         recorded_assignments_per_step=0.0 if trace.routing is not None else recorded * top_k / num_steps,
         hardware=costs.hardware,
+        first_plan=first_plan if first_plan >= num_steps else 0,
         engine=view,
     )
 

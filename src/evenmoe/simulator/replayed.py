@@ -44,6 +44,8 @@ class Replayed:
         recorded_assignments_per_step: float, those of a layer that a step's counts were drawn from; 0.0 where tokens
             are known.
         hardware: what times are modeled for, in words; "" where that is not known.
+        first_plan: int, the step before which the last policy makes its first plan, where that is none of the steps;
+            else 0.
         engine: the one that the replay is looked at for, or None.
     """
 
@@ -67,6 +69,7 @@ class Replayed:
     assignments_per_step: int = 0
     recorded_assignments_per_step: float = 0.0
     hardware: str = ""
+    first_plan: int = 0
     engine: EngineView | None = None
 
     @property

@@ -24,7 +24,8 @@ class Scratch:
     """Memory of one thread for one policy.
 
     Attributes:
-        per_slot: `Cluster.count_type` (S, G), assignments that each slot takes from each source rank.
+        per_slot: `Cluster.count_type` (S, G), assignments that each slot takes from each source rank; 0 from the start
+            for numbers that no slot has, see `padded_slots`.
         chosen: int32 (G, B, K), the slot of every assignment; empty where only counts are known.
     """
 
@@ -81,6 +82,26 @@ def choose_by(rule: Rule, placement: Placement, cluster: Cluster) -> SlotChoice:
     return (CalledRule if rule.kernel is None else CompiledRule)(rule, placement, cluster)
 
 
+def padded_slots(placement: Placement) -> npt.NDArray[np.int64]:
+    """int64 (S,): the number of each slot in the kernels, which take slot s for one of rank s // width.
+
+    Ranks with fewer slots than the widest have numbers there that no slot has, and to which nothing goes.
+
+    >>> padded_slots(Placement([[0, 1, 2, 0, 3]], num_ranks=2, rank_sizes=[3, 2])).tolist()
+    [0, 1, 2, 3, 4]
+    >>> padded_slots(Placement([[0, 1, 2, 0, 3]], num_ranks=2, rank_sizes=[2, 3])).tolist()
+    [0, 1, 3, 4, 5]
+    """
+    ranks = placement.slot_to_rank
+    before = np.cumsum([0, *placement.rank_sizes[:-1]])
+    return ranks * max(placement.rank_sizes) + np.arange(placement.num_slots) - before[ranks]
+
+
+def num_padded_slots(placement: Placement) -> int:
+    """Numbers of slots in the kernels: as many on every rank as the widest has slots."""
+    return placement.num_ranks * max(placement.rank_sizes)
+
+
 class CompiledRule:
     """One of the rules that `layer_kernels` knows."""
 
@@ -89,13 +110,14 @@ class CompiledRule:
 
         assert rule.kernel is not None
         self._kernel, self._cluster, self._placement = rule.kernel, cluster, placement
-        layers, slots = placement.slot_to_expert.shape
+        layers, self._numbers = placement.num_layers, padded_slots(placement)
+        slots = placement.num_slots
         self._first = np.zeros((layers, placement.num_experts + 1), np.int64)
         np.cumsum(placement.num_replicas, axis=1, out=self._first[:, 1:])
         self._slots = np.empty((layers, slots), np.int64)
         position = np.take_along_axis(self._first, placement.slot_to_expert.astype(np.int64), axis=1)
-        np.put_along_axis(self._slots, position + placement.replica_index, np.arange(slots)[None], axis=1)
-        self._quotas = np.zeros((layers, slots), np.int64)
+        np.put_along_axis(self._slots, position + placement.replica_index, self._numbers[None], axis=1)
+        self._quotas = np.zeros((layers, num_padded_slots(placement)), np.int64)
         self._splits: dict[tuple[int, int], SplitPlan] | None = {} if self._kernel == layer_kernels.BATCH else None
 
     def run(self, layers: StepLayers, scratch: Scratch, found: StepResult) -> None:
@@ -109,9 +131,9 @@ class CompiledRule:
         if self._splits is not None:
             key = (part.start, part.stop)  # a thread has the same layers in every step
             if key not in self._splits:
-                placement = self._placement
-                self._splits[key] = SplitPlan(placement.slot_to_expert[part], placement.num_ranks, first.shape[1] - 1)
-            quotas = self._splits[key].split(layers.totals)
+                held, sizes = self._placement.slot_to_expert[part], self._placement.rank_sizes
+                self._splits[key] = SplitPlan(held, len(sizes), first.shape[1] - 1, rank_sizes=sizes)
+            quotas[:, self._numbers] = self._splits[key].split(layers.totals)
         entries = found.part(layers.first, number)
         if layers.experts is None:
             step_kernels.run_counts(

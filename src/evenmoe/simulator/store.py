@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evenmoe.errors import ConstraintError, FileFormatError
+from evenmoe.errors import ConstraintError, FileFormatError, UnsupportedTypeError
 from evenmoe.io.output import whole_file
 from evenmoe.placement import Placement
 from evenmoe.simulator.engine_view import EngineView
@@ -69,6 +69,7 @@ def save_simulation(simulation: Simulation, path: str | Path) -> None:
                 "break_even_steps": policy.break_even_steps if math.isfinite(policy.break_even_steps) else None,
                 "details": policy.details is not None,
                 **({"own_of": policy.own_of} if policy.own_of else {}),
+                **({} if policy.final.is_even else {"rank_sizes": policy.final.rank_sizes}),
             }
         )
     head = {
@@ -90,6 +91,7 @@ def save_simulation(simulation: Simulation, path: str | Path) -> None:
         "assignments_per_step": simulation.assignments_per_step,
         "recorded_assignments_per_step": simulation.recorded_assignments_per_step,
         "hardware": simulation.hardware,
+        **({"first_plan": simulation.first_plan} if simulation.first_plan else {}),
         **({} if simulation.engine is None else {"engine": asdict(simulation.engine)}),
         "policies": policies,
     }
@@ -171,6 +173,7 @@ def _read(archive: zipfile.ZipFile, path: Path) -> Simulation:
         assignments_per_step=_whole(path, head, "assignments_per_step", least=0),
         recorded_assignments_per_step=drawn_from,
         hardware=_text(path, head, "hardware"),
+        first_plan=_whole(path, head, "first_plan") if "first_plan" in head else 0,
         engine=_engine(path, head["engine"]) if "engine" in head else None,
         **{name: _array(archive, path, name, dtype, sizes, axes) for name, (dtype, axes) in _ARRAYS.items()},
     )
@@ -189,8 +192,11 @@ def _policy(
     def placement(which: str) -> Placement:
         found = arrays(_PLACEMENT, f"{which}/")
         try:
-            return Placement(found["slots"], sizes["G"], num_experts=sizes["E"], replica_index=found["order"])
-        except ConstraintError as error:
+            return Placement(
+                found["slots"], sizes["G"], num_experts=sizes["E"], replica_index=found["order"],
+                rank_sizes=entry.get("rank_sizes"),  # pyright: ignore[reportArgumentType] (Placement checks it)
+            )  # fmt: skip
+        except (ConstraintError, UnsupportedTypeError) as error:
             raise _refuse(
                 path, f"with `{which}` of policy {number} wrong ({error})", "must hold placements", _AGAIN
             ) from error
@@ -221,6 +227,7 @@ def _engine(path: Path, entry: object) -> EngineView:
         rules=tuple(_texts(path, entry, "rules")),
         loads_file=entry.get("loads_file") is True,
         takes_plans=entry.get("takes_plans") is True,
+        uneven=entry.get("uneven") is True,
         **texts,
     )
 

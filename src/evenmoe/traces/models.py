@@ -204,13 +204,50 @@ def shape_of(trace: Trace, model: ModelShape | str | None = None) -> ModelShape 
     return _only(whole, trace.name) or _only(part, trace.name)
 
 
+def layers_of_model(
+    num_layers: int, num_experts: int, *, top_k: int | None = None, title: str = "", model: object = None
+) -> tuple[str, tuple[int, ...]] | None:
+    """The name of the model that has so many MoE layers of so many experts, and its own numbers of them.
+
+    Args:
+        top_k: experts per token, where that is known.
+        title: of a recording, in which a name may stand.
+        model: the name that a recording states, if it does.
+
+    Returns:
+        None where no known model has them, or several that number them otherwise.
+
+    >>> name, numbers = layers_of_model(58, 256)
+    >>> name, numbers[0], numbers[-1]
+    ('deepseek-v3 or deepseek-v3.2', 3, 60)
+    >>> layers_of_model(57, 256) is None
+    True
+    """
+    alike = [
+        shape
+        for shape in MODELS.values()
+        if (shape.num_layers, shape.num_experts) == (num_layers, num_experts) and top_k in (None, shape.top_k)
+    ]
+    if isinstance(model, str):
+        try:
+            alike = [shape for shape in alike if shape == find_model(model)]
+        except ConstraintError:
+            return None  # it is another, which is not listed
+    alike = _named_in(title, alike) or alike
+    if len({shape.layer_ids for shape in alike}) != 1:
+        return None
+    return " or ".join(shape.name for shape in alike), tuple(alike[0].layer_ids)
+
+
+def _named_in(title: str, shapes: list[ModelShape]) -> list[ModelShape]:
+    """Those whose name begins like a part of the title."""
+    letters = re.sub("[^a-z0-9]", "", title.lower())
+    return [shape for shape in shapes if re.sub("[^a-z]", "", shape.name.partition("-")[0]) in letters]
+
+
 def _only(shapes: list[ModelShape], title: str) -> ModelShape | None:
     """The one of these shapes, up to their names, or the one whose name begins like a part of the title."""
-    letters = re.sub("[^a-z0-9]", "", title.lower())
-    for fitting in (
-        shapes,
-        [shape for shape in shapes if re.sub("[^a-z]", "", shape.name.partition("-")[0]) in letters],
-    ):
+    for fitting in (shapes, _named_in(title, shapes)):
         if len({(shape.hidden, shape.intermediate, shape.weight_bytes, shape.top_k) for shape in fitting}) == 1:
             return fitting[0]
     return None

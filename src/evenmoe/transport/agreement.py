@@ -69,6 +69,8 @@ OPERATORS: dict[str, tuple[str, ...]] = {
         GRADIENTS_OF_X,
     ),
     "batch rule of ExpertParallel.dispatch": (LAYER,),
+    "setup of dispatch": agreement(operators.DISPATCH_SETUP),
+    "setup of combine": agreement(operators.COMBINE_SETUP),
     "ExpertParallel.combine": (
         LAYER,
         DISPATCH,

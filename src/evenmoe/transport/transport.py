@@ -18,6 +18,7 @@ from typing import NoReturn, TypeAlias
 import torch
 
 from evenmoe.errors import ConstraintError, LostRankError
+from evenmoe.transport.pending import Setups
 from evenmoe.transport.segment import Octets
 
 Members = tuple[int, ...]
@@ -50,7 +51,8 @@ class Transport(ABC):
     since it is a connection to other ranks; nobody can pickle it.
 
     Attributes: `name` (of the group, the same on all its ranks), `rank` (0…W−1), `world_size` (W); `kind`, the name of
-    the implementation, and `description`, how the ranks exchange, to be read.
+    the implementation, and `description`, how the ranks exchange, to be read; `setups`, the exchanges under way that
+    no call waits for.
     """
 
     kind = description = ""
@@ -59,6 +61,7 @@ class Transport(ABC):
         self.name, self.rank, self.world_size = name, rank, world_size
         self._numbers: Counter[Members] = Counter()
         self._layers = 0
+        self.setups = Setups()
         self._turn = threading.RLock()  # an operator's parts take their turn within the operator's
         self._broken: tuple[str, Members] | None = None  # why no exchange may follow, and whose fault it is
         self._closed = False
@@ -89,11 +92,12 @@ class Transport(ABC):
         return self._layers - 1
 
     def take_turn(self) -> None:
-        """Begin a call of this rank, which may have parts that take their turn within it.
+        """Begin a call of this rank, which may have parts that take their turn within it, behind all that is under way.
 
         Raises:
             ConstraintError: another thread's call is not over.
         """
+        self.setups.wait()
         # One call at a time, since the others' exchanges are paired with this rank's in their order.
         if not self._turn.acquire(blocking=False):
             value = f"group {self.name!r}, in the midst of another call of rank {self.rank}"

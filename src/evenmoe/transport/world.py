@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from evenmoe.errors import ConstraintError, LostRankError, as_integer, require
+from evenmoe.transport.pending import Setups
 from evenmoe.transport.transport import Buffers, Ints, Members, Transport, register, unregister
 
 Result = TypeVar("Result")
@@ -132,6 +133,7 @@ class LocalTransport(Transport):
     def restart(self, number: int) -> None:
         """Begin the next run of the same world, in which every rank counts its exchanges from `number`."""
         self._broken, self._meeting = None, False
+        self.setups = Setups()
         self._numbers.clear()
         self._numbers[()] = number
 
@@ -265,6 +267,8 @@ class LocalWorld(Generic[Result]):
             try:
                 torch.set_num_threads(threads_each)  # the ranks share the cores; a pool per rank would thrash them
                 results[rank.index] = fn(rank)
+                rank.ep.setups.wait()  # the other ranks wait for its rows, though this one does not
+                rank.ep.setups.end()
             except BaseException as error:  # a rank may fail in any way; the first failure is raised below
                 failures.append((rank.index, error))
                 reason = f"failed with {type(error).__name__}: {error}"

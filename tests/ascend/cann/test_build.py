@@ -22,7 +22,7 @@ from evenmoe.cli import app
 from evenmoe.contract.operators import SIGNATURES
 from evenmoe.errors import ConstraintError
 
-from .conftest import LIBRARIES, PROGRAMS, run_in_tree
+from .conftest import LIBRARIES, PROGRAMS, Run, run_in_tree, statuses
 
 OPERATORS = {
     "aclnn_moe_eplb_update_expert.h": "MoeEPLBUpdateExpert",
@@ -37,6 +37,10 @@ OPERATORS = {
     "aclnn_moe_distribute_combine_v4.h": "MoeDistributeCombineV4",
     "aclnn_moe_distribute_combine_add_rms_norm.h": "MoeDistributeCombineAddRmsNorm",
     "aclnn_moe_distribute_combine_add_rms_norm_v2.h": "MoeDistributeCombineAddRmsNormV2",
+    "aclnn_moe_distribute_dispatch_setup.h": "MoeDistributeDispatchSetup",
+    "aclnn_moe_distribute_dispatch_teardown.h": "MoeDistributeDispatchTeardown",
+    "aclnn_moe_distribute_combine_setup.h": "MoeDistributeCombineSetup",
+    "aclnn_moe_distribute_combine_teardown.h": "MoeDistributeCombineTeardown",
 }
 # Specification §2.1 and §3.1, and the declaration of aclnnMoeUpdateExpert.
 UPDATE = """expertIds eplbTable expertScalesOptional pruningThresholdOptional activeMaskOptional localRankId worldSize
@@ -65,13 +69,28 @@ def test_headers_declare_both_stages_of_every_operator() -> None:
     assert set(OPERATORS.values()) == set(SIGNATURES)
     for name, operator in OPERATORS.items():
         declared = re.findall(r"^aclnnStatus (\w+)\(", headers[f"aclnnop/{name}"], re.MULTILINE)
-        assert declared == [f"aclnn{operator}GetWorkspaceSize", f"aclnn{operator}"]
+        sizes = [f"aclnn{operator}TeardownCalcOutputSize"] if operator.endswith("Setup") else []
+        assert declared == [f"aclnn{operator}GetWorkspaceSize", f"aclnn{operator}", *sizes]
 
 
 def test_the_c_functions_are_those_of_the_golden_file() -> None:
     """They are written from the table of operators; `generated/opapi.cpp` shows them, and shows what changes."""
     golden = Path(__file__).parent / "generated" / "opapi.cpp"
     assert source_texts()["opapi.cpp"] == golden.read_text(), "if this is meant, write the new text into the file"
+
+
+def test_setups_say_how_large_their_outputs_are(run_program: Run) -> None:
+    """§14.2: rows·columns of a message, entries, 128 per row that may arrive, 16 commands per row and expert."""
+    found = statuses(run_program("output_sizes"))
+    assert found == {
+        "plain": (0, f"4096 48 {128 * 32 * 6} {16 * (48 + 32)}"),
+        "quantized": (0, f"4608 48 {128 * 32 * 6} {16 * (8 * 7 + 32)}"),
+        "shared": (0, f"4096 48 {128 * 16} {16 * (8 * 7 + 4)}"),
+        "null": (161001, "0 0 0 0"),
+        "flat": (161002, "0 0 0 0"),
+        "all shared": (161002, "0 0 0 0"),
+        "combine": (0, f"6144 {16 * (8 + 4)}"),
+    }
 
 
 def test_every_header_stands_alone_in_c_and_cpp(tree: Path, tmp_path: Path) -> None:

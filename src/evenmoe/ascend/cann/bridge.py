@@ -260,6 +260,7 @@ set_repeatable = _aclnn(_calls.set_repeatable)
 destroy_executor = _aclnn(_calls.destroy_executor)
 set_tensor_address = _aclnn(_calls.set_tensor_address)
 stage_two = _aclnn(_calls.second_stage)
+output_sizes = _aclnn(_calls.output_sizes)
 
 
 @_aclnn

@@ -58,6 +58,16 @@ _SET_ENV = """\
 # Sourced by bash, as bin/setenv.bash, which it calls.
 . "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/%s"
 """
+#: What a setup's second function gives: how large the tensors between the halves are.
+_SIZES = {
+    "MoeDistributeDispatchSetup": (
+        "tokenMsgSize",
+        "expandIdxOutSize",
+        "assistInfoForCombineOutSize",
+        "commCmdInfoOutSize",
+    ),
+    "MoeDistributeCombineSetup": ("tokenMsgSize", "commCmdInfoOutSize"),
+}
 _HERE = Path(__file__).parent
 _TYPES: dict[Kind, str] = {
     "tensor": "const aclTensor *",
@@ -139,7 +149,7 @@ aclnnStatus aclnn{operator}GetWorkspaceSize(
     {_parameters(signature)});
 
 aclnnStatus aclnn{operator}(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream);
-
+{_sizes_declaration(operator, signature)}
 #ifdef __cplusplus
 }}
 #endif
@@ -159,6 +169,42 @@ def _operator_source(operator: str, signature: Signature) -> str:
 aclnnStatus aclnn{operator}(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream)
 {{
     return evenmoe::stage_two("{operator}", workspace, workspaceSize, executor, stream);
+}}
+{_sizes_source(operator, signature)}"""
+
+
+def _sizes_function(operator: str, signature: Signature) -> str:
+    """The head of a setup's second function; the sizes are references, so only C++ sees it."""
+    declared = []
+    for argument in signature.arguments.values():
+        if argument.kind != "output":
+            declared.append(f"{_TYPES[argument.kind]}{argument.c_name}")
+        if (argument.name, signature.operator) == ("global_bs", "dispatch_setup"):
+            declared.append("int64_t expertTokenNumsType")
+    declared += [f"uint64_t &{name}" for name in _SIZES[operator]]
+    return f"aclnnStatus aclnn{operator}TeardownCalcOutputSize(\n    " + ",\n    ".join(declared) + ")"
+
+
+def _sizes_declaration(operator: str, signature: Signature) -> str:
+    if operator not in _SIZES:
+        return ""
+    return f"\n#ifdef __cplusplus\n{_sizes_function(operator, signature)};\n#endif\n"
+
+
+def _sizes_source(operator: str, signature: Signature) -> str:
+    if operator not in _SIZES:
+        return ""
+    names = c_names(operator)
+    passed = ", ".join(names[name] for name in signature.names("tensor", "str", "int"))
+    written = "".join(f"        {name} = reply.numbers[{i}];\n" for i, name in enumerate(_SIZES[operator]))
+    unused = "    (void)expertTokenNumsType;\n" if signature.operator == "dispatch_setup" else ""
+    return f"""
+{_sizes_function(operator, signature)}
+{{
+{unused}    const evenmoe::Reply reply = evenmoe::ask("output_sizes", {{"{operator}", {passed}}});
+    if (reply.status == 0) {{
+{written}    }}
+    return reply.status;
 }}
 """
 

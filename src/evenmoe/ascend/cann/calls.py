@@ -12,6 +12,7 @@ from evenmoe.ascend.cann.runtime import Communicators, Handles, Runtime
 from evenmoe.ascend.cann.tensors import Memory, TensorDescription, shape_only, view
 from evenmoe.ascend.executor import Executor, stage_one
 from evenmoe.ascend.status import AclError, acl_error, check_not_null
+from evenmoe.contract.halves import combine_sizes, dispatch_sizes
 from evenmoe.contract.operators import SIGNATURES
 from evenmoe.errors import EvenmoeError
 
@@ -66,6 +67,33 @@ class Calls:
         if failure is not None:
             raise failure
         return executor
+
+    def output_sizes(self, operator: str, *arguments: object) -> tuple[int, ...]:
+        """What aclnnXxxSetupTeardownCalcOutputSize gives for its arguments, without expertTokenNumsType.
+
+        Raises:
+            AclError: a null tensor, one that has not two dimensions, or numbers that make no layout.
+        """
+        signature = SIGNATURES[operator]
+        given = dict(zip(signature.names("tensor", "str", "int"), arguments, strict=True))
+        shapes = []
+        for name in signature.names("tensor")[:2]:
+            handle, argument = given[name], signature.arguments[name].c_name
+            assert isinstance(handle, int)
+            shape = self.tensors.get(argument, handle).shape
+            if len(shape) != 2:
+                raise acl_error(
+                    status.PARAM_INVALID, argument, shape, "must have two dimensions", "pass another tensor"
+                )
+            shapes.append(shape)
+        (rows, hidden), (tokens, top_k) = shapes
+        numbers = {name: int(given[name]) for name in signature.names("int")}  # type: ignore[call-overload]
+        try:
+            if signature.operator == "combine_setup":
+                return combine_sizes(rows, hidden, numbers["ep_world_size"])
+            return dispatch_sizes(tokens, hidden, top_k, numbers)
+        except EvenmoeError as error:
+            raise AclError(status.PARAM_INVALID, str(error)) from error
 
     def second_stage(
         self, operator: str, workspace: int, workspace_size: int, handle: int, stream: int, context: int

@@ -12,6 +12,10 @@
 #include "aclnnop/aclnn_moe_distribute_combine_add_rms_norm_v2.h"
 #include "aclnnop/aclnn_moe_distribute_dispatch.h"
 #include "aclnnop/aclnn_moe_distribute_combine.h"
+#include "aclnnop/aclnn_moe_distribute_dispatch_setup.h"
+#include "aclnnop/aclnn_moe_distribute_dispatch_teardown.h"
+#include "aclnnop/aclnn_moe_distribute_combine_setup.h"
+#include "aclnnop/aclnn_moe_distribute_combine_teardown.h"
 #pragma GCC visibility pop
 
 #include "core.h"
@@ -487,4 +491,185 @@ aclnnStatus aclnnMoeDistributeCombineGetWorkspaceSize(
 aclnnStatus aclnnMoeDistributeCombine(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream)
 {
     return evenmoe::stage_two("MoeDistributeCombine", workspace, workspaceSize, executor, stream);
+}
+
+aclnnStatus aclnnMoeDistributeDispatchSetupGetWorkspaceSize(
+    const aclTensor *x,
+    const aclTensor *expertIds,
+    const aclTensor *scalesOptional,
+    const aclTensor *xActiveMaskOptional,
+    const char *groupEp,
+    int64_t epWorldSize,
+    int64_t epRankId,
+    int64_t moeExpertNum,
+    int64_t expertShardType,
+    int64_t sharedExpertNum,
+    int64_t sharedExpertRankNum,
+    int64_t quantMode,
+    int64_t globalBs,
+    int64_t commType,
+    const char *commAlg,
+    aclTensor *yOut,
+    aclTensor *expandIdxOut,
+    aclTensor *commCmdInfoOut,
+    uint64_t *workspaceSize,
+    aclOpExecutor **executor)
+{
+    return evenmoe::stage_one("MoeDistributeDispatchSetup", {x, expertIds, scalesOptional, xActiveMaskOptional, groupEp, epWorldSize, epRankId, moeExpertNum, expertShardType, sharedExpertNum, sharedExpertRankNum, quantMode, globalBs, commType, commAlg, yOut, expandIdxOut, commCmdInfoOut}, workspaceSize, executor);
+}
+
+aclnnStatus aclnnMoeDistributeDispatchSetup(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream)
+{
+    return evenmoe::stage_two("MoeDistributeDispatchSetup", workspace, workspaceSize, executor, stream);
+}
+
+aclnnStatus aclnnMoeDistributeDispatchSetupTeardownCalcOutputSize(
+    const aclTensor *x,
+    const aclTensor *expertIds,
+    const aclTensor *scalesOptional,
+    const aclTensor *xActiveMaskOptional,
+    const char *groupEp,
+    int64_t epWorldSize,
+    int64_t epRankId,
+    int64_t moeExpertNum,
+    int64_t expertShardType,
+    int64_t sharedExpertNum,
+    int64_t sharedExpertRankNum,
+    int64_t quantMode,
+    int64_t globalBs,
+    int64_t expertTokenNumsType,
+    int64_t commType,
+    const char *commAlg,
+    uint64_t &tokenMsgSize,
+    uint64_t &expandIdxOutSize,
+    uint64_t &assistInfoForCombineOutSize,
+    uint64_t &commCmdInfoOutSize)
+{
+    (void)expertTokenNumsType;
+    const evenmoe::Reply reply = evenmoe::ask("output_sizes", {"MoeDistributeDispatchSetup", x, expertIds, scalesOptional, xActiveMaskOptional, groupEp, epWorldSize, epRankId, moeExpertNum, expertShardType, sharedExpertNum, sharedExpertRankNum, quantMode, globalBs, commType, commAlg});
+    if (reply.status == 0) {
+        tokenMsgSize = reply.numbers[0];
+        expandIdxOutSize = reply.numbers[1];
+        assistInfoForCombineOutSize = reply.numbers[2];
+        commCmdInfoOutSize = reply.numbers[3];
+    }
+    return reply.status;
+}
+
+aclnnStatus aclnnMoeDistributeDispatchTeardownGetWorkspaceSize(
+    const aclTensor *x,
+    const aclTensor *y,
+    const aclTensor *expertIds,
+    const aclTensor *commCmdInfo,
+    const char *groupEp,
+    int64_t epWorldSize,
+    int64_t epRankId,
+    int64_t moeExpertNum,
+    int64_t expertShardType,
+    int64_t sharedExpertNum,
+    int64_t sharedExpertRankNum,
+    int64_t quantMode,
+    int64_t globalBs,
+    int64_t expertTokenNumsType,
+    int64_t commType,
+    const char *commAlg,
+    aclTensor *expandXOut,
+    aclTensor *dynamicScalesOut,
+    aclTensor *assistInfoForCombineOut,
+    aclTensor *expertTokenNumsOut,
+    uint64_t *workspaceSize,
+    aclOpExecutor **executor)
+{
+    return evenmoe::stage_one("MoeDistributeDispatchTeardown", {x, y, expertIds, commCmdInfo, groupEp, epWorldSize, epRankId, moeExpertNum, expertShardType, sharedExpertNum, sharedExpertRankNum, quantMode, globalBs, expertTokenNumsType, commType, commAlg, expandXOut, dynamicScalesOut, assistInfoForCombineOut, expertTokenNumsOut}, workspaceSize, executor);
+}
+
+aclnnStatus aclnnMoeDistributeDispatchTeardown(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream)
+{
+    return evenmoe::stage_two("MoeDistributeDispatchTeardown", workspace, workspaceSize, executor, stream);
+}
+
+aclnnStatus aclnnMoeDistributeCombineSetupGetWorkspaceSize(
+    const aclTensor *expandX,
+    const aclTensor *expertIds,
+    const aclTensor *assistInfoForCombine,
+    const char *groupEp,
+    int64_t epWorldSize,
+    int64_t epRankId,
+    int64_t moeExpertNum,
+    int64_t expertShardType,
+    int64_t sharedExpertNum,
+    int64_t sharedExpertRankNum,
+    int64_t globalBs,
+    int64_t commQuantMode,
+    int64_t commType,
+    const char *commAlg,
+    aclTensor *quantExpandXOut,
+    aclTensor *commCmdInfoOut,
+    uint64_t *workspaceSize,
+    aclOpExecutor **executor)
+{
+    return evenmoe::stage_one("MoeDistributeCombineSetup", {expandX, expertIds, assistInfoForCombine, groupEp, epWorldSize, epRankId, moeExpertNum, expertShardType, sharedExpertNum, sharedExpertRankNum, globalBs, commQuantMode, commType, commAlg, quantExpandXOut, commCmdInfoOut}, workspaceSize, executor);
+}
+
+aclnnStatus aclnnMoeDistributeCombineSetup(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream)
+{
+    return evenmoe::stage_two("MoeDistributeCombineSetup", workspace, workspaceSize, executor, stream);
+}
+
+aclnnStatus aclnnMoeDistributeCombineSetupTeardownCalcOutputSize(
+    const aclTensor *expandX,
+    const aclTensor *expertIds,
+    const aclTensor *assistInfoForCombine,
+    const char *groupEp,
+    int64_t epWorldSize,
+    int64_t epRankId,
+    int64_t moeExpertNum,
+    int64_t expertShardType,
+    int64_t sharedExpertNum,
+    int64_t sharedExpertRankNum,
+    int64_t globalBs,
+    int64_t commQuantMode,
+    int64_t commType,
+    const char *commAlg,
+    uint64_t &tokenMsgSize,
+    uint64_t &commCmdInfoOutSize)
+{
+    const evenmoe::Reply reply = evenmoe::ask("output_sizes", {"MoeDistributeCombineSetup", expandX, expertIds, assistInfoForCombine, groupEp, epWorldSize, epRankId, moeExpertNum, expertShardType, sharedExpertNum, sharedExpertRankNum, globalBs, commQuantMode, commType, commAlg});
+    if (reply.status == 0) {
+        tokenMsgSize = reply.numbers[0];
+        commCmdInfoOutSize = reply.numbers[1];
+    }
+    return reply.status;
+}
+
+aclnnStatus aclnnMoeDistributeCombineTeardownGetWorkspaceSize(
+    const aclTensor *expandX,
+    const aclTensor *quantExpandX,
+    const aclTensor *expertIds,
+    const aclTensor *expandIdx,
+    const aclTensor *expertScales,
+    const aclTensor *commCmdInfo,
+    const aclTensor *xActiveMaskOptional,
+    const aclTensor *sharedExpertXOptional,
+    const char *groupEp,
+    int64_t epWorldSize,
+    int64_t epRankId,
+    int64_t moeExpertNum,
+    int64_t expertShardType,
+    int64_t sharedExpertNum,
+    int64_t sharedExpertRankNum,
+    int64_t globalBs,
+    int64_t commQuantMode,
+    int64_t commType,
+    const char *commAlg,
+    aclTensor *xOut,
+    uint64_t *workspaceSize,
+    aclOpExecutor **executor)
+{
+    return evenmoe::stage_one("MoeDistributeCombineTeardown", {expandX, quantExpandX, expertIds, expandIdx, expertScales, commCmdInfo, xActiveMaskOptional, sharedExpertXOptional, groupEp, epWorldSize, epRankId, moeExpertNum, expertShardType, sharedExpertNum, sharedExpertRankNum, globalBs, commQuantMode, commType, commAlg, xOut}, workspaceSize, executor);
+}
+
+aclnnStatus aclnnMoeDistributeCombineTeardown(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream)
+{
+    return evenmoe::stage_two("MoeDistributeCombineTeardown", workspace, workspaceSize, executor, stream);
 }
