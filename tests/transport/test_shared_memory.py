@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -133,7 +132,7 @@ def die_midway(rank: Rank) -> tuple[str, tuple[int, ...], float]:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_killed_rank_is_named_and_leaves_nothing(mortal_processes, transport):
-    before = sorted(Path("/dev/shm").iterdir())
+    before = soak.segments()
     results = mortal_processes.run((SIZE, 1), die_midway, patience_s=40.0, transport=transport)
     assert results.pop(1) is None
     for text, ranks, seconds in results:
@@ -141,9 +140,9 @@ def test_a_killed_rank_is_named_and_leaves_nothing(mortal_processes, transport):
         assert "which ended: its process is gone (" in text
         assert ranks == (1,)
         assert seconds < 20.0  # of the 60 that an exchange may take
-    assert sorted(Path("/dev/shm").iterdir()) == before
+    assert soak.segments() == before
     mortal_processes.stop()
-    assert sorted(Path("/dev/shm").iterdir()) == before
+    assert soak.segments() == before
 
 
 def interrupted_in_place(rank: Rank) -> str:
