@@ -98,7 +98,7 @@ def test_the_real_house_is_measured():
 
 def untested(src: Path, tests: Path, page: str) -> list[str]:
     """Modules of 60 lines or more that have neither a test at their path nor a true row in the test map."""
-    rows = re.findall(r"^\| (`[a-z_/]+`(?:, `[a-z_/]+`)*) \| (`tests/[^|]+`) \|$", page, re.MULTILINE)
+    rows = re.findall(r"^\| (`[a-z0-9_/]+`(?:, `[a-z0-9_/]+`)*) \| (`tests/[^|]+`) \|$", page, re.MULTILINE)
     mapped = {module: re.findall("`([^`]+)`", places) for names, places in rows for module in names[1:-1].split("`, `")}
     found = [f"{module} is no module" for module in mapped if not (src / f"{module}.py").is_file()]
     for module, places in mapped.items():

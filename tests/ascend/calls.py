@@ -142,8 +142,12 @@ def pick(operator: str, values: dict[str, Any]) -> dict[str, Any]:
     return {name: values.get(name) for name in SIGNATURES[operator].arguments}
 
 
-def valid_calls(rank: Rank) -> dict[str, dict[str, Any]]:
-    """Operator -> arguments in C order that its first stage takes, of one rank of a world of two."""
+FIRST_VERSIONS = ("MoeDistributeDispatch", "MoeDistributeCombine")
+FIRST_WORLD, FIRST_HIDDEN = 8, 7168  # the least that the first versions take
+
+
+def valid_calls(rank: Rank, of_eight: Rank) -> dict[str, dict[str, Any]]:
+    """Operator -> arguments in C order that its first stage takes, of one rank of a world of two, or of eight ranks."""
     chain = Chain()
     out = chain.outputs(rank)
     values = chain.inputs(rank) | chain.attributes(rank) | out
@@ -154,13 +158,32 @@ def valid_calls(rank: Rank) -> dict[str, dict[str, Any]]:
         "tp_send_counts": torch.zeros(0, dtype=torch.int32),
         "expand_scales": None,
     }
-    calls = {}
+    calls = _first_calls(of_eight)
     for operator, signature in SIGNATURES.items():
+        if operator in calls:
+            continue
         changes = {"expert_scales": None} if signature.operator == "update_expert" else {}
         if signature.operator.startswith("combine"):
             changes = back | {"x_out": chain.x_out(with_norm="AddRmsNorm" in operator)}
         calls[operator] = pick(operator, values | changes)
     return calls
+
+
+def _first_calls(rank: Rank) -> dict[str, dict[str, Any]]:
+    """Three tokens of every rank, each for two of eight experts, so at most 24 rows for the one here."""
+    int32, rows = {"dtype": torch.int32}, torch.zeros(24, FIRST_HIDDEN, dtype=torch.bfloat16)
+    chain = Chain(ep=FIRST_WORLD, experts_per_rank=1)
+    weights, tokens = torch.ones(3, 2), torch.zeros(3, FIRST_HIDDEN, dtype=torch.bfloat16)
+    values = chain.attributes(rank) | {"shared_expert_num": 1, "expert_ids": torch.tensor([[0, 1]] * 3, **int32)}
+    values |= {"expert_scales": weights, "expand_idx": torch.zeros(6, **int32)}
+    out = {"expand_x": rows, "dynamic_scales": torch.zeros(24), "expert_token_nums": torch.zeros(1).long()}
+    out |= {"ep_recv_counts": torch.zeros(8, **int32), "tp_recv_counts": torch.zeros(0, **int32)}
+    out |= {"expand_scales": torch.zeros(24)}
+    back = {"expand_x": rows, "ep_send_counts": torch.zeros(8, **int32), "tp_send_counts": torch.zeros(0, **int32)}
+    return {
+        "MoeDistributeDispatch": pick("MoeDistributeDispatch", values | out | {"x": tokens}),
+        "MoeDistributeCombine": pick("MoeDistributeCombine", values | back | {"x_out": tokens.clone()}),
+    }
 
 
 def expected(chain: Chain, rank: Rank, given: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:

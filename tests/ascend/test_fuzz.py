@@ -103,8 +103,8 @@ def test_random_first_stages(operator, tensors):
     generator = random.Random(operator)
     kinds, first = SIGNATURES[operator].arguments, getattr(aclnn, f"aclnn{operator}GetWorkspaceSize")
     names, statuses, blamed = list(kinds), Counter(), Counter()
-    with em.local_world(2) as world:
-        valid = valid_calls(world.ranks[0])[operator]
+    with em.local_world(2) as world, em.local_world(8) as eight:
+        valid = valid_calls(world.ranks[0], eight.ranks[0])[operator]
         for _ in range(CALLS_PER_OPERATOR):
             arguments = dict(valid)
             for name in generator.sample(names, generator.choice([1, 1, 1, 1, 2, 3, 6])):

@@ -26,9 +26,20 @@ _GROUP_KEYWORDS = (
 _VIRTUAL_KEYWORDS = "zero_expert_num=0, copy_expert_num=0, const_expert_num=0"
 _CONSTANTS = "elastic_info=None, ori_x=None, const_expert_alpha_1=None, const_expert_alpha_2=None, const_expert_v=None"
 LISTING = {
+    "npu_moe_init_routing": "x, row_idx, expert_idx, active_num",
+    "npu_moe_init_routing_v2": "x, expert_idx, *, scale=None, offset=None, active_num=-1, expert_capacity=-1, "
+    "expert_num=-1, drop_pad_mode=0, expert_tokens_num_type=0, expert_tokens_num_flag=False, quant_mode=-1, "
+    "active_expert_range=(), row_idx_type=0, x_dtype=None",
     "npu_moe_eplb_update_expert": "expert_ids, eplb_table, local_rank_id, world_size, *, balance_mode=0",
     "npu_moe_update_expert": "expert_ids, eplb_table, *, expert_scales=None, pruning_threshold=None, active_mask=None, "
     "local_rank_id=-1, world_size=-1, balance_mode=0",
+    "npu_moe_distribute_dispatch": "x, expert_ids, group_ep, ep_world_size, ep_rank_id, moe_expert_num, *, "
+    f"scales=None, x_active_mask=None, expert_scales=None, {_GROUP_KEYWORDS}, quant_mode=0, global_bs=0, "
+    "expert_token_nums_type=1",
+    "npu_moe_distribute_combine": "expand_x, expert_ids, expand_idx, ep_send_counts, expert_scales, group_ep, "
+    "ep_world_size, ep_rank_id, moe_expert_num, *, tp_send_counts=None, x_active_mask=None, activation_scale=None, "
+    "weight_scale=None, group_list=None, expand_scales=None, shared_expert_x=None, "
+    f"{_GROUP_KEYWORDS}, global_bs=0, out_dtype=0, comm_quant_mode=0, group_list_type=0",
     "npu_moe_distribute_dispatch_v2": "x, expert_ids, group_ep, ep_world_size, ep_rank_id, moe_expert_num, *, "
     "scales=None, x_active_mask=None, expert_scales=None, elastic_info=None, performance_info=None, "
     f"{_GROUP_KEYWORDS}, quant_mode=0, global_bs=0, expert_token_nums_type=1, comm_alg='', {_VIRTUAL_KEYWORDS}, "
@@ -316,12 +327,14 @@ def test_a_script_that_imports_torch_npu_runs_under_the_patch_only():
 def test_an_explicit_patch_stays_until_it_is_undone():
     patched = patch()
     exec(SCRIPT, {})
-    inner = patch()  # finds torch_npu there, so it has nothing to do, and nothing to undo
-    assert not inner.active
+    inner = patch()
     inner.undo()
     exec(SCRIPT, {})
+    outlives = patch()
     patched.undo()
     patched.undo()
+    exec(SCRIPT, {})
+    outlives.undo()
     with pytest.raises(ModuleNotFoundError):
         exec(SCRIPT, {})
 
@@ -404,3 +417,44 @@ def run_in_world(rank):
 def test_the_names_of_a_process_world_serve(processes):
     # Ranks 0 and 1 are EP rank 0's peers, 2 and 3 EP rank 1's; each gets its own row first, then its peer's.
     assert processes.run((2, 2), run_in_world) == [[2, 3], [3, 2], [0, 1], [1, 0]]
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+@pytest.mark.parametrize("quant_mode", [0, 2])
+def test_the_first_versions_as_servers_call_them(shared, quant_mode):
+    """omni-infer passes a mask and the name of a group of peers; vllm-ascend the weights and counts without peers."""
+
+    def step(rank):
+        generator = torch.Generator().manual_seed(rank.index)
+        x = torch.randn((3, 7168), generator=generator).to(torch.bfloat16)
+        ids = torch.stack([torch.randperm(8 - shared, generator=generator)[:2] for _ in range(3)]).int()
+        weights = torch.rand((3, 2), generator=generator)
+        mask = torch.tensor([True, False, False])  # not looked at
+        groups = {"group_ep": rank.ep.name, "ep_world_size": 8, "ep_rank_id": rank.index}
+        groups |= {"group_tp": rank.ep.name, "tp_world_size": 1, "tp_rank_id": 0}
+        common = {"expert_shard_type": 0, "shared_expert_rank_num": shared, "moe_expert_num": 8 - shared}
+        common |= {"global_bs": 0, **groups, "x_active_mask": mask}
+        out = torch_npu.npu_moe_distribute_dispatch(
+            x=x, expert_ids=ids, scales=None, quant_mode=quant_mode, expert_scales=weights, **common
+        )
+        expand_x, dynamic_scales, expand_idx, token_nums, ep_counts, tp_counts, expand_scales = out
+        assert len(ep_counts) == 8 + 2 * 24 * 2  # 2·G·K·(ep // 8) more with the weights
+        assert not expand_scales.any()
+        assert int(token_nums.sum()) == int(ep_counts[7])
+        rows = expand_x if quant_mode == 0 else (expand_x.float() * dynamic_scales[:, None]).to(torch.bfloat16)
+        back = {"expand_x": rows, "expert_ids": ids, "expand_idx": expand_idx, "expert_scales": weights}
+        y = torch_npu.npu_moe_distribute_combine(
+            ep_send_counts=ep_counts, tp_send_counts=tp_counts, expand_scales=expand_scales, **back, **common
+        )
+        with pytest.raises(torch_npu.NpuCallError, match=r"`shared_expert_x` is .*: it must be None; add it after"):
+            torch_npu.npu_moe_distribute_combine(ep_send_counts=ep_counts, shared_expert_x=x, **back, **common)
+        return x.float(), weights, y.float()
+
+    with em.local_world(8, timeout_s=HANG_S) as world:
+        for x, weights, y in world.run(step):
+            total = weights.sum(1, keepdim=True) + (shared > 0)
+            # A row in int8 is off by half a step, 1/254 of its largest value and float32's share of it; it and the sum
+            # are rounded to bfloat16, by 2⁻⁹ of themselves, which are a step larger at most.
+            step_size = x.abs().amax(1, keepdim=True) / 254 if quant_mode else torch.zeros(1)
+            bound = (step_size * (1 + 2.0**-6) + 2.0**-8 * x.abs()) * total + 2.0**-8 * (x * total).abs()
+            assert ((y - x * total).abs() <= bound).all()

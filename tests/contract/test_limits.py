@@ -42,6 +42,10 @@ BOTH_RELEASES = {
     "hierarchy_experts": Range(1, 512),
     "hierarchy_tokens": Range(1, 256),
     "hierarchy_hidden": Range(32, 7168, 32),
+    "v1_ep_world_size": Range(8, 288, 8),
+    "v1_physical_experts": Range(1, 512),
+    "v1_hidden": Range(7168, 7168),
+    "v1_top_k": Range(1, 8),
     "token_dtypes": ("bfloat16", "float16"),
     "rms_norm_dtypes": ("bfloat16",),
 }
@@ -131,6 +135,8 @@ def test_the_relaxed_limits_keep_the_chips_maxima_and_lifts_minima():
         "hierarchy_ranks": 1,
         "hierarchy_tokens": 0,
         "hierarchy_hidden": 1,
+        "v1_ep_world_size": 1,
+        "v1_hidden": 1,
     }
 
 

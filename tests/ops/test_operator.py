@@ -7,12 +7,13 @@ import inspect
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import evenmoe as em
 from evenmoe.contract.calls import AddRmsNormCall, CombineCall, DispatchCall, UpdateExpertCall
@@ -108,6 +109,30 @@ def test_update_expert_compiles_without_a_graph_break(mode):
     got, want = (function(IDS, TABLE, 3, 4, mode, *PRUNING) for function in (compiled, update_expert))
     assert_same_bits(got[0], want[0], "ids")
     assert_same_bits(got[1], want[1], "mask")
+
+
+def test_calls_go_past_torch_only_where_nothing_of_torch_would_see_them(monkeypatch):
+    """Plain tensors in inference mode; not fake or traced ones, nor where a gradient may be wanted."""
+    call = UpdateExpertCall(expert_ids=IDS, eplb_table=TABLE, local_rank_id=3, world_size=4)
+    past: list[int] = []
+    run = operator._RUNS["update_expert"]
+
+    def counted(*given: Any, **attributes: Any) -> Any:
+        past.append(1)
+        return run(*given, **attributes)
+
+    monkeypatch.setitem(operator._RUNS, "update_expert", counted)
+    wanted = operator.perform("update_expert", call)
+    assert not past
+    with torch.inference_mode():
+        got = operator.perform("update_expert", call)
+        assert len(past) == 1
+        assert_same_bits(got[0], wanted[0], "ids")
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert type(operator.perform("update_expert", call)[0]).__name__ == "FakeTensor"
+        traced = make_fx(lambda ids: operator.perform("update_expert", replace(call, expert_ids=ids))[0])(IDS)
+        assert any(node.target is torch.ops.evenmoe.update_expert.default for node in traced.graph.nodes)
+        assert len(past) == 1
 
 
 def test_the_table_and_the_calls_have_the_same_arguments():

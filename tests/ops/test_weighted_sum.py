@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
-from evenmoe.ops.weighted_sum import WIDTH, add_rows
+from evenmoe.ops.weighted_sum import WIDTH, add_rows, sum_dtype
 from tests.worlds import assert_same_bits
 
 
@@ -15,20 +14,20 @@ def plain_sum(total: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, w
     for token in range(position.shape[0]):
         for k in range(position.shape[1]):
             if position[token, k] >= 0:
-                term = np.float32(weights[token, k].item()) * rows[position[token, k]].float().numpy()
+                term = weights[token, k].numpy() * rows[position[token, k]].to(total.dtype).numpy()
                 result[token] = result[token] + term
     return torch.from_numpy(result)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("hidden", [0, 1, 31, WIDTH - 1, WIDTH, WIDTH + 1, 2 * WIDTH + 7])
 def test_every_product_is_rounded_and_added_in_turn(dtype, hidden):
     generator = torch.Generator().manual_seed(hidden)
     for tokens, top_k, count in [(0, 2, 0), (3, 0, 2), (1, 1, 1), (5, 4, 9), (2, 3, 0)]:
-        total = torch.randn((tokens, hidden), generator=generator)
+        total = torch.randn((tokens, hidden), generator=generator, dtype=sum_dtype(dtype))
         rows = torch.randn((count, hidden), generator=generator).to(dtype)
         position = torch.randint(-1, max(count, 1), (tokens, top_k), generator=generator).clamp_(max=count - 1)
-        weights = torch.rand((tokens, top_k), generator=generator)
+        weights = torch.rand((tokens, top_k), generator=generator, dtype=sum_dtype(dtype))
         expected = plain_sum(total, rows, position, weights)
         add_rows(total, rows, position, weights)
         assert_same_bits(total, expected, f"{tokens} tokens")

@@ -160,17 +160,17 @@ def one_rank(rank: Rank, layer: Layer) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def expected_sums(layer: Layer) -> list[torch.Tensor]:
-    """Per rank (T, H′): k ascending, each product rounded to float32, then added; one rounding at the end."""
+    """Per rank (T, H′): k ascending, each product rounded, then added, in float64 for rows of it, else in float32."""
     spec = layer.spec
-    sums = []
+    sums, exact = [], torch.float64 if FLOATS[spec.out_dtype] == torch.float64 else torch.float32
     for x, ids, weights in zip(layer.x, layer.ids, layer.weights, strict=True):
         y = torch.zeros((len(x), spec.out_hidden), dtype=FLOATS[spec.out_dtype])
         for token in range(len(x)):
-            total = torch.zeros(spec.out_hidden)
+            total = torch.zeros(spec.out_hidden, dtype=exact)
             for k in range(spec.top_k):
                 expert = int(ids[token, k])
                 if expert >= 0:
-                    product = expert_of(expert, x[token], spec).float() * weights[token, k].float()
+                    product = expert_of(expert, x[token], spec).to(exact) * weights[token, k].to(exact)
                     total = total + product
             y[token] = total.to(y.dtype)
         sums.append(y)

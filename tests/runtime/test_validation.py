@@ -115,18 +115,6 @@ DISPATCH = {
         UnsupportedTypeError,
         "`topk_weights` is torch.complex64: it must be a float dtype; convert it.",
     ),
-    "gradients of x": (
-        lambda: arguments(x=torch.ones((3, 2), requires_grad=True)),
-        ConstraintError,
-        "`x` is a tensor that requires gradients: it must not, since gradients do not cross ranks here; "
-        "call under torch.no_grad() or torch.inference_mode(), or pass a detached tensor.",
-    ),
-    "gradients of weights": (
-        lambda: arguments(topk_weights=torch.ones((3, 2), requires_grad=True)),
-        ConstraintError,
-        "`topk_weights` is a tensor that requires gradients: it must not, since gradients do not cross ranks here; "
-        "call under torch.no_grad() or torch.inference_mode(), or pass a detached tensor.",
-    ),
     "an id below": (
         lambda: arguments(topk_ids=torch.tensor([[0, 1], [2, -1], [3, -2]])),
         ConstraintError,
@@ -165,12 +153,6 @@ COMBINE = {
         ConstraintError,
         "`expert_out` is of shape (1, {rows}, 2): it must have one row for each of the {rows} dispatched rows; "
         "apply each slot's expert to its num_tokens_per_expert rows and keep their order.",
-    ),
-    "gradients": (
-        lambda rows: rows.clone().requires_grad_(),
-        ConstraintError,
-        "`expert_out` is a tensor that requires gradients: it must not, since gradients do not cross ranks here; "
-        "call under torch.no_grad() or torch.inference_mode(), or pass a detached tensor.",
     ),
     "whole numbers": (
         lambda rows: rows.to(torch.int32),

@@ -149,7 +149,6 @@ WRONG_ARGUMENTS: dict[str, tuple[str, str | None, str | None, Change]] = {
     "sparse x": ("dispatch", "x", "x", lambda x: x.to_sparse()),
     "x on meta": ("dispatch", "x", "x", lambda x: x.to("meta")),
     "whole numbers as x": ("dispatch", "x", "x", lambda x: x.long()),
-    "x with gradients": ("dispatch", "x", None, lambda x: x.clone().requires_grad_()),
     "x of three dimensions": ("dispatch", "x", "x", lambda x: x[None]),
     "no x": ("dispatch", "x", "x", lambda x: None),
     "ids on meta": ("dispatch", "topk_ids", "expert_ids", lambda ids: ids.to("meta")),

@@ -1,35 +1,41 @@
 """Ascend's APIs: the functions of torch_npu, the two-stage aclnn calls, C headers and libraries.
 
 `evenmoe.ascend.torch_npu` and `evenmoe.ascend.aclnn` are imported when they are used; `import torch_npu` finds the
-first of them only after `patch()`.
+first of them only after `patch()`, and `torch.npu` is there only after `patch(npu=True)`.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
 from types import TracebackType
 
-_NAME = "torch_npu"
+from evenmoe.ascend import patching
 
 
 class Patch:
     """What `patch()` returns: in effect from then on, and taken back by `undo()` or at the end of a `with` block.
 
-    Attributes: `active` (bool), whether `import torch_npu` finds this package's functions because of this patch.
+    Attributes: `active` (bool), whether the patch is in effect; False where the real torch_npu is installed.
     """
 
-    def __init__(self) -> None:
-        self.active = _NAME not in sys.modules and importlib.util.find_spec(_NAME) is None
-        if self.active:
-            sys.modules[_NAME] = importlib.import_module("evenmoe.ascend.torch_npu")
+    def __init__(self, *, npu: bool = False, check_values: bool = True) -> None:
+        wanted = [patching.TORCH_NPU, *[patching.NPU] * npu, *[patching.UNCHECKED] * (not check_values)]
+        self._needs: list[str] = []
+        try:
+            for need in [] if patching.real_package_is_here() else wanted:
+                patching.begin(need)
+                self._needs.append(need)
+        except BaseException:
+            self.undo()
+            raise
+
+    @property
+    def active(self) -> bool:
+        return bool(self._needs)
 
     def undo(self) -> None:
         """Take the patch back; names that were imported meanwhile stay with who imported them."""
-        if self.active:
-            sys.modules.pop(_NAME, None)
-            self.active = False
+        while self._needs:
+            patching.end(self._needs.pop())
 
     def __enter__(self) -> Patch:
         return self
@@ -40,17 +46,29 @@ class Patch:
         self.undo()
 
 
-def patch() -> Patch:
+def patch(*, npu: bool = False, check_values: bool = True) -> Patch:
     """Let `import torch_npu` find `evenmoe.ascend.torch_npu`; does nothing where the real package is installed.
+
+    Args:
+        npu: let programs that were written for the chip find its device, too, computed on the CPU: `torch.npu`,
+            `torch_npu.npu`, `Tensor.npu()`, `torch.device("npu:3")` and `device="npu"`, backend "hccl" (gloo),
+            `get_hccl_comm_name`, `torch_npu.testing`.
+        check_values: True raises for a physical expert that occurs twice in one token, which the specification forbids;
+            False takes it, as the chip does.
+
+    The patch holds in all threads of the process and in processes that are forked from it; one that is spawned runs the
+    program's own first lines again, and so the patch in them. Patches may be nested: what several need stays until the
+    last of them is undone.
 
     Returns:
         A `Patch`. Keep nothing to let it stay, call its `undo()`, or use it in a `with` statement.
 
     >>> import torch
-    >>> with patch():
+    >>> with patch(npu=True):
     ...     import torch_npu
-    ...     table = torch.tensor([[1, 0, 0], [2, 1, 7]], dtype=torch.int32)
-    ...     torch_npu.npu_moe_update_expert(torch.tensor([[0, 1]]), table, local_rank_id=4, world_size=8)[0].tolist()
+    ...     table = torch.tensor([[1, 0, 0], [2, 1, 7]], dtype=torch.int32).npu()
+    ...     ids = torch.tensor([[0, 1]], device="npu:0")
+    ...     torch_npu.npu_moe_update_expert(ids, table, local_rank_id=4, world_size=8)[0].cpu().tolist()
     [[0, 7]]
     """
-    return Patch()
+    return Patch(npu=npu, check_values=check_values)

@@ -198,9 +198,11 @@ def _bytes_of(workspace: object, workspace_size: object) -> int:
 
 aclnnMoeEPLBUpdateExpertGetWorkspaceSize, aclnnMoeEPLBUpdateExpert = _two_stages("MoeEPLBUpdateExpert")
 aclnnMoeUpdateExpertGetWorkspaceSize, aclnnMoeUpdateExpert = _two_stages("MoeUpdateExpert")
+aclnnMoeDistributeDispatchGetWorkspaceSize, aclnnMoeDistributeDispatch = _two_stages("MoeDistributeDispatch")
 aclnnMoeDistributeDispatchV2GetWorkspaceSize, aclnnMoeDistributeDispatchV2 = _two_stages("MoeDistributeDispatchV2")
 aclnnMoeDistributeDispatchV3GetWorkspaceSize, aclnnMoeDistributeDispatchV3 = _two_stages("MoeDistributeDispatchV3")
 aclnnMoeDistributeDispatchV4GetWorkspaceSize, aclnnMoeDistributeDispatchV4 = _two_stages("MoeDistributeDispatchV4")
+aclnnMoeDistributeCombineGetWorkspaceSize, aclnnMoeDistributeCombine = _two_stages("MoeDistributeCombine")
 aclnnMoeDistributeCombineV2GetWorkspaceSize, aclnnMoeDistributeCombineV2 = _two_stages("MoeDistributeCombineV2")
 aclnnMoeDistributeCombineV3GetWorkspaceSize, aclnnMoeDistributeCombineV3 = _two_stages("MoeDistributeCombineV3")
 aclnnMoeDistributeCombineV4GetWorkspaceSize, aclnnMoeDistributeCombineV4 = _two_stages("MoeDistributeCombineV4")

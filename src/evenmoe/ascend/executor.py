@@ -18,22 +18,32 @@ from evenmoe.ascend.groups import Membership, find_group, late_ranks, peers_here
 from evenmoe.ascend.status import AclError, of_the_chip
 from evenmoe.ascend.stream import Stream
 from evenmoe.ascend.tensors import check_unchanged, number_of, write_outputs
-from evenmoe.contract.calls import CombineCall, DispatchCall, DistributeCall, UpdateExpertCall
+from evenmoe.contract.calls import (
+    CombineCall,
+    CombineV1Call,
+    DispatchCall,
+    DispatchV1Call,
+    DistributeCall,
+    UpdateExpertCall,
+)
 from evenmoe.contract.combine import check_combine_call
 from evenmoe.contract.dispatch import check_dispatch_call
+from evenmoe.contract.first_version import check_combine_v1_call, check_dispatch_v1_call
 from evenmoe.contract.layout import Layout, scale_down
 from evenmoe.contract.limits import ATLAS_A3, Limits
 from evenmoe.contract.operators import SIGNATURES, Kind
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.contract.update_expert import check_update_expert_call
 from evenmoe.errors import ConstraintError, EvenmoeError, UnsupportedTypeError, as_integer
-from evenmoe.ops import combine, combine_add_rms_norm, dispatch, update_expert
+from evenmoe.ops import combine, combine_add_rms_norm, combine_v1, dispatch, dispatch_v1, update_expert
 from evenmoe.ops.operator import CALL_TYPES, Call, Prepared, find_groups, perform, specs_of
 
 _PREPARED: dict[str, Prepared[Any, Any]] = {  # importing the operators registers them
     "combine": combine.PREPARED,
     "combine_add_rms_norm": combine_add_rms_norm.PREPARED,
+    "combine_v1": combine_v1.PREPARED,
     "dispatch": dispatch.PREPARED,
+    "dispatch_v1": dispatch_v1.PREPARED,
     "update_expert": update_expert.PREPARED,
 }
 
@@ -52,6 +62,10 @@ def check_call(specs: Specs) -> Layout | None:
     """
     if isinstance(specs, UpdateExpertCall):
         return check_update_expert_call(specs)
+    if isinstance(specs, DispatchV1Call):
+        return check_dispatch_v1_call(specs)
+    if isinstance(specs, CombineV1Call):
+        return check_combine_v1_call(specs)
     if isinstance(specs, DispatchCall):
         return check_dispatch_call(specs)
     return check_combine_call(specs)
@@ -208,7 +222,8 @@ class Executor:
             if layout is not None and call.elastic_info is not None:
                 layout = scale_down(layout, call.elastic_info.tolist())
         if isinstance(call, CombineCall):
-            call = replace(call, dispatch_number=number_of(self.tensors["assist_info_for_combine"]))
+            origin = "expand_idx" if isinstance(call, CombineV1Call) else "assist_info_for_combine"
+            call = replace(call, dispatch_number=number_of(self.tensors[origin]))
         _PREPARED[name].accept(call, checked)  # the first stage has looked at all that is told from shapes
         self._memberships = self._join(layout)
         with taking_part(self._memberships):

@@ -38,6 +38,22 @@ def find_group(argument: str, name: str, rank: int, world_size: int) -> Transpor
     return transport or find_transport(argument, name, rank, world_size)
 
 
+def find_own_group(argument: str, name: str, world_size: int) -> Transport:
+    """The transport of the one rank of a group that is in this process.
+
+    Raises:
+        ConstraintError: no such group is open here, its size is another, or it is a local world, whose ranks are all
+            in this process.
+    """
+    with suppress(ConstraintError):
+        find_group(argument, name, 0, world_size)  # which makes a group of torch.distributed known
+    here = peers_here(name, world_size)
+    if len(here) > 1:
+        value, rule = f"{name!r} with {len(here)} ranks in this process", "must have one rank in each process"
+        raise ConstraintError(argument, value, rule, "use evenmoe.process_world or torch.distributed")
+    return find_transport(argument, name, here[0] if here else 0, world_size)
+
+
 def peers_here(name: str, world_size: int) -> list[int]:
     """The ranks of a group that live in this process: all of a local world, one of a process group."""
     here = []

@@ -51,6 +51,17 @@ class AclError(RuntimeError):
         return self.message
 
 
+class NpuCallError(EvenmoeError, RuntimeError):
+    """A call that is not valid on Atlas A3; `status` (int) is the code of its first stage: 161001, 161002 or 561002."""
+
+    @classmethod
+    def of(cls, error: EvenmoeError) -> NpuCallError:
+        """The same error as torch_npu raises it."""
+        raised = cls(error.argument, error.value, error.rule, of_the_chip(error).fix)
+        raised.status = error.status
+        return raised
+
+
 def acl_error(code: int, argument: str, value: object, rule: str, fix: str) -> AclError:
     """An error to raise: argument, value, rule, fix.
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from evenmoe.contract.calls import CombineCall, DispatchCall, UpdateExpertCall
+from evenmoe.contract.calls import CombineCall, CombineV1Call, DispatchCall, DispatchV1Call, UpdateExpertCall
 from evenmoe.contract.layout import Layout
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
 from evenmoe.ops.exchange import active_tokens
@@ -116,7 +116,8 @@ def write_outputs(call: Call, outputs: Outputs, results: Sequence[torch.Tensor],
         assert layout is not None
         _write_dispatch(call, outputs, results, layout)
     elif isinstance(call, CombineCall):
-        active = active_tokens(len(call.expert_ids), call.x_active_mask, call.expert_ids.device)
+        mask = None if isinstance(call, CombineV1Call) else call.x_active_mask
+        active = active_tokens(len(call.expert_ids), mask, call.expert_ids.device)
         for name, result in zip(outputs, results, strict=True):
             _given(outputs, name)[active] = result[active]
     elif isinstance(call, UpdateExpertCall):
@@ -129,7 +130,7 @@ def write_outputs(call: Call, outputs: Outputs, results: Sequence[torch.Tensor],
 def _write_dispatch(
     call: DispatchCall[torch.Tensor], outputs: Outputs, results: Sequence[torch.Tensor], layout: Layout
 ) -> None:
-    expand_x, dynamic_scales, assist, token_nums, ep_recv_counts, tp_recv_counts, expand_scales, number = results
+    expand_x, dynamic_scales, origin, token_nums, ep_recv_counts, tp_recv_counts, expand_scales, number = results
     pairs = layout.ep * layout.local_experts
     own = int(ep_recv_counts[pairs - 1])
     rows, counted = own, pairs
@@ -140,10 +141,13 @@ def _write_dispatch(
     if call.quant_mode == DYNAMIC_INT8:
         _write(outputs, "dynamic_scales", dynamic_scales[:rows])
     room = outputs["expand_scales"]
-    if call.sends_expert_scales and not layout.is_shared and room is not None and room.dim() == 1 and len(room) >= own:
+    first_version = isinstance(call, DispatchV1Call)
+    sent = call.sends_expert_scales and not layout.is_shared and not first_version
+    if sent and room is not None and room.dim() == 1 and len(room) >= own:
         room[:own] = expand_scales[:own]
-    _write(outputs, "assist_info_for_combine", assist[: 3 * own])
-    remember(_given(outputs, "assist_info_for_combine"), number)
+    name = "expand_idx" if first_version else "assist_info_for_combine"
+    _write(outputs, name, origin if first_version else origin[: 3 * own])
+    remember(_given(outputs, name), number)
     _write(outputs, "expert_token_nums", token_nums[: layout.local_experts])
     _write(outputs, "ep_recv_counts", ep_recv_counts[:counted])
 

@@ -16,11 +16,14 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
+from evenmoe.ascend.barrier import _npu_distribute_barrier  # noqa: F401  one of the functions here
 from evenmoe.ascend.executor import check_call
 from evenmoe.ascend.groups import find_group
-from evenmoe.ascend.status import of_the_chip
+from evenmoe.ascend.init_routing import npu_moe_init_routing, npu_moe_init_routing_v2  # noqa: F401  as well
+from evenmoe.ascend.patching import UNCHECKED, NotEmulatedError, in_effect
+from evenmoe.ascend.status import NpuCallError, of_the_chip
 from evenmoe.ascend.tensors import number_of, remember
-from evenmoe.contract.calls import CombineCall, DispatchCall, UpdateExpertCall
+from evenmoe.contract.calls import CombineCall, CombineV1Call, DispatchCall, DispatchV1Call, UpdateExpertCall
 from evenmoe.contract.comm_alg import HIERARCHY
 from evenmoe.contract.dispatch import check_token_nums_type
 from evenmoe.contract.distribute import check_ep_rank, check_shared_pair, check_shared_rank_num
@@ -28,6 +31,7 @@ from evenmoe.contract.limits import ATLAS_A3
 from evenmoe.contract.operators import OPERATORS, Argument, Kind
 from evenmoe.contract.tensor_spec import TensorSpec, check_dims
 from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError
+from evenmoe.ops.exchange import check_range
 from evenmoe.ops.operator import CALL_TYPES, check_devices, check_types, find_groups, in_order, parts_of, specs_of
 from evenmoe.transport.call import together
 from evenmoe.transport.transport import Transport
@@ -38,10 +42,6 @@ _TYPES: dict[Kind, type] = {"tensor": torch.Tensor, "str": str, "int": int, "flo
 _Result = TypeVar("_Result")
 Tensor = torch.Tensor
 _Collective: TypeAlias = DispatchCall[Tensor] | CombineCall[Tensor]
-
-
-class NpuCallError(EvenmoeError, RuntimeError):
-    """A call that is not valid on Atlas A3; `status` (int) is the code of its first stage: 161001, 161002 or 561002."""
 
 
 def _function(
@@ -91,7 +91,10 @@ def _function(
             for name, theirs in names.items():
                 given[name] = given.pop(theirs)
             try:
-                return function(CALL_TYPES[operator](**given, **fields, limits=ATLAS_A3), **unknown)
+                checked = operator == "update_expert" or not in_effect(UNCHECKED)
+                return function(
+                    CALL_TYPES[operator](**given, **fields, limits=ATLAS_A3, check_values=checked), **unknown
+                )
             except EvenmoeError as error:
                 argument, fix = error.argument, of_the_chip(error).fix
                 if argument in names:
@@ -204,12 +207,63 @@ def npu_moe_distribute_dispatch_v2(
     """
     *outputs, number = _perform("dispatch", call, lambda: _check_as_wrapper(call, later_chips))
     expand_x, dynamic_scales, assist_info, token_nums, ep_recv_counts, tp_recv_counts, expand_scales = outputs
+    if not call.check_values and ep_recv_counts.max() > len(dynamic_scales):
+        rule, fix = f"must bring at most {len(dynamic_scales)} rows", "let no expert occur twice in a token"
+        raise NpuCallError("expert_ids", f"such that {ep_recv_counts.max()} rows came here", rule, fix)
     remember(assist_info, number)
-    if call.expert_scales is not None and call.comm_alg != HIERARCHY:  # which allocates them itself
-        tokens, top_k = call.expert_ids.shape
-        more = 2 * (call.global_bs or tokens * call.ep_world_size) * top_k * (call.ep_world_size // _RANKS_PER_NODE)
-        ep_recv_counts = torch.cat([ep_recv_counts, ep_recv_counts.new_zeros(more)])
+    if call.comm_alg != HIERARCHY:  # which allocates them itself
+        ep_recv_counts = _with_room_for_nodes(ep_recv_counts, call)
     return expand_x, dynamic_scales, assist_info, token_nums, ep_recv_counts, tp_recv_counts, expand_scales
+
+
+@_function("dispatch_v1", version=1)
+def npu_moe_distribute_dispatch(
+    call: DispatchV1Call[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Send each token to the ranks of its experts, the first version; a collective of the groups (§2.17).
+
+    Args:
+        x: float16 or bfloat16 (Bs, H), Bs 1…512, H 7168.
+        expert_ids: int32 (Bs, K), K 1…8, physical experts, distinct within a token.
+        group_ep, ep_world_size, ep_rank_id: the expert-parallel group, its size 8, 16, 32, 64, 128, 144, 256 or 288.
+        moe_expert_num: physical experts over all ranks, 1…512.
+        scales: float32 (1 with ranks for the shared expert + moe_expert_num, H), only with quant_mode 2.
+        x_active_mask: bool, not looked at on this chip. expert_scales: float32; they enlarge ep_recv_counts.
+        shared_expert_num: 1. shared_expert_rank_num: a divisor of ep_world_size, or 0.
+        All others: as in `npu_moe_distribute_dispatch_v2`.
+
+    Returns:
+        expand_x, dynamic_scales, expand_idx, expert_token_nums, ep_recv_counts, tp_recv_counts, expand_scales: as in
+        `npu_moe_distribute_dispatch_v2`, but expand_idx int32 (Bs·K,): which of the rows that this rank sends to an
+        expert each token and k is. expand_scales are zero.
+
+    Raises:
+        NpuCallError: as in `npu_moe_distribute_dispatch_v2`.
+
+    Eight ranks of one expert each; everybody's two tokens ask for expert 3:
+
+    >>> import evenmoe as em
+    >>> def step(rank):
+    ...     x, ids = torch.ones((2, 7168), dtype=torch.bfloat16), torch.full((2, 1), 3, dtype=torch.int32)
+    ...     out = npu_moe_distribute_dispatch(x, ids, rank.ep.name, 8, rank.index, 8)
+    ...     return out[2].tolist(), out[3].item()
+    >>> with em.local_world(ep_size=8) as world:
+    ...     world.run(step)[2:4]
+    [([0, 1], 0), ([0, 1], 16)]
+    """
+    *outputs, number = _perform("dispatch_v1", call, lambda: _check_as_first_wrapper(call))
+    expand_x, dynamic_scales, expand_idx, token_nums, ep_recv_counts, tp_recv_counts, expand_scales = outputs
+    remember(expand_idx, number)
+    ep_recv_counts = _with_room_for_nodes(ep_recv_counts, call)
+    return expand_x, dynamic_scales, expand_idx, token_nums, ep_recv_counts, tp_recv_counts, expand_scales
+
+
+def _with_room_for_nodes(ep_recv_counts: Tensor, call: DispatchCall[Tensor]) -> Tensor:
+    if call.expert_scales is None:
+        return ep_recv_counts
+    tokens, top_k = call.expert_ids.shape
+    more = 2 * (call.global_bs or tokens * call.ep_world_size) * top_k * (call.ep_world_size // _RANKS_PER_NODE)
+    return torch.cat([ep_recv_counts, ep_recv_counts.new_zeros(more)])
 
 
 @_function("combine", 4, without=("activation_scale", "weight_scale", "group_list", "out_dtype", "group_list_type"))
@@ -231,6 +285,28 @@ def npu_moe_distribute_combine_v2(call: CombineCall[Tensor]) -> Tensor:
         NpuCallError: as in `npu_moe_distribute_dispatch_v2`.
     """
     return _perform("combine", call)
+
+
+@_function("combine_v1", version=2)
+def npu_moe_distribute_combine(call: CombineV1Call[Tensor]) -> Tensor:
+    """Return the experts' rows to their tokens and add them up, weighted, the first version; a collective (§3.8).
+
+    Args:
+        expand_x: float16 or bfloat16 (at least A·tp, 7168), the experts' outputs in the row order of dispatch's.
+        expand_idx, ep_send_counts, tp_send_counts: expand_idx, ep_recv_counts and tp_recv_counts of
+            `npu_moe_distribute_dispatch`. Without tensor parallelism tp_send_counts may be None.
+        expert_scales: float32 (Bs, K), gate weights. x_active_mask: bool, not looked at on this chip.
+        activation_scale, weight_scale, group_list, shared_expert_x: only None. expand_scales, out_dtype,
+            group_list_type: not looked at.
+        All others: those that dispatch was called with; comm_quant_mode as in `npu_moe_distribute_combine_v2`.
+
+    Returns:
+        (Bs, 7168), dtype of expand_x.
+
+    Raises:
+        NpuCallError: as in `npu_moe_distribute_dispatch_v2`.
+    """
+    return _perform("combine_v1", call)
 
 
 @_function("combine_add_rms_norm", version=2, renamed={"assist_info_for_combine": "expand_idx"})
@@ -267,15 +343,27 @@ def _check_as_wrapper(call: DispatchCall[Tensor], later_chips: Mapping[str, obje
     check_token_nums_type(specs)
 
 
+def _check_as_first_wrapper(call: DispatchV1Call[Tensor]) -> None:
+    """What the function of the first version looks at before the first stage does."""
+    specs: DispatchV1Call[TensorSpec] = specs_of(call)
+    check_dims("x", specs.x, (2,), "(tokens, hidden)")
+    check_dims("expert_ids", specs.expert_ids, (2,), "(tokens, top_k)")
+    check_shared_rank_num(specs)
+    check_token_nums_type(specs)
+
+
 def _perform(operator: str, call: _Collective, check_first: Callable[[], None] = lambda: None) -> Any:
     """Complete a call as the wrapper does, and let the operator compute it; the other ranks are told of an error."""
     ep, tp = _find_groups(operator, call)
-    exchanged, rows = ("dispatch", call.x) if isinstance(call, DispatchCall) else ("combine", call.expand_x)
+    rows = call.x if isinstance(call, DispatchCall) else call.expand_x
+    exchanged = "combine" if operator == "combine_add_rms_norm" else operator
     parts = parts_of(exchanged, ep, tp, call.elastic_info is not None, rows)
     with together(*in_order(exchanged, *parts)):
         arguments = check_types(operator, _completed(call))
         check_first()
         check_devices(arguments)
+        if not call.check_values:  # ids may occur twice in a token, and nothing else
+            check_range(call.expert_ids, call.moe_expert_num + call.virtual_experts)
         return getattr(torch.ops.evenmoe, operator)(**arguments)
 
 
@@ -296,5 +384,14 @@ def _completed(call: _Collective) -> _Collective:
             raise MissingArgumentError(name, None, "must be a name", 'pass a str, "" for no tensor parallelism')
     if isinstance(call, DispatchCall):
         return replace(call, comm_alg="") if call.comm_alg is None else call
-    number = number_of(call.assist_info_for_combine)
+    number = number_of(call.expand_idx if isinstance(call, CombineV1Call) else call.assist_info_for_combine)
     return replace(call, comm_alg="" if call.comm_alg is None else call.comm_alg, dispatch_number=number)
+
+
+def __getattr__(name: str) -> object:
+    if name in ("npu", "testing"):
+        rule, fix = "needs patch(npu=True)", "call evenmoe.ascend.patch(npu=True) first"
+        raise NotEmulatedError(f"torch_npu.{name}", "not in place", rule, fix)
+    emulated = sorted(other for other in globals() if "npu_" in other)
+    fix = "write it with torch's own functions, or run this part on the chip"
+    raise NotEmulatedError(f"torch_npu.{name}", "not emulated", f"must be one of {', '.join(emulated)}", fix)

@@ -225,6 +225,31 @@ class AddRmsNormCall(CombineCall[Tensor]):
     rstd_out: Output[Tensor] = ALLOCATED
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatchV1Call(DispatchCall[Tensor]):
+    """Everything that the first version of dispatch is called with: fields of `DispatchCall`, and this one (§2.17).
+
+    Attributes:
+        expand_idx: the output in place of assist_info_for_combine, int32 (Bs·K,).
+        x_active_mask: not looked at. shared_expert_num: 1.
+    """
+
+    expand_idx: Output[Tensor] = ALLOCATED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CombineV1Call(CombineCall[Tensor]):
+    """Everything that the first version of combine is called with: fields of `CombineCall`, and this one (§3.8).
+
+    Attributes:
+        expand_idx: int32 (Bs·K,), dispatch's, in place of assist_info_for_combine.
+        x_active_mask: not looked at. shared_expert_num: 1. shared_expert_x: only None.
+    """
+
+    expand_idx: Tensor
+    assist_info_for_combine: Any = None
+
+
 def with_integers(call: _Call, names: tuple[str, ...]) -> _Call:
     """The same call, NumPy's whole numbers as Python's.
 

@@ -85,8 +85,14 @@ def check_sum_of_experts(call: Call) -> None:
 
 def check_ranks(call: Call) -> None:
     """The two groups' sizes, and this rank in both."""
-    ep, tp, tp_rank, group_tp = call.ep_world_size, call.tp_world_size, call.tp_rank_id, call.group_tp
+    ep = call.ep_world_size
     call.limits.check("ep_world_size", ep, "ep_world_size", ep, "must be {}", "use {} ranks")
+    check_tp_and_ranks(call)
+
+
+def check_tp_and_ranks(call: Call) -> None:
+    """The size of the group of peers, and this rank in both groups."""
+    tp, tp_rank, group_tp = call.tp_world_size, call.tp_rank_id, call.group_tp
     call.limits.check("tp_world_size", tp, "tp_world_size", tp, "must be {}", "use 0 for no TP")
     check_ep_rank(call)
     if tp != 2:

@@ -51,6 +51,8 @@ class Limits:
         full_mesh_alone: whether "fullmesh_v2" excludes elastic worlds, virtual experts, (Bs, K) masks and unequal Bs.
         hierarchy_ranks, hierarchy_experts, hierarchy_tokens, hierarchy_hidden: ep, M, Bs and H when comm_alg is
             "hierarchy".
+        v1_ep_world_size, v1_physical_experts, v1_hidden, v1_top_k: ep, M, H and K of the first versions of dispatch and
+            combine. Where ep goes in steps, it also has to divide 256 or be a multiple of 144.
         token_dtypes: dtypes of x, and of expand_x in combine.
         rms_norm_dtypes: dtypes of expand_x in combine_add_rms_norm.
         const_alpha_dims: dimensions of const_expert_alpha_1 and _2 that combine takes (specification §3.4).
@@ -90,6 +92,10 @@ class Limits:
     hierarchy_experts: Range
     hierarchy_tokens: Range
     hierarchy_hidden: Range
+    v1_ep_world_size: Range
+    v1_physical_experts: Range
+    v1_hidden: Range
+    v1_top_k: Range
     token_dtypes: tuple[str, ...]
     rms_norm_dtypes: tuple[str, ...]
     const_alpha_dims: tuple[int, ...]
@@ -155,6 +161,10 @@ ATLAS_A3_2025 = Limits(
     hierarchy_experts=Range(1, 512),
     hierarchy_tokens=Range(1, 256),
     hierarchy_hidden=Range(32, 7168, 32),
+    v1_ep_world_size=Range(8, 288, 8),
+    v1_physical_experts=Range(1, 512),
+    v1_hidden=Range(7168, 7168),
+    v1_top_k=Range(1, 8),
     token_dtypes=("bfloat16", "float16"),
     rms_norm_dtypes=("bfloat16",),
     const_alpha_dims=(2,),
@@ -200,6 +210,8 @@ RELAXED = replace(
     hierarchy_ranks=Range(1, 256),
     hierarchy_tokens=Range(0, 256),
     hierarchy_hidden=Range(1, 7168),
+    v1_ep_world_size=Range(1, 288),
+    v1_hidden=Range(1, 7168),
     token_dtypes=("bfloat16", "float16", "float32"),
     rms_norm_dtypes=("bfloat16", "float16", "float32"),
     lengths_times_tp=False,
@@ -228,6 +240,10 @@ UNLIMITED = replace(
     hierarchy_experts=Range(1),
     hierarchy_tokens=Range(0),
     hierarchy_hidden=Range(1),
+    v1_ep_world_size=Range(1),
+    v1_physical_experts=Range(1),
+    v1_hidden=Range(1),
+    v1_top_k=Range(1),
 )
 """No size bound at all: only what a correct result needs."""
 

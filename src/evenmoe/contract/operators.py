@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Kind = Literal["tensor", "output", "str", "int", "float", "bool"]
@@ -242,8 +242,70 @@ COMBINE_ADD_RMS_NORM = _combine(
     performance_since=None,
 )
 
+
+def _first_version(arguments: tuple[Argument, ...]) -> tuple[Argument, ...]:
+    """The first versions' C functions call no argument optional."""
+    return tuple(replace(a, c_name=a.c_name.removesuffix("Optional")) for a in arguments)
+
+
+DISPATCH_V1 = Operator(
+    "dispatch_v1",
+    _first_version(
+        (
+            _tensor("x"),
+            _tensor("expert_ids"),
+            _optional("scales"),
+            _optional("x_active_mask"),
+            _optional("expert_scales"),
+            *_GROUPS,
+            _int("quant_mode"),
+            _GLOBAL_BS,
+            _int("expert_token_nums_type", 1),
+            *_CHECKS,
+            _output("expand_x"),
+            _output("dynamic_scales"),
+            _output("expand_idx"),
+            _output("expert_token_nums"),
+            _output("ep_recv_counts"),
+            _output("tp_recv_counts"),
+            _output("expand_scales"),
+            _output("dispatch_number", since=None),
+        )
+    ),
+    {"MoeDistributeDispatch": 1},
+)
+COMBINE_V1 = Operator(
+    "combine_v1",
+    _first_version(
+        (
+            _tensor("expand_x"),
+            _tensor("expert_ids"),
+            _tensor("expand_idx"),
+            _tensor("ep_send_counts"),
+            _tensor("expert_scales"),
+            _optional("tp_send_counts"),
+            _optional("x_active_mask"),
+            _optional("activation_scale"),
+            _optional("weight_scale"),
+            _optional("group_list"),
+            _optional("expand_scales"),
+            _optional("shared_expert_x", since=2),  # of torch_npu alone
+            _optional("dispatch_number", since=None),
+            *_GROUPS,
+            _GLOBAL_BS,
+            _int("out_dtype"),
+            _int("comm_quant_mode"),
+            _int("group_list_type"),
+            *_CHECKS,
+            _output("x_out", c_name="x"),
+        )
+    ),
+    {"MoeDistributeCombine": 1},
+)
+
 OPERATORS: dict[str, Operator] = {
-    operator.name: operator for operator in (UPDATE_EXPERT, DISPATCH, COMBINE, COMBINE_ADD_RMS_NORM)
+    operator.name: operator
+    for operator in (UPDATE_EXPERT, DISPATCH, COMBINE, COMBINE_ADD_RMS_NORM, DISPATCH_V1, COMBINE_V1)
 }
 """Every operator by its registered name."""
 

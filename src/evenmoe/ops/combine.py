@@ -156,9 +156,12 @@ class CombinePlan:
 
 
 def make_plan(
-    call: CombineCall[TensorSpec], layout: Layout, elastic_info: tuple[int, ...] | None = None
+    call: CombineCall[TensorSpec],
+    layout: Layout,
+    elastic_info: tuple[int, ...] | None = None,
+    operator: str = "combine",
 ) -> CombinePlan:
-    """The plan of a checked call of one of the two operators, in the world that `elastic_info` leaves."""
+    """The plan of a checked call, in the world that `elastic_info` leaves; `operator` is the name to agree under."""
     if elastic_info is not None:
         layout = scale_down(layout, elastic_info)
     sizes = common_sizes(call, layout) | {
@@ -167,7 +170,7 @@ def make_plan(
         "`comm_quant_mode`": call.comm_quant_mode,
     }
     peer_sizes = {**sizes, "expert parallel rank": layout.rank}
-    return CombinePlan(layout, Header("combine", sizes), Header("tensor-parallel step of combine", peer_sizes))
+    return CombinePlan(layout, Header(operator, sizes), Header("tensor-parallel step of combine", peer_sizes))
 
 
 def combine_and_sum(call: Combining, prepared: Prepared[Layout, CombinePlan]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,18 +195,18 @@ def combine_and_sum(call: Combining, prepared: Prepared[Layout, CombinePlan]) ->
             check_physical_ids(call.expert_ids, sent, layout.num_experts + call.virtual_experts)
         active = active_tokens(layout.num_tokens, call.x_active_mask, sent.device)
         due = torch.cat([sent, active[:, None].expand(-1, layout.shared_experts)], dim=1)  # rows that must return
-        num_rows = _own_rows(layout, call)
+        num_rows = own_rows(layout, call)
         assist_info = call.assist_info_for_combine[: 3 * num_rows].reshape(num_rows, 3).long()
         if call.check_values:
             _check_assist_info(assist_info, layout)
         rows = call.expand_x[:num_rows]
         if beside is not None:
-            rows = _add_peer_rows(rows, beside, plan, call)
+            rows = add_peer_rows(rows, beside, plan, call)
         rows, position = _return_rows(rows, assist_info, across, plan, call, due)
     return accumulate(layout, rows, position, call), active
 
 
-def _own_rows(layout: Layout, call: Combining) -> int:
+def own_rows(layout: Layout, call: Combining) -> int:
     """The last of this rank's own prefix sums (§3.3)."""
     last = layout.ep * layout.local_experts - 1
     if last >= len(call.ep_send_counts):  # which the chip's own check lets through without TP (§3.2)
@@ -239,7 +242,7 @@ def _check_assist_info(assist_info: torch.Tensor, layout: Layout) -> None:
         )
 
 
-def _add_peer_rows(rows: torch.Tensor, part: GroupCall, plan: CombinePlan, call: Combining) -> torch.Tensor:
+def add_peer_rows(rows: torch.Tensor, part: GroupCall, plan: CombinePlan, call: Combining) -> torch.Tensor:
     """§3.3: own row i plus the peer's row for the same token, which is the peer's row n_peer + i."""
     expand_x, tp_send_counts, peer, own = call.expand_x, call.tp_send_counts, 1 - part.group.rank, len(rows)
     assert tp_send_counts is not None
@@ -250,7 +253,7 @@ def _add_peer_rows(rows: torch.Tensor, part: GroupCall, plan: CombinePlan, call:
     to_each = [0, 0]
     to_each[peer] = len(offer)
     outgoing = Outgoing([0, 0], to_each, rows.shape[1:], rows)
-    offered, held = part.agree(plan.peer_header, mine, outgoing, _dispatch_number(call, 1))[peer].tolist()
+    offered, held = part.agree(plan.peer_header, mine, outgoing, dispatch_number(call, 1))[peer].tolist()
     if offered != own or theirs != held:
         raise ConstraintError(
             "tp_send_counts",
@@ -283,7 +286,7 @@ def _return_rows(
     travelling = pack_blocks(rows) if packed else rows
     order, outgoing = prepare_returning(source, world_size, travelling.shape[1:], travelling, numbered=True)
     nothing = torch.zeros((world_size, 0), dtype=torch.int64)
-    part.agree(plan.header, nothing, outgoing, _dispatch_number(call, 0))
+    part.agree(plan.header, nothing, outgoing, dispatch_number(call, 0))
     each = layout.top_k + layout.shared_experts
     sent = (token * each + k)[order]
     incoming = part.exchange(travelling, order, sent.int())
@@ -308,7 +311,7 @@ def _check_returned(assignments: torch.Tensor, due: torch.Tensor) -> None:
         )
 
 
-def _dispatch_number(call: Combining, group: int) -> int:
+def dispatch_number(call: Combining, group: int) -> int:
     """Which exchange of a group the dispatch was: 0 is the expert-parallel group, 1 that of the peers."""
     return UNKNOWN if call.dispatch_number is None else int(call.dispatch_number[group])
 

@@ -17,7 +17,17 @@ from evenmoe.contract.dispatch import check_dispatch_call, infer_dispatch
 from evenmoe.contract.layout import Layout, scale_down
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.dispatched import Dispatched
-from evenmoe.ops.exchange import Received, check_physical_ids, exchange, prepare_sending, route, sent_assignments, zeros
+from evenmoe.errors import ConstraintError
+from evenmoe.ops.exchange import (
+    Received,
+    Routing,
+    check_physical_ids,
+    exchange,
+    prepare_sending,
+    route,
+    sent_assignments,
+    zeros,
+)
 from evenmoe.ops.numerics import DYNAMIC_INT8, quantize_rows, reinterpret
 from evenmoe.ops.operator import (
     Dispatching,
@@ -169,19 +179,25 @@ def _run(call: Dispatching) -> tuple[torch.Tensor, ...]:
             sent = sent_assignments(call.expert_ids, layout, call.x_active_mask)
             check_physical_ids(call.expert_ids, sent, layout.num_experts + call.virtual_experts)
         number = torch.tensor([across.number, UNKNOWN if beside is None else beside.number])
-        outputs, received = _exchange_across(across, plan, call, local=tp is None)
-        peer = None if beside is None else _exchange_with_peer(received, beside, layout)
-        return (*_fill(outputs, received, peer, call), number)
+        routing = route(call.expert_ids, layout, call.x_active_mask)
+        outputs, received = exchange_across(across, plan, call, routing, local=tp is None)
+        peer = None if beside is None else exchange_with_peer(received, beside, layout)
+        fill(outputs, received, peer, call)
+        assist_info, own = outputs[2], len(received.rows)
+        assist_info[: 3 * own] = torch.stack([received.source, received.token, received.k], dim=1).flatten()
+        return (*outputs, number)
 
 
-def _exchange_across(part: GroupCall, plan: DispatchPlan, call: Dispatching, local: bool) -> tuple[Outputs, Received]:
+def exchange_across(
+    part: GroupCall, plan: DispatchPlan, call: Dispatching, routing: Routing, local: bool
+) -> tuple[Outputs, Received]:
     """The exchange of the expert-parallel group; the outputs, of which expand_x may be filled already.
 
     Args:
+        routing: what goes where.
         local: what is received is not handed on to a peer, who would read it while the caller writes to it.
     """
     x, layout, quantized = call.x, plan.layout, call.quant_mode == DYNAMIC_INT8
-    routing = route(call.expert_ids, layout, call.x_active_mask)
     sending = prepare_sending(
         routing,
         layout.num_tokens,
@@ -193,6 +209,13 @@ def _exchange_across(part: GroupCall, plan: DispatchPlan, call: Dispatching, loc
     counts = part.agree(plan.header, routing.counts, sending.outgoing)
     # A shared-expert rank has one local expert, and every source counts for it in column 0.
     counts = counts[:, : layout.local_experts]
+    if layout.is_shared and int(counts.sum()) > layout.capacity:  # the first version's parts, when Bs differ (§2.17)
+        raise ConstraintError(
+            "global_bs",
+            f"{call.global_bs}, which makes room for {layout.capacity} rows, while {int(counts.sum())} come",
+            "must make room for what every rank sends to the shared expert",
+            "pass more, or pad the ranks to equal numbers of tokens",
+        )
     outputs = []
     for output_shape, dtype in plan.outputs:  # of A rows few are ever received, and only they are written
         outputs.append(zeros(output_shape, dtype, x.device))
@@ -208,14 +231,14 @@ def _exchange_across(part: GroupCall, plan: DispatchPlan, call: Dispatching, loc
 
 
 @dataclass(frozen=True)
-class _Peer:
+class Peer:
     """What the tensor-parallel peer holds: its rows (n, …) as they travelled, its counts int64 (ep,)."""
 
     rows: torch.Tensor
     ep_counts: torch.Tensor
 
 
-def _exchange_with_peer(received: Received, part: GroupCall, layout: Layout) -> _Peer:
+def exchange_with_peer(received: Received, part: GroupCall, layout: Layout) -> Peer:
     """§2.12: after the expert-parallel exchange each peer gives the other all of its rows."""
     rows = received.rows
     sizes = {
@@ -236,11 +259,12 @@ def _exchange_with_peer(received: Received, part: GroupCall, layout: Layout) -> 
     incoming = part.exchange(rows)
     first = incoming.first[peer]
     # A copy, since the group uses its memory again.
-    return _Peer(incoming.buffer[first : first + incoming.rows[peer]].clone(), theirs)
+    return Peer(incoming.buffer[first : first + incoming.rows[peer]].clone(), theirs)
 
 
-def _fill(outputs: Outputs, received: Received, peer: _Peer | None, call: Dispatching) -> Outputs:
-    expand_x, dynamic_scales, assist, token_nums, ep_recv_counts, tp_recv_counts, expand_scales = outputs
+def fill(outputs: Outputs, received: Received, peer: Peer | None, call: Dispatching) -> None:
+    """All outputs but the third, which says where the rows came from."""
+    expand_x, dynamic_scales, _, token_nums, ep_recv_counts, tp_recv_counts, expand_scales = outputs
     own = len(received.rows)
     rows = received.rows if peer is None else torch.cat([received.rows, peer.rows])
     if call.quant_mode == DYNAMIC_INT8:
@@ -251,7 +275,6 @@ def _fill(outputs: Outputs, received: Received, peer: _Peer | None, call: Dispat
         expand_x[: len(rows)] = rows
     if received.weight is not None:
         expand_scales[:own] = received.weight
-    assist[: 3 * own] = torch.stack([received.source, received.token, received.k], dim=1).flatten()
     ordered = received.counts.T.flatten()  # (local expert, source rank)
     ep_recv_counts[: len(ordered)] = ordered.cumsum(0)
     per_expert = received.counts.sum(dim=0)
@@ -261,7 +284,6 @@ def _fill(outputs: Outputs, received: Received, peer: _Peer | None, call: Dispat
         tp_recv_counts[call.tp_rank_id] = own
         tp_recv_counts[1 - call.tp_rank_id] = len(peer.rows)
     token_nums[: len(per_expert)] = per_expert if call.expert_token_nums_type == 1 else per_expert.cumsum(0)
-    return outputs
 
 
 def _fake(call: Dispatching) -> tuple[torch.Tensor, ...]:

@@ -148,15 +148,7 @@ def check_physical_ids(expert_ids: torch.Tensor, sent: torch.Tensor, num_ids: in
     """
     if expert_ids.numel() == 0:
         return
-    low, high = torch.aminmax(expert_ids)
-    if low < 0 or high >= num_ids:
-        token, k = ((expert_ids < 0) | (expert_ids >= num_ids)).nonzero()[0].tolist()
-        raise ConstraintError(
-            "expert_ids",
-            f"{int(expert_ids[token, k])} for token {token}, k {k}",
-            f"must be 0 to {num_ids - 1}",
-            "map logical to physical ids with update_expert, and pass the number of slots as num_experts",
-        )
+    check_range(expert_ids, num_ids)
     # Everything that may repeat gets a negative id of its own column.
     column = torch.arange(expert_ids.shape[1], device=expert_ids.device)
     compared = torch.where(sent, expert_ids, -1 - column)
@@ -169,6 +161,25 @@ def check_physical_ids(expert_ids: torch.Tensor, sent: torch.Tensor, num_ids: in
             f"{expert_ids[token].tolist()} for token {token}",
             "must not name one physical expert twice in a token",
             "use slot ids that are unique over the whole EPLB table",
+        )
+
+
+def check_range(expert_ids: torch.Tensor, num_ids: int) -> None:
+    """Ids within 0…num_ids−1.
+
+    Raises:
+        ConstraintError: naming the first token and k.
+    """
+    if expert_ids.numel() == 0:
+        return
+    low, high = torch.aminmax(expert_ids)
+    if low < 0 or high >= num_ids:
+        token, k = ((expert_ids < 0) | (expert_ids >= num_ids)).nonzero()[0].tolist()
+        raise ConstraintError(
+            "expert_ids",
+            f"{int(expert_ids[token, k])} for token {token}, k {k}",
+            f"must be 0 to {num_ids - 1}",
+            "map logical to physical ids with update_expert, and pass the number of slots as num_experts",
         )
 
 

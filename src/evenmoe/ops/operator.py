@@ -6,7 +6,7 @@ once for all calls that have the same (`Prepared`), its values by the operator e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from operator import attrgetter
@@ -14,7 +14,15 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 
-from evenmoe.contract.calls import AddRmsNormCall, CombineCall, DispatchCall, DistributeCall, UpdateExpertCall
+from evenmoe.contract.calls import (
+    AddRmsNormCall,
+    CombineCall,
+    CombineV1Call,
+    DispatchCall,
+    DispatchV1Call,
+    DistributeCall,
+    UpdateExpertCall,
+)
 from evenmoe.contract.layout import Layout
 from evenmoe.contract.limits import resolve_limits
 from evenmoe.contract.operators import OPERATORS, schema
@@ -45,7 +53,10 @@ CALL_TYPES: dict[str, Callable[..., Call]] = {
     "dispatch": DispatchCall,
     "combine": CombineCall,
     "combine_add_rms_norm": AddRmsNormCall,
+    "dispatch_v1": DispatchV1Call,
+    "combine_v1": CombineV1Call,
 }
+_RUNS: dict[str, Callable[..., Outputs]] = {}  # as torch knows them
 _KINDS = {
     name: {argument.name: argument.kind for argument in operator.arguments if argument.kind != "output"}
     for name, operator in OPERATORS.items()
@@ -70,7 +81,8 @@ def register(
 
         return operator
 
-    custom = torch.library.custom_op(f"evenmoe::{name}", taking(run), mutates_args=(), schema=schema(OPERATORS[name]))
+    _RUNS[name] = taking(run)
+    custom = torch.library.custom_op(f"evenmoe::{name}", _RUNS[name], mutates_args=(), schema=schema(OPERATORS[name]))
     custom.register_fake(taking(fake))
 
 
@@ -82,7 +94,25 @@ def perform(name: str, call: Call) -> Any:
     """
     arguments = check_types(name, call)
     check_devices(arguments)
+    if not _seen_by_torch(arguments.values()):
+        tensors = [arguments.pop(argument) for argument, kind in _KINDS[name].items() if kind == "tensor"]
+        return _RUNS[name](*tensors, **arguments)
     return getattr(torch.ops.evenmoe, name)(**arguments)
+
+
+def _seen_by_torch(values: Iterable[object]) -> bool:
+    """Whether a call is more to torch than its result: recorded for gradients, traced, transformed.
+
+    Where it is not, it need not go through torch's dispatcher, whose first call of any custom operator imports the
+    800 modules of torch._dynamo: 1.2 s of CPU time, half of the start of a C++ program.
+    """
+    if not torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+        return True
+    # No public functions tell of modes (FakeTensorMode, make_fx) and transforms (vmap) that are active.
+    internals: Any = torch._C
+    if internals._len_torch_dispatch_stack() or internals._functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(isinstance(value, torch.Tensor) and type(value) is not torch.Tensor for value in values)
 
 
 def check_types(name: str, call: object) -> dict[str, Any]:
@@ -269,18 +299,18 @@ def parts_of(
     nobody is told before the part is narrowed to the ranks that are left.
 
     Args:
-        operator: "dispatch" or "combine", under whose name the ranks agree.
+        operator: "dispatch", "combine" or the first version of one, under whose name the ranks agree.
         rows: the tensor to be exchanged, or anything else if it is what is missing.
     """
     across = GroupCall(ep, operator, rows, heard=not scaled_down)
     if tp is None or tp.world_size != 2:
         return across, None
-    return across, GroupCall(tp, f"tensor-parallel step of {operator}", rows)
+    return across, GroupCall(tp, f"tensor-parallel step of {operator.removesuffix('_v1')}", rows)
 
 
 def in_order(operator: str, across: GroupCall, beside: GroupCall | None) -> tuple[GroupCall | None, GroupCall | None]:
     """The parts of a call in the order of their exchanges."""
-    return (across, beside) if operator == "dispatch" else (beside, across)
+    return (across, beside) if operator.startswith("dispatch") else (beside, across)
 
 
 @contextmanager
@@ -292,7 +322,7 @@ def collective(
     Whatever is raised before the operator has exchanged anything is told to the other ranks.
 
     Args:
-        operator: "dispatch" or "combine", under whose name the ranks agree.
+        operator: "dispatch", "combine" or the first version of one, under whose name the ranks agree.
         given: the fields of the call by name, but for the groups, which are `ep`, `tp` and `group`.
         rows: what would be exchanged.
     """
@@ -304,14 +334,14 @@ def collective(
         )
     ep = transport_of(group if ep is None else ep, "ep")
     tp = None if tp is None else transport_of(tp, "tp")
-    parts = parts_of(operator, ep, tp, arguments["elastic_info"] is not None, rows)
+    parts = parts_of(operator, ep, tp, arguments.get("elastic_info") is not None, rows)
     with together(*in_order(operator, *parts)):
         arguments["moe_expert_num"] = arguments.pop("num_experts")
         if arguments["moe_expert_num"] is None:
             raise MissingArgumentError(
                 "num_experts", None, "must be the number of physical experts", "pass what dispatch was called with"
             )
-        arguments["comm_alg"] = "" if arguments["comm_alg"] is None else arguments["comm_alg"]
+        arguments["comm_alg"] = "" if arguments.get("comm_alg") is None else arguments["comm_alg"]
         arguments["limits"] = resolve_limits(arguments["limits"])
         yield call_type(
             **arguments,

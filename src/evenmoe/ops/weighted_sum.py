@@ -1,4 +1,4 @@
-"""The weighted sum of a token's rows in float32: the local half of combine (§3.4).
+"""The weighted sum of a token's rows, in float32 unless they are float64: the local half of combine (§3.4).
 
 On a CPU it is one compiled pass: every row is read once, the float32 sums stay in a core's cache. Nothing is fused:
 numba compiles without fast-math, so a product is rounded to float32 before it is added.
@@ -45,8 +45,8 @@ def add_bfloat16(total, rows, position, weights):
 
 
 @compiled
-def add_float32(total, rows, position, weights):
-    """As `add_bfloat16`, of float32 rows."""
+def add_plain(total, rows, position, weights):
+    """As `add_bfloat16`, of rows, sums and weights of one dtype, float32 or float64."""
     for token in range(position.shape[0]):
         part = total[token]
         for k in range(position.shape[1]):
@@ -80,18 +80,23 @@ def accumulate(layout: Layout, rows: torch.Tensor, position: torch.Tensor, call:
     return total
 
 
+def sum_dtype(rows: torch.dtype) -> torch.dtype:
+    """The dtype in which rows are weighted and added up: float64 for float64, float32 for all others."""
+    return torch.float64 if rows == torch.float64 else torch.float32
+
+
 def add_rows(total: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, weights: torch.Tensor) -> None:
-    """total[t] += weights[t, k] · rows[position[t, k]] for ascending k, each product rounded to float32 first.
+    """total[t] += weights[t, k] · rows[position[t, k]] for ascending k, each product rounded before it is added.
 
     Args:
-        total: float32 (T, H), contiguous, changed in place.
+        total: (T, H) of `sum_dtype` of the rows, contiguous, changed in place.
         rows: (N, H) of any float dtype.
         position: int64 (T, K), −1 where there is no row.
-        weights: float32 (T, K); what they hold where there is no row does not matter.
+        weights: (T, K), dtype of `total`; what they hold where there is no row does not matter.
     """
-    if rows.device.type == "cpu" and rows.dtype in (torch.bfloat16, torch.float32):
+    if rows.device.type == "cpu" and rows.dtype in (torch.bfloat16, total.dtype):
         rows, position, weights = rows.contiguous(), position.contiguous(), weights.contiguous()
-        add = add_float32
+        add = add_plain
         if rows.dtype == torch.bfloat16:
             rows, add = rows.view(torch.uint16), add_bfloat16
         add(total.numpy(), rows.numpy(), position.numpy(), weights.numpy())
@@ -101,7 +106,7 @@ def add_rows(total: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, we
         for k in range(position.shape[1]):
             where = (position[tokens, k] >= 0).nonzero().flatten()
             if where.numel():
-                term = rows.index_select(0, position[tokens, k][where]).float()
+                term = rows.index_select(0, position[tokens, k][where]).to(total.dtype)
                 part[where] += term.mul_(weights[tokens, k][where, None])
 
 

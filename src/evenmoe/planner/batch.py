@@ -170,13 +170,13 @@ class _Search:
             if found == 0:
                 continue
             number = min(found, tries)
-            tried, trial, *judged = first_better(
+            tried, trial, total, peaks, closed, load = first_better(
                 self.held, busy, moves[:number], floors[:number], self.scenarios, self.peaks, limit, price
             )
             self.tried += tried
             tries -= tried
-            if judged[0] < np.inf:
-                self._take(trial, self.scenarios, tuple(judged))
+            if total < np.inf:
+                self._take(trial, self.scenarios, (total, peaks, closed, load))
                 return int(moves[tried - 1, 4])
             if tries == 0:
                 return None

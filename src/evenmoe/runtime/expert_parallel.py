@@ -6,20 +6,35 @@ Shapes: T tokens of this rank, H hidden, K experts per token, E logical experts,
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 
 from evenmoe.contract.layout import Layout, make_layout
-from evenmoe.errors import ConstraintError, UnsupportedTypeError, require
-from evenmoe.ops.exchange import Routing, exchange, positions_of, prepare_returning, prepare_sending, route
-from evenmoe.ops.operator import check_devices, check_tensors
-from evenmoe.ops.weighted_sum import add_rows
+from evenmoe.errors import ConstraintError, require
+from evenmoe.ops.exchange import exchange, prepare_sending, route
+from evenmoe.ops.weighted_sum import add_rows, sum_dtype
 from evenmoe.rules import RULES
-from evenmoe.rules.rule import Rule, prepared
+from evenmoe.rules.rule import IntArray, Rule, prepared
 from evenmoe.rules.table import check_table_of_slots, counted_entries
-from evenmoe.transport.agreement import LAYER, RULE_CODE, Header, digest, dtype_code
+from evenmoe.runtime.arguments import check_combine, check_dispatch, wrong_id
+from evenmoe.runtime.gradients import Chosen, record_combine, record_dispatch, state_of
+from evenmoe.runtime.outside_graph import outside_graph
+from evenmoe.runtime.replica_gradients import OfSlots, find_replicas, reduce_gradients
+from evenmoe.runtime.rows import DispatchedRows, return_rows
+from evenmoe.transport.agreement import (
+    GRADIENTS_OF_ROWS,
+    GRADIENTS_OF_WEIGHTS,
+    GRADIENTS_OF_X,
+    LAYER,
+    OFF,
+    RULE_CODE,
+    Header,
+    digest,
+    dtype_code,
+)
 from evenmoe.transport.call import GroupCall, together
 from evenmoe.transport.process_world import Group, transport_of
 
@@ -29,41 +44,25 @@ _KEPT = 256  # plans of a layer: as many batch sizes; a plan is a kilobyte
 
 
 @dataclass(frozen=True)
-class DispatchedRows:
-    """What one rank computes on; made by `ExpertParallel.dispatch`, used by `ExpertParallel.combine`.
+class _Plan:
+    """What follows from the shapes and dtypes of a dispatch, checked once for all that have them.
 
     Attributes:
-        rows: (R, H), dtype of x, ordered by slot of this rank, source rank, token.
-        num_tokens_per_expert: int64 (slots of this rank,), rows per slot; they add up to R.
-        source_rank, source_token, source_k: int32 (R,), the (rank, token, k) that each row serves.
-        layer, number: which layer's dispatch it is, and which exchange of the group; the same on all ranks.
+        layout, header: who holds what, and what the ranks must agree on.
+        gradients: what this rank says of those of x.
     """
-
-    rows: torch.Tensor
-    num_tokens_per_expert: torch.Tensor
-    source_rank: torch.Tensor
-    source_token: torch.Tensor
-    source_k: torch.Tensor
-    routing: Routing
-    topk_weights: torch.Tensor
-    group_name: str
-    layer: int
-    number: int
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What follows from the shapes and dtypes of a dispatch, checked once for all that have them."""
 
     layout: Layout
     header: Header
+    gradients: int
 
 
 class ExpertParallel:
     """One MoE layer across the ranks of a group: logical top-k in, weighted sums out.
 
-    Inference only: gradients do not cross ranks, so tensors that require them are an error. A deep copy is a layer of
-    its own on the same group; a layer cannot be pickled.
+    Gradients cross ranks as rows do: `dispatch` and `combine` are differentiable in x, the experts' outputs and the
+    routing weights, and their backward is a collective of all ranks. A deep copy is a layer of its own on the same
+    group; a layer cannot be pickled.
 
     Every dispatch has an identity: the layer, the number of the group's exchange, the table. Ranks that make another
     call than the others (they skip a layer, repeat one, combine in another order) get one RankDisagreementError that
@@ -128,7 +127,8 @@ class ExpertParallel:
         self._table_digest = digest(experts * num_slots + slots)
         self._given_layer, self.layer = layer, ep.next_layer() if layer is None else layer
         self._plans: dict[tuple[object, ...], _Plan] = {}
-        self._combine_headers: dict[tuple[int, torch.dtype], Header] = {}
+        self._combine_headers: dict[tuple[object, ...], Header] = {}
+        self._chosen = Chosen()
         self._batch_header = Header(_BATCH, {LAYER: self.layer})
 
     def __deepcopy__(self, memo: object) -> ExpertParallel:
@@ -149,13 +149,14 @@ class ExpertParallel:
             "pickle its placement, and make the layer anew where it is loaded",
         )
 
+    @outside_graph
     def dispatch(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> DispatchedRows:
         """Send each token once to every rank that computes for it; a collective of the group.
 
         Args:
             x: (T, H), float16, bfloat16, float32 or float64. T may differ between ranks, and be 0.
             topk_ids: int32 or int64 (T, K), logical experts 0…E−1, or −1 for an assignment that is not computed.
-            topk_weights: any float dtype (T, K), used by `combine` in float32.
+            topk_weights: any float dtype (T, K), used by `combine` in float32 (in float64 for rows and weights of it).
 
         Returns:
             `DispatchedRows`: this rank's rows, expert-major.
@@ -171,37 +172,40 @@ class ExpertParallel:
         with together(call):
             plan = self._plan(x, topk_ids, topk_weights)
             layout, header, counted = plan.layout, plan.header, self._counted(topk_ids)
-            weights = topk_weights.to(torch.float32, copy=True)  # the caller may write to them before combine
+            recorded = plan.gradients != OFF
             by_rank = to_slots = None
             if self._rule.needs_counts:
                 by_rank = call.agree(header, self._count_experts(topk_ids)).cpu().numpy()
+                recorded = recorded and call.needs(GRADIENTS_OF_X)
                 to_slots, header = self._choose.slot_counts(by_rank), self._batch_header
-            if counted is None:
-                slots = self._choose(topk_ids, None, by_rank)
-            else:
-                slots = self._choose(torch.where(counted, topk_ids, 0), counted, by_rank)
-                slots = torch.where(counted, slots, self.num_slots)  # which `route` leaves here
+            slots = self._slots(topk_ids, counted, by_rank, recorded=plan.gradients != OFF)
             routing = route(slots, layout)
             sending = prepare_sending(routing, layout.num_tokens, (layout.hidden,), x)
             sent = routing.counts if to_slots is None else routing.counts[:, :0]  # they follow from the others' counts
             counts = call.agree(header, sent, sending.outgoing)
+            if not self._rule.needs_counts:
+                recorded = recorded and call.needs(GRADIENTS_OF_X)
             if to_slots is not None:
                 first = layout.rank * layout.experts_per_rank
                 counts = torch.from_numpy(to_slots[:, first : first + layout.experts_per_rank].copy()).to(x.device)
-            received = exchange(call, sending, counts, x, sending.token)
-            return DispatchedRows(
-                received.rows,
-                counts.sum(dim=0),
-                received.source,
-                received.token,
-                received.k,
-                routing,
-                weights,
-                self._group.name,
-                self.layer,
-                call.number,
-            )
+            received = exchange(call, sending, counts, x.detach() if x.requires_grad else x, sending.token)
+        dispatched = DispatchedRows(
+            received.rows,
+            counts.sum(dim=0),
+            received.source,
+            received.token,
+            received.k,
+            slots,
+            routing,
+            # A copy, since the caller may write to them before combine.
+            topk_weights.to(sum_dtype(topk_weights.dtype), copy=True),
+            self._group.name,
+            self.layer,
+            call.number,
+        )
+        return record_dispatch(self._group, dispatched, x) if recorded else dispatched
 
+    @outside_graph
     def combine(self, dispatched: DispatchedRows, expert_out: torch.Tensor) -> torch.Tensor:
         """Return the experts' rows to their tokens and add them up, weighted; a collective of the group.
 
@@ -210,8 +214,8 @@ class ExpertParallel:
             expert_out: (R, H′), one row for each of `dispatched.rows`, in their order; any float dtype.
 
         Returns:
-            (T, H′), dtype of expert_out: float32 sums, k ascending, every product rounded before it is added, rounded
-            once. A token with no computed assignment is zero.
+            (T, H′), dtype of expert_out: float32 sums (float64 for float64), k ascending, every product rounded before
+            it is added, rounded once. A token with no computed assignment is zero.
 
         Raises:
             ConstraintError, UnsupportedTypeError: rows that are not one for each dispatched row, or not of a float
@@ -223,38 +227,64 @@ class ExpertParallel:
         call = GroupCall(self._group, _COMBINE, expert_out)
         with together(call):
             header = self._check_combine(dispatched, expert_out)
-            source, routing, weights = dispatched.source_rank, dispatched.routing, dispatched.topk_weights
-            shape, world_size = expert_out.shape[1:], self._group.world_size
-            order, outgoing = prepare_returning(source, world_size, shape, expert_out, numbered=False)
-            back = torch.tensor(outgoing.rows)[:, None]
-            home = call.agree(header, back, outgoing, dispatched.number)[:, 0].tolist()
-            sent_out = routing.counts.sum(dim=1).tolist()
-            if home != sent_out:
-                raise ConstraintError(
-                    "dispatched",
-                    f"such that {home} rows come back from the ranks where {sent_out} were sent to them",
-                    "must be what dispatch returned, unchanged",
-                    "pass it to combine as it is",
-                )
-            incoming = call.exchange(expert_out, order)
-            # Rows return in the order in which `routing` sent the tokens out, so each one's position is known.
-            assignments = routing.token * weights.shape[1] + routing.k
-            position = positions_of(incoming, assignments, weights.numel()).view(weights.shape)
-            total = expert_out.new_zeros((len(weights), expert_out.shape[1]), dtype=torch.float32)
-            add_rows(total, incoming.buffer, position, weights)
-            return total.to(expert_out.dtype)
+            weights = dispatched.topk_weights.to(sum_dtype(expert_out.dtype))
+            rows = expert_out.detach() if expert_out.requires_grad else expert_out
+            incoming, position = return_rows(call, header, dispatched, rows)
+            total = expert_out.new_zeros((len(weights), expert_out.shape[1]), dtype=weights.dtype)
+            add_rows(total, incoming.buffer, position, weights.detach())
+            y = total.to(expert_out.dtype)
+        if not torch.is_grad_enabled():
+            return y
+        needed = call.needs(GRADIENTS_OF_ROWS), call.needs(GRADIENTS_OF_WEIGHTS)
+        return record_combine(self._group, dispatched, expert_out, weights, y, needed) if any(needed) else y
+
+    def reduce_replica_gradients(self, parameters: Iterable[OfSlots]) -> None:
+        """Add up the gradients of each expert's replicas, in place; a collective of the group.
+
+        Call it after backward and before the optimizer, so that replicas get equal gradients and stay equal: training
+        with replicas is training without them.
+
+        Args:
+            parameters: those of this rank's slots, in the same order on all ranks. Each is one tensor (slots of this
+                rank, …), or one tensor for every slot: `zip(*(expert.parameters() for expert in experts))`.
+
+        Every replica's `.grad` becomes the sum over the expert's slots, added up by slot in float32 (float64 for
+        float64) and rounded once; None counts as zero, and stays None where no replica has a gradient.
+
+        Raises:
+            ConstraintError, UnsupportedTypeError: parameters that are not those of this rank's slots.
+            RankDisagreementError: other parameters on other ranks; the same error on every rank.
+            LostRankError: as in `dispatch`.
+
+        Two ranks, expert 0 on both, of which the first has gradient 1, the other 2:
+
+        >>> import evenmoe as em
+        >>> placement = em.Placement([[0, 1, 0, 2]], num_ranks=2)
+        >>> def step(rank):
+        ...     ep = em.ExpertParallel(rank.ep, placement.eplb_table(0), num_slots=4)
+        ...     experts = torch.zeros((2, 1), requires_grad=True)
+        ...     experts.grad = torch.full((2, 1), rank.index + 1.0)
+        ...     ep.reduce_replica_gradients([experts])
+        ...     return experts.grad.flatten().tolist()
+        >>> with em.local_world(ep_size=2) as world:
+        ...     world.run(step)
+        [[3.0, 1.0], [3.0, 2.0]]
+        """
+        per_rank = self.num_slots // self._group.world_size
+        replicas = find_replicas(self._table, self.layer, self._group.rank, per_rank)
+        reduce_gradients(self._group, replicas, parameters)
 
     def _plan(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> _Plan:
         """What is known of calls with such arguments; they are checked when the first of them comes."""
-        key: list[object] = []
+        gradients = state_of(x) if isinstance(x, torch.Tensor) else OFF
+        key: list[object] = [gradients]
         for tensor in (x, topk_ids, topk_weights):
             if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_nested:
                 break  # no call with such a tensor has passed the checks
-            trained = tensor.requires_grad and torch.is_grad_enabled()
-            key += tensor.shape, tensor.dtype, tensor.device, trained
+            key += tensor.shape, tensor.dtype, tensor.device
         plan = self._plans.get(tuple(key))
         if plan is None:
-            self._check(x, topk_ids, topk_weights)
+            check_dispatch(x, topk_ids, topk_weights)
             (num_tokens, hidden), top_k = x.shape, topk_ids.shape[1]
             layout = make_layout(
                 ep=self._group.world_size,
@@ -274,13 +304,29 @@ class ExpertParallel:
                 "`rule`": digest(self.rule.encode()),
                 RULE_CODE: digest(self._rule.identity().encode()),
                 "digest of the EPLB table": self._table_digest,
+                GRADIENTS_OF_X: gradients,
             }
             if len(self._plans) >= _KEPT:
                 self._plans.clear()
             names = {digest(name.encode()): name for name in (*RULES, self.rule)}
             choices = {"`rule`": defaultdict(lambda: "another rule", names)}
-            plan = self._plans[tuple(key)] = _Plan(layout, Header(_DISPATCH, sizes, choices))
+            plan = self._plans[tuple(key)] = _Plan(layout, Header(_DISPATCH, sizes, choices), gradients)
         return plan
+
+    def _slots(
+        self, topk_ids: torch.Tensor, counted: torch.Tensor | None, by_rank: IntArray | None, recorded: bool
+    ) -> torch.Tensor:
+        """The slot of every assignment, S where `counted` is False."""
+
+        def choose() -> torch.Tensor:
+            if counted is None:
+                return self._choose(topk_ids, None, by_rank)
+            slots = self._choose(torch.where(counted, topk_ids, 0), counted, by_rank)
+            return torch.where(counted, slots, self.num_slots)  # which `route` leaves here
+
+        if not recorded or type(self._rule).__module__.startswith("evenmoe."):  # ours choose the same both times
+            return choose()
+        return self._chosen.again(topk_ids, by_rank, choose)
 
     def _counted(self, topk_ids: torch.Tensor) -> torch.Tensor | None:
         """bool (T, K), where there is an expert to compute; None where that is known to be everywhere.
@@ -292,13 +338,7 @@ class ExpertParallel:
             return topk_ids >= 0
         low, high = torch.aminmax(topk_ids)
         if low < -1 or high >= self.num_experts:
-            token, k = ((topk_ids < -1) | (topk_ids >= self.num_experts)).nonzero()[0].tolist()
-            raise ConstraintError(
-                "topk_ids",
-                f"{int(topk_ids[token, k])} for token {token}, k {k}",
-                f"must be a logical expert, 0 to {self.num_experts - 1}, or -1 for none",
-                "route to the experts of the table",
-            )
+            raise wrong_id(topk_ids, self.num_experts)
         return topk_ids >= 0 if low < 0 else None
 
     def _count_experts(self, topk_ids: torch.Tensor) -> torch.Tensor:
@@ -308,64 +348,17 @@ class ExpertParallel:
         return by_expert.expand(self._group.world_size, -1)
 
     def _check_combine(self, dispatched: DispatchedRows, expert_out: torch.Tensor) -> Header:
-        check_tensors(expert_out=expert_out)
-        if not isinstance(dispatched, DispatchedRows):
-            raise UnsupportedTypeError(
-                "dispatched",
-                f"a {type(dispatched).__name__}",
-                "must be what dispatch returned",
-                "keep it until combine",
-            )
-        if (dispatched.group_name, dispatched.layer) != (self._group.name, self.layer):
-            raise ConstraintError(
-                "dispatched",
-                f"of layer {dispatched.layer} on group {dispatched.group_name!r}",
-                f"must be of this layer, {self.layer} on group {self._group.name!r}",
-                "combine with the layer that dispatched",
-            )
-        if expert_out.dim() != 2 or expert_out.shape[0] != dispatched.rows.shape[0]:
-            raise ConstraintError(
-                "expert_out",
-                f"of shape {tuple(expert_out.shape)}",
-                f"must have one row for each of the {dispatched.rows.shape[0]} dispatched rows",
-                "apply each slot's expert to its num_tokens_per_expert rows and keep their order",
-            )
-        check_devices({"dispatched.rows": dispatched.rows, "expert_out": expert_out})
-        _check_floats("expert_out", expert_out)
-        key = expert_out.shape[1], expert_out.dtype
+        check_combine(dispatched, expert_out, self._group.name, self.layer)
+        states = state_of(expert_out, dispatched.link), state_of(dispatched.topk_weights)
+        key = expert_out.shape[1], expert_out.dtype, *states
         header = self._combine_headers.get(key)
         if header is None:
             sizes = {
                 LAYER: self.layer,
                 "hidden size of `expert_out`": expert_out.shape[1],
                 "dtype of `expert_out`": dtype_code(expert_out.dtype),
+                GRADIENTS_OF_ROWS: states[0],
+                GRADIENTS_OF_WEIGHTS: states[1],
             }
             header = self._combine_headers[key] = Header(_COMBINE, sizes)
         return header
-
-    def _check(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
-        check_tensors(x=x, topk_ids=topk_ids, topk_weights=topk_weights)
-        check_devices({"x": x, "topk_ids": topk_ids, "topk_weights": topk_weights})
-        require(x.dim() == 2, "x", f"of shape {tuple(x.shape)}", "must be (tokens, hidden)", "flatten the batch")
-        ids, weights = tuple(topk_ids.shape), tuple(topk_weights.shape)
-        rule = f"must be (tokens, k) with the {x.shape[0]} tokens of x"
-        fits = len(ids) == 2 and ids[0] == x.shape[0] and ids[1] >= 1
-        require(fits, "topk_ids", f"of shape {ids}", rule, "pass the router's indices")
-        rule = f"must have the shape of topk_ids, {ids}"
-        require(weights == ids, "topk_weights", f"of shape {weights}", rule, "pass one weight per index")
-        if topk_ids.dtype not in (torch.int32, torch.int64):
-            raise UnsupportedTypeError("topk_ids", topk_ids.dtype, "must be int32 or int64", "convert it")
-        _check_floats("x", x)
-        _check_floats("topk_weights", topk_weights)
-
-
-def _check_floats(name: str, tensor: torch.Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise UnsupportedTypeError(name, tensor.dtype, "must be a float dtype", "convert it")
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise ConstraintError(
-            name,
-            "a tensor that requires gradients",
-            "must not, since gradients do not cross ranks here",
-            "call under torch.no_grad() or torch.inference_mode(), or pass a detached tensor",
-        )

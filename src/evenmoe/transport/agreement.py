@@ -31,6 +31,11 @@ UNKNOWN = -1  # a dispatch that combine was not told; it may be any
 
 RULE_CODE = "digest of the code of `rule`"
 LAYER, DISPATCH = "layer", "dispatch"
+#: What a rank says of gradients: it records none at all, it would where another rank needs them, or it needs them.
+OFF, ON, NEEDED = range(3)
+_GRADIENTS = "gradients of "
+GRADIENTS_OF_X, GRADIENTS_OF_ROWS = f"{_GRADIENTS}`x`", f"{_GRADIENTS}`expert_out`"
+GRADIENTS_OF_WEIGHTS = f"{_GRADIENTS}`topk_weights`"
 _WHERE = (LAYER, DISPATCH)  # which call it is: told for every rank at once
 Words = npt.NDArray[np.int64]
 
@@ -40,6 +45,9 @@ _COMBINE = (DISPATCH, *agreement(COMBINE))
 OPERATORS: dict[str, tuple[str, ...]] = {
     "dispatch": agreement(operators.DISPATCH),
     "combine": _COMBINE,
+    # The first versions, which have no more to agree on, but are other operators.
+    "dispatch_v1": agreement(operators.DISPATCH),
+    "combine_v1": _COMBINE,
     "tensor-parallel step of dispatch": (
         "hidden size of `x`",
         "dtype of the rows",
@@ -58,9 +66,26 @@ OPERATORS: dict[str, tuple[str, ...]] = {
         "`rule`",
         RULE_CODE,
         "digest of the EPLB table",
+        GRADIENTS_OF_X,
     ),
     "batch rule of ExpertParallel.dispatch": (LAYER,),
-    "ExpertParallel.combine": (LAYER, DISPATCH, "hidden size of `expert_out`", "dtype of `expert_out`"),
+    "ExpertParallel.combine": (
+        LAYER,
+        DISPATCH,
+        "hidden size of `expert_out`",
+        "dtype of `expert_out`",
+        GRADIENTS_OF_ROWS,
+        GRADIENTS_OF_WEIGHTS,
+    ),
+    "backward of ExpertParallel.dispatch": (LAYER, DISPATCH),
+    "backward of ExpertParallel.combine": (LAYER, DISPATCH),
+    "backward of ExpertParallel.combine, for the weights": (LAYER, DISPATCH),
+    "ExpertParallel.reduce_replica_gradients": (
+        LAYER,
+        "number of parameters",
+        "digest of the parameters' shapes and dtypes",
+    ),
+    "rows of ExpertParallel.reduce_replica_gradients": (LAYER,),
     "ElasticBuffer.dispatch": (
         "hidden size of `x`",
         "dtype of `x`",
@@ -73,6 +98,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "ElasticBuffer.combine": (DISPATCH, "hidden size of `x`", "dtype of `x`", "presence of `topk_weights`"),
     "ElasticBuffer.barrier": (),
     "ElasticBuffer.engram_write": ("entries of `storage`", "hidden size of `storage`", "dtype of `storage`"),
+    "barrier": ("digest of `elastic_info`",),
 }
 _NAMES = tuple(OPERATORS)
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int8", "float8_e4m3fn", "float8_e5m2")
@@ -141,6 +167,9 @@ def check_headers(headers: Words, choices: Mapping[str, Mapping[int, str]]) -> N
             values = values[values != UNKNOWN]
         if len(np.unique(values)) <= 1:
             continue
+        if name.startswith(_GRADIENTS):
+            _check_gradients(name, values)
+            continue
         if name in _WHERE:
             raise _elsewhere("call", where)
         readable = {rank: _readable(name, int(value), choices) for rank, value in enumerate(values)}
@@ -149,6 +178,27 @@ def check_headers(headers: Words, choices: Mapping[str, Mapping[int, str]]) -> N
             _by_value(readable),
             "must be equal on every rank of a group",
             "pass the same on all ranks",
+        )
+
+
+def needed(header: Header, headers: Words, gradients: str) -> bool:
+    """Whether a rank needs those gradients, by the headers of all, int64 (W, HEADER), of one operator."""
+    return bool((headers[:, 4 + OPERATORS[header.operator].index(gradients)] == NEEDED).any())
+
+
+def _check_gradients(name: str, states: Words) -> None:
+    """A rank that needs none takes part in the backward of the others, unless it records nothing.
+
+    Raises:
+        RankDisagreementError: gradients are needed on a rank, and not recorded on another.
+    """
+    if OFF in states and NEEDED in states:
+        recorded = {rank: "not recorded" if state == OFF else "recorded" for rank, state in enumerate(states)}
+        raise RankDisagreementError(
+            name.replace("`", ""),
+            _by_value(recorded),
+            "must be recorded on every rank of a group or on none, as all take part in the backward pass",
+            "enable gradients on all ranks, or call under torch.no_grad() on all",
         )
 
 

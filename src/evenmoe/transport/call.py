@@ -140,6 +140,7 @@ class GroupCall:
         self._packets: _Packets | None = None  # once agreed
         self._rest: torch.Tensor | None = None  # counts that did not fit beside the header
         self._fitting = max(_FEW, _MESSAGE_WORDS // group.world_size)  # counts beside it, on all ranks as many
+        self._agreed: tuple[Header, agreement.Words] | None = None  # this rank's header and those of all, the last
 
     def narrow(self, group: Transport) -> None:
         """Go on with the ranks that are left, which wait for this one from now on."""
@@ -210,6 +211,11 @@ class GroupCall:
         incoming = self._exchange_packets(packets, self._packed(packets, nothing, index, numbers))
         return replace(incoming, buffer=rows.new_empty((len(incoming.buffer), *shape)))
 
+    def needs(self, gradients: str) -> bool:
+        """Whether some rank needs those gradients, so that all of them record; told by the last `agree`."""
+        assert self._agreed is not None, "the ranks have agreed"
+        return agreement.needed(*self._agreed, gradients)
+
     def fail(self, error: BaseException) -> None:
         """Let the ranks that wait for this one know of `error`, and be in step with them again if that can be."""
         group = self.group
@@ -256,6 +262,7 @@ class GroupCall:
             except RankDisagreementError:
                 self._stage = _DONE  # on every rank
                 raise
+        self._agreed = announced.header, headers
         if outgoing is not None:
             wire_shape = outgoing.shape if prod(outgoing.shape) else (1,)
             row_bytes = prod(wire_shape) * outgoing.like.element_size()

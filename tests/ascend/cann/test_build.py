@@ -27,6 +27,8 @@ from .conftest import LIBRARIES, PROGRAMS, run_in_tree
 OPERATORS = {
     "aclnn_moe_eplb_update_expert.h": "MoeEPLBUpdateExpert",
     "aclnn_moe_update_expert.h": "MoeUpdateExpert",
+    "aclnn_moe_distribute_dispatch.h": "MoeDistributeDispatch",
+    "aclnn_moe_distribute_combine.h": "MoeDistributeCombine",
     "aclnn_moe_distribute_dispatch_v2.h": "MoeDistributeDispatchV2",
     "aclnn_moe_distribute_dispatch_v3.h": "MoeDistributeDispatchV3",
     "aclnn_moe_distribute_dispatch_v4.h": "MoeDistributeDispatchV4",

@@ -17,5 +17,15 @@ from evenmoe.integrations.transformers.expert_modules import ExpertsOfLayer, exp
 from evenmoe.integrations.transformers.implementation import register
 from evenmoe.integrations.transformers.placing import place, placement_of
 from evenmoe.integrations.transformers.recording import Recording, record
+from evenmoe.integrations.transformers.training import reduce_replica_gradients
 
-__all__ = ["ExpertsOfLayer", "Recording", "experts_of", "place", "placement_of", "record", "register"]
+__all__ = [
+    "ExpertsOfLayer",
+    "Recording",
+    "experts_of",
+    "place",
+    "placement_of",
+    "record",
+    "reduce_replica_gradients",
+    "register",
+]

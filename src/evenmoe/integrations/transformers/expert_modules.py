@@ -84,4 +84,5 @@ def _found(model: nn.Module, named: str) -> Iterator[ExpertsOfLayer]:
 def _holds_experts(module: nn.Module) -> bool:
     """Some architectures do without that decorator: their modules are told by name and stacked weights."""
     stacked = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
-    return hasattr(module, _MARK) or (stacked and type(module).__name__.endswith("Experts"))
+    name = type(module).__name__
+    return hasattr(module, _MARK) or (stacked and name.endswith("Experts") and "Shared" not in name)

@@ -107,6 +107,18 @@ def _check_whole(one: ExpertsOfLayer) -> None:
                 "must hold each expert whole on a rank",
                 "load it with ep_size=fsdp_size*tp_size and without dp_replicate_size",
             )
+    shared = [
+        name
+        for name, parameter in one.module.named_parameters()
+        if "." in name and isinstance(parameter, DTensor) and parameter.device_mesh.size() != 1
+    ]
+    require(
+        not shared,
+        "model",
+        f"one that divides {shared[:1]} of {one.name!r} over ranks",
+        "must hold what its experts share whole on every rank",
+        "load it with ep_size=fsdp_size*tp_size and without dp_replicate_size",
+    )
     cast = getattr(getattr(_fsdp_state(one.module), "_mp_policy", None), "param_dtype", None)
     require(
         cast is None,
@@ -171,6 +183,10 @@ def _leave_fsdp(experts: nn.Module, running: EvenmoeExperts) -> None:
             parameter._post_load_hook_handle.remove()
         group.fsdp_params.clear()  # its hooks stay and hold the group: without this the old weights as well
     groups.clear()
+    for child in (child for child in experts.modules() if child is not experts):
+        for name, parameter in list(child.named_parameters(recurse=False)):
+            if isinstance(parameter, DTensor):  # such as a norm that all experts share
+                child._parameters[name] = nn.Parameter(parameter.to_local(), parameter.requires_grad)
 
 
 def _fsdp_state(experts: nn.Module) -> Any:

@@ -10,6 +10,8 @@
 #include "aclnnop/aclnn_moe_distribute_combine_v4.h"
 #include "aclnnop/aclnn_moe_distribute_combine_add_rms_norm.h"
 #include "aclnnop/aclnn_moe_distribute_combine_add_rms_norm_v2.h"
+#include "aclnnop/aclnn_moe_distribute_dispatch.h"
+#include "aclnnop/aclnn_moe_distribute_combine.h"
 #pragma GCC visibility pop
 
 #include "core.h"
@@ -410,4 +412,79 @@ aclnnStatus aclnnMoeDistributeCombineAddRmsNormV2GetWorkspaceSize(
 aclnnStatus aclnnMoeDistributeCombineAddRmsNormV2(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream)
 {
     return evenmoe::stage_two("MoeDistributeCombineAddRmsNormV2", workspace, workspaceSize, executor, stream);
+}
+
+aclnnStatus aclnnMoeDistributeDispatchGetWorkspaceSize(
+    const aclTensor *x,
+    const aclTensor *expertIds,
+    const aclTensor *scales,
+    const aclTensor *xActiveMask,
+    const aclTensor *expertScales,
+    const char *groupEp,
+    int64_t epWorldSize,
+    int64_t epRankId,
+    int64_t moeExpertNum,
+    const char *groupTp,
+    int64_t tpWorldSize,
+    int64_t tpRankId,
+    int64_t expertShardType,
+    int64_t sharedExpertNum,
+    int64_t sharedExpertRankNum,
+    int64_t quantMode,
+    int64_t globalBs,
+    int64_t expertTokenNumsType,
+    aclTensor *expandX,
+    aclTensor *dynamicScales,
+    aclTensor *expandIdx,
+    aclTensor *expertTokenNums,
+    aclTensor *epRecvCounts,
+    aclTensor *tpRecvCounts,
+    aclTensor *expandScales,
+    uint64_t *workspaceSize,
+    aclOpExecutor **executor)
+{
+    return evenmoe::stage_one("MoeDistributeDispatch", {x, expertIds, scales, xActiveMask, expertScales, groupEp, epWorldSize, epRankId, moeExpertNum, groupTp, tpWorldSize, tpRankId, expertShardType, sharedExpertNum, sharedExpertRankNum, quantMode, globalBs, expertTokenNumsType, expandX, dynamicScales, expandIdx, expertTokenNums, epRecvCounts, tpRecvCounts, expandScales}, workspaceSize, executor);
+}
+
+aclnnStatus aclnnMoeDistributeDispatch(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream)
+{
+    return evenmoe::stage_two("MoeDistributeDispatch", workspace, workspaceSize, executor, stream);
+}
+
+aclnnStatus aclnnMoeDistributeCombineGetWorkspaceSize(
+    const aclTensor *expandX,
+    const aclTensor *expertIds,
+    const aclTensor *expandIdx,
+    const aclTensor *epSendCounts,
+    const aclTensor *expertScales,
+    const aclTensor *tpSendCounts,
+    const aclTensor *xActiveMask,
+    const aclTensor *activationScale,
+    const aclTensor *weightScale,
+    const aclTensor *groupList,
+    const aclTensor *expandScales,
+    const char *groupEp,
+    int64_t epWorldSize,
+    int64_t epRankId,
+    int64_t moeExpertNum,
+    const char *groupTp,
+    int64_t tpWorldSize,
+    int64_t tpRankId,
+    int64_t expertShardType,
+    int64_t sharedExpertNum,
+    int64_t sharedExpertRankNum,
+    int64_t globalBs,
+    int64_t outDtype,
+    int64_t commQuantMode,
+    int64_t groupListType,
+    aclTensor *x,
+    uint64_t *workspaceSize,
+    aclOpExecutor **executor)
+{
+    return evenmoe::stage_one("MoeDistributeCombine", {expandX, expertIds, expandIdx, epSendCounts, expertScales, tpSendCounts, xActiveMask, activationScale, weightScale, groupList, expandScales, groupEp, epWorldSize, epRankId, moeExpertNum, groupTp, tpWorldSize, tpRankId, expertShardType, sharedExpertNum, sharedExpertRankNum, globalBs, outDtype, commQuantMode, groupListType, x}, workspaceSize, executor);
+}
+
+aclnnStatus aclnnMoeDistributeCombine(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream)
+{
+    return evenmoe::stage_two("MoeDistributeCombine", workspace, workspaceSize, executor, stream);
 }

@@ -1,0 +1,78 @@
+"""`DispatchedRows`: what a rank computes on; and how rows that it made of them return to their tokens.
+
+Shapes: T tokens of this rank, H hidden, K experts per token, S slots, W ranks, R rows received.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from evenmoe.errors import ConstraintError
+from evenmoe.ops.exchange import Routing, positions_of, prepare_returning
+from evenmoe.transport.agreement import Header
+from evenmoe.transport.call import GroupCall, Incoming
+
+
+@dataclass(frozen=True)
+class DispatchedRows:
+    """What one rank computes on; made by `ExpertParallel.dispatch`, used by `ExpertParallel.combine`.
+
+    Attributes:
+        rows: (R, H), dtype of x, ordered by slot of this rank, source rank, token.
+        num_tokens_per_expert: int64 (slots of this rank,), rows per slot; they add up to R.
+        source_rank, source_token, source_k: int32 (R,), the (rank, token, k) that each row serves.
+        slots: integers (T, K), the slot that each assignment of this rank went to; S where none is computed.
+        topk_weights: float32 (T, K), or float64 where they were so; with the gradients of what dispatch was given.
+        layer, number: which layer's dispatch it is, and which exchange of the group; the same on all ranks.
+        link: (0,), what lets the backward of combine come before that of dispatch on every rank; None if no rank needs
+            gradients of x.
+    """
+
+    rows: torch.Tensor
+    num_tokens_per_expert: torch.Tensor
+    source_rank: torch.Tensor
+    source_token: torch.Tensor
+    source_k: torch.Tensor
+    slots: torch.Tensor
+    routing: Routing
+    topk_weights: torch.Tensor
+    group_name: str
+    layer: int
+    number: int
+    link: torch.Tensor | None = None
+
+
+def return_rows(
+    call: GroupCall, header: Header, dispatched: DispatchedRows, rows: torch.Tensor
+) -> tuple[Incoming, torch.Tensor]:
+    """Send a row for each dispatched one to the rank of its token.
+
+    Args:
+        rows: (R, …).
+
+    Returns:
+        What came; int64 (T, K), the position of every assignment's row in it, -1 where there is none.
+
+    Raises:
+        ConstraintError: other rows come than were sent out, so that `dispatched` is not what dispatch returned.
+    """
+    routing, shape = dispatched.routing, dispatched.topk_weights.shape
+    order, outgoing = prepare_returning(
+        dispatched.source_rank, call.group.world_size, rows.shape[1:], rows, numbered=False
+    )
+    back = torch.tensor(outgoing.rows)[:, None]
+    home = call.agree(header, back, outgoing, dispatched.number)[:, 0].tolist()
+    sent_out = routing.counts.sum(dim=1).tolist()
+    if home != sent_out:
+        raise ConstraintError(
+            "dispatched",
+            f"such that {home} rows come back from the ranks where {sent_out} were sent to them",
+            "must be what dispatch returned, unchanged",
+            "pass it to combine as it is",
+        )
+    incoming = call.exchange(rows, order)
+    # Rows return in the order in which `routing` sent the tokens out, so each one's position is known.
+    assignments = routing.token * shape[1] + routing.k
+    return incoming, positions_of(incoming, assignments, shape.numel()).view(shape)
