@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 IntArray = npt.NDArray[np.int32]
+# Slots looked at together, for what is made of them takes several times their memory, and a file may claim any number.
+_PART = 1 << 15
 
 
 class Placement:
@@ -105,7 +107,7 @@ class Placement:
         _set(self, "rank_sizes", sizes)
         ascending = ascending_replica_index(self.slot_to_expert)
         if replica_index is None:
-            order = ascending
+            order = _read_only(ascending)
         else:
             order = _integers("replica_index", replica_index)
             if order.shape != slots.shape:
@@ -116,7 +118,8 @@ class Placement:
                     "pass one position per slot, or None",
                 )
             _check_replica_index(slots, order, ascending)
-        _set(self, "replica_index", _frozen(order))
+            order = _frozen(order)
+        _set(self, "replica_index", order)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"Placement is immutable: cannot set {name!r}")
@@ -344,7 +347,10 @@ def _set(placement: Placement, name: str, value: object) -> None:
 
 
 def _frozen(array: npt.NDArray[np.integer]) -> IntArray:
-    frozen = np.array(array, np.int32, order="C")
+    return _read_only(np.array(array, np.int32, order="C"))
+
+
+def _read_only(frozen: IntArray) -> IntArray:
     frozen.flags.writeable = False
     return frozen
 
@@ -355,28 +361,46 @@ def _integers(name: str, values: npt.ArrayLike) -> npt.NDArray[np.integer]:
         raise ConstraintError(
             name, f"of dtype {array.dtype}", "must hold integers", "convert it with .astype(np.int32)"
         )
-    return array.astype(np.int64)
+    return array if array.dtype in (np.int32, np.int64) else array.astype(np.int64)
 
 
 def _without_slot(slots: npt.NDArray[np.integer], num_experts: int) -> npt.NDArray[np.integer]:
     """(n, 2): layer and expert of those that no slot holds, empty when every expert has one."""
     # S slots leave out one of S + 1 experts, so no array is made for more of them, however large an id is.
     held = np.zeros((slots.shape[0], min(num_experts, slots.shape[1] + 1)), bool)
-    layer, slot = np.nonzero(slots < held.shape[1])
-    held[layer, slots[layer, slot]] = True
+    for part in _column_parts(slots):
+        layer, slot = np.nonzero(part < held.shape[1])
+        held[layer, part[layer, slot]] = True
     return np.argwhere(~held)
 
 
-def ascending_replica_index(slots: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
+def _column_parts(slots: npt.NDArray[np.integer]) -> Iterator[npt.NDArray[np.integer]]:
+    """The columns of (L, S) in parts of at most 32,768 numbers, which a usual placement has."""
+    width = max(1, _PART // len(slots))
+    for begin in range(0, slots.shape[1], width):
+        yield slots[:, begin : begin + width]
+
+
+def ascending_replica_index(slots: npt.NDArray[np.integer]) -> IntArray:
     """Position of each slot among the slots of the same expert, counted from the left."""
-    by_expert = np.argsort(slots, axis=1, kind="stable")
-    sorted_experts = np.take_along_axis(slots, by_expert, axis=1)
-    column = np.arange(slots.shape[1])
-    starts = np.ones(slots.shape, bool)
-    starts[:, 1:] = sorted_experts[:, 1:] != sorted_experts[:, :-1]
-    first = np.maximum.accumulate(np.where(starts, column, 0), axis=1)
-    order = np.empty(slots.shape, np.int64)
-    np.put_along_axis(order, by_expert, column - first, axis=1)
+    order = np.empty(slots.shape, np.int32)
+    before = None  # (L, E), slots of each expert in the parts on the left
+    begin = 0
+    for part in _column_parts(slots):
+        here = order[:, begin : begin + part.shape[1]]
+        begin += part.shape[1]
+        by_expert = np.argsort(part, axis=1, kind="stable")
+        sorted_experts = np.take_along_axis(part, by_expert, axis=1)
+        column = np.arange(part.shape[1])
+        starts = np.ones(part.shape, bool)
+        starts[:, 1:] = sorted_experts[:, 1:] != sorted_experts[:, :-1]
+        first = np.maximum.accumulate(np.where(starts, column, 0), axis=1)
+        np.put_along_axis(here, by_expert, (column - first).astype(np.int32), axis=1)
+        if part.shape[1] < slots.shape[1]:
+            if before is None:
+                before = np.zeros((len(slots), int(slots.max()) + 1), np.int32)
+            here += np.take_along_axis(before, part, axis=1)
+            before += count_replicas(part, before.shape[1]).astype(np.int32)
     return order
 
 
@@ -388,7 +412,8 @@ def _check_replica_index(
     if not wrong.any():
         # The positions of one expert must be a permutation of 0…count−1: as multisets of (expert, position)
         # they must equal those of the ascending order.
-        wrong = np.sort(slots * width + order, axis=1) != np.sort(slots * width + ascending, axis=1)
+        expert = slots.astype(np.int64) * width
+        wrong = np.sort(expert + order, axis=1) != np.sort(expert + ascending, axis=1)
     if wrong.any():
         layer = int(np.argwhere(wrong)[0][0])
         raise ConstraintError(

@@ -81,6 +81,9 @@ BOMBS = {
     "json, counts": _filled(b"[[300", b",412", b"]]"),
     "json, lines": _filled(b"{}", b"\n{}", b""),
     "json, lines of numbers": _filled(b"{}", b"\n1", b""),
+    "json, equal slots": b'{"initial_global_assignments": {"0": [0%b]}}' % (b",0" * (1 << 20)),
+    "json, equal slots in layers": b'{"initial_global_assignments": {%b}}'
+    % b",".join(b'"%d": [0%b]' % (layer, b",0" * ((1 << 16) - 1)) for layer in range(16)),
     "yaml, aliases": b"a: &a [1,1]\n" + b"".join(b"%c: &%c [*%c,*%c]\n" % (c + 1, c + 1, c, c) for c in range(97, 120)),
     "yaml, numbers": _filled(b"a:\n", b"- 1\n", b""),
     "yaml, flow": _filled(b"a: [1", b",1", b"]"),

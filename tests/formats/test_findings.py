@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from evenmoe import formats
+from evenmoe.formats import findings
 from evenmoe.formats.catalogue import FORMATS
 from evenmoe.io.torch_file import torch_bytes
 from evenmoe.placement import Placement
@@ -195,3 +197,19 @@ def test_a_layer_without_tokens_is_a_warning(tmp_path):
     checked = formats.check(tmp_path / "t.npz")
     assert [(f.kind, f.layer) for f in checked.findings] == [("zero-layer", 1)]
     assert checked.clean
+
+
+@pytest.mark.parametrize("far", [0, 2**31, 2**40], ids=["ids", "beyond int32", "far beyond"])
+@pytest.mark.parametrize("part", [1, 2, 7, 1000])
+def test_duplicates_are_those_of_plain_loops_wherever_parts_end(far, part, monkeypatch):
+    monkeypatch.setattr(findings, "_PART", part)
+    slots = np.random.default_rng(part).integers(-1, 5, 40)
+    slots[3] += far
+    expected = []
+    for rank, (begin, end) in enumerate(((0, 0), (0, 13), (13, 40))):
+        for expert in sorted(set(slots[begin:end].tolist()) - {-1}):
+            held = [slot for slot in range(begin, end) if slots[slot] == expert]
+            expected += [(rank, expert, second, f"slots {first} and {second}") for first, second in pairwise(held)]
+    found = list(findings._duplicates(slots, np.array([0, 13, 40]), layer=0))
+    assert [(f.rank, f.expert, f.slot) for f in found] == [case[:3] for case in expected]
+    assert all(words in f.text for f, (*_, words) in zip(found, expected, strict=True))

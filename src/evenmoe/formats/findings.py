@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from evenmoe.formats.contents import Finding, IntArray, Load, RawLoad, RawPlacem
 from evenmoe.placement import share_slots
 
 _INT32 = 2**31 - 1
+_PART = 1 << 12  # slots looked at together: a file of 2 MB may claim a million, and reading it takes ten times that
 _LAYERS_TO_TELL = 4  # layers times other ranks, from where on tokens of one rank's experts alone are no accident
 
 
@@ -23,17 +25,17 @@ def inspect_placement(
     for row, slots in enumerate(raw.slots):
         layer = raw.layer_ids[row] if raw.layer_ids else row
         sizes = _rank_sizes(raw, row, num_ranks)
-        ranks = None if sizes is None else np.repeat(np.arange(len(sizes)), sizes)
-        yield from _ids(slots, ranks, layer, experts)
+        ends = None if sizes is None else np.cumsum(sizes)
+        yield from _ids(slots, ends, layer, experts)
         order = raw.replica_index[row] if raw.replica_index else None
         if order is not None and not _counts_up(slots, order):
             text, rule = f"the order of replicas in layer {layer}", "must number each expert's slots 0, 1, … once"
             yield _fatal("replica-order", text, rule, "leave `replica_index` as it was written", layer=layer)
             order = None
-        if ranks is not None and sizes is not None:
-            yield from _duplicates(slots, ranks, layer)
+        if ends is not None:
+            yield from _duplicates(slots, ends, layer)
             if rank_rule:
-                yield from _unreachable(slots, ranks, layer, len(sizes), order)
+                yield from _unreachable(slots, ends, layer, order)
 
 
 def inspect_load(raw: RawLoad) -> Iterator[Finding]:
@@ -159,7 +161,7 @@ def number_gaps(layer_ids: tuple[int, ...] | None) -> Iterator[Finding]:
 def shown_experts(raw: RawPlacement) -> int:
     """The experts that the slots show: every expert needs a slot, so an id beyond the slots shows no more of them."""
     widest = max(len(slots) for slots in raw.slots)
-    return 1 + max((int(row[row < widest].max(initial=-1)) for row in raw.slots), default=-1)
+    return 1 + max((int(row.max(initial=-1, where=row < widest)) for row in raw.slots), default=-1)
 
 
 def _rank_sizes(raw: RawPlacement, row: int, num_ranks: int | None) -> list[int] | None:
@@ -204,9 +206,13 @@ def _shapes(raw: RawPlacement, num_ranks: int | None) -> Iterator[Finding]:
         yield _fatal("divisibility", text, rule, "add redundant experts, or check --ranks")
 
 
-def _ids(slots: IntArray, ranks: IntArray | None, layer: int, experts: int) -> Iterator[Finding]:
+def _rank_of(slot: int, ends: IntArray) -> int:
+    return int(np.searchsorted(ends, slot, side="right"))
+
+
+def _ids(slots: IntArray, ends: IntArray | None, layer: int, experts: int) -> Iterator[Finding]:
     for slot in np.flatnonzero((slots < 0) | (slots >= experts))[:1000].tolist():
-        rank = None if ranks is None else int(ranks[slot])
+        rank = None if ends is None else _rank_of(slot, ends)
         where = f"layer {layer}, {'' if rank is None else f'rank {rank}, '}slot {slot}"
         value = int(slots[slot])
         if value == -1:
@@ -230,12 +236,15 @@ def _ids(slots: IntArray, ranks: IntArray | None, layer: int, experts: int) -> I
             slot=slot,
             expert=value,
         )
-    inside = slots[(slots >= 0) & (slots < experts)]
     if experts > 4 * len(slots) + 1000:  # a wrong --experts: one finding, not a million
         text, rule = f"{len(slots)} slots for {experts} experts in layer {layer}", "must have a slot for every expert"
         yield _fatal("missing-expert", text, rule, "check --experts", layer=layer)
         return
-    for expert in np.setdiff1d(np.arange(experts), inside).tolist():
+    held = np.zeros(experts, bool)
+    for begin in range(0, len(slots), _PART):
+        part = slots[begin : begin + _PART]
+        held[part[(part >= 0) & (part < experts)]] = True
+    for expert in np.flatnonzero(~held).tolist():
         yield _fatal(
             "missing-expert",
             f"no slot for expert {expert} in layer {layer}",
@@ -253,38 +262,57 @@ def _counts_up(slots: IntArray, order: IntArray) -> bool:
     return np.array_equal(order[by_expert], position)
 
 
-def _duplicates(slots: IntArray, ranks: IntArray, layer: int) -> Iterator[Finding]:
-    order = np.lexsort((np.arange(len(slots)), slots, ranks))
-    same = (slots[order][1:] == slots[order][:-1]) & (ranks[order][1:] == ranks[order][:-1]) & (slots[order][1:] >= 0)
-    for first, second in zip(order[:-1][same].tolist(), order[1:][same].tolist(), strict=True):
-        expert, rank = int(slots[first]), int(ranks[first])
-        yield Finding(
-            "error",
-            "duplicate-replica",
-            f"expert {expert} in slots {first} and {second} of rank {rank} in layer {layer}",
-            "should hold an expert once on a rank",
-            "one of the slots balances nothing: give it to another expert",
-            layer=layer,
-            rank=rank,
-            slot=second,
-            expert=expert,
-        )
+def _duplicates(slots: IntArray, ends: IntArray, layer: int) -> Iterator[Finding]:
+    for rank, (begin, end) in enumerate(pairwise([0, *ends.tolist()])):
+        for expert, first, second in _twice(slots[begin:end], begin):
+            yield Finding(
+                "error",
+                "duplicate-replica",
+                f"expert {expert} in slots {first} and {second} of rank {rank} in layer {layer}",
+                "should hold an expert once on a rank",
+                "one of the slots balances nothing: give it to another expert",
+                layer=layer,
+                rank=rank,
+                slot=second,
+                expert=expert,
+            )
 
 
-def _unreachable(
-    slots: IntArray, ranks: IntArray, layer: int, num_ranks: int, replica_index: IntArray | None
-) -> Iterator[Finding]:
+def _twice(slots: IntArray, begin: int) -> Iterator[tuple[int, int, int]]:
+    """Expert, slot and next slot that holds it, in that order, of one rank's slots from number `begin` on.
+
+    In one array, sorted where it stands: a small file may claim a million slots.
+    """
+    if slots.max(initial=0) > _INT32:  # no expert's id, and each takes ten bytes of the file
+        order = np.argsort(slots, kind="stable")
+        experts = slots[order]
+    else:
+        order = np.maximum(slots, -1)
+        order <<= 32
+        for first in range(0, len(order), _PART):
+            order[first : first + _PART] |= np.arange(first, min(first + _PART, len(order)))
+        order.sort()
+        experts = None
+    for first in range(0, len(order) - 1, _PART):
+        part = order[first : first + _PART + 1]
+        expert = part >> 32 if experts is None else experts[first : first + _PART + 1]
+        slot = (part & 0xFFFFFFFF if experts is None else part) + begin
+        again = np.flatnonzero((expert[1:] == expert[:-1]) & (expert[1:] >= 0))
+        yield from zip(expert[again].tolist(), slot[again].tolist(), slot[again + 1].tolist(), strict=True)
+
+
+def _unreachable(slots: IntArray, ends: IntArray, layer: int, replica_index: IntArray | None) -> Iterator[Finding]:
     """Replicas that Ascend's mode 0 never chooses: source rank r goes to replica r // ceil(W / c) of c."""
-    experts, inverse, counts = np.unique(slots, return_inverse=True, return_counts=True)
+    num_ranks = len(ends)
+    experts, counts = np.unique(slots, return_counts=True)
     for which in np.flatnonzero(counts > 1).tolist():
         count = int(counts[which])
         reached = -(-num_ranks // -(-num_ranks // count))
         if reached == count or experts[which] < 0:
             continue
-        held = np.flatnonzero(inverse == which)
-        position = np.arange(count) if replica_index is None else replica_index[held]
-        idle = held[position >= reached]
-        slot, rank = int(idle[0]), int(ranks[idle[0]])
+        held = np.flatnonzero(slots == experts[which])
+        idle = held[reached:] if replica_index is None else held[replica_index[held] >= reached]
+        slot, rank = int(idle[0]), _rank_of(int(idle[0]), ends)
         yield Finding(
             "warning",
             "unreachable",

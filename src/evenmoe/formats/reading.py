@@ -229,7 +229,7 @@ def _placement_contents(
             "pass num_ranks (--ranks)",
         )
     whole = Placement(
-        np.stack(raw.slots),
+        np.stack(raw.slots, dtype=np.int32, casting="unsafe"),  # which `inspect_placement` found to fit
         num_ranks,
         num_experts=options.num_experts or raw.num_experts,
         replica_index=None if raw.replica_index is None else np.stack(raw.replica_index),
