@@ -24,7 +24,9 @@ class Stream:
 
     >>> stream, done = Stream(), []
     >>> stream.enqueue(lambda: done.append("first"))
+    1
     >>> stream.enqueue(lambda: done.append("second"))
+    2
     >>> stream.synchronize()
     >>> done
     ['first', 'second']

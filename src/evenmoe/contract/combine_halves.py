@@ -91,7 +91,15 @@ def check_combine_teardown_call(call: Teardown) -> Layout:
 
 
 def infer_combine_setup(call: Setup) -> dict[str, TensorSpec]:
-    """The outputs of the setup, by name, in the operator's order."""
+    """The outputs of the setup, by name, in the operator's order.
+
+    >>> call = CombineSetupCall(
+    ...     expand_x=TensorSpec((96, 4096), "bfloat16"), expert_ids=TensorSpec((8, 6), "int32"),
+    ...     assist_info_for_combine=TensorSpec((128 * 96,), "int32"), group_ep="ep",
+    ...     ep_world_size=2, ep_rank_id=0, moe_expert_num=32, comm_type=2)
+    >>> infer_combine_setup(call)["comm_cmd_info"].shape  # 16 · (96 rows + 2 ranks)
+    (1568,)
+    """
     rows, hidden = call.expand_x.shape
     return {
         "quant_expand_x": TensorSpec((rows, halves.quantized_columns(hidden)), "int8"),

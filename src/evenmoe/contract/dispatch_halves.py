@@ -31,6 +31,14 @@ def check_dispatch_setup_call(call: Setup) -> Layout:
         MissingArgumentError: a null tensor or group name.
         UnsupportedTypeError: a dtype that the operator does not take, or a group name of 128 characters or more.
         ConstraintError: everything else.
+
+    Two ranks of 8 tokens with 6 experts each may all want this rank's experts: 2 · 8 · 6 rows.
+
+    >>> call = DispatchSetupCall(
+    ...     x=TensorSpec((8, 4096), "bfloat16"), expert_ids=TensorSpec((8, 6), "int32"), group_ep="ep",
+    ...     ep_world_size=2, ep_rank_id=0, moe_expert_num=32, comm_type=2)
+    >>> check_dispatch_setup_call(call).capacity
+    96
     """
     check_given("x", call.x, "pass the tokens")
     check_given("expert_ids", call.expert_ids, "pass the experts of the tokens")

@@ -29,6 +29,10 @@ class HalfCall(Generic[Tensor]):
         comm_alg: only ""; None is taken as "".
         check_values: whether the operator looks at the tensors' values too; the contract does not.
         limits: `Limits`; all but "relaxed" and "unlimited" are those of Ascend 950 here.
+
+    >>> ranks = dict(group_ep="ep", ep_world_size=2, ep_rank_id=0, moe_expert_num=32)
+    >>> DispatchSetupCall(x="tokens", expert_ids="experts", **ranks).of_the_chip
+    True
     """
 
     expert_ids: Tensor
