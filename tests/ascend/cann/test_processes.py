@@ -38,6 +38,6 @@ def test_a_killed_process_is_named_by_the_others(run_program: Run) -> None:
     assert set(got) == {"rank 0", "rank 1"}
     for status, message in got.values():
         assert status == 361001
-        # A slow survivor may find the other one gone, too: it ends as soon as it knows.
+        # A slow process may find the other one gone, too: it ends as soon as it knows.
         assert re.search(r"lost rank (\d, )?2 of group", message), message
         assert "its process is gone" in message or "which closed its transport" in message
