@@ -66,6 +66,7 @@ FLOORS = (
     ("dispatched", "evidence"),
     ("metrics", "quantities"),
     ("placement",),
+    ("slot_arrays",),
     ("errors",),
     ("compiled", ""),  # "" is evenmoe itself, whose names are imported when first used
 )

@@ -17,10 +17,10 @@ from scipy.optimize import linprog
 
 import evenmoe as em
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
-from evenmoe.placement import ranks_of_slots
 from evenmoe.planner.even import plan_static
 from evenmoe.rules import split_kernels
 from evenmoe.rules.split_batch import SplitPlan
+from evenmoe.slot_arrays import ranks_of_slots
 
 
 def rank_loads(per_slot, num_ranks):

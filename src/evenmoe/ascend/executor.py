@@ -18,6 +18,7 @@ from evenmoe.ascend.groups import Membership, find_group, late_ranks, peers_here
 from evenmoe.ascend.status import AclError, of_the_chip
 from evenmoe.ascend.stream import Stream
 from evenmoe.ascend.tensors import check_unchanged, number_of, write_outputs
+from evenmoe.contract.argument import Kind
 from evenmoe.contract.calls import (
     CombineCall,
     CombineV1Call,
@@ -40,7 +41,7 @@ from evenmoe.contract.half_calls import (
 )
 from evenmoe.contract.layout import Layout, scale_down
 from evenmoe.contract.limits import ATLAS_A3, Limits
-from evenmoe.contract.operators import SIGNATURES, Kind
+from evenmoe.contract.operators import SIGNATURES
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.contract.update_expert import check_update_expert_call
 from evenmoe.errors import ConstraintError, EvenmoeError, UnsupportedTypeError, as_integer

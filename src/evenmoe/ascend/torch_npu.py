@@ -8,121 +8,41 @@ the chip's first stage fails. `group_ep` and `group_tp` are names: `rank.ep.name
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import wraps
-from typing import Any, TypeAlias, TypeVar
-
 import torch
 
 from evenmoe.ascend.barrier import _npu_distribute_barrier  # noqa: F401  one of the functions here
-from evenmoe.ascend.executor import check_call
-from evenmoe.ascend.groups import find_group
 from evenmoe.ascend.init_routing import npu_moe_init_routing, npu_moe_init_routing_v2  # noqa: F401  as well
-from evenmoe.ascend.patching import UNCHECKED, NotEmulatedError, in_effect
-from evenmoe.ascend.status import NpuCallError, of_the_chip
-from evenmoe.ascend.tensors import number_of, remember
+from evenmoe.ascend.patching import NotEmulatedError
+from evenmoe.ascend.status import NpuCallError
+from evenmoe.ascend.tensors import remember
+from evenmoe.ascend.torch_npu_calls import (
+    check_as_first_wrapper,
+    check_as_wrapper,
+    end_half,
+    made_from,
+    perform_as_wrapper,
+    telling,
+    update_expert_as_wrapper,
+    with_comm_alg,
+    with_room_for_nodes,
+)
 from evenmoe.contract.calls import CombineCall, CombineV1Call, DispatchCall, DispatchV1Call, UpdateExpertCall
 from evenmoe.contract.comm_alg import HIERARCHY
-from evenmoe.contract.dispatch import check_token_nums_type
-from evenmoe.contract.distribute import check_ep_rank, check_shared_pair, check_shared_rank_num
 from evenmoe.contract.half_calls import (
     CombineSetupCall,
     CombineTeardownCall,
     DispatchSetupCall,
     DispatchTeardownCall,
-    HalfCall,
 )
-from evenmoe.contract.limits import ATLAS_A3
-from evenmoe.contract.operators import OPERATORS, Argument, Kind
-from evenmoe.contract.tensor_spec import TensorSpec, check_dims
-from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError
-from evenmoe.ops.exchange import check_range
-from evenmoe.ops.halves import group_of, told
-from evenmoe.ops.operator import CALL_TYPES, check_devices, check_types, find_groups, in_order, parts_of, specs_of
-from evenmoe.transport.call import together
-from evenmoe.transport.transport import Transport
-
-_RANKS_PER_NODE = 8  # of Atlas A2, in the room that the wrapper makes for its counts (§5)
+from evenmoe.errors import ConstraintError
+from evenmoe.ops.operator import check_devices, check_types
 
 _INT8 = (1, 258)  # as torch_npu writes the dtype: its own number, or torch's with 256 added
 
-_TYPES: dict[Kind, type] = {"tensor": torch.Tensor, "str": str, "int": int, "float": float}
-_Result = TypeVar("_Result")
 Tensor = torch.Tensor
-_Half: TypeAlias = HalfCall[Tensor]
-_Collective: TypeAlias = DispatchCall[Tensor] | CombineCall[Tensor]
 
 
-def _function(
-    operator: str,
-    version: int,
-    *,
-    without: tuple[str, ...] = (),
-    required: tuple[str, ...] = (),
-    renamed: Mapping[str, str] | None = None,
-    later_chips: tuple[str, ...] = (),
-    **fields: object,
-) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:
-    """Makes a function of torch_npu from one of a call object, and its errors those of torch_npu.
-
-    Args:
-        operator, version: of the table; what must be given comes by position, everything else by keyword.
-        without: arguments that torch_npu does not take.
-        required: arguments that must be given here, although the newest version has a default.
-        renamed: {name of the table: name in torch_npu}.
-        later_chips: arguments that only later chips take, None here.
-        fields: of every call.
-    """
-    names = renamed or {}
-    taken = [a for a in OPERATORS[operator].published(version) if a.kind != "output" and a.name not in without]
-    first = [argument for argument in taken if argument.required or argument.name in required]
-    others = [argument for argument in taken if argument not in first] + [Argument(name, "int") for name in later_chips]
-    by_position, by_keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    positions = [names.get(argument.name, argument.name) for argument in first]
-    defaults = {argument.name: argument.default for argument in others}
-    parameters = [
-        inspect.Parameter(name, by_position, annotation=_TYPES[argument.kind])
-        for name, argument in zip(positions, first, strict=True)
-    ]
-    for argument in others:
-        kind = _TYPES[argument.kind] if argument.default is not None else _TYPES[argument.kind] | None
-        parameters.append(inspect.Parameter(argument.name, by_keyword, default=argument.default, annotation=kind))
-    signature = inspect.Signature(parameters)
-
-    def decorate(function: Callable[..., _Result]) -> Callable[..., _Result]:
-        @wraps(function)
-        def call(*args: object, **kwargs: object) -> _Result:
-            given = {**defaults, **dict(zip(positions, args, strict=False)), **kwargs}
-            twice = not kwargs.keys().isdisjoint(positions[: len(args)])
-            if twice or len(args) > len(positions) or given.keys() != signature.parameters.keys():
-                signature.bind(*args, **kwargs)  # raises the TypeError; it would take a tenth of a whole call
-            unknown = {name: given.pop(name) for name in later_chips}
-            for name, theirs in names.items():
-                given[name] = given.pop(theirs)
-            try:
-                always = operator == "update_expert" or operator.endswith(("_setup", "_teardown"))
-                checked = always or not in_effect(UNCHECKED)
-                return function(
-                    CALL_TYPES[operator](**given, **fields, limits=ATLAS_A3, check_values=checked), **unknown
-                )
-            except EvenmoeError as error:
-                argument, fix = error.argument, of_the_chip(error).fix
-                if argument in names:
-                    fix = fix.replace("output of this name", argument)
-                raised = NpuCallError(names.get(argument, argument), error.value, error.rule, fix)
-                raised.status = error.status
-                raise raised from error
-
-        setattr(call, "__signature__", signature)  # noqa: B010  what help() shows
-        return call
-
-    return decorate
-
-
-@_function("update_expert", version=1, required=("local_rank_id", "world_size"), generation="eplb_update_expert")
+@made_from("update_expert", version=1, required=("local_rank_id", "world_size"), generation="eplb_update_expert")
 def npu_moe_eplb_update_expert(call: UpdateExpertCall[Tensor]) -> Tensor:
     """Map logical to physical expert ids by rank; the older operator, of torch_npu 7.1.0 only.
 
@@ -143,10 +63,10 @@ def npu_moe_eplb_update_expert(call: UpdateExpertCall[Tensor]) -> Tensor:
     >>> npu_moe_eplb_update_expert(torch.tensor([[0, 1]], dtype=torch.int32), table, 4, 8).tolist()
     [[0, 7]]
     """
-    return _update_expert(call)[0]
+    return update_expert_as_wrapper(call)[0]
 
 
-@_function("update_expert", version=2)
+@made_from("update_expert", version=2)
 def npu_moe_update_expert(call: UpdateExpertCall[Tensor]) -> tuple[Tensor, Tensor]:
     """Map logical to physical expert ids, by rank or by token, and mark the entries to prune (§1).
 
@@ -171,17 +91,10 @@ def npu_moe_update_expert(call: UpdateExpertCall[Tensor]) -> tuple[Tensor, Tenso
     >>> ids.tolist(), mask.tolist()
     ([[0, 7]], [[True, True]])
     """
-    return _update_expert(call)
+    return update_expert_as_wrapper(call)
 
 
-def _update_expert(call: UpdateExpertCall[Tensor]) -> tuple[Tensor, Tensor]:
-    arguments = check_types("update_expert", call)
-    if call.old or call.balance_mode not in (0, 1):  # the registered operator takes more rules, and checks the rest
-        check_call(specs_of(call))
-    return torch.ops.evenmoe.update_expert(**arguments)
-
-
-@_function("dispatch", version=4, later_chips=("y_dtype", "x_dtype", "scales_dtype"))
+@made_from("dispatch", version=4, later_chips=("y_dtype", "x_dtype", "scales_dtype"))
 def npu_moe_distribute_dispatch_v2(
     call: DispatchCall[Tensor], **later_chips: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -218,18 +131,18 @@ def npu_moe_distribute_dispatch_v2(
     ...     world.run(step)
     [1.0, 0.0]
     """
-    *outputs, number = _perform("dispatch", call, lambda: _check_as_wrapper(call, later_chips))
+    *outputs, number = perform_as_wrapper("dispatch", call, lambda: check_as_wrapper(call, later_chips))
     expand_x, dynamic_scales, assist_info, token_nums, ep_recv_counts, tp_recv_counts, expand_scales = outputs
     if not call.check_values and ep_recv_counts.max() > len(dynamic_scales):
         rule, fix = f"must bring at most {len(dynamic_scales)} rows", "let no expert occur twice in a token"
         raise NpuCallError("expert_ids", f"such that {ep_recv_counts.max()} rows came here", rule, fix)
     remember(assist_info, number)
     if call.comm_alg != HIERARCHY:  # which allocates them itself
-        ep_recv_counts = _with_room_for_nodes(ep_recv_counts, call)
+        ep_recv_counts = with_room_for_nodes(ep_recv_counts, call)
     return expand_x, dynamic_scales, assist_info, token_nums, ep_recv_counts, tp_recv_counts, expand_scales
 
 
-@_function("dispatch_v1", version=1)
+@made_from("dispatch_v1", version=1)
 def npu_moe_distribute_dispatch(
     call: DispatchV1Call[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -264,22 +177,14 @@ def npu_moe_distribute_dispatch(
     ...     world.run(step)[2:4]
     [([0, 1], 0), ([0, 1], 16)]
     """
-    *outputs, number = _perform("dispatch_v1", call, lambda: _check_as_first_wrapper(call))
+    *outputs, number = perform_as_wrapper("dispatch_v1", call, lambda: check_as_first_wrapper(call))
     expand_x, dynamic_scales, expand_idx, token_nums, ep_recv_counts, tp_recv_counts, expand_scales = outputs
     remember(expand_idx, number)
-    ep_recv_counts = _with_room_for_nodes(ep_recv_counts, call)
+    ep_recv_counts = with_room_for_nodes(ep_recv_counts, call)
     return expand_x, dynamic_scales, expand_idx, token_nums, ep_recv_counts, tp_recv_counts, expand_scales
 
 
-def _with_room_for_nodes(ep_recv_counts: Tensor, call: DispatchCall[Tensor]) -> Tensor:
-    if call.expert_scales is None:
-        return ep_recv_counts
-    tokens, top_k = call.expert_ids.shape
-    more = 2 * (call.global_bs or tokens * call.ep_world_size) * top_k * (call.ep_world_size // _RANKS_PER_NODE)
-    return torch.cat([ep_recv_counts, ep_recv_counts.new_zeros(more)])
-
-
-@_function("combine", 4, without=("activation_scale", "weight_scale", "group_list", "out_dtype", "group_list_type"))
+@made_from("combine", 4, without=("activation_scale", "weight_scale", "group_list", "out_dtype", "group_list_type"))
 def npu_moe_distribute_combine_v2(call: CombineCall[Tensor]) -> Tensor:
     """Return the experts' rows to their tokens and add them up, weighted; a collective of the groups (§3).
 
@@ -297,10 +202,10 @@ def npu_moe_distribute_combine_v2(call: CombineCall[Tensor]) -> Tensor:
     Raises:
         NpuCallError: as in `npu_moe_distribute_dispatch_v2`.
     """
-    return _perform("combine", call)
+    return perform_as_wrapper("combine", call)
 
 
-@_function("combine_v1", version=2)
+@made_from("combine_v1", version=2)
 def npu_moe_distribute_combine(call: CombineV1Call[Tensor]) -> Tensor:
     """Return the experts' rows to their tokens and add them up, weighted, the first version; a collective (§3.8).
 
@@ -319,10 +224,10 @@ def npu_moe_distribute_combine(call: CombineV1Call[Tensor]) -> Tensor:
     Raises:
         NpuCallError: as in `npu_moe_distribute_dispatch_v2`.
     """
-    return _perform("combine_v1", call)
+    return perform_as_wrapper("combine_v1", call)
 
 
-@_function("combine_add_rms_norm", version=2, renamed={"assist_info_for_combine": "expand_idx"})
+@made_from("combine_add_rms_norm", version=2, renamed={"assist_info_for_combine": "expand_idx"})
 def npu_moe_distribute_combine_add_rms_norm(call: CombineCall[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Combine without rounding, add the residual and apply RmsNorm; a collective of the groups (§4).
 
@@ -339,10 +244,10 @@ def npu_moe_distribute_combine_add_rms_norm(call: CombineCall[Tensor]) -> tuple[
     Raises:
         NpuCallError: as in `npu_moe_distribute_dispatch_v2`.
     """
-    return _perform("combine_add_rms_norm", call)
+    return perform_as_wrapper("combine_add_rms_norm", call)
 
 
-@_function("dispatch_setup", version=1, later_chips=("y_dtype",))
+@made_from("dispatch_setup", version=1, later_chips=("y_dtype",))
 def npu_moe_distribute_dispatch_setup(
     call: DispatchSetupCall[Tensor], y_dtype: object = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -365,16 +270,16 @@ def npu_moe_distribute_dispatch_setup(
     Raises:
         NpuCallError: what the chip does not take, a group that is not open here, ids out of range.
     """
-    with _telling("dispatch", call):
+    with telling("dispatch", call):
         if y_dtype is not None and (call.quant_mode == 0 or y_dtype not in _INT8):
             rule = "must be None, or int8 (1) under quant_mode 2"
             raise ConstraintError("y_dtype", repr(y_dtype), rule, "leave it out")
-        arguments = check_types("dispatch_setup", _with_comm_alg(call))
+        arguments = check_types("dispatch_setup", with_comm_alg(call))
         check_devices(arguments)
     return torch.ops.evenmoe.dispatch_setup(**arguments)
 
 
-@_function("dispatch_teardown", version=1)
+@made_from("dispatch_teardown", version=1)
 def npu_moe_distribute_dispatch_teardown(
     call: DispatchTeardownCall[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -392,10 +297,10 @@ def npu_moe_distribute_dispatch_teardown(
     Raises:
         NpuCallError: what the chip does not take, a comm_cmd_info of no setup or of another, ranks that disagree.
     """
-    return _end("dispatch_teardown", call)
+    return end_half("dispatch_teardown", call)
 
 
-@_function("combine_setup", version=1)
+@made_from("combine_setup", version=1)
 def npu_moe_distribute_combine_setup(call: CombineSetupCall[Tensor]) -> tuple[Tensor, Tensor]:
     """Begin to return the experts' rows to their tokens, and return at once (§14).
 
@@ -412,13 +317,13 @@ def npu_moe_distribute_combine_setup(call: CombineSetupCall[Tensor]) -> tuple[Te
     Raises:
         NpuCallError: as in `npu_moe_distribute_dispatch_setup`.
     """
-    with _telling("combine", call):
-        arguments = check_types("combine_setup", _with_comm_alg(call))
+    with telling("combine", call):
+        arguments = check_types("combine_setup", with_comm_alg(call))
         check_devices(arguments)
     return torch.ops.evenmoe.combine_setup(**arguments)
 
 
-@_function("combine_teardown", version=1)
+@made_from("combine_teardown", version=1)
 def npu_moe_distribute_combine_teardown(call: CombineTeardownCall[Tensor]) -> Tensor:
     """Wait for what `npu_moe_distribute_combine_setup` began, and add up the rows of each token, weighted (§14).
 
@@ -434,95 +339,7 @@ def npu_moe_distribute_combine_teardown(call: CombineTeardownCall[Tensor]) -> Te
     Raises:
         NpuCallError: as in `npu_moe_distribute_dispatch_teardown`.
     """
-    return _end("combine_teardown", call)
-
-
-@contextmanager
-def _telling(operator: str, call: _Half) -> Iterator[None]:
-    """What the wrapper looks at before a setup; the other ranks are told of an error."""
-    with told(_group_of_half(call), operator):
-        yield
-
-
-def _end(operator: str, call: _Half) -> Any:
-    _group_of_half(call)
-    arguments = check_types(operator, _with_comm_alg(call))
-    check_devices(arguments)
-    return getattr(torch.ops.evenmoe, operator)(**arguments)
-
-
-def _group_of_half(call: _Half) -> Transport:
-    try:
-        return group_of(call, find_group)
-    except (ConstraintError, TypeError):
-        # What is wrong with the call itself comes first, as on the chip.
-        check_call(specs_of(call))
-        raise
-
-
-def _with_comm_alg(call: _Half) -> _Half:
-    if call.group_ep is None:
-        raise MissingArgumentError("group_ep", None, "must be a name", "pass a str")
-    return replace(call, comm_alg="") if call.comm_alg is None else call
-
-
-def _check_as_wrapper(call: DispatchCall[Tensor], later_chips: Mapping[str, object]) -> None:
-    """What torch_npu looks at before the first stage does."""
-    for name, value in later_chips.items():
-        if value is not None:
-            raise ConstraintError(name, repr(value), "must be None on Atlas A3", "leave it out")
-    specs: DispatchCall[TensorSpec] = specs_of(call)
-    check_dims("x", specs.x, (2,), "(tokens, hidden)")
-    check_dims("expert_ids", specs.expert_ids, (2,), "(tokens, top_k)")
-    check_ep_rank(specs)
-    check_shared_rank_num(specs)
-    check_shared_pair(specs)
-    check_token_nums_type(specs)
-
-
-def _check_as_first_wrapper(call: DispatchV1Call[Tensor]) -> None:
-    """What the function of the first version looks at before the first stage does."""
-    specs: DispatchV1Call[TensorSpec] = specs_of(call)
-    check_dims("x", specs.x, (2,), "(tokens, hidden)")
-    check_dims("expert_ids", specs.expert_ids, (2,), "(tokens, top_k)")
-    check_shared_rank_num(specs)
-    check_token_nums_type(specs)
-
-
-def _perform(operator: str, call: _Collective, check_first: Callable[[], None] = lambda: None) -> Any:
-    """Complete a call as the wrapper does, and let the operator compute it; the other ranks are told of an error."""
-    ep, tp = _find_groups(operator, call)
-    rows = call.x if isinstance(call, DispatchCall) else call.expand_x
-    exchanged = "combine" if operator == "combine_add_rms_norm" else operator
-    parts = parts_of(exchanged, ep, tp, call.elastic_info is not None, rows)
-    with together(*in_order(exchanged, *parts)):
-        arguments = check_types(operator, _completed(call))
-        check_first()
-        check_devices(arguments)
-        if not call.check_values:  # ids may occur twice in a token, and nothing else
-            check_range(call.expert_ids, call.moe_expert_num + call.virtual_experts)
-        return getattr(torch.ops.evenmoe, operator)(**arguments)
-
-
-def _find_groups(operator: str, call: _Collective) -> tuple[Transport, Transport | None]:
-    try:
-        return find_groups(call, find_group)
-    except (ConstraintError, TypeError):
-        # What is wrong with the call itself comes first, as on the chip.
-        call = _completed(call)
-        check_types(operator, call)
-        check_call(specs_of(call))
-        raise
-
-
-def _completed(call: _Collective) -> _Collective:
-    for name, value in (("group_ep", call.group_ep), ("group_tp", call.group_tp)):
-        if value is None:
-            raise MissingArgumentError(name, None, "must be a name", 'pass a str, "" for no tensor parallelism')
-    if isinstance(call, DispatchCall):
-        return replace(call, comm_alg="") if call.comm_alg is None else call
-    number = number_of(call.expand_idx if isinstance(call, CombineV1Call) else call.assist_info_for_combine)
-    return replace(call, comm_alg="" if call.comm_alg is None else call.comm_alg, dispatch_number=number)
+    return end_half("combine_teardown", call)
 
 
 def __getattr__(name: str) -> object:

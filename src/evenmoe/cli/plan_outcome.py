@@ -152,7 +152,7 @@ class Outcome:
     def print_on(self, console: Console) -> None:
         """Print the same as text."""
         request, contents, placement, copies = self.request, self.contents, self.placement, self.copies
-        from evenmoe.placement import sizes_text
+        from evenmoe.slot_arrays import sizes_text
 
         assert contents.load is not None
         empty = f" ({contents.empty_windows} empty ones left out)" if contents.empty_windows else ""

@@ -6,132 +6,40 @@ the two-stage calls with their C headers and C names, and the sizes that all ran
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
-Kind = Literal["tensor", "output", "str", "int", "float", "bool"]
-
-
-@dataclass(frozen=True, slots=True)
-class Argument:
-    """One argument of an operator.
-
-    Attributes:
-        name: as the specification has it, in snake_case.
-        kind: a tensor that is read, a tensor that is written, or the type of an attribute.
-        required: whether a call must give it; an output is always given in C, and never anywhere else.
-        default: of an attribute that need not be given; None for tensors.
-        since: the first version of the C function that has it, None where no C function does.
-        c_name: its name in the C functions.
-        agrees: what must be equal on all ranks, as an error names it.
-    """
-
-    name: str
-    kind: Kind
-    required: bool = False
-    default: str | float | None = None
-    since: int | None = 1
-    c_name: str = ""
-    agrees: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.c_name:
-            camel = re.sub(r"_(\w)", lambda match: match[1].upper(), self.name)
-            optional = self.kind == "tensor" and not self.required
-            object.__setattr__(self, "c_name", f"{camel}Optional" if optional else camel)
-
-
-@dataclass(frozen=True, slots=True)
-class Operator:
-    """One operator in all its versions.
-
-    Attributes:
-        name: it is registered as `torch.ops.evenmoe.<name>`.
-        arguments: tensors, attributes and outputs, each in the operator's order.
-        versions: the C functions that compute it, {name behind `aclnn`: version}.
-    """
-
-    name: str
-    arguments: tuple[Argument, ...]
-    versions: Mapping[str, int]
-
-    def of_kind(self, *kinds: Kind) -> tuple[Argument, ...]:
-        """The arguments of these kinds, in order."""
-        return tuple(argument for argument in self.arguments if argument.kind in kinds)
-
-    def published(self, version: int) -> tuple[Argument, ...]:
-        """The arguments that the operator has in this version, in order."""
-        return tuple(a for a in self.arguments if a.since is not None and a.since <= version)
-
-
-@dataclass(frozen=True, slots=True)
-class Signature:
-    """One C function of the two-stage interface.
-
-    Attributes:
-        operator: the registered operator that computes it.
-        arguments: in C order, by name, without workspaceSize and executor.
-    """
-
-    operator: str
-    arguments: Mapping[str, Argument]
-
-    def names(self, *kinds: Kind) -> list[str]:
-        """The arguments of these kinds, in order.
-
-        >>> SIGNATURES["MoeEPLBUpdateExpert"].names("tensor", "int", "output")
-        ['expert_ids', 'eplb_table', 'local_rank_id', 'world_size', 'balance_mode', 'balanced_expert_ids']
-        """
-        return [name for name, argument in self.arguments.items() if argument.kind in kinds]
-
-
-def _tensor(name: str, *agrees: str) -> Argument:
-    return Argument(name, "tensor", required=True, agrees=agrees)
-
-
-def _optional(name: str, *agrees: str, since: int | None = 1) -> Argument:
-    return Argument(name, "tensor", since=since, agrees=agrees)
-
-
-def _int(name: str, default: int | None = 0, *agrees: str, since: int = 1) -> Argument:
-    return Argument(name, "int", default is None, default, since, agrees=agrees)
-
-
-def _output(name: str, since: int | None = 1, c_name: str = "") -> Argument:
-    return Argument(name, "output", since=since, c_name=c_name)
-
+from evenmoe.contract.argument import Argument, Operator, Signature, integer, optional, output, tensor
 
 _CHECKS = (  # of this package
     Argument("check_values", "bool", required=True, since=None),
     Argument("limits", "str", required=True, since=None),
 )
-_EXPERT_IDS = _tensor("expert_ids", "top-k of `expert_ids`")
-_MASK = _optional("x_active_mask", "presence of `x_active_mask`")
+_EXPERT_IDS = tensor("expert_ids", "top-k of `expert_ids`")
+_MASK = optional("x_active_mask", "presence of `x_active_mask`")
 _GROUPS = (
     Argument("group_ep", "str", required=True),
-    _int("ep_world_size", None),
-    _int("ep_rank_id", None),
-    _int("moe_expert_num", None, "`num_experts`"),
+    integer("ep_world_size", None),
+    integer("ep_rank_id", None),
+    integer("moe_expert_num", None, "`num_experts`"),
     Argument("group_tp", "str", default=""),
-    _int("tp_world_size", 0, "tensor-parallel world size"),
-    _int("tp_rank_id"),
-    _int("expert_shard_type"),
-    _int("shared_expert_num", 1, "`shared_expert_num`"),
-    _int("shared_expert_rank_num", 0, "`shared_expert_rank_num`"),
+    integer("tp_world_size", 0, "tensor-parallel world size"),
+    integer("tp_rank_id"),
+    integer("expert_shard_type"),
+    integer("shared_expert_num", 1, "`shared_expert_num`"),
+    integer("shared_expert_rank_num", 0, "`shared_expert_rank_num`"),
 )
-_GLOBAL_BS = _int("global_bs", 0, "tokens per rank times ranks (`global_bs`)")
+_GLOBAL_BS = integer("global_bs", 0, "tokens per rank times ranks (`global_bs`)")
 _COMM_ALG = Argument("comm_alg", "str", default="")
 
 
 def _elastic(since: int) -> Argument:
-    return _optional("elastic_info", "digest of `elastic_info`", since=since)
+    return optional("elastic_info", "digest of `elastic_info`", since=since)
 
 
 def _virtual(since: int) -> tuple[Argument, ...]:
     names = ("zero_expert_num", "copy_expert_num", "const_expert_num")
-    return tuple(_int(name, 0, f"`{name}`", since=since) for name in names)
+    return tuple(integer(name, 0, f"`{name}`", since=since) for name in names)
 
 
 def _combine(
@@ -146,31 +54,31 @@ def _combine(
 ) -> Operator:
     """Combine, or combine with what else an operator does behind it."""
     arguments = (
-        _tensor("expand_x", "hidden size of `expert_out`", "dtype of `expert_out`"),
+        tensor("expand_x", "hidden size of `expert_out`", "dtype of `expert_out`"),
         _EXPERT_IDS,
-        _tensor("assist_info_for_combine"),
-        _tensor("ep_send_counts"),
-        _tensor("expert_scales"),
+        tensor("assist_info_for_combine"),
+        tensor("ep_send_counts"),
+        tensor("expert_scales"),
         *more_tensors,
-        _optional("tp_send_counts"),
+        optional("tp_send_counts"),
         _MASK,
-        _optional("activation_scale"),
-        _optional("weight_scale"),
-        _optional("group_list"),
-        _optional("expand_scales"),
-        _optional("shared_expert_x"),
+        optional("activation_scale"),
+        optional("weight_scale"),
+        optional("group_list"),
+        optional("expand_scales"),
+        optional("shared_expert_x"),
         _elastic(scaled_since),
-        _optional("ori_x", since=scaled_since),
-        _optional("const_expert_alpha_1", since=scaled_since),
-        _optional("const_expert_alpha_2", since=scaled_since),
-        _optional("const_expert_v", since=scaled_since),
-        _optional("performance_info", since=performance_since),
-        _optional("dispatch_number", since=None),  # the eighth output of dispatch
+        optional("ori_x", since=scaled_since),
+        optional("const_expert_alpha_1", since=scaled_since),
+        optional("const_expert_alpha_2", since=scaled_since),
+        optional("const_expert_v", since=scaled_since),
+        optional("performance_info", since=performance_since),
+        optional("dispatch_number", since=None),  # the eighth output of dispatch
         *_GROUPS,
         _GLOBAL_BS,
-        _int("out_dtype"),
-        _int("comm_quant_mode", 0, "`comm_quant_mode`"),
-        _int("group_list_type"),
+        integer("out_dtype"),
+        integer("comm_quant_mode", 0, "`comm_quant_mode`"),
+        integer("group_list_type"),
         _COMM_ALG,
         *more_attributes,
         *_virtual(scaled_since),
@@ -183,150 +91,150 @@ def _combine(
 UPDATE_EXPERT = Operator(
     "update_expert",
     (
-        _tensor("expert_ids"),
-        _tensor("eplb_table"),
-        _optional("expert_scales", since=2),
-        _optional("pruning_threshold", since=2),
-        _optional("active_mask", since=2),
-        _int("local_rank_id", -1),
-        _int("world_size", -1),
-        _int("balance_mode"),
+        tensor("expert_ids"),
+        tensor("eplb_table"),
+        optional("expert_scales", since=2),
+        optional("pruning_threshold", since=2),
+        optional("active_mask", since=2),
+        integer("local_rank_id", -1),
+        integer("world_size", -1),
+        integer("balance_mode"),
         *_CHECKS,
-        _output("balanced_expert_ids"),
-        _output("balanced_active_mask", since=2),
+        output("balanced_expert_ids"),
+        output("balanced_active_mask", since=2),
     ),
     {"MoeEPLBUpdateExpert": 1, "MoeUpdateExpert": 2},
 )
 DISPATCH = Operator(
     "dispatch",
     (
-        _tensor("x", "hidden size of `x`", "dtype of `x`"),
+        tensor("x", "hidden size of `x`", "dtype of `x`"),
         _EXPERT_IDS,
-        _optional("scales", "presence of `scales`"),
+        optional("scales", "presence of `scales`"),
         _MASK,
-        _optional("expert_scales", "presence of `expert_scales`"),
+        optional("expert_scales", "presence of `expert_scales`"),
         _elastic(since=3),
-        _optional("performance_info", since=4),
+        optional("performance_info", since=4),
         *_GROUPS,
-        _int("quant_mode", 0, "`quant_mode`"),
+        integer("quant_mode", 0, "`quant_mode`"),
         _GLOBAL_BS,
-        _int("expert_token_nums_type", 1),
+        integer("expert_token_nums_type", 1),
         _COMM_ALG,
         *_virtual(since=3),
         *_CHECKS,
-        _output("expand_x", c_name="expandXOut"),
-        _output("dynamic_scales", c_name="dynamicScalesOut"),
-        _output("assist_info_for_combine", c_name="assistInfoForCombineOut"),
-        _output("expert_token_nums", c_name="expertTokenNumsOut"),
-        _output("ep_recv_counts", c_name="epRecvCountsOut"),
-        _output("tp_recv_counts", c_name="tpRecvCountsOut"),
-        _output("expand_scales", c_name="expandScalesOut"),
-        _output("dispatch_number", since=None),  # which exchange of each group it was
+        output("expand_x", c_name="expandXOut"),
+        output("dynamic_scales", c_name="dynamicScalesOut"),
+        output("assist_info_for_combine", c_name="assistInfoForCombineOut"),
+        output("expert_token_nums", c_name="expertTokenNumsOut"),
+        output("ep_recv_counts", c_name="epRecvCountsOut"),
+        output("tp_recv_counts", c_name="tpRecvCountsOut"),
+        output("expand_scales", c_name="expandScalesOut"),
+        output("dispatch_number", since=None),  # which exchange of each group it was
     ),
     {"MoeDistributeDispatchV2": 2, "MoeDistributeDispatchV3": 3, "MoeDistributeDispatchV4": 4},
 )
 COMBINE = _combine(
     "combine",
     {"MoeDistributeCombineV2": 2, "MoeDistributeCombineV3": 3, "MoeDistributeCombineV4": 4},
-    outputs=(_output("x_out"),),
+    outputs=(output("x_out"),),
     scaled_since=3,
     performance_since=4,
 )
 COMBINE_ADD_RMS_NORM = _combine(
     "combine_add_rms_norm",
     {"MoeDistributeCombineAddRmsNorm": 1, "MoeDistributeCombineAddRmsNormV2": 2},
-    more_tensors=(_tensor("residual_x"), _tensor("gamma")),
+    more_tensors=(tensor("residual_x"), tensor("gamma")),
     more_attributes=(Argument("norm_eps", "float", default=1e-6),),
-    outputs=(_output("y_out"), _output("rstd_out"), _output("x_out")),
+    outputs=(output("y_out"), output("rstd_out"), output("x_out")),
     scaled_since=2,
     performance_since=None,
 )
 
 _HALF_GROUP = (
     Argument("group_ep", "str", required=True),
-    _int("ep_world_size", None),
-    _int("ep_rank_id", None),
-    _int("moe_expert_num", None, "`num_experts`"),
-    _int("expert_shard_type"),
-    _int("shared_expert_num", 1, "`shared_expert_num`"),
-    _int("shared_expert_rank_num", 0, "`shared_expert_rank_num`"),
+    integer("ep_world_size", None),
+    integer("ep_rank_id", None),
+    integer("moe_expert_num", None, "`num_experts`"),
+    integer("expert_shard_type"),
+    integer("shared_expert_num", 1, "`shared_expert_num`"),
+    integer("shared_expert_rank_num", 0, "`shared_expert_rank_num`"),
 )
-_COMM_TYPE = _int("comm_type")
+_COMM_TYPE = integer("comm_type")
 DISPATCH_SETUP = Operator(
     "dispatch_setup",
     (
-        _tensor("x", "hidden size of `x`", "dtype of `x`"),
+        tensor("x", "hidden size of `x`", "dtype of `x`"),
         _EXPERT_IDS,
-        _optional("scales", "presence of `scales`"),
-        _optional("x_active_mask"),
+        optional("scales", "presence of `scales`"),
+        optional("x_active_mask"),
         *_HALF_GROUP,
-        _int("quant_mode", 0, "`quant_mode`"),
+        integer("quant_mode", 0, "`quant_mode`"),
         _GLOBAL_BS,
         _COMM_TYPE,
         _COMM_ALG,
         *_CHECKS,
-        _output("y", c_name="yOut"),
-        _output("expand_idx", c_name="expandIdxOut"),
-        _output("comm_cmd_info", c_name="commCmdInfoOut"),
+        output("y", c_name="yOut"),
+        output("expand_idx", c_name="expandIdxOut"),
+        output("comm_cmd_info", c_name="commCmdInfoOut"),
     ),
     {"MoeDistributeDispatchSetup": 1},
 )
 DISPATCH_TEARDOWN = Operator(
     "dispatch_teardown",
     (
-        _tensor("x"),
-        _tensor("y"),
+        tensor("x"),
+        tensor("y"),
         _EXPERT_IDS,
-        _tensor("comm_cmd_info"),
+        tensor("comm_cmd_info"),
         *_HALF_GROUP,
-        _int("quant_mode"),
+        integer("quant_mode"),
         _GLOBAL_BS,
-        _int("expert_token_nums_type", 1),
+        integer("expert_token_nums_type", 1),
         _COMM_TYPE,
         _COMM_ALG,
         *_CHECKS,
-        _output("expand_x", c_name="expandXOut"),
-        _output("dynamic_scales", c_name="dynamicScalesOut"),
-        _output("assist_info_for_combine", c_name="assistInfoForCombineOut"),
-        _output("expert_token_nums", c_name="expertTokenNumsOut"),
+        output("expand_x", c_name="expandXOut"),
+        output("dynamic_scales", c_name="dynamicScalesOut"),
+        output("assist_info_for_combine", c_name="assistInfoForCombineOut"),
+        output("expert_token_nums", c_name="expertTokenNumsOut"),
     ),
     {"MoeDistributeDispatchTeardown": 1},
 )
 COMBINE_SETUP = Operator(
     "combine_setup",
     (
-        _tensor("expand_x", "hidden size of `expert_out`", "dtype of `expert_out`"),
+        tensor("expand_x", "hidden size of `expert_out`", "dtype of `expert_out`"),
         _EXPERT_IDS,
-        _tensor("assist_info_for_combine"),
+        tensor("assist_info_for_combine"),
         *_HALF_GROUP,
         _GLOBAL_BS,
-        _int("comm_quant_mode"),
+        integer("comm_quant_mode"),
         _COMM_TYPE,
         _COMM_ALG,
         *_CHECKS,
-        _output("quant_expand_x", c_name="quantExpandXOut"),
-        _output("comm_cmd_info", c_name="commCmdInfoOut"),
+        output("quant_expand_x", c_name="quantExpandXOut"),
+        output("comm_cmd_info", c_name="commCmdInfoOut"),
     ),
     {"MoeDistributeCombineSetup": 1},
 )
 COMBINE_TEARDOWN = Operator(
     "combine_teardown",
     (
-        _tensor("expand_x"),
-        _tensor("quant_expand_x"),
+        tensor("expand_x"),
+        tensor("quant_expand_x"),
         _EXPERT_IDS,
-        _tensor("expand_idx"),
-        _tensor("expert_scales"),
-        _tensor("comm_cmd_info"),
-        _optional("x_active_mask"),
-        _optional("shared_expert_x"),
+        tensor("expand_idx"),
+        tensor("expert_scales"),
+        tensor("comm_cmd_info"),
+        optional("x_active_mask"),
+        optional("shared_expert_x"),
         *_HALF_GROUP,
         _GLOBAL_BS,
-        _int("comm_quant_mode"),
+        integer("comm_quant_mode"),
         _COMM_TYPE,
         _COMM_ALG,
         *_CHECKS,
-        _output("x_out"),
+        output("x_out"),
     ),
     {"MoeDistributeCombineTeardown": 1},
 )
@@ -341,24 +249,24 @@ DISPATCH_V1 = Operator(
     "dispatch_v1",
     _first_version(
         (
-            _tensor("x"),
-            _tensor("expert_ids"),
-            _optional("scales"),
-            _optional("x_active_mask"),
-            _optional("expert_scales"),
+            tensor("x"),
+            tensor("expert_ids"),
+            optional("scales"),
+            optional("x_active_mask"),
+            optional("expert_scales"),
             *_GROUPS,
-            _int("quant_mode"),
+            integer("quant_mode"),
             _GLOBAL_BS,
-            _int("expert_token_nums_type", 1),
+            integer("expert_token_nums_type", 1),
             *_CHECKS,
-            _output("expand_x"),
-            _output("dynamic_scales"),
-            _output("expand_idx"),
-            _output("expert_token_nums"),
-            _output("ep_recv_counts"),
-            _output("tp_recv_counts"),
-            _output("expand_scales"),
-            _output("dispatch_number", since=None),
+            output("expand_x"),
+            output("dynamic_scales"),
+            output("expand_idx"),
+            output("expert_token_nums"),
+            output("ep_recv_counts"),
+            output("tp_recv_counts"),
+            output("expand_scales"),
+            output("dispatch_number", since=None),
         )
     ),
     {"MoeDistributeDispatch": 1},
@@ -367,26 +275,26 @@ COMBINE_V1 = Operator(
     "combine_v1",
     _first_version(
         (
-            _tensor("expand_x"),
-            _tensor("expert_ids"),
-            _tensor("expand_idx"),
-            _tensor("ep_send_counts"),
-            _tensor("expert_scales"),
-            _optional("tp_send_counts"),
-            _optional("x_active_mask"),
-            _optional("activation_scale"),
-            _optional("weight_scale"),
-            _optional("group_list"),
-            _optional("expand_scales"),
-            _optional("shared_expert_x", since=2),  # of torch_npu alone
-            _optional("dispatch_number", since=None),
+            tensor("expand_x"),
+            tensor("expert_ids"),
+            tensor("expand_idx"),
+            tensor("ep_send_counts"),
+            tensor("expert_scales"),
+            optional("tp_send_counts"),
+            optional("x_active_mask"),
+            optional("activation_scale"),
+            optional("weight_scale"),
+            optional("group_list"),
+            optional("expand_scales"),
+            optional("shared_expert_x", since=2),  # of torch_npu alone
+            optional("dispatch_number", since=None),
             *_GROUPS,
             _GLOBAL_BS,
-            _int("out_dtype"),
-            _int("comm_quant_mode"),
-            _int("group_list_type"),
+            integer("out_dtype"),
+            integer("comm_quant_mode"),
+            integer("group_list_type"),
             *_CHECKS,
-            _output("x_out", c_name="x"),
+            output("x_out", c_name="x"),
         )
     ),
     {"MoeDistributeCombine": 1},

@@ -11,8 +11,8 @@ import numpy as np
 from evenmoe.engines.engine import Engine
 from evenmoe.formats.contents import Contents, Finding, ReadOptions
 from evenmoe.formats.reading import Checked, read
-from evenmoe.placement import sizes_text
 from evenmoe.rules import RULES
+from evenmoe.slot_arrays import sizes_text
 
 _RANK_RULE = "unreachable"  # finding of replicas that Ascend's rule leaves idle
 _MOST_IDLE = 1000

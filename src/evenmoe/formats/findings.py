@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from evenmoe.formats.contents import Finding, IntArray, Load, RawLoad, RawPlacement
-from evenmoe.placement import share_slots
+from evenmoe.slot_arrays import share_slots
 
 _INT32 = 2**31 - 1
 _PART = 1 << 12  # slots looked at together: a file of 2 MB may claim a million, and reading it takes ten times that

@@ -29,7 +29,8 @@ from evenmoe.formats.layer_numbers import HIDDEN_LAYERS, MTP_LAYERS
 from evenmoe.formats.values import whole_counts
 from evenmoe.io.npz import not_one_text
 from evenmoe.io.text import json_bytes
-from evenmoe.placement import Placement, ascending_replica_index
+from evenmoe.placement import Placement
+from evenmoe.slot_arrays import ascending_replica_index
 from evenmoe.traces.trace import checked_trace, parse_metadata, trace_bytes
 from evenmoe.traces.trace_arrays import ARRAYS, MOST_TOKENS
 

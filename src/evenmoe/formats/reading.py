@@ -26,8 +26,9 @@ from evenmoe.formats.layer_numbers import (
     number_rows,
 )
 from evenmoe.io import DamagedFileError
-from evenmoe.placement import Placement, share_slots
+from evenmoe.placement import Placement
 from evenmoe.registry import blaming
+from evenmoe.slot_arrays import share_slots
 
 _FLAGS = {
     "num_ranks": "--ranks",

@@ -13,7 +13,8 @@ from evenmoe.formats.document import Document
 from evenmoe.io import ALLOWANCE_BYTES, Value
 from evenmoe.io.npz import npy_bytes, npz_bytes
 from evenmoe.io.text import json_bytes
-from evenmoe.placement import Placement, ascending_replica_index
+from evenmoe.placement import Placement
+from evenmoe.slot_arrays import ascending_replica_index
 
 _LAYER_IN_NAME = re.compile(r"(?:.*\.)?layers\.([0-9]{1,6})(?:\..*)?")
 

@@ -30,8 +30,9 @@ from evenmoe.formats.reading import contents_of, merged, open_raw
 from evenmoe.io import Value
 from evenmoe.io.output import whole_file, whole_folder, write_standard_output
 from evenmoe.metrics import as_array, check_counts
-from evenmoe.placement import Placement, share_slots, sizes_text
+from evenmoe.placement import Placement
 from evenmoe.registry import blaming
+from evenmoe.slot_arrays import share_slots, sizes_text
 from evenmoe.traces.trace import Trace
 
 #: What placement files say beside the placement, by name in `Contents.metadata`.

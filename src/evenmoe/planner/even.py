@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.metrics import FloatArray
-from evenmoe.placement import IntArray
 from evenmoe.planner.kernels.bound import lower_bounds, search_exhaustively
 from evenmoe.planner.kernels.packing import pack_layers
 from evenmoe.planner.kernels.soft_peak import SoftPeak, search
 from evenmoe.planner.kernels.swaps import even_layers, refine
 from evenmoe.planner.slots import Padding, even_par, named, random_state, take
+from evenmoe.slot_arrays import IntArray
 
 # One load per layer: counts and packing together.
 

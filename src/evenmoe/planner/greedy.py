@@ -13,9 +13,10 @@ import numpy.typing as npt
 
 from evenmoe.errors import ConstraintError
 from evenmoe.metrics import as_load, within_range
-from evenmoe.placement import Placement, sizes_text
+from evenmoe.placement import Placement
 from evenmoe.planner.kernels.packing import pack_evenly, replicate
 from evenmoe.planner.options import check_shape
+from evenmoe.slot_arrays import sizes_text
 
 
 def plan_greedy(

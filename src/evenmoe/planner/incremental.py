@@ -6,13 +6,13 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.metrics import FloatArray, count_arrivals
-from evenmoe.placement import IntArray, held_by_rank
 from evenmoe.planner.even import plan_peaks
 from evenmoe.planner.hierarchical import plan_hierarchical
 from evenmoe.planner.kernels.packing import keep_slots
 from evenmoe.planner.kernels.walk import walk_layers
 from evenmoe.planner.options import Shape
 from evenmoe.planner.slots import Indices, Integers, Padding, Slots, by_load, even_par, lay_over, positions, take
+from evenmoe.slot_arrays import IntArray, held_by_rank
 
 # Load over which a rank counts as too busy, in mean rank loads. A little below the mean, so that a swap evens out both
 # of its ranks at once; 0.995 takes 0.3 copies a layer less than 0.99 and 0.05 less than 1.0 (DeepSeek-V3's shape).

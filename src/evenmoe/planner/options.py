@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from evenmoe.errors import ConstraintError
-from evenmoe.placement import Placement, sizes_text
+from evenmoe.placement import Placement
 from evenmoe.rules import RULES
 from evenmoe.rules.rule import Rule
+from evenmoe.slot_arrays import sizes_text
 
 
 class Shape(NamedTuple):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from evenmoe.metrics import FloatArray, peak_over_mean
-from evenmoe.placement import count_replicas, held_by_rank
 from evenmoe.planner.kernels.rank_rule import count_reachable, improve, pack
 from evenmoe.planner.options import Shape
 from evenmoe.planner.slots import Slots, normalized
 from evenmoe.rules.rank import ranks_choosing
+from evenmoe.slot_arrays import count_replicas, held_by_rank
 
 # What a copy must gain when starting from a placement in use, in mean rank loads: as for the other rules.
 PRICE_OF_COPY = 5e-4

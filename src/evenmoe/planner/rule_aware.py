@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from evenmoe.metrics import FloatArray, count_arrivals
-from evenmoe.placement import held_by_rank
 from evenmoe.planner import batch, rank_rule
 from evenmoe.planner.hierarchical import pack_groups, put_nodes, take_nodes
 from evenmoe.planner.options import Shape
 from evenmoe.planner.slots import Slots, by_load, lay_over, named, positions, swap_back, take
+from evenmoe.slot_arrays import held_by_rank
 
 # By what the rule is planned for. "rank" reaches only some replica counts, with uneven shares; "batch" is judged after
 # the best split of a batch.

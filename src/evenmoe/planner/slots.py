@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.metrics import FloatArray, peak_over_mean, sum_by_rank, within_range
-from evenmoe.placement import IntArray, ascending_replica_index, count_replicas, held_by_rank
+from evenmoe.slot_arrays import IntArray, ascending_replica_index, count_replicas, held_by_rank
 
 Indices = npt.NDArray[np.int64]
 Integers = npt.NDArray[np.integer]

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
 from evenmoe.metrics import as_array
-from evenmoe.placement import ranks_of_slots
+from evenmoe.slot_arrays import ranks_of_slots
 
 IntArray = npt.NDArray[np.int64]
 

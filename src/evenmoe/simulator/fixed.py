@@ -11,11 +11,12 @@ from evenmoe.errors import ConstraintError
 from evenmoe.formats.contents import ReadOptions
 from evenmoe.formats.reading import read_placement
 from evenmoe.metrics import FloatArray
-from evenmoe.placement import Placement, layers_of, sizes_text
+from evenmoe.placement import Placement, layers_of
 from evenmoe.rules.rule import Rule
 from evenmoe.simulator.batches import Cluster
 from evenmoe.simulator.policies import Policy
 from evenmoe.simulator.policy_text import PolicyText
+from evenmoe.slot_arrays import sizes_text
 from evenmoe.traces.trace import Trace
 
 FILE = "file:"

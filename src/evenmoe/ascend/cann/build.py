@@ -17,7 +17,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from evenmoe.contract.operators import SIGNATURES, Kind, Signature
+from evenmoe.contract.argument import Kind, Signature
+from evenmoe.contract.operators import SIGNATURES
 from evenmoe.errors import ConstraintError
 from evenmoe.io.output import made_folder, scratch_folder, undone_by_exit, whole_folder
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from evenmoe.ascend.groups import find_group
-from evenmoe.ascend.torch_npu import NpuCallError
+from evenmoe.ascend.status import NpuCallError
 from evenmoe.errors import EvenmoeError, MissingArgumentError, UnsupportedTypeError
 from evenmoe.transport.transport import Transport
 
