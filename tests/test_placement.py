@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from evenmoe import placement as placement_module
 from evenmoe.errors import ConstraintError
 from evenmoe.placement import Placement, default_placement
 from tests.placements import placements
@@ -230,18 +229,6 @@ def test_default_placement_with_more_slots_begins_anew():
 def test_default_placement_needs_ranks_that_divide():
     with pytest.raises(ConstraintError, match=r"^`num_ranks` is 3: it must divide the 4 slots evenly"):
         default_placement(1, 4, 3)
-
-
-@pytest.mark.parametrize("part", [1, 5, 12, 10_000])
-def test_replica_numbers_count_from_the_left_wherever_parts_end(part, monkeypatch):
-    monkeypatch.setattr(placement_module, "_PART", part)
-    slots = np.concatenate([np.tile(np.arange(7), (3, 1)), np.random.default_rng(part).integers(0, 7, (3, 10))], axis=1)
-    expected = [[row[:slot].count(expert) for slot, expert in enumerate(row)] for row in slots.tolist()]
-    placement = Placement(slots, num_ranks=1)
-    assert placement.replica_index.tolist() == expected
-    assert Placement(slots, num_ranks=1, replica_index=expected) == placement
-    with pytest.raises(ConstraintError, match="without expert 7 in layer 0"):
-        Placement(slots, num_ranks=1, num_experts=8)
 
 
 def test_arrays_of_the_caller_stay_the_callers():

@@ -65,11 +65,14 @@ def check_combine_call(call: Call) -> Layout:
     return check_tiling(call)
 
 
-def check_wrapper(call: Call) -> None:
-    """What the aclnn wrapper looks at: null pointers and the lengths of the group names."""
+def check_wrapper(call: CombineCall[TensorSpec], rows: str = "assist_info_for_combine") -> None:
+    """What the aclnn wrapper looks at: null pointers and the lengths of the group names.
+
+    `rows` is dispatch's output by which the rows are found.
+    """
     check_given("expand_x", call.expand_x, "pass the experts' outputs in dispatch's row order")
     check_given("expert_ids", call.expert_ids, "pass the ids that dispatch was called with")
-    check_given("assist_info_for_combine", call.assist_info_for_combine, "pass dispatch's output of this name")
+    check_given(rows, getattr(call, rows), "pass dispatch's output of this name")
     check_given("ep_send_counts", call.ep_send_counts, "pass dispatch's ep_recv_counts")
     check_given("expert_scales", call.expert_scales, "pass the gate weights")
     check_given("x_out", call.x_out, "pass a tensor for this output")

@@ -43,11 +43,14 @@ def check_dispatch_call(call: Call) -> Layout:
     return check_tiling(call)
 
 
-def check_wrapper(call: Call) -> None:
-    """What the aclnn wrapper looks at: null pointers and the lengths of the group names."""
+def check_wrapper(call: DispatchCall[TensorSpec], rows: str = "assist_info_for_combine") -> None:
+    """What the aclnn wrapper looks at: null pointers and the lengths of the group names.
+
+    `rows` is the output by which combine finds the rows.
+    """
     check_given("x", call.x, "pass the tokens of this rank")
     check_given("expert_ids", call.expert_ids, "pass the physical experts of every token")
-    outputs = ("expand_x", "assist_info_for_combine", "expert_token_nums", "ep_recv_counts", "tp_recv_counts")
+    outputs = ("expand_x", rows, "expert_token_nums", "ep_recv_counts", "tp_recv_counts")
     for name in outputs if common.tp_examined(call) else outputs[:-1]:
         check_given(name, getattr(call, name), "pass a tensor for this output")
     common.check_group_given(call)

@@ -7,8 +7,10 @@ from dataclasses import replace
 from evenmoe.contract import distribute as common
 from evenmoe.contract.calls import CombineV1Call, DispatchV1Call, with_integers
 from evenmoe.contract.combine import check_dtypes as check_combine_dtypes
+from evenmoe.contract.combine import check_wrapper as check_combine_wrapper
 from evenmoe.contract.dispatch import check_dtypes as check_dispatch_dtypes
 from evenmoe.contract.dispatch import check_token_nums_type, infer_dispatch
+from evenmoe.contract.dispatch import check_wrapper as check_dispatch_wrapper
 from evenmoe.contract.distribute import INTEGER_ATTRIBUTES, Call, Sizes
 from evenmoe.contract.layout import Layout
 from evenmoe.contract.tensor_spec import (
@@ -20,7 +22,7 @@ from evenmoe.contract.tensor_spec import (
     check_length,
     check_shape,
 )
-from evenmoe.errors import MissingArgumentError, UnsupportedTypeError, require
+from evenmoe.errors import require
 
 _INT8_TRANSPORT = _DYNAMIC_QUANT = 2
 _ALONE, _TOGETHER = 256, 144  # ranks of a world divide the one, or are whole multiples of the other
@@ -43,15 +45,7 @@ def check_dispatch_v1_call(call: DispatchV1Call[TensorSpec]) -> Layout:
     >>> check_dispatch_v1_call(call).capacity
     64
     """
-    check_given("x", call.x, "pass the tokens of this rank")
-    check_given("expert_ids", call.expert_ids, "pass the physical experts of every token")
-    outputs = ("expand_x", "expand_idx", "expert_token_nums", "ep_recv_counts", "tp_recv_counts")
-    for name in outputs if common.tp_examined(call) else outputs[:-1]:
-        check_given(name, getattr(call, name), "pass a tensor for this output")
-    common.check_group_given(call)
-    if call.quant_mode == _DYNAMIC_QUANT:
-        check_given("dynamic_scales", call.dynamic_scales, "pass a tensor for this output of quant_mode 2")
-    common.check_group_lengths(call, MissingArgumentError)
+    check_dispatch_wrapper(call, rows="expand_idx")
     checked = with_integers(call, (*INTEGER_ATTRIBUTES, "quant_mode", "expert_token_nums_type"))
     return _check_dispatch_tiling(checked)
 
@@ -122,14 +116,7 @@ def check_combine_v1_call(call: CombineV1Call[TensorSpec]) -> Layout:
     evenmoe.errors.ConstraintError: `expand_idx` is int32 (23,): it must have the shape (24,), one per token and k; \
 give it the shape (24,).
     """
-    check_given("expand_x", call.expand_x, "pass the experts' outputs in dispatch's row order")
-    check_given("expert_ids", call.expert_ids, "pass the ids that dispatch was called with")
-    check_given("expand_idx", call.expand_idx, "pass dispatch's output of this name")
-    check_given("ep_send_counts", call.ep_send_counts, "pass dispatch's ep_recv_counts")
-    check_given("expert_scales", call.expert_scales, "pass the gate weights")
-    check_given("x_out", call.x_out, "pass a tensor for this output")
-    common.check_group_given(call)
-    common.check_group_lengths(call, UnsupportedTypeError)
+    check_combine_wrapper(call, rows="expand_idx")
     checked = with_integers(call, (*INTEGER_ATTRIBUTES, "comm_quant_mode"))
     return _check_combine_tiling(checked)
 

@@ -19,7 +19,7 @@ from evenmoe.contract.layout import Layout
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.errors import ConstraintError
 from evenmoe.ops.exchange import active_tokens, check_physical_ids, stable_order
-from evenmoe.ops.halves import attributes_of, finished, group_of, numbered, places, told
+from evenmoe.ops.halves import agreed_sizes, attributes_of, finished, group_of, numbered, places, told
 from evenmoe.ops.operator import Prepared, register, specs_of
 from evenmoe.ops.weighted_sum import add_rows
 from evenmoe.transport.agreement import Header, dtype_code
@@ -55,11 +55,7 @@ def _setup_plan(
     call: CombineSetupCall[TensorSpec], layout: Layout, elastic_info: tuple[int, ...] | None = None
 ) -> SetupPlan:
     sizes = {
-        "top-k of `expert_ids`": layout.top_k,
-        "`num_experts`": call.moe_expert_num,
-        "`shared_expert_num`": layout.shared_experts,
-        "`shared_expert_rank_num`": layout.shared_ranks,
-        "tokens per rank times ranks (`global_bs`)": layout.global_bs,
+        **agreed_sizes(call, layout),
         "hidden size of `expert_out`": layout.hidden,
         "dtype of `expert_out`": dtype_code(call.expand_x.dtype),
     }

@@ -28,7 +28,7 @@ from evenmoe.ops.exchange import (
     prepare_sending,
     route,
 )
-from evenmoe.ops.halves import attributes_of, finished, group_of, numbered, places, told
+from evenmoe.ops.halves import agreed_sizes, attributes_of, finished, group_of, numbered, places, told
 from evenmoe.ops.numerics import DYNAMIC_INT8, quantize_rows, reinterpret
 from evenmoe.ops.operator import Prepared, register, specs_of
 from evenmoe.transport.agreement import Header, dtype_code
@@ -52,11 +52,7 @@ def _setup_plan(
     call: DispatchSetupCall[TensorSpec], layout: Layout, elastic_info: tuple[int, ...] | None = None
 ) -> SetupPlan:
     sizes = {
-        "top-k of `expert_ids`": layout.top_k,
-        "`num_experts`": call.moe_expert_num,
-        "`shared_expert_num`": layout.shared_experts,
-        "`shared_expert_rank_num`": layout.shared_ranks,
-        "tokens per rank times ranks (`global_bs`)": layout.global_bs,
+        **agreed_sizes(call, layout),
         "hidden size of `x`": layout.hidden,
         "dtype of `x`": dtype_code(call.x.dtype),
         "`quant_mode`": call.quant_mode,
