@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import evenmoe as em
+from evenmoe.ascend.context import DEFAULT_BUFFER_BYTES, make_context
 from evenmoe.contract.operators import SIGNATURES
 from evenmoe.transport.world import Rank
 
@@ -41,12 +42,14 @@ class Chain:
         return self.experts_per_rank * (self.ep - self.shared_ranks)
 
     def attributes(self, rank: Rank) -> dict[str, Any]:
-        """Every attribute of every operator by name."""
+        """Every attribute of every operator by name, and the context, which stands for one."""
         return {
             "local_rank_id": rank.ep.rank,
             "world_size": self.ep,
             "balance_mode": 0,
             "group_ep": rank.ep.name,
+            "context": make_context(rank.ep.name, rank.ep.rank, self.ep),
+            "ccl_buffer_size": DEFAULT_BUFFER_BYTES,
             "ep_world_size": self.ep,
             "ep_rank_id": rank.ep.rank,
             "moe_expert_num": self.num_experts,

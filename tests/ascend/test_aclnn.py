@@ -36,6 +36,10 @@ _OPTIONAL = (
 )
 _COMBINE_ATTRIBUTES = f"{_EP_TP} globalBs outDtype commQuantMode groupListType commAlg"
 _HALF_GROUP = "groupEp epWorldSize epRankId moeExpertNum expertShardType sharedExpertNum sharedExpertRankNum"
+_OVER_CONTEXT = (
+    "epWorldSize epRankId moeExpertNum cclBufferSize tpWorldSize tpRankId expertShardType sharedExpertNum "
+    "sharedExpertRankNum"
+)
 C_ARGUMENTS = {
     "MoeDistributeDispatchSetup": f"x expertIds scalesOptional xActiveMaskOptional {_HALF_GROUP} quantMode globalBs "
     "commType commAlg y expandIdxOut commCmdInfoOut",
@@ -62,6 +66,10 @@ C_ARGUMENTS = {
     "MoeDistributeCombineV3": f"{_COMBINE} {_OPTIONAL} {_CONSTANTS} {_COMBINE_ATTRIBUTES} {_VIRTUAL} xOut",
     "MoeDistributeCombineV4": f"{_COMBINE} {_OPTIONAL} {_CONSTANTS} performanceInfoOptional {_COMBINE_ATTRIBUTES} "
     f"{_VIRTUAL} xOut",
+    "MoeDistributeDispatchV5": f"context {_DISPATCH} elasticInfoOptional performanceInfoOptional {_OVER_CONTEXT} "
+    f"quantMode globalBs expertTokenNumsType commAlg {_VIRTUAL} {_DISPATCH_OUT}",
+    "MoeDistributeCombineV5": f"context {_COMBINE} {_OPTIONAL} {_CONSTANTS} performanceInfoOptional {_OVER_CONTEXT} "
+    f"globalBs outDtype commQuantMode groupListType commAlg {_VIRTUAL} xOut",
     "MoeDistributeCombineAddRmsNorm": f"{_COMBINE} residualX gamma {_OPTIONAL} {_COMBINE_ATTRIBUTES} normEps "
     "yOut rstdOut xOut",
     "MoeDistributeCombineAddRmsNormV2": f"{_COMBINE} residualX gamma {_OPTIONAL} {_CONSTANTS} {_COMBINE_ATTRIBUTES} "
@@ -128,6 +136,9 @@ REQUIRED = {
     "MoeDistributeDispatchV2": "x expert_ids expand_x assist_info_for_combine expert_token_nums ep_recv_counts "
     "group_ep",
     "MoeDistributeCombineV2": "expand_x expert_ids assist_info_for_combine ep_send_counts expert_scales x_out group_ep",
+    "MoeDistributeDispatchV5": "context x expert_ids expand_x assist_info_for_combine expert_token_nums "
+    "ep_recv_counts expand_scales",
+    "MoeDistributeCombineV5": "context expand_x expert_ids assist_info_for_combine ep_send_counts expert_scales x_out",
     "MoeDistributeCombineAddRmsNorm": "expand_x expert_ids assist_info_for_combine ep_send_counts expert_scales x_out "
     "group_ep residual_x gamma y_out rstd_out",
 }
@@ -170,7 +181,7 @@ def test_a_wrong_dtype_is_161002_and_a_wrong_shape_561002(operator, valid):
 HALVES = [name for name in SIGNATURES if name.endswith(("Setup", "Teardown"))]
 
 
-@pytest.mark.parametrize("operator", [name for name in SIGNATURES if "Distribute" in name and name not in HALVES])
+@pytest.mark.parametrize("operator", [name for name, s in SIGNATURES.items() if "group_tp" in s.arguments])
 def test_group_names(operator, valid):
     too_long = 161001 if "Dispatch" in operator else 161002  # as in the source (§2.13, §3.6)
     for name in ("group_ep", "group_tp"):

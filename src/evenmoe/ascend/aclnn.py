@@ -206,6 +206,8 @@ aclnnMoeDistributeCombineGetWorkspaceSize, aclnnMoeDistributeCombine = _two_stag
 aclnnMoeDistributeCombineV2GetWorkspaceSize, aclnnMoeDistributeCombineV2 = _two_stages("MoeDistributeCombineV2")
 aclnnMoeDistributeCombineV3GetWorkspaceSize, aclnnMoeDistributeCombineV3 = _two_stages("MoeDistributeCombineV3")
 aclnnMoeDistributeCombineV4GetWorkspaceSize, aclnnMoeDistributeCombineV4 = _two_stages("MoeDistributeCombineV4")
+aclnnMoeDistributeDispatchV5GetWorkspaceSize, aclnnMoeDistributeDispatchV5 = _two_stages("MoeDistributeDispatchV5")
+aclnnMoeDistributeCombineV5GetWorkspaceSize, aclnnMoeDistributeCombineV5 = _two_stages("MoeDistributeCombineV5")
 aclnnMoeDistributeCombineAddRmsNormGetWorkspaceSize, aclnnMoeDistributeCombineAddRmsNorm = _two_stages(
     "MoeDistributeCombineAddRmsNorm"
 )

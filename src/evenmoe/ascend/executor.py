@@ -14,6 +14,8 @@ from typing import Any, TypeAlias
 import torch
 
 from evenmoe.ascend import status
+from evenmoe.ascend.context import OverContext
+from evenmoe.ascend.context import group_of as group_of_context
 from evenmoe.ascend.groups import Membership, find_group, late_ranks, peers_here, taking_part
 from evenmoe.ascend.status import AclError, of_the_chip
 from evenmoe.ascend.stream import Stream
@@ -40,7 +42,7 @@ from evenmoe.contract.half_calls import (
     HalfCall,
 )
 from evenmoe.contract.layout import Layout, scale_down
-from evenmoe.contract.limits import ATLAS_A3, Limits
+from evenmoe.contract.limits import ATLAS_A3, ATLAS_A3_2026, Limits
 from evenmoe.contract.operators import SIGNATURES
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.contract.update_expert import check_update_expert_call
@@ -56,7 +58,7 @@ from evenmoe.ops import (
     update_expert,
 )
 from evenmoe.ops.halves import group_of
-from evenmoe.ops.operator import CALL_TYPES, Call, Prepared, find_groups, perform, specs_of
+from evenmoe.ops.operator import CALL_TYPES, Call, Prepared, find_groups, perform, spec_of, specs_of
 from evenmoe.transport.transport import Transport
 
 _PREPARED: dict[str, Prepared[Any, Any]] = {  # importing the operators registers them
@@ -79,6 +81,7 @@ Specs: TypeAlias = (
     UpdateExpertCall[TensorSpec] | DispatchCall[TensorSpec] | CombineCall[TensorSpec] | HalfCall[TensorSpec]
 )
 _INT64 = range(-(2**63), 2**63)
+_OF_CONTEXT = "(of the context)"  # until the call runs, when the context is read
 
 
 def check_call(specs: Specs) -> Layout | None:
@@ -114,7 +117,7 @@ def stage_one(operator: str, given: Mapping[str, object], limits: Limits = ATLAS
         operator: a key of `SIGNATURES`.
         given: {name: value} for every name of its signature; None is a null pointer. Tensors may be strided views. The
             outputs are written by `Executor.run`, as far as the operator writes them.
-        limits: what the chip takes.
+        limits: what the chip takes. V5 is younger than the rules of 2025, so the default for it is those of 2026.
 
     Raises:
         MissingArgumentError: a null tensor or group name (status 161001).
@@ -126,13 +129,19 @@ def stage_one(operator: str, given: Mapping[str, object], limits: Limits = ATLAS
     arguments = {name: _of_type(argument.kind, name, given[name]) for name, argument in signature.arguments.items()}
     if operator == "MoeEPLBUpdateExpert":
         arguments["generation"] = "eplb_update_expert"
-    call = CALL_TYPES[signature.operator](**arguments, limits=limits)
-    specs = specs_of(call)
+    over = None
+    if "context" in arguments:
+        size: Any = arguments.pop("ccl_buffer_size")
+        over, limits = OverContext(arguments.pop("context"), size), ATLAS_A3_2026 if limits is ATLAS_A3 else limits
+        arguments["group_ep"] = _OF_CONTEXT
     try:
-        layout = check_call(specs)
+        if over is not None:
+            arguments["hccl_buffer_bytes"] = over.check(arguments["comm_alg"])
+        call = CALL_TYPES[signature.operator](**arguments, limits=limits)
+        layout = check_call(specs_of(call))
     except EvenmoeError as error:
-        raise of_the_chip(error) from error
-    return Executor(operator, call, specs, layout)
+        raise of_the_chip(error if over is None else over.in_its_words(error)) from error
+    return Executor(operator, call, layout, over)
 
 
 class Executor:
@@ -143,21 +152,26 @@ class Executor:
         workspace_size: bytes that the second stage must be given.
         repeatable: whether the second stage may be called more than once; see `make_repeatable`.
         tensors, outputs: {name: tensor or None}; replace a tensor by one of equal shape and dtype to move it.
-        groups: (name, rank, world size) of those that it exchanges over, the expert-parallel one first.
+        groups: (name, rank, world size) of those that it exchanges over, the expert-parallel one first. The name is
+            None where a context tells the group, until the call runs.
     """
 
-    def __init__(self, operator: str, call: Call, specs: Specs, layout: Layout | None) -> None:
+    def __init__(self, operator: str, call: Call, layout: Layout | None, over: OverContext | None = None) -> None:
         signature = SIGNATURES[operator]
         self.operator, self.workspace_size, self.repeatable = operator, WORKSPACE_BYTES, False
-        self.tensors: dict[str, torch.Tensor | None] = {name: getattr(call, name) for name in signature.names("tensor")}
+        self.tensors: dict[str, torch.Tensor | None] = {
+            name: getattr(over if name == "context" else call, name) for name in signature.names("tensor")
+        }
         self.outputs: dict[str, torch.Tensor | None] = {name: getattr(call, name) for name in signature.names("output")}
-        self._call, self._specs, self._layout = call, specs, layout
-        found: tuple[Transport | None, ...] = ()
-        if isinstance(call, DistributeCall):
-            found = find_groups(call, find_group)
-        elif isinstance(call, HalfCall):
-            found = (group_of(call, find_group),)
-        self.groups = [(group.name, group.rank, group.world_size) for group in found if group is not None]
+        self._specs = {
+            name: None if tensor is None else spec_of(tensor) for name, tensor in (self.tensors | self.outputs).items()
+        }
+        self._call, self._layout = call, layout
+        self.groups: list[tuple[str | None, int, int]] = []
+        if over is None:
+            self.groups.extend(_groups_of(call))
+        elif isinstance(call, DistributeCall):
+            self.groups.append((None, call.ep_rank_id, call.ep_world_size))
         self._state = threading.Lock()
         self._launched = self._destroyed = False
         self._memberships: list[Membership] = []
@@ -256,7 +270,11 @@ class Executor:
             # The chip too makes every input contiguous first.
             given = {name: _copy_of(tensor) for name, tensor in self.tensors.items()}
         name = SIGNATURES[self.operator].operator
+        context = given.pop("context", None)
         call, layout = replace(self._call, **given), self._layout
+        if context is not None and isinstance(call, DistributeCall):
+            call = replace(call, group_ep=group_of_context(context, call.ep_rank_id))
+            self.groups = [*_groups_of(call)]
         checked = layout
         if isinstance(call, DistributeCall):
             call = replace(call, comm_alg=call.comm_alg or "", group_tp=call.group_tp or "")
@@ -276,7 +294,7 @@ class Executor:
 
     def describe(self) -> str:
         """What the call is, and which ranks it waits for, for messages."""
-        where = "".join(f" as rank {rank} of group {name!r}" for name, rank, _ in self.groups[:1])
+        where = "".join(f" as rank {rank} of {_named(name)}" for name, rank, _ in self.groups[:1])
         late = late_ranks(self._memberships)
         behind = "; ".join(f"rank {', '.join(map(str, ranks))} of group {name!r}" for name, ranks in late.items())
         waits = f" waits for {behind}, which has not begun its call," if behind else ""
@@ -298,11 +316,26 @@ class Executor:
     def _join(self, layout: Layout | None) -> list[Membership]:
         memberships = []
         for position, (name, rank, world_size) in enumerate(self.groups):
+            assert name is not None, "read from the context, or given"
             members = peers_here(name, world_size)
             if position == 0 and layout is not None and layout.active_ranks:
                 members = [member for member in members if member in layout.active_ranks]
             memberships.append(Membership(name, rank, tuple(members)))
         return memberships
+
+
+def _groups_of(call: Call) -> list[tuple[str, int, int]]:
+    """(name, rank, world size) of the groups of a call, which must be open here."""
+    found: tuple[Transport | None, ...] = ()
+    if isinstance(call, DistributeCall):
+        found = find_groups(call, find_group)
+    elif isinstance(call, HalfCall):
+        found = (group_of(call, find_group),)
+    return [(group.name, group.rank, group.world_size) for group in found if group is not None]
+
+
+def _named(group: str | None) -> str:
+    return "the group of its context" if group is None else f"group {group!r}"
 
 
 def _of_type(kind: Kind, name: str, value: Any) -> object:

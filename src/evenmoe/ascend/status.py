@@ -38,6 +38,7 @@ HCCL_PARA = 1  # HCCL_E_PARA
 HCCL_PTR = 2  # HCCL_E_PTR
 HCCL_INTERNAL = 4  # HCCL_E_INTERNAL
 HCCL_NOT_SUPPORT = 5  # HCCL_E_NOT_SUPPORT
+HCCL_NOT_FOUND = 6  # HCCL_E_NOT_FOUND
 HCCL_TIMEOUT = 9  # HCCL_E_TIMEOUT
 HCCL_OPEN_FILE = 10  # HCCL_E_OPEN_FILE_FAILURE
 HCCL_TCP_CONNECT = 11  # HCCL_E_TCP_CONNECT
@@ -96,7 +97,7 @@ def of_the_chip(error: EvenmoeError) -> EvenmoeError:
     >>> print(of_the_chip(ConstraintError("x", "of 513 tokens", "must have 1 to 512 tokens", use)))
     `x` is of 513 tokens: it must have 1 to 512 tokens; use 1 to 512 tokens.
     """
-    fix = re.sub(r', or lift this bound of [\w-]+ with limits="\w+"', "", error.fix)
+    fix = re.sub(r', or lift this bound of [\w-]+ with limits="[\w-]+"', "", error.fix)
     return type(error)(error.argument, error.value, error.rule, fix)
 
 

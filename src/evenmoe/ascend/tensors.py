@@ -24,6 +24,7 @@ from evenmoe.contract.half_calls import (
     HalfCall,
 )
 from evenmoe.contract.layout import Layout
+from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
 from evenmoe.ops.dispatch_halves import message_width, rows_of
 from evenmoe.ops.exchange import active_tokens, route
@@ -71,14 +72,14 @@ def check_memory(arguments: Mapping[str, object], outputs: Sequence[str]) -> Non
             check_no_overlap(name, tensor.shape, tensor.stride())
 
 
-def check_unchanged(specs: object, tensors: Mapping[str, torch.Tensor | None]) -> None:
-    """Check that the tensors have the shapes and dtypes that the first stage saw, which `specs` has by name.
+def check_unchanged(specs: Mapping[str, TensorSpec | None], tensors: Mapping[str, torch.Tensor | None]) -> None:
+    """Check that the tensors have the shapes and dtypes that the first stage saw, `specs` by name.
 
     Raises:
         ConstraintError: one was resized, or replaced by another.
     """
     for name, tensor in tensors.items():
-        before, now = getattr(specs, name), None if tensor is None else spec_of(tensor)
+        before, now = specs[name], None if tensor is None else spec_of(tensor)
         if now != before:
             raise ConstraintError(
                 name, now, f"must stay as the first stage saw it, {before}", "call the first stage again"

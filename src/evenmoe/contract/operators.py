@@ -318,10 +318,24 @@ OPERATORS: dict[str, Operator] = {
 """Every operator by its registered name."""
 
 
+def _over_context(operator: Operator) -> Signature:
+    """The function that takes a context and a buffer's size in place of the groups' names (§2.18)."""
+    arguments = {"context": tensor("context")}
+    for argument in operator.published(max(operator.versions.values())):
+        if argument.name not in ("group_ep", "group_tp"):
+            arguments[argument.name] = argument
+        if argument.name == "moe_expert_num":
+            arguments["ccl_buffer_size"] = integer("ccl_buffer_size", None)
+    return Signature(operator.name, arguments)
+
+
 SIGNATURES: dict[str, Signature] = {
     name: Signature(operator.name, {argument.name: argument for argument in operator.published(version)})
     for operator in OPERATORS.values()
     for name, version in operator.versions.items()
+} | {
+    "MoeDistributeDispatchV5": _over_context(DISPATCH),
+    "MoeDistributeCombineV5": _over_context(COMBINE),
 }
 """Every C function by its name behind `aclnn`."""
 

@@ -35,6 +35,8 @@ OPERATORS = {
     "aclnn_moe_distribute_combine_v2.h": "MoeDistributeCombineV2",
     "aclnn_moe_distribute_combine_v3.h": "MoeDistributeCombineV3",
     "aclnn_moe_distribute_combine_v4.h": "MoeDistributeCombineV4",
+    "aclnn_moe_distribute_dispatch_v5.h": "MoeDistributeDispatchV5",
+    "aclnn_moe_distribute_combine_v5.h": "MoeDistributeCombineV5",
     "aclnn_moe_distribute_combine_add_rms_norm.h": "MoeDistributeCombineAddRmsNorm",
     "aclnn_moe_distribute_combine_add_rms_norm_v2.h": "MoeDistributeCombineAddRmsNormV2",
     "aclnn_moe_distribute_dispatch_setup.h": "MoeDistributeDispatchSetup",

@@ -272,3 +272,42 @@ def test_memory_freed_under_a_call_lasts_until_the_call_is_done(lifetimes) -> No
 def test_a_repeatable_executor_runs_on_other_memory(lifetimes) -> None:
     assert lifetimes["moved_tensors"]["moved"] == (0, "1 0 1 1")
     assert lifetimes["moved_tensors"]["destroy"] == OK
+
+
+@pytest.fixture(scope="module")
+def contexts(run_program: Run) -> dict[str, tuple[int, str]]:
+    return statuses(run_program("contexts"))
+
+
+@pytest.mark.parametrize(
+    ("label", "status", "text"),
+    [
+        ("buffer of rank 0", 0, "419430400"),
+        ("chain", 0, ""),
+        ("y of rank 0", 0, ""),
+        ("y of rank 1", 0, ""),
+        ("no such rank", 1, "`remoteRank` is 2: it must be 0 to 1, a rank of the group"),
+        ("null address", 2, "`addr` is a null pointer"),
+        ("null size", 2, "`size` is a null pointer"),
+        ("no such group", 6, "`group` is 'nobody': it must be the name of a group of which device 0 is a member"),
+        ("null name", 2, "`group` is a null pointer"),
+        ("small buffer", 561002, "`cclBufferSize` is 1048676, so 100 without the states: it must be at least 36864"),
+        ("null context", 161001, "`context` is None: it must be given"),
+        (
+            "zeros",
+            361001,
+            "aclnnMoeDistributeDispatchV5 as rank 0 of the group of its context failed: `context` is 0 wh",
+        ),
+        (
+            "waiting",
+            507046,
+            "stream 0 of device 1 was not done within 0.2 s, with 1 of its 4 calls outstanding: aclnnMoeDist",
+        ),
+        ("destroyed after its calls", 0, ""),
+        ("done", 0, ""),
+    ],
+)
+def test_contexts(contexts, label: str, status: int, text: str) -> None:
+    found = contexts[label]
+    assert found[0] == status, found
+    assert found[1].startswith(text)

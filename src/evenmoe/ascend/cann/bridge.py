@@ -16,6 +16,7 @@ from evenmoe.ascend.cann.calls import Calls
 from evenmoe.ascend.cann.groups import Communicator, Communicators
 from evenmoe.ascend.cann.runtime import NUM_DEVICES, Runtime
 from evenmoe.ascend.cann.tensors import BYTES_PER_DEVICE, DTYPES, Memory, check_copy, describe_tensor
+from evenmoe.ascend.context import buffer_address
 from evenmoe.ascend.event import Event
 from evenmoe.ascend.executor import stage_one as stage_one_of_operator
 from evenmoe.ascend.status import acl_error, check_not_null, null_pointer
@@ -290,17 +291,48 @@ def _end_of_group(handle: int) -> Communicator:
 
 
 @partial(_hccl, out="comm")
-def hccl_init_root_info(size: int, root_info: str | None, rank: int, name: str, context: int) -> int:
+def hccl_init_root_info(size: int, root_info: str | None, rank: int, name: str, buffer_mb: int, context: int) -> int:
     if root_info is None:
         raise null_pointer(status.HCCL_PTR, "rootInfo")
-    return _communicators.join(size, root_info, rank, _runtime.device_of(context), name)
+    handle = _communicators.join(size, root_info, rank, _runtime.device_of(context), name)
+    _end_of_group(handle).set_buffer(buffer_mb)
+    return handle
 
 
 @partial(_hccl, out="comm")
-def hccl_init_cluster_info(path: str | None, rank: int, name: str, context: int) -> int:
+def hccl_init_cluster_info(path: str | None, rank: int, name: str, buffer_mb: int, context: int) -> int:
     if path is None:
         raise null_pointer(status.HCCL_PTR, "clusterInfo")
-    return _communicators.join_by_table(path, rank, _runtime.device_of(context), name)
+    handle = _communicators.join_by_table(path, rank, _runtime.device_of(context), name)
+    _end_of_group(handle).set_buffer(buffer_mb)
+    return handle
+
+
+@partial(_hccl, out="comm")
+def hccl_find(name: str | None, context: int) -> int:
+    if name is None:
+        raise null_pointer(status.HCCL_PTR, "group")
+    return _communicators.find(name, _runtime.device_of(context))
+
+
+@_hccl
+def hccl_buffer(handle: int, address: int, size: int) -> tuple[int, int]:
+    return _buffer_of(_end_of_group(handle), _end_of_group(handle).transport.rank, address, size)
+
+
+@_hccl
+def hccl_remote_buffer(handle: int, rank: int, address: int, size: int) -> tuple[int, int]:
+    return _buffer_of(_end_of_group(handle), rank, address, size)
+
+
+def _buffer_of(end: Communicator, rank: int, address: int, size: int) -> tuple[int, int]:
+    for argument, out in (("addr", address), ("size", size)):
+        check_not_null(status.HCCL_PTR, argument, out)
+    group = end.transport
+    if not 0 <= rank < group.world_size:
+        rule = f"must be 0 to {group.world_size - 1}, a rank of the group"
+        raise acl_error(status.HCCL_PARA, "remoteRank", rank, rule, "number the ranks of the group from 0")
+    return buffer_address(group.name, rank), end.buffer_bytes
 
 
 @_hccl

@@ -18,6 +18,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from evenmoe.ascend import status
 from evenmoe.ascend.cann.rank_table import announced, found, read_rank_table
 from evenmoe.ascend.cann.runtime import DRAIN_S, NUM_DEVICES, Handles
+from evenmoe.ascend.context import DEFAULT_BUFFER_BYTES, MEBIBYTE
 from evenmoe.ascend.groups import Membership, peers_here, taking_part
 from evenmoe.ascend.status import AclError, acl_error
 from evenmoe.ascend.stream import Stream
@@ -31,6 +32,7 @@ from evenmoe.transport.world import LocalTransport, Rendezvous
 # A rank that never comes is reported by aclrtSynchronizeStreamWithTimeout; this bounds a wait without one.
 _EXCHANGE_S = 600.0
 JOIN_S = 120.0  # for the processes of a group to come: the chip's HCCL_CONNECT_TIMEOUT, unless it is set
+_BUFFER_NOT_SET = 0xFFFFFFFF  # HCCL_COMM_BUFFSIZE_CONFIG_NOT_SET
 _HOST = "127.0.0.1"
 _KEY = "evenmoe root info"
 
@@ -42,6 +44,12 @@ class Communicator:
     device: int
     transport: Transport
     calls: list[tuple[Stream, int]] = field(default_factory=list)
+    buffer_bytes: int = DEFAULT_BUFFER_BYTES  # what HCCL would allocate
+
+    def set_buffer(self, megabytes: int) -> None:
+        """Note hcclBufferSize of a group's configuration, of which HCCL allocates twice as much."""
+        if megabytes != _BUFFER_NOT_SET:
+            self.buffer_bytes = 2 * megabytes * MEBIBYTE
 
 
 class Communicators:
@@ -146,11 +154,15 @@ class Communicators:
         number = stream.enqueue(work, lambda: f"HcclBarrier as rank {group.rank} of group {group.name!r}")
         self.launched([(group.name, group.rank, group.world_size)], stream, number)
 
-    def launched(self, groups: Iterable[tuple[str, int, int]], stream: Stream, number: int) -> None:
-        """Note that a call over these groups, (name, rank, size) each, is on a stream, which `destroy` waits for."""
-        concerned = {(name, rank) for name, rank, _ in groups}
+    def launched(self, groups: Iterable[tuple[str | None, int, int]], stream: Stream, number: int) -> None:
+        """Note that a call over these groups, (name, rank, size) each, is on a stream, which `destroy` waits for.
+
+        A group of which a context will tell may be any in which that rank is one of so many.
+        """
+        concerned = set(groups)
         for communicator in self.handles.values():
-            if (communicator.transport.name, communicator.transport.rank) in concerned:
+            group = communicator.transport
+            if concerned & {(name, group.rank, group.world_size) for name in (group.name, None)}:
                 communicator.calls = [call for call in communicator.calls if not call[0].has_done(call[1])]
                 communicator.calls.append((stream, number))
 
@@ -174,7 +186,24 @@ class Communicators:
             rule, fix = "must have no call that is not done", "synchronize its streams before HcclCommDestroy"
             raise acl_error(status.HCCL_TIMEOUT, "comm", f"in use ({late.message.rstrip('.')})", rule, fix)
 
-    def device_of(self, name: str, rank: int) -> int | None:
+    def find(self, name: str, device: int) -> int:
+        """The end of a group that a device holds, by the group's name; of the only one there is, if not by that device.
+
+        Raises:
+            AclError: no such group is open here (HCCL_E_NOT_FOUND).
+        """
+        ends: dict[int, int] = {}
+        for handle in self.handles.handles():
+            end = self.handles.get("comm", handle)
+            if end.transport.name == name:
+                ends[end.device] = handle
+        if device in ends or len(ends) == 1:
+            return ends.get(device, next(iter(ends.values())))
+        rule = f"must be the name of a group of which device {device} is a member"
+        fix = "pass what HcclGetCommName says"
+        raise acl_error(status.HCCL_NOT_FOUND, "group", repr(name), rule, fix)
+
+    def device_of(self, name: str | None, rank: int) -> int | None:
         """The device that holds a rank of a named group, None when no group of ours has that name."""
         for communicator in self.handles.values():
             if communicator.transport.name == name and communicator.transport.rank == rank:

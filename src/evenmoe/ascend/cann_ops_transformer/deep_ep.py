@@ -12,6 +12,7 @@ import torch
 from evenmoe.ascend import torch_npu
 from evenmoe.ascend.cann_ops_transformer.groups import npu_errors, transport_behind
 from evenmoe.ascend.cann_ops_transformer.sizes import MEBIBYTE, low_latency_megabytes
+from evenmoe.ascend.context import make_context, write_context
 from evenmoe.contract.dispatch import check_dispatch_call
 from evenmoe.contract.limits import ATLAS_A3
 from evenmoe.errors import ConstraintError, MissingArgumentError, require
@@ -30,8 +31,8 @@ class MoeDistributeBuffer:
             which every dispatch is checked as on the chip. 0: not checked, since evenmoe needs no such buffer.
         comm_alg: only 0; upstream takes it and does not use it.
 
-    Attributes: `group`, `rank_id`, `world_size`, `group_name`, and `ccl_buffer_size` (bytes, twice what was passed, as
-    HCCL allocates it).
+    Attributes: `group`, `rank_id`, `world_size`, `group_name`, `ccl_buffer_size` (bytes, twice what was passed, as HCCL
+    allocates it), and `context` (int32 (4100,), for the V5 functions; `update_ctx` writes it anew).
 
     Two ranks; the token of each goes to the other one's expert and comes back doubled:
 
@@ -55,6 +56,7 @@ class MoeDistributeBuffer:
             rule, fix = "must be 0 or more MB", "use get_low_latency_ccl_buffer_size"
             require(ccl_buffer_size >= 0, "ccl_buffer_size", ccl_buffer_size, rule, fix)
             self._join(group)
+        self.context = make_context(self.group_name, self.rank_id, self.world_size)
         self.ccl_buffer_size = 2 * ccl_buffer_size * MEBIBYTE
 
     def _join(self, group: object) -> None:
@@ -100,6 +102,7 @@ class MoeDistributeBuffer:
             value, rule = f"of {transport.world_size} ranks", f"must have {self.world_size} ranks, as the first group"
             require(transport.world_size == self.world_size, "new_group", value, rule, "make another buffer")
             self._join(new_group)
+        write_context(self.context, self.group_name, self.rank_id, self.world_size)
         return True
 
     def low_latency_dispatch(

@@ -16,6 +16,8 @@
 #include "aclnnop/aclnn_moe_distribute_dispatch_teardown.h"
 #include "aclnnop/aclnn_moe_distribute_combine_setup.h"
 #include "aclnnop/aclnn_moe_distribute_combine_teardown.h"
+#include "aclnnop/aclnn_moe_distribute_dispatch_v5.h"
+#include "aclnnop/aclnn_moe_distribute_combine_v5.h"
 #pragma GCC visibility pop
 
 #include "core.h"
@@ -672,4 +674,96 @@ aclnnStatus aclnnMoeDistributeCombineTeardownGetWorkspaceSize(
 aclnnStatus aclnnMoeDistributeCombineTeardown(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream)
 {
     return evenmoe::stage_two("MoeDistributeCombineTeardown", workspace, workspaceSize, executor, stream);
+}
+
+aclnnStatus aclnnMoeDistributeDispatchV5GetWorkspaceSize(
+    const aclTensor *context,
+    const aclTensor *x,
+    const aclTensor *expertIds,
+    const aclTensor *scalesOptional,
+    const aclTensor *xActiveMaskOptional,
+    const aclTensor *expertScalesOptional,
+    const aclTensor *elasticInfoOptional,
+    const aclTensor *performanceInfoOptional,
+    int64_t epWorldSize,
+    int64_t epRankId,
+    int64_t moeExpertNum,
+    int64_t cclBufferSize,
+    int64_t tpWorldSize,
+    int64_t tpRankId,
+    int64_t expertShardType,
+    int64_t sharedExpertNum,
+    int64_t sharedExpertRankNum,
+    int64_t quantMode,
+    int64_t globalBs,
+    int64_t expertTokenNumsType,
+    const char *commAlg,
+    int64_t zeroExpertNum,
+    int64_t copyExpertNum,
+    int64_t constExpertNum,
+    aclTensor *expandXOut,
+    aclTensor *dynamicScalesOut,
+    aclTensor *assistInfoForCombineOut,
+    aclTensor *expertTokenNumsOut,
+    aclTensor *epRecvCountsOut,
+    aclTensor *tpRecvCountsOut,
+    aclTensor *expandScalesOut,
+    uint64_t *workspaceSize,
+    aclOpExecutor **executor)
+{
+    return evenmoe::stage_one("MoeDistributeDispatchV5", {context, x, expertIds, scalesOptional, xActiveMaskOptional, expertScalesOptional, elasticInfoOptional, performanceInfoOptional, epWorldSize, epRankId, moeExpertNum, cclBufferSize, tpWorldSize, tpRankId, expertShardType, sharedExpertNum, sharedExpertRankNum, quantMode, globalBs, expertTokenNumsType, commAlg, zeroExpertNum, copyExpertNum, constExpertNum, expandXOut, dynamicScalesOut, assistInfoForCombineOut, expertTokenNumsOut, epRecvCountsOut, tpRecvCountsOut, expandScalesOut}, workspaceSize, executor);
+}
+
+aclnnStatus aclnnMoeDistributeDispatchV5(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream)
+{
+    return evenmoe::stage_two("MoeDistributeDispatchV5", workspace, workspaceSize, executor, stream);
+}
+
+aclnnStatus aclnnMoeDistributeCombineV5GetWorkspaceSize(
+    const aclTensor *context,
+    const aclTensor *expandX,
+    const aclTensor *expertIds,
+    const aclTensor *assistInfoForCombine,
+    const aclTensor *epSendCounts,
+    const aclTensor *expertScales,
+    const aclTensor *tpSendCountsOptional,
+    const aclTensor *xActiveMaskOptional,
+    const aclTensor *activationScaleOptional,
+    const aclTensor *weightScaleOptional,
+    const aclTensor *groupListOptional,
+    const aclTensor *expandScalesOptional,
+    const aclTensor *sharedExpertXOptional,
+    const aclTensor *elasticInfoOptional,
+    const aclTensor *oriXOptional,
+    const aclTensor *constExpertAlpha1Optional,
+    const aclTensor *constExpertAlpha2Optional,
+    const aclTensor *constExpertVOptional,
+    const aclTensor *performanceInfoOptional,
+    int64_t epWorldSize,
+    int64_t epRankId,
+    int64_t moeExpertNum,
+    int64_t cclBufferSize,
+    int64_t tpWorldSize,
+    int64_t tpRankId,
+    int64_t expertShardType,
+    int64_t sharedExpertNum,
+    int64_t sharedExpertRankNum,
+    int64_t globalBs,
+    int64_t outDtype,
+    int64_t commQuantMode,
+    int64_t groupListType,
+    const char *commAlg,
+    int64_t zeroExpertNum,
+    int64_t copyExpertNum,
+    int64_t constExpertNum,
+    aclTensor *xOut,
+    uint64_t *workspaceSize,
+    aclOpExecutor **executor)
+{
+    return evenmoe::stage_one("MoeDistributeCombineV5", {context, expandX, expertIds, assistInfoForCombine, epSendCounts, expertScales, tpSendCountsOptional, xActiveMaskOptional, activationScaleOptional, weightScaleOptional, groupListOptional, expandScalesOptional, sharedExpertXOptional, elasticInfoOptional, oriXOptional, constExpertAlpha1Optional, constExpertAlpha2Optional, constExpertVOptional, performanceInfoOptional, epWorldSize, epRankId, moeExpertNum, cclBufferSize, tpWorldSize, tpRankId, expertShardType, sharedExpertNum, sharedExpertRankNum, globalBs, outDtype, commQuantMode, groupListType, commAlg, zeroExpertNum, copyExpertNum, constExpertNum, xOut}, workspaceSize, executor);
+}
+
+aclnnStatus aclnnMoeDistributeCombineV5(void *workspace, uint64_t workspaceSize, aclOpExecutor *executor, aclrtStream stream)
+{
+    return evenmoe::stage_two("MoeDistributeCombineV5", workspace, workspaceSize, executor, stream);
 }

@@ -1,6 +1,7 @@
 // libhccl.so: groups of devices.
 #pragma GCC visibility push(default)
 #include "hccl/hccl.h"
+#include "hccl/hccl_res.h"
 #pragma GCC visibility pop
 
 #include <cstring>
@@ -26,6 +27,16 @@ HcclResult rank_value(const char *function, HcclComm comm, uint32_t *out)
     const Reply reply = ask(function, {comm, out});
     if (reply.status == HCCL_SUCCESS) {
         *out = static_cast<uint32_t>(reply.numbers[0]);
+    }
+    return result(reply.status);
+}
+
+HcclResult buffer_of(const char *function, const std::vector<Value> &arguments, void **addr, uint64_t *size)
+{
+    const Reply reply = ask(function, arguments);
+    if (reply.status == HCCL_SUCCESS) {
+        *addr = reinterpret_cast<void *>(reply.numbers[0]);
+        *size = static_cast<uint64_t>(reply.numbers[1]);
     }
     return result(reply.status);
 }
@@ -76,7 +87,7 @@ HcclResult HcclGetRootInfo(HcclRootInfo *rootInfo)
 
 HcclResult HcclCommInitRootInfo(uint32_t nRanks, const HcclRootInfo *rootInfo, uint32_t rank, HcclComm *comm)
 {
-    return joined("hccl_init_root_info", {nRanks, rootInfo == nullptr ? nullptr : rootInfo->internal, rank, ""}, comm);
+    return joined("hccl_init_root_info", {nRanks, rootInfo == nullptr ? nullptr : rootInfo->internal, rank, "", HCCL_COMM_BUFFSIZE_CONFIG_NOT_SET}, comm);
 }
 
 HcclResult HcclCommInitRootInfoConfig(
@@ -88,12 +99,12 @@ HcclResult HcclCommInitRootInfoConfig(
         return no_config(config);
     }
     const char *info = rootInfo == nullptr ? nullptr : rootInfo->internal;
-    return joined("hccl_init_root_info", {nRanks, info, rank, name}, comm);
+    return joined("hccl_init_root_info", {nRanks, info, rank, name, config->hcclBufferSize}, comm);
 }
 
 HcclResult HcclCommInitClusterInfo(const char *clusterInfo, uint32_t rank, HcclComm *comm)
 {
-    return joined("hccl_init_cluster_info", {clusterInfo, rank, ""}, comm);
+    return joined("hccl_init_cluster_info", {clusterInfo, rank, "", HCCL_COMM_BUFFSIZE_CONFIG_NOT_SET}, comm);
 }
 
 HcclResult HcclCommInitClusterInfoConfig(
@@ -104,7 +115,7 @@ HcclResult HcclCommInitClusterInfoConfig(
     if (name == nullptr) {
         return no_config(config);
     }
-    return joined("hccl_init_cluster_info", {clusterInfo, rank, name}, comm);
+    return joined("hccl_init_cluster_info", {clusterInfo, rank, name, config->hcclBufferSize}, comm);
 }
 
 HcclResult HcclBarrier(HcclComm comm, aclrtStream stream)
@@ -183,4 +194,24 @@ HcclResult HcclGetRankSize(HcclComm comm, uint32_t *rankSize)
 HcclResult HcclGetRankId(HcclComm comm, uint32_t *rank)
 {
     return rank_value("hccl_rank_id", comm, rank);
+}
+
+HcclResult HcclGetHcclBuffer(HcclComm comm, void **addr, uint64_t *size)
+{
+    return buffer_of("hccl_buffer", {comm, static_cast<const void *>(addr), size}, addr, size);
+}
+
+HcclResult HcclGetRemoteIpcHcclBuf(HcclComm comm, uint64_t remoteRank, void **addr, uint64_t *size)
+{
+    return buffer_of("hccl_remote_buffer", {comm, remoteRank, static_cast<const void *>(addr), size}, addr, size);
+}
+
+HcclResult HcclCommGetHandleWithName(const char *commName, HcclComm *comm)
+{
+    return joined("hccl_find", {commName}, comm);
+}
+
+HcclResult HcomGetCommHandleByGroup(const char *group, HcclComm *comm)
+{
+    return joined("hccl_find", {group}, comm);
 }

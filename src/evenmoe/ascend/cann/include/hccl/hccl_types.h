@@ -42,10 +42,11 @@ typedef struct HcclRootInfoDef {
 #define HCCL_COMM_DETERMINISTIC_CONFIG_NOT_SET 0xffffffffU
 #define HCCL_UDI_MAX_LENGTH 128
 
-/* Only hcclCommName makes a difference here: there are no buffers, and every result is deterministic. */
+/* hcclCommName makes a difference here, and hcclBufferSize what HcclGetHcclBuffer says: there are no buffers, and every
+   result is deterministic. */
 typedef struct HcclCommConfigDef {
     char reserved[HCCL_COMM_CONFIG_INFO_BYTES]; /* its size, the magic word, the version */
-    uint32_t hcclBufferSize;
+    uint32_t hcclBufferSize; /* MB, half of what is allocated */
     uint32_t hcclDeterministic;
     char hcclCommName[COMM_NAME_MAX_LENGTH];
     char hcclUdi[HCCL_UDI_MAX_LENGTH];
