@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 #: Seconds after which a test hangs. Nothing is measured with it: it ends what would never end by itself.
 HANG_S = 300.0
@@ -35,3 +36,11 @@ def until_it_waits(thread: threading.Thread, where: str) -> None:
         return names[:2] == ["wait", where]
 
     until(waits)
+
+
+def runs(pid: str) -> bool:
+    """Whether a process is there, and not only its exit code."""
+    try:
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -28,6 +28,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from evenmoe.io.commands import run
+
 ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tests" / "ascend" / "published.toml"
 #: What programs are published with.
@@ -178,25 +180,8 @@ def _judged(done: subprocess.CompletedProcess[str]) -> Result:
 
 def _bash(tree: Path, command: str, folder: str, **environment: str) -> subprocess.CompletedProcess[str]:
     script = f'source "{tree}/bin/setenv.bash" && {command}'
-    pipe = subprocess.PIPE
     environment = {"PATH": os.environ["PATH"], **environment}
-    with subprocess.Popen(
-        ["bash", "-c", script],
-        cwd=folder,
-        env=environment,
-        stdout=pipe,
-        stderr=pipe,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            out, err = process.communicate()
-            return subprocess.CompletedProcess(command, -signal.SIGKILL, out, err)
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+    return run(["bash", "-c", script], timeout_s=_TIMEOUT_S, cwd=folder, env=environment)
 
 
 def expected_outcomes(path: Path = LIST) -> dict[str, dict[str, str]]:
@@ -254,4 +239,5 @@ def main(arguments: list[str] | None = None, say: Callable[[str], None] = print)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

@@ -29,6 +29,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # which pytest brings there
 
+from evenmoe.io.commands import run
+
 ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tests" / "ascend" / "published_python.toml"
 _FENCE = re.compile(r"^[ \t>]*```[ \t]*python[ \t]*\n(.*?)^[ \t>]*```", re.MULTILINE | re.DOTALL)
@@ -86,26 +88,20 @@ def outcome_of(program: Program) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "program.py"
         script.write_text(f"import evenmoe.ascend; evenmoe.ascend.patch({program.patch})\n{program.text}")
-        pipe = subprocess.PIPE
-        with subprocess.Popen(
+        done = run(
             [sys.executable, script],
-            cwd=folder,
-            stdout=pipe,
+            timeout_s=_TIMEOUT_S,
             stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
+            cwd=folder,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-        ) as process:
-            try:
-                output, _ = process.communicate(timeout=_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                return "fails", f"did not end within {_TIMEOUT_S:g} s"
+        )
+    if done.returncode == -signal.SIGKILL:
+        return "fails", f"did not end within {_TIMEOUT_S:g} s"
+    output = done.stdout
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[\w.]*Error\b", line)]
-    if process.returncode or errors or "Traceback" in output:
-        return "fails", (errors or [f"exit code {process.returncode}"])[0][:200]
+    if done.returncode or errors or "Traceback" in output:
+        return "fails", (errors or [f"exit code {done.returncode}"])[0][:200]
     finished = sum("npu finished" in line for line in lines)
     return "succeeds", f"{finished} ranks finished" if finished else (lines or ["no output"])[-1][:200]
 
@@ -135,4 +131,5 @@ def main(arguments: list[str] | None = None, say: Callable[[str], None] = print)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.cli.processes import forked
-from tests.patience import until
+from tests.patience import runs, until
 
 #: Compilers that stand in for g++; each is called in the tree's folder as `g++ … -o TARGET …`.
 WRITES = 'while [ "$1" != -o ]; do shift; done; head -c 100 /dev/zero > "$2"'
-INTERRUPTED = f'echo $$ > "$COMPILER_PID"; {WRITES}; kill -INT $PPID; exec sleep 1000'
+INTERRUPTED = f'sleep 1000 & echo $! > "$COMPILER_PID"; {WRITES}; kill -INT $PPID; wait'
 FULL = "echo 'as: error: can not write: No space left on device' >&2; exit 1"
 
 
@@ -48,21 +48,13 @@ def test_a_tree_is_replaced_whole(tmp_path, room):
 
 
 def test_an_interrupt_while_it_compiles(tmp_path, room):
-    """The compiler is stopped, too: it would go on for 1000 s, longer than `until` waits."""
+    """What the compiler has started is stopped, too: it would go on for 1000 s, longer than `until` waits."""
     before = names(room)
     done = forked(tmp_path, ["cann", "--out", room], compiler(tmp_path, INTERRUPTED))
     assert (done.code, done.err) == (130, "")
     assert names(room) == before
     waiting = (tmp_path / "pid").read_text().strip()
-    until(lambda: not _runs(waiting))
-
-
-def _runs(pid: str) -> bool:
-    """Whether a process is there, and not only its exit code."""
-    try:
-        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    until(lambda: not runs(waiting))
 
 
 @pytest.mark.parametrize("new", [True, False])

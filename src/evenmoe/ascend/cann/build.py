@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -20,7 +19,8 @@ from pathlib import Path
 from evenmoe.contract.argument import Kind, Signature
 from evenmoe.contract.operators import SIGNATURES
 from evenmoe.errors import ConstraintError
-from evenmoe.io.output import made_folder, scratch_folder, undone_by_exit, whole_folder
+from evenmoe.io.commands import run
+from evenmoe.io.output import made_folder, scratch_folder, whole_folder
 
 CORE = "evenmoe_cann"
 LIBRARIES = ("ascendcl", "nnopbase", "opapi", "op_common", "hccl", "c_sec")
@@ -279,8 +279,10 @@ def _compile(compiler: str, tree: Path, scratch: Path) -> None:
         target = lib64 / f"lib{name}.so"
         soname = [f"-Wl,-soname,{target.name}", "-Wl,-rpath,$ORIGIN", "-Wl,--no-undefined"]
         command = [*common, str(source), "-o", str(target), *soname, *own]
-        returncode, errors = _run(command)
-        if returncode:
+        # Its temporary files go with the scratch folder, however it ends.
+        done = run(command, env={**os.environ, "TMPDIR": str(scratch)})
+        if done.returncode:
+            errors = done.stderr
             for number, texts in _NO_ROOM.items():
                 if any(text in errors for text in texts):
                     raise OSError(number, os.strerror(number))
@@ -289,18 +291,6 @@ def _compile(compiler: str, tree: Path, scratch: Path) -> None:
     # A program linked to one of these asks the loader for the library's own name, and so finds one copy of it.
     for name, library in _ALIASES.items():
         _link(tree, name, f"lib64/lib{library}.so")
-
-
-def _run(command: list[str]) -> tuple[int, str]:
-    """A command's exit code and standard error; it does not outlive an interrupt."""
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process, undone_by_exit(process.kill):
-        try:
-            errors = process.communicate()[1]
-        except BaseException:  # an interrupt above all: the compiler must not go on writing
-            process.kill()
-            raise
-    return process.returncode, errors
 
 
 def _compiler() -> str:
