@@ -16,6 +16,9 @@ import pytest
 import torch
 
 import evenmoe as em
+from evenmoe.contract.calls import DispatchV1Call
+from evenmoe.contract.half_calls import DispatchSetupCall, DispatchTeardownCall
+from evenmoe.contract.limits import RELAXED
 from evenmoe.errors import (
     ConstraintError,
     EvenmoeError,
@@ -23,10 +26,13 @@ from evenmoe.errors import (
     RankDisagreementError,
     UnsupportedTypeError,
 )
+from evenmoe.ops import dispatch_halves, dispatch_v1
+from evenmoe.ops.operator import perform
 from evenmoe.transport.world import Rank
 from tests.lagging import let_lag
 from tests.processes import TRANSPORTS
 
+assert {dispatch_halves, dispatch_v1}  # imported so that the operators are registered
 ODD = 2
 PATIENCE_S = 60.0  # the time-out of the worlds: nobody waits for it, however busy the machine is
 Arguments = dict[str, Any]
@@ -230,6 +236,48 @@ def test_one_rank_calls_another_operator(run, shape, operator, odd_operator):
             f"`the operator` is {where[operator]} on ranks 0, 1, 3 and {where[odd_operator]} on rank 2: it must be the "
             "same on every rank of a group; call the collective operators in the same order on all ranks."
         }
+
+
+def crowd(rank: Rank, operator: str, more: Arguments) -> tuple[str, str, float]:
+    """Unchecked ids that all name expert 0, twice in each token: more rows than its rank has room for."""
+    call: Arguments = honest(rank, "dispatch")
+    call |= {**more, "expert_ids": torch.zeros((2, 2), dtype=torch.int32), "check_values": False}
+    if operator == "dispatch":
+        return timed(lambda: em.dispatch(**call))
+    group: Arguments = {"group_ep": rank.ep.name, "ep_world_size": rank.ep.world_size, "ep_rank_id": rank.ep.rank}
+    own: Arguments = {name: call[name] for name in ("x", "expert_ids", "check_values")} | group | {"limits": RELAXED}
+    own["moe_expert_num"] = call["num_experts"]
+    if operator == "dispatch_v1":
+        peers = {} if call["tp"] is None else {"group_tp": rank.tp.name, "tp_world_size": 2, "tp_rank_id": rank.tp.rank}
+        return timed(lambda: perform(operator, DispatchV1Call(**own, **peers, **more)))
+    own["comm_type"] = 2
+    y, _, commands = perform("dispatch_setup", DispatchSetupCall(**own))
+    return timed(lambda: perform("dispatch_teardown", DispatchTeardownCall(**own, y=y, comm_cmd_info=commands)))
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("operator", "more"),
+    [
+        ("dispatch", {}),
+        ("dispatch", {"quant_mode": 2}),
+        ("dispatch_v1", {}),
+        ("dispatch_v1", {"quant_mode": 2}),
+        ("dispatch_setup", {}),
+    ],
+)
+def test_more_rows_than_there_is_room_for(run, shape, operator, more):
+    """No row is ever left out: the rank that they come to says so, and the others hear of it."""
+    ranks = shape[0]
+    results = run(shape, crowd, operator, more)
+    own = (
+        f"`expert_ids` is such that {4 * ranks} rows come here: it must bring at most {2 * ranks} rows; let no expert "
+        "occur twice in a token."
+    )
+    for index, (kind, text, _) in enumerate(results):
+        crowded = index // shape[1] == 0
+        assert kind == ("ConstraintError" if crowded else "RankDisagreementError")
+        assert text == own if crowded else own in text
 
 
 def combine_in_another_order(rank: Rank) -> tuple[str, str, float]:

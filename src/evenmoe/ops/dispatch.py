@@ -17,11 +17,11 @@ from evenmoe.contract.dispatch import check_dispatch_call, infer_dispatch
 from evenmoe.contract.layout import Layout, scale_down
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.dispatched import Dispatched
-from evenmoe.errors import ConstraintError
 from evenmoe.ops.exchange import (
     Received,
     Routing,
     check_physical_ids,
+    check_room,
     exchange,
     prepare_sending,
     route,
@@ -104,7 +104,8 @@ def dispatch(
         expert_token_nums_type: 1 for counts, 0 for prefix sums.
         comm_alg: "", "fullmesh_v1", "fullmesh_v2" or "hierarchy"; what is written is the same.
         zero_expert_num, copy_expert_num, const_expert_num: virtual experts.
-        check_values: check that ids are in range and not repeated within a token. False saves the pass.
+        check_values: check that ids are in range and not repeated within a token. False saves the pass, and takes
+            repeated ids as the chip does: their rows are sent as often, which is an error only where they find no room.
         limits: "atlas-a3" for exactly the chip's ranges ("atlas-a3-2025" and "atlas-a3-2026" for those of one release),
             "relaxed" for its maxima with small worlds allowed, or "unlimited".
 
@@ -222,13 +223,7 @@ def exchange_across(
     counts = part.agree(plan.headers[x.requires_grad], routing.counts, sending.outgoing)
     # A shared-expert rank has one local expert, and every source counts for it in column 0.
     counts = counts[:, : layout.local_experts]
-    if layout.is_shared and int(counts.sum()) > layout.capacity:  # the first version's parts, when Bs differ (§2.17)
-        raise ConstraintError(
-            "global_bs",
-            f"{call.global_bs}, which makes room for {layout.capacity} rows, while {int(counts.sum())} come",
-            "must make room for what every rank sends to the shared expert",
-            "pass more, or pad the ranks to equal numbers of tokens",
-        )
+    check_room(counts, layout, call.global_bs)
     outputs = []
     for output_shape, dtype in plan.outputs:  # of A rows few are ever received, and only they are written
         outputs.append(zeros(output_shape, dtype, x.device))

@@ -24,6 +24,7 @@ from evenmoe.ops.exchange import (
     Routing,
     active_assignments,
     check_physical_ids,
+    check_room,
     exchange,
     prepare_sending,
     route,
@@ -128,6 +129,7 @@ def _exchange(ep: Transport, plan: SetupPlan, call: Setup, routing: Routing, mes
         layout = plan.layout
         sending = prepare_sending(routing, layout.num_tokens, message.shape[1:], message, rows_differ_by_expert=True)
         counts = part.agree(plan.header, routing.counts, sending.outgoing)[:, : layout.local_experts]
+        check_room(counts, layout, call.global_bs)
         return exchange(part, sending, counts, message, None)
 
 

@@ -251,6 +251,32 @@ def prepare_sending(
     return Sending(assignments, token, outgoing)
 
 
+def check_room(counts: torch.Tensor, layout: Layout, global_bs: int) -> None:
+    """Every row that comes finds a place among the `capacity` of this rank.
+
+    Args:
+        counts: int64 (W, L), rows that each source sends to each local expert of this rank.
+        global_bs: of the call.
+
+    Raises:
+        ConstraintError: on a rank of MoE experts, ids occur twice in a token, which `check_values` would have found; on
+            one of a shared expert, the ranks have different numbers of tokens and the first version's parts (§2.17) are
+            larger than their mean.
+    """
+    rows = int(counts.sum())
+    if rows <= layout.capacity:
+        return
+    if layout.is_shared:
+        raise ConstraintError(
+            "global_bs",
+            f"{global_bs}, which makes room for {layout.capacity} rows, while {rows} come",
+            "must make room for what every rank sends to the shared expert",
+            "pass more, or pad the ranks to equal numbers of tokens",
+        )
+    rule, fix = f"must bring at most {layout.capacity} rows", "let no expert occur twice in a token"
+    raise ConstraintError("expert_ids", f"such that {rows} rows come here", rule, fix)
+
+
 def exchange(
     call: GroupCall,
     sending: Sending,
