@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 from collections import deque
@@ -21,16 +20,7 @@ from evenmoe.planner.even import plan_static
 from evenmoe.rules import split_kernels
 from evenmoe.rules.split_batch import SplitPlan
 from evenmoe.slot_arrays import ranks_of_slots
-
-
-def rank_loads(per_slot, num_ranks):
-    return np.asarray(per_slot).reshape(num_ranks, -1).sum(axis=1)
-
-
-def check_conserved(tokens, slots, per_slot):
-    assert per_slot.dtype == np.int64
-    assert (per_slot >= 0).all()
-    assert np.bincount(slots, weights=per_slot, minlength=len(tokens)).tolist() == list(tokens)
+from tests.rules.splits import all_splits, cases, check_conserved, rank_loads
 
 
 def check_optimal(slots, per_slot, num_ranks):
@@ -49,33 +39,6 @@ def check_optimal(slots, per_slot, num_ranks):
                 assert loads[rank] >= loads[start] - 1, (start, rank, loads)
                 seen.add(rank)
                 queue.append(rank)
-
-
-def all_splits(tokens, slots):
-    """Every way to share the tokens out, as tokens per slot."""
-    ways = []
-    for expert, count in enumerate(tokens):
-        mine = np.flatnonzero(np.asarray(slots) == expert)
-        shares = [s for s in itertools.product(range(count + 1), repeat=len(mine)) if sum(s) == count]
-        ways.append([(mine, share) for share in shares])
-    for choice in itertools.product(*ways):
-        per_slot = np.zeros(len(slots), int)
-        for mine, share in choice:
-            per_slot[mine] = share
-        yield per_slot
-
-
-@st.composite
-def cases(draw, most_ranks=6, most_width=4, most_tokens=50):
-    num_ranks = draw(st.integers(1, most_ranks))
-    num_slots = num_ranks * draw(st.integers(1, most_width))
-    num_experts = draw(st.integers(1, num_slots))
-    more = draw(st.lists(st.integers(0, num_experts - 1), min_size=num_slots, max_size=num_slots))
-    slots = np.array((list(range(num_experts)) + more)[:num_slots])
-    slots = slots[draw(st.permutations(range(num_slots)))]
-    counts = st.one_of(st.just(0), st.integers(0, most_tokens))
-    tokens = draw(st.lists(counts, min_size=num_experts, max_size=num_experts))
-    return np.array(tokens), slots, num_ranks
 
 
 @settings(max_examples=150, deadline=None)
@@ -186,10 +149,10 @@ def test_chains_alone_finish_too(seed, monkeypatch):
     num_experts = len(batches[0])
     sizes = (len(slots) // num_ranks,) * num_ranks
     graph = split_kernels.graphs_of(slots[None], ranks_of_slots(sizes), num_ranks, num_experts)[0]
-    sections = split_kernels._sections(graph, num_experts, len(slots), num_ranks)
+    sections = split_kernels.sections_of(graph, num_experts, len(slots), num_ranks)
     for tokens in batches:
         flow, load = np.zeros(len(slots), np.int64), np.zeros(num_ranks, np.int64)
-        split_kernels._balance.py_func(tokens, sections, flow, load)
+        split_kernels.balance.py_func(tokens, sections, flow, load)
         best = rank_loads(em.split_batch(tokens, slots, num_ranks), num_ranks)
         assert sorted(load.tolist()) == sorted(best.tolist())
 

@@ -11,7 +11,7 @@ from evenmoe.errors import ConstraintError
 from evenmoe.metrics import FloatArray
 from evenmoe.placement import Placement
 from evenmoe.rules.rule import Chooser, Counts, Mask, Rule
-from evenmoe.rules.split_batch import SplitPlan
+from evenmoe.rules.split_batch import SplitPlan, checked_weight_rows
 from evenmoe.rules.table import as_arrays, check_mask, counted_entries, number_assignments, raise_at
 
 if TYPE_CHECKING:
@@ -21,7 +21,20 @@ IntArray = npt.NDArray[np.int64]
 
 
 class BatchRule(Rule):
-    """Every batch is split so that the busiest rank has the fewest tokens."""
+    """Every batch is split so that the busiest rank has the fewest tokens, or in decode the least to read and compute.
+
+    Attributes:
+        weight_rows: rows that an expert's weights are worth, as in `evenmoe.split_batch`; 0 for tokens alone.
+
+    Raises:
+        ConstraintError: no whole number from 0 to 2**40.
+
+    All six tokens go to one replica where the weights of an expert are worth as much as 150 of them:
+
+    >>> placement = Placement([[0, 1, 0, 2]], num_ranks=2)
+    >>> BatchRule(weight_rows=150).slot_loads([[6, 0, 3]], placement).tolist()
+    [[6.0, 0.0, 0.0, 3.0]]
+    """
 
     name = "batch"
     description = "The best split of every batch over all ranks, which know each other's counts."
@@ -29,13 +42,18 @@ class BatchRule(Rule):
     needs_counts = True
     kernel = 3
 
+    def __init__(self, weight_rows: int = 0) -> None:
+        self.weight_rows = checked_weight_rows(weight_rows)
+        if self.weight_rows:  # ranks with other weights would split otherwise
+            self.version = f"weight_rows {self.weight_rows}"
+
     def prepare(self, eplb_table: torch.Tensor, num_slots: int, rank: int, world_size: int) -> Chooser:
         """See `Rule.prepare`.
 
         Raises:
             ConstraintError: a slot of no expert.
         """
-        return BatchChooser(eplb_table, num_slots, rank, world_size)
+        return BatchChooser(eplb_table, num_slots, rank, world_size, self.weight_rows)
 
     def shares(self, placement: Placement) -> None:
         """None: the shares follow from the load."""
@@ -44,13 +62,16 @@ class BatchRule(Rule):
         """Every window counts as one batch with its own best split."""
         sizes = placement.rank_sizes
         plan = SplitPlan(placement.slot_to_expert, len(sizes), placement.num_experts, rank_sizes=sizes)
-        return plan.split_load(tokens)
+        return plan.split_load(tokens, weight_rows=self.weight_rows)
 
 
 class BatchChooser(Chooser):
     finds_wrong_ids = True
 
-    def __init__(self, eplb_table: torch.Tensor, num_slots: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, eplb_table: torch.Tensor, num_slots: int, rank: int, world_size: int, weight_rows: int = 0
+    ) -> None:
+        self._weight_rows = weight_rows
         self._table, self._num_slots, self._rank, self._world_size = eplb_table, num_slots, rank, world_size
         self._experts, self._slots = counted_entries(eplb_table)
         held = np.full(num_slots, -1, np.int64)
@@ -68,7 +89,7 @@ class BatchChooser(Chooser):
     def __call__(self, expert_ids: torch.Tensor, counted: Mask = None, counts_by_rank: Counts = None) -> torch.Tensor:
         """See `Chooser`; `counts_by_rank` must be given."""
         assert counts_by_rank is not None
-        quotas = self._split.split(counts_by_rank.sum(axis=0))
+        quotas = self._quotas(counts_by_rank)
         return choose(expert_ids, self._table, quotas, counts_by_rank, self._rank, counted)
 
     def slot_counts(self, counts_by_rank: IntArray) -> IntArray:
@@ -77,7 +98,7 @@ class BatchChooser(Chooser):
         All ranks compute the same, since the split is exact in integers and a function of the counts alone: rank r's
         assignments of an expert and a slot's quota of them are two intervals of one line; their overlap is sent.
         """
-        quotas = self._split.split(counts_by_rank.sum(axis=0))[self._slots]
+        quotas = self._quotas(counts_by_rank)[self._slots]
         first_of_expert = np.searchsorted(self._experts, np.arange(counts_by_rank.shape[1]))
         stop = np.cumsum(quotas)
         start = stop - quotas
@@ -88,6 +109,9 @@ class BatchChooser(Chooser):
         counts = np.zeros((self._world_size, self._num_slots), np.int64)
         counts[:, self._slots] = np.maximum(np.minimum(rank_stop, stop) - np.maximum(rank_start, start), 0)
         return counts
+
+    def _quotas(self, counts_by_rank: IntArray) -> IntArray:
+        return self._split.split(counts_by_rank.sum(axis=0), weight_rows=self._weight_rows)
 
 
 RULE = BatchRule()

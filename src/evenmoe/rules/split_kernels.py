@@ -29,12 +29,12 @@ _LEVELING_ROUNDS = 16
 
 @compiled
 def graph_size(num_experts, num_slots, num_ranks):
-    """Entries of one layer's graph: two lengths, then the sections that `_sections` cuts out."""
+    """Entries of one layer's graph: two lengths, then the sections that `sections_of` cuts out."""
     return 2 + 2 * (num_experts + 1) + 6 * num_slots + (num_ranks + 1)
 
 
 @compiled
-def _sections(graph, num_experts, num_slots, num_ranks):
+def sections_of(graph, num_experts, num_slots, num_ranks):
     """Views of a graph, which is one array because a call pays for every array that crosses into compiled code.
 
     Returns:
@@ -100,7 +100,7 @@ def graphs_of(slot_to_expert, slot_to_rank, num_ranks, num_experts):
 @compiled
 def _find_holders(slot_to_expert, slot_to_rank, num_ranks, num_experts, graph):
     num_slots = slot_to_expert.shape[0]
-    first_holder, _, holder_rank, holder_expert, holder_slots, slot_holder, slot_number, _, _ = _sections(
+    first_holder, _, holder_rank, holder_expert, holder_slots, slot_holder, slot_number, _, _ = sections_of(
         graph, num_experts, num_slots, num_ranks
     )
     last_rank = np.full(num_experts, -1, np.int64)
@@ -129,7 +129,7 @@ def _find_holders(slot_to_expert, slot_to_rank, num_ranks, num_experts, graph):
 @compiled
 def _find_replicated(graph, num_ranks, num_experts, num_slots):
     """Experts with a choice, fewest holders first (the flexible ones then fill the gaps), and their holders by rank."""
-    first_holder, _, holder_rank, _, _, _, _, _, first_at_rank = _sections(graph, num_experts, num_slots, num_ranks)
+    first_holder, _, holder_rank, _, _, _, _, _, first_at_rank = sections_of(graph, num_experts, num_slots, num_ranks)
     with_holders = np.zeros(num_ranks + 2, np.int64)
     for expert in range(num_experts):
         holders = first_holder[expert + 1] - first_holder[expert]
@@ -143,7 +143,7 @@ def _find_replicated(graph, num_ranks, num_experts, num_slots):
         first_at_rank[rank + 1] += first_at_rank[rank]
     graph[0] = with_holders[num_ranks + 1]
     graph[1] = first_at_rank[num_ranks]
-    _, replicated, _, _, _, _, _, holders_at_rank, _ = _sections(graph, num_experts, num_slots, num_ranks)
+    _, replicated, _, _, _, _, _, holders_at_rank, _ = sections_of(graph, num_experts, num_slots, num_ranks)
     end = first_at_rank[:-1].copy()
     for expert in range(num_experts):
         holders = first_holder[expert + 1] - first_holder[expert]
@@ -317,7 +317,7 @@ def _improve(first_holder, holder_rank, holder_expert, holders_at_rank, first_at
 
 
 @compiled
-def _balance(num_tokens, sections, flow, load):
+def balance(num_tokens, sections, flow, load):
     """Flows of one batch that make the rank loads lexicographically min-max. `flow` and `load` come in as zeros."""
     first_holder, replicated, holder_rank, holder_expert, _, _, _, holders_at_rank, first_at_rank = sections
     for expert in range(num_tokens.shape[0]):
@@ -349,7 +349,7 @@ def split_layers(num_tokens, graphs, num_ranks, per_slot):
     flow = np.empty(num_slots, np.int64)
     load = np.empty(num_ranks, np.int64)
     for layer in range(num_layers):
-        sections = _sections(graphs[layer], num_experts, num_slots, num_ranks)
+        sections = sections_of(graphs[layer], num_experts, num_slots, num_ranks)
         first_holder, _, _, _, holder_slots, slot_holder, slot_number, _, _ = sections
         tokens = num_tokens[layer]
         for expert in range(num_experts):
@@ -357,7 +357,7 @@ def split_layers(num_tokens, graphs, num_ranks, per_slot):
                 return layer * num_experts + expert
         flow[:] = 0
         load[:] = 0
-        _balance(tokens, sections, flow, load)
+        balance(tokens, sections, flow, load)
         for slot in range(num_slots):
             holder = slot_holder[slot]
             count = holder_slots[holder]
