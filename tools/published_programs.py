@@ -38,7 +38,8 @@ LINK_LINES = {
     "opapi_math": "-lascendcl -lnnopbase -lopapi_math -lop_common -lpthread -lhccl",
     "opapi_transformer": "-lopapi_math -lopapi_transformer -lascendcl -lnnopbase -lc_sec -lpthread "
     "-Wl,--no-as-needed -lhccl -lhccl_fwk",
-    "cust_opapi": "-lopapi_math -lcust_opapi -lascendcl -lnnopbase -lc_sec -lpthread "
+    "cust_opapi": '-L"$ASCEND_OPP_PATH/vendors/custom_transformer/op_api/lib" '
+    "-lopapi_math -lcust_opapi -lascendcl -lnnopbase -lc_sec -lpthread "
     "-Wl,--no-as-needed -lhccl -lhccl_fwk",
 }
 OUTCOMES = ("succeeds", "is refused", "does not compile")

@@ -14,9 +14,15 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evenmoe.ascend import patch, patching
+import evenmoe as em
+from evenmoe.ascend import patch, patching, torch_npu
+from evenmoe.ascend.cann_ops_transformer import ops
 from evenmoe.ascend.emulated import devices
 from evenmoe.ascend.patching import NotEmulatedError, Replacements
+from evenmoe.errors import ConstraintError
+from tests.patience import HANG_S
+
+EXTENSION, PARTS = "cann_ops_transformer", ("deep_ep", "elastic_buffer", "comm_context")
 
 # Everything that is replaced, as far as it has a name.
 REPLACED = [(torch, name) for name in ("device", "Generator", "load", "npu", *devices._FACTORIES)]
@@ -29,8 +35,9 @@ REPLACED += [(dist.distributed_c10d, "init_process_group"), (torch.ops, "npu")]
 def state() -> dict:
     """Everything that a patch may touch."""
     seen = {f"{owner}.{name}": vars(owner).get(name, "absent") for owner, name in REPLACED}
-    modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "torch_npu"}
-    return seen | modules | {"torch.npu": sys.modules.get("torch.npu")}
+    modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] in ("torch_npu", EXTENSION)}
+    seen |= {f"ops.{name}": value for name, value in vars(ops).items() if isinstance(value, ModuleType)}
+    return seen | modules | {"torch.npu": sys.modules.get("torch.npu"), "limits": patching.limits_in_effect()}
 
 
 @pytest.fixture(autouse=True)
@@ -46,13 +53,70 @@ def test_a_plain_patch_adds_torch_npu_and_nothing_else():
     with patch() as patched:
         after = state()
         assert after.pop("torch_npu") is sys.modules["evenmoe.ascend.torch_npu"]
-        assert after == before
+        assert {name for name in after if name not in before} == {
+            *(EXTENSION, f"{EXTENSION}.ops"),
+            *(f"{place}.{part}" for part in PARTS for place in ("ops", f"{EXTENSION}.ops")),
+        }
+        assert {name: value for name, value in after.items() if name in before} == before
         assert patched.active
         with pytest.raises(RuntimeError, match="npu"):
             torch.device("npu")
         with pytest.raises(AttributeError, match=r"`torch_npu.npu` is not in place: it needs patch\(npu=True\)"):
             _ = sys.modules["torch_npu"].npu
     assert not patched.active
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_extension_is_found_as_upstream_has_it(part):
+    with patch():
+        package = importlib.import_module(EXTENSION)
+        inner = importlib.import_module(f"{EXTENSION}.ops.{part}")
+        assert getattr(package.ops, part) is inner is sys.modules[f"evenmoe.ascend.cann_ops_transformer.{part}"]
+        assert package.MoeDistributeBuffer is importlib.import_module(f"{EXTENSION}.ops").MoeDistributeBuffer
+    for name in (EXTENSION, f"{EXTENSION}.ops", f"{EXTENSION}.ops.{part}"):
+        with pytest.raises(ModuleNotFoundError, match=EXTENSION):
+            importlib.import_module(name)
+
+
+def test_limits_are_those_of_the_last_patch_that_names_some():
+    names = []
+    with patch(limits="atlas-a3-2025") as outer:
+        names.append(patching.limits_in_effect().name)
+        with patch(), patch(limits="atlas-a3-2026"):
+            names.append(patching.limits_in_effect().name)
+            outer.undo()
+            names.append(patching.limits_in_effect().name)
+        names.append(patching.limits_in_effect().name)
+    assert names == ["atlas-a3-2025", "atlas-a3-2026", "atlas-a3-2026", "atlas-a3"]
+
+
+@pytest.mark.parametrize("limits", ["relaxed", "atlas-a3-2024", "", 3])
+def test_limits_have_names(limits):
+    with pytest.raises(ConstraintError) as caught:
+        patch(limits=limits)
+    assert str(caught.value) == (
+        f'`limits` is {limits!r}: it must be "atlas-a3", "atlas-a3-2025" or "atlas-a3-2026"; use one of these names, '
+        "or evenmoe's own functions."
+    )
+    assert "torch_npu" not in sys.modules
+
+
+@pytest.mark.parametrize(("limits", "taken"), [(None, True), ("atlas-a3-2025", True), ("atlas-a3-2026", False)])
+def test_what_the_functions_take_is_what_the_limits_take(limits, taken):
+    """Two tensor-parallel peers, which the release of 2026 has not."""
+
+    def step(rank):
+        x, ids = torch.ones(1, 1024, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.int32)
+        group = {"group_ep": rank.ep.name, "ep_world_size": 2, "ep_rank_id": rank.ep.rank, "moe_expert_num": 2}
+        peers = {"group_tp": rank.tp.name, "tp_world_size": 2, "tp_rank_id": rank.tp.rank}
+        try:
+            return len(torch_npu.npu_moe_distribute_dispatch_v2(x, ids, **group, **peers)[0])
+        except torch_npu.NpuCallError as error:
+            return str(error)
+
+    with em.local_world(2, 2, timeout_s=HANG_S) as world, patch(limits=limits):
+        said = world.run(step)
+    assert said == [4] * 4 if taken else all("`tp_world_size` is 2: it must be 0 to 1" in text for text in said)
 
 
 def test_importing_the_package_touches_nothing():
@@ -164,7 +228,7 @@ def test_the_real_package_is_left_alone(monkeypatch):
     real = ModuleType("torch_npu")
     monkeypatch.setitem(sys.modules, "torch_npu", real)
     before = state()
-    with patch(npu=True, check_values=False) as patched:
+    with patch(npu=True, check_values=False, limits="atlas-a3-2025") as patched:
         assert not patched.active
         assert state() == before
         assert not patching.in_effect(patching.UNCHECKED)
@@ -172,7 +236,6 @@ def test_the_real_package_is_left_alone(monkeypatch):
 
 def test_what_is_not_emulated_is_named():
     with patch(npu=True):
-        torch_npu = sys.modules["torch_npu"]
         with pytest.raises(NotEmulatedError) as caught:
             torch_npu.npu_swiglu(torch.ones(2))
         assert str(caught.value).startswith(

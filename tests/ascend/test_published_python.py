@@ -21,6 +21,7 @@ def test_every_program_is_listed_once_and_whole():
         assert re.fullmatch(r"[0-9a-f]{40}", entry["commit"])
         assert ("block" in entry) == entry["path"].endswith(".md")
         assert entry["outcome"] == ("fails" if "reason" in entry else "succeeds")
+        assert entry.get("hangs", False) <= (entry["outcome"] == "fails")
         assert entry["patch"] in ("npu=True", "npu=True, check_values=False")
 
 
@@ -48,6 +49,12 @@ def test_a_folder_of_programs(tmp_path, said):
     assert sums == "2 programs, 1 succeeded, 1 as expected"
 
 
+def test_a_program_that_waits_for_ever(monkeypatch):
+    monkeypatch.setattr(tool, "_HANGS_S", 0.0)
+    program = tool.Program("a", "import time\ntime.sleep(1000)\n", "npu=True", "fails", hangs=True)
+    assert tool.outcome_of(program) == ("fails", "did not end within 0 s")
+
+
 def _git(folder: Path, *arguments: str) -> str:
     who = ("-c", "user.name=a", "-c", "user.email=a@b")
     return subprocess.run(["git", "-C", folder, *who, *arguments], check=True, capture_output=True, text=True).stdout
@@ -70,15 +77,17 @@ def test_the_programs_of_a_list(tmp_path, said):
         f'sha256 = "{tool.digest(block)}"\npatch = "npu=True"\noutcome = "succeeds"\n'
     )
     entries.write_text(entry)
-    assert said(repository, "--list", entries) == 0
+    assert said(repository, "--name", "a/b", "--list", entries) == 0
     assert said.lines == [
         "succeeds  expected: succeeds  1.0 page.md #0: 1 ranks finished",
         "1 programs, 1 succeeded, 1 as expected",
     ]
-    assert said(repository, "--list", entries, "--only", "other") == 0
+    assert said(repository, "--name", "a/b", "--list", entries, "--only", "other") == 0
+    assert said(repository, "--name", "another/one", "--list", entries) == 0
+    assert said.lines[-1] == "0 programs, 0 succeeded, 0 as expected"
     entries.write_text(entry.replace(tool.digest(block), "0" * 64))
     with pytest.raises(ValueError, match="another digest than the list says"):
-        said(repository, "--list", entries)
+        said(repository, "--name", "a/b", "--list", entries)
     entries.write_text(entry.replace(commit, "0" * 40))
     with pytest.raises(ValueError, match="fetch all branches of a/b"):
-        said(repository, "--list", entries)
+        said(repository, "--name", "a/b", "--list", entries)

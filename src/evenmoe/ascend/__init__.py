@@ -1,7 +1,8 @@
 """Ascend's APIs: the functions of torch_npu, the two-stage aclnn calls, C headers and libraries.
 
-`evenmoe.ascend.torch_npu` and `evenmoe.ascend.aclnn` are imported when they are used; `import torch_npu` finds the
-first of them only after `patch()`, and `torch.npu` is there only after `patch(npu=True)`.
+`evenmoe.ascend.torch_npu`, `evenmoe.ascend.cann_ops_transformer` and `evenmoe.ascend.aclnn` are imported when they are
+used; `import torch_npu` and `import cann_ops_transformer` find the first two only after `patch()`, and `torch.npu` is
+there only after `patch(npu=True)`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from types import TracebackType
 
 from evenmoe.ascend import patching
+from evenmoe.contract.limits import Limits, chip_limits
 
 
 class Patch:
@@ -17,13 +19,20 @@ class Patch:
     Attributes: `active` (bool), whether the patch is in effect; False where the real torch_npu is installed.
     """
 
-    def __init__(self, *, npu: bool = False, check_values: bool = True) -> None:
+    def __init__(self, *, npu: bool = False, check_values: bool = True, limits: str | None = None) -> None:
         wanted = [patching.TORCH_NPU, *[patching.NPU] * npu, *[patching.UNCHECKED] * (not check_values)]
+        chosen = None if limits is None else chip_limits(limits)
         self._needs: list[str] = []
+        self._limits: list[Limits] = []
+        if patching.real_package_is_here():
+            return
         try:
-            for need in [] if patching.real_package_is_here() else wanted:
+            for need in wanted:
                 patching.begin(need)
                 self._needs.append(need)
+            if chosen is not None:
+                patching.begin_limits(chosen)
+                self._limits.append(chosen)
         except BaseException:
             self.undo()
             raise
@@ -34,6 +43,8 @@ class Patch:
 
     def undo(self) -> None:
         """Take the patch back; names that were imported meanwhile stay with who imported them."""
+        while self._limits:
+            patching.end_limits(self._limits.pop())
         while self._needs:
             patching.end(self._needs.pop())
 
@@ -46,8 +57,9 @@ class Patch:
         self.undo()
 
 
-def patch(*, npu: bool = False, check_values: bool = True) -> Patch:
-    """Let `import torch_npu` find `evenmoe.ascend.torch_npu`; does nothing where the real package is installed.
+def patch(*, npu: bool = False, check_values: bool = True, limits: str | None = None) -> Patch:
+    """Let `import torch_npu` and `import cann_ops_transformer` find evenmoe's; does nothing where the real torch_npu is
+    installed.
 
     Args:
         npu: let programs that were written for the chip find its device, too, computed on the CPU: `torch.npu`,
@@ -55,6 +67,9 @@ def patch(*, npu: bool = False, check_values: bool = True) -> Patch:
             `get_hccl_comm_name`, `torch_npu.testing`.
         check_values: True raises for a physical expert that occurs twice in one token, which the specification forbids;
             False takes it, as the chip does.
+        limits: what the functions of torch_npu and `MoeDistributeBuffer` take: "atlas-a3-2025" or "atlas-a3-2026", the
+            rules of one release, or "atlas-a3", what either takes. None for what the patches around this one say, and
+            "atlas-a3" where none does.
 
     The patch holds in all threads of the process and in processes that are forked from it; one that is spawned runs the
     program's own first lines again, and so the patch in them. Patches may be nested: what several need stays until the
@@ -62,6 +77,9 @@ def patch(*, npu: bool = False, check_values: bool = True) -> Patch:
 
     Returns:
         A `Patch`. Keep nothing to let it stay, call its `undo()`, or use it in a `with` statement.
+
+    Raises:
+        ConstraintError: `limits` is another name.
 
     >>> import torch
     >>> with patch(npu=True):
@@ -71,4 +89,4 @@ def patch(*, npu: bool = False, check_values: bool = True) -> Patch:
     ...     torch_npu.npu_moe_update_expert(ids, table, local_rank_id=4, world_size=8)[0].cpu().tolist()
     [[0, 7]]
     """
-    return Patch(npu=npu, check_values=check_values)
+    return Patch(npu=npu, check_values=check_values, limits=limits)

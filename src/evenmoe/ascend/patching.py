@@ -14,9 +14,12 @@ from collections import Counter
 from collections.abc import Callable
 from types import ModuleType
 
+from evenmoe.contract.limits import ATLAS_A3, Limits
 from evenmoe.errors import EvenmoeError
 
 TORCH_NPU, NPU, UNCHECKED = "torch_npu", "npu", "unchecked values"  # what a patch may need
+_EXTENSION = "cann_ops_transformer"
+_EXTENSION_PARTS = ("deep_ep", "elastic_buffer", "comm_context")
 _ABSENT = object()
 
 
@@ -80,6 +83,7 @@ class Replacements:
 _lock = threading.RLock()
 _users: Counter[str] = Counter()  # patches that need it, by what they need
 _replaced: dict[str, Replacements] = {}
+_limits = [ATLAS_A3]  # the last one holds
 
 
 def real_package_is_here() -> bool:
@@ -114,8 +118,33 @@ def in_effect(need: str) -> bool:
     return _users[need] > 0
 
 
+def begin_limits(limits: Limits) -> None:
+    """Let the functions of torch_npu take what `limits` takes, until `end_limits` or a later one."""
+    with _lock:
+        _limits.append(limits)
+
+
+def end_limits(limits: Limits) -> None:
+    """End what the same `begin_limits` began; what began before it and has not ended holds again."""
+    with _lock:
+        # The last of equal ones: it does not matter whose of them goes.
+        del _limits[len(_limits) - 1 - _limits[::-1].index(limits)]
+
+
+def limits_in_effect() -> Limits:
+    """What the functions of torch_npu take now; in any thread."""
+    return _limits[-1]
+
+
 def _install_torch_npu(replacements: Replacements) -> None:
+    ours = importlib.import_module("evenmoe.ascend.cann_ops_transformer.ops")
     replacements.put_module("torch_npu", importlib.import_module("evenmoe.ascend.torch_npu"))
+    replacements.put_module(_EXTENSION, importlib.import_module("evenmoe.ascend.cann_ops_transformer"))
+    replacements.put_module(f"{_EXTENSION}.ops", ours)
+    for part in _EXTENSION_PARTS:  # which lie one floor lower in upstream's package
+        module = importlib.import_module(f"evenmoe.ascend.cann_ops_transformer.{part}")
+        replacements.put(ours, part, module)
+        replacements.put_module(f"{_EXTENSION}.ops.{part}", module)
 
 
 def _install_npu(replacements: Replacements) -> None:

@@ -15,7 +15,7 @@ from evenmoe.ascend.barrier import _npu_distribute_barrier  # noqa: F401  one of
 from evenmoe.ascend.executor import check_call
 from evenmoe.ascend.groups import find_group
 from evenmoe.ascend.init_routing import npu_moe_init_routing, npu_moe_init_routing_v2  # noqa: F401  as well
-from evenmoe.ascend.patching import UNCHECKED, in_effect
+from evenmoe.ascend.patching import UNCHECKED, in_effect, limits_in_effect
 from evenmoe.ascend.status import NpuCallError, of_the_chip
 from evenmoe.ascend.tensors import number_of
 from evenmoe.contract.argument import Argument, Kind
@@ -25,7 +25,6 @@ from evenmoe.contract.distribute import check_ep_rank, check_shared_pair, check_
 from evenmoe.contract.half_calls import (
     HalfCall,
 )
-from evenmoe.contract.limits import ATLAS_A3
 from evenmoe.contract.operators import OPERATORS
 from evenmoe.contract.tensor_spec import TensorSpec, check_dims
 from evenmoe.errors import ConstraintError, EvenmoeError, MissingArgumentError
@@ -92,9 +91,8 @@ def made_from(
             try:
                 always = operator == "update_expert" or operator.endswith(("_setup", "_teardown"))
                 checked = always or not in_effect(UNCHECKED)
-                return function(
-                    CALL_TYPES[operator](**given, **fields, limits=ATLAS_A3, check_values=checked), **unknown
-                )
+                made = CALL_TYPES[operator](**given, **fields, limits=limits_in_effect(), check_values=checked)
+                return function(made, **unknown)
             except EvenmoeError as error:
                 argument, fix = error.argument, of_the_chip(error).fix
                 if argument in names:

@@ -272,3 +272,19 @@ def resolve_limits(limits: Limits | str | None) -> Limits:
     fix = 'use "relaxed", its new name' if limits == "laptop" else "use one of these names"
     names = ", ".join(f'"{name}"' for name in _KNOWN)
     raise ConstraintError("limits", repr(limits), f"must be {names} or a Limits", fix)
+
+
+def chip_limits(name: str) -> Limits:
+    """The limits of a name that stands for a chip: "atlas-a3", "atlas-a3-2025" or "atlas-a3-2026".
+
+    Raises:
+        ConstraintError: another name.
+
+    >>> chip_limits("atlas-a3-2026") is ATLAS_A3_2026
+    True
+    """
+    names = [limits.name for limits in (ATLAS_A3, ATLAS_A3_2025, ATLAS_A3_2026)]
+    if name not in names:
+        rule = "must be " + join_or(tuple(f'"{known}"' for known in names))
+        raise ConstraintError("limits", repr(name), rule, "use one of these names, or evenmoe's own functions")
+    return _KNOWN[name]

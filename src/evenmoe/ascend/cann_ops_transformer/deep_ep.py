@@ -13,8 +13,8 @@ from evenmoe.ascend import torch_npu
 from evenmoe.ascend.cann_ops_transformer.groups import npu_errors, transport_behind
 from evenmoe.ascend.cann_ops_transformer.sizes import MEBIBYTE, low_latency_megabytes
 from evenmoe.ascend.context import make_context, write_context
+from evenmoe.ascend.patching import limits_in_effect
 from evenmoe.contract.dispatch import check_dispatch_call
-from evenmoe.contract.limits import ATLAS_A3
 from evenmoe.errors import ConstraintError, MissingArgumentError, require
 from evenmoe.ops.operator import CALL_TYPES, specs_of
 from evenmoe.transport.call import GroupCall, together
@@ -195,7 +195,7 @@ class MoeDistributeBuffer:
             ep_world_size=self.world_size,
             ep_rank_id=self.rank_id,
             moe_expert_num=num_experts,
-            limits=ATLAS_A3,
+            limits=limits_in_effect(),
             **attributes,
         )
         try:
