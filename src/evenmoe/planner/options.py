@@ -15,6 +15,9 @@ from evenmoe.rules import RULES
 from evenmoe.rules.rule import Rule
 from evenmoe.slot_arrays import sizes_text
 
+#: What a plan makes small: the busiest rank's tokens, or in decode what the costliest rank reads and computes.
+OBJECTIVES = ("tokens", "decode")
+
 
 class Shape(NamedTuple):
     """Counts that fit together: what `check_shape` returns.
@@ -57,6 +60,10 @@ class PlanOptions:
     rule: str | Rule = "even"
     seed: int = 0
     dead_ranks: Collection[int] = ()
+    objective: str = "tokens"
+    tokens_per_step: int | None = None
+    top_k: int | None = None
+    weight_rows: int | None = None
 
     def checked(self, num_layers: int, num_experts: int) -> tuple[PlanOptions, Shape]:
         """These options with the seed and the limit as ints, and their counts.
@@ -82,6 +89,7 @@ class PlanOptions:
             _check_previous(self.previous, num_layers, shape, rule)
         max_copies = None if self.max_copies is None else whole_number("max_copies", self.max_copies, 0)
         self._check_goals()
+        self._check_objective()
         sizes = shape.rank_sizes or shape.num_slots
         return replace(self, seed=seed, max_copies=max_copies, num_slots=sizes, dead_ranks=()), shape
 
@@ -102,6 +110,16 @@ class PlanOptions:
                 "needs a rule whose shares are even",
                 "bound the copies with max_copies instead",
             )
+
+    def _check_objective(self) -> None:
+        if self.objective not in OBJECTIVES:
+            fix = f"use one of {', '.join(OBJECTIVES)}"
+            raise ConstraintError("objective", repr(self.objective), "must name what is made small", fix)
+        for name in ("tokens_per_step", "top_k", "weight_rows"):
+            value = getattr(self, name)
+            if value is not None and self.objective == "tokens":
+                fix = 'pass objective="decode", or leave this out'
+                raise ConstraintError(name, value, "is of a decode step, and the plan is for tokens", fix)
 
 
 def without_dead(num_ranks: object, num_slots: object, dead_ranks: Collection[int]) -> object:

@@ -36,6 +36,10 @@ def plan(
     rule: str | Rule = "even",
     seed: int = 0,
     dead_ranks: Collection[int] = (),
+    objective: str = "tokens",
+    tokens_per_step: int | None = None,
+    top_k: int | None = None,
+    weight_rows: int | None = None,
 ) -> Placement:
     """Choose replica counts and ranks for every expert, so that the busiest rank has as little to do as possible.
 
@@ -67,6 +71,13 @@ def plan(
         seed: of the search's random choices, 0 or more.
         dead_ranks: ranks that get no expert; their slots are lost, and the others keep their numbers. What they held in
             `previous` is copied from elsewhere.
+        objective: "tokens", or "decode": what the costliest rank reads and computes in a step of few tokens. Experts
+            have replicas then only with rule="batch" and for `evenmoe.rules.batch.BatchRule(weight_rows=…)`, which
+            leaves them idle where they would not pay; without replicas the plan is for any rule.
+        tokens_per_step: tokens of a decode step over all ranks, 1 or more; decode needs it.
+        top_k: experts that each token picks; decode needs it.
+        weight_rows: rows that take a rank as long to compute as the weights of one expert take to read; by default 150,
+            about an H100's. For decode alone.
 
     Returns:
         The placement, of L layers.
@@ -74,6 +85,7 @@ def plan(
     Raises:
         ConstraintError: counts that cannot work (the text names the nearest that do), or arguments that do not
             go together.
+        MissingArgumentError: decode without `tokens_per_step` or `top_k`.
 
     Two ranks with two slots each: expert 0 is split, and either rank computes 3 + 1 = 4 tokens:
 
@@ -85,11 +97,30 @@ def plan(
 
     >>> plan([[6, 1, 1]], num_ranks=3, num_slots=6, dead_ranks=[1])
     Placement(layers=1, experts=3, slots=4, ranks=3, rank_sizes=[2, 0, 2])
+
+    Steps of 100 tokens read experts 0 to 3. With the fewest tokens on the busiest rank, 70, the other rank reads three
+    experts and costs 3 × 150 + 30 rows. With two on either rank the costliest costs 2 × 150 + 80:
+
+    >>> load, world = [[70, 10, 10, 10, 0, 0]], {"num_ranks": 2, "num_slots": 6}
+    >>> plan(load, **world).slot_to_expert.tolist()
+    [[0, 4, 5, 1, 2, 3]]
+    >>> plan(load, **world, objective="decode", tokens_per_step=100, top_k=1).slot_to_expert.tolist()
+    [[0, 3, 5, 1, 2, 4]]
     """
     given = (num_ranks, num_slots, num_nodes, num_groups, previous, max_copies, target_par, rule, seed, dead_ranks)
-    options = PlanOptions(*given)
+    options = PlanOptions(*given, objective, tokens_per_step, top_k, weight_rows)
     tokens = _without_empty(within_range(as_load(load)))
     options, shape = options.checked(*tokens.shape[-2:])
+    if options.objective == "decode":
+        from evenmoe.planner.decode import plan_decode
+
+        return plan_decode(tokens, shape, options, lambda costs, changed: _plan(costs, shape, changed))
+    return _plan(tokens, shape, options)
+
+
+def _plan(tokens: FloatArray, shape: Shape, options: PlanOptions) -> Placement:
+    """The placement of checked options, which keeps the busiest rank's `tokens` few."""
+    previous = options.previous
     if shape.rank_sizes is not None or (previous is not None and previous.rank_sizes != sizes_of(shape)):
         from evenmoe.planner.elastic import plan_elastic
 
@@ -206,7 +237,7 @@ def plan_with(planner: str | Planner, load: npt.ArrayLike, options: PlanOptions)
     parameters = _parameters(found)  # once, since a signature takes longer than all the rest here
     for option in [option for option in given if not _taken(parameters, option)]:
         value = given.pop(option)
-        needless = not shape.is_hierarchical if option in ("num_nodes", "num_groups") else value in (None, ())
+        needless = not shape.is_hierarchical if option in ("num_nodes", "num_groups") else value in (None, (), "tokens")
         if not needless and option not in _HINTS:
             raise ConstraintError(
                 "planner", f"{name}, which takes no `{option}`", f"must take it to plan with {value}", "leave it out"
