@@ -7,11 +7,11 @@ from functools import partial
 
 import numpy as np
 import pytest
-from benchmarks.decode import relative_costs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evenmoe as em
+from benchmarks.decode import relative_costs
 from evenmoe.errors import ConstraintError, MissingArgumentError
 from evenmoe.planner.decode import Step, chances_of, drawn_costs, expected_costs, peak_costs
 from tests.mutations import fails, mutated
