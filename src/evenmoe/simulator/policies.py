@@ -30,8 +30,10 @@ from evenmoe.planner.judging import without_order
 from evenmoe.planner.options import PlanOptions
 from evenmoe.planner.plan import names, plan_with, takes
 from evenmoe.rules import RULES
+from evenmoe.rules.batch import BatchRule
 from evenmoe.rules.rule import Rule
 from evenmoe.simulator.batches import Cluster
+from evenmoe.simulator.decode import DECODE_KEYS, read_decode, step_options
 from evenmoe.simulator.policy_text import PolicyText, called
 
 _ADDS_UP = ("greedy",)  # planners that look at the sum of windows alone, so that pieces would be ignored
@@ -74,7 +76,9 @@ class Policy:
 
     @property
     def _choice(self) -> str:
-        return f"replicas chosen by the {self.rule.name} rule"
+        weights = self.rule.weight_rows if isinstance(self.rule, BatchRule) else 0
+        worth = f", an expert's weights being worth {weights} rows" if weights else ""
+        return f"replicas chosen by the {self.rule.name} rule{worth}"
 
     @property
     def first_plan(self) -> int:
@@ -123,6 +127,8 @@ class Planned(Policy):
         in_slot_order: whether replicas are in the order of their slots, as the file of an engine leaves them.
         max_copies: of a layer in a plan that starts from the placement in use; None for no bound.
         target_par: at which such a plan stops copying, or None.
+        objective: what the plan makes small, "tokens" or "decode".
+        weight_rows: of a plan for decode, rows that an expert's weights are worth; None for tokens.
     """
 
     num_groups: int = 1
@@ -132,22 +138,26 @@ class Planned(Policy):
     in_slot_order: bool = False
     max_copies: int | None = None
     target_par: float | None = None
+    objective: str = "tokens"
+    weight_rows: int | None = None
 
     @classmethod
     def read(cls, text: PolicyText, cluster: Cluster, num_experts: int) -> Policy:
         """See `Policy.read`."""
         slots, groups = text.number("slots"), text.number("groups")
         text.check_slots(slots, groups, cluster, num_experts)
-        rule, plan_for = cls._default_rules(text)
+        decode = read_decode(text, *cls._default_rules(text))
         return cls(
             name=text.whole,
-            rule=text.rule("rule", rule),
+            rule=decode.rule,
             num_slots=slots,
             window=text.number("window"),
             num_groups=groups,
             pieces=text.number("pieces"),
             planner=text.find_planner(),
-            plan_for=text.rule_name("plan-for", plan_for),
+            plan_for=text.rule_name("plan-for", decode.plan_for),
+            objective=decode.objective,
+            weight_rows=decode.weight_rows,
             in_slot_order=text.engine is not None and not text.engine.keeps_order,
         )
 
@@ -162,7 +172,7 @@ class Planned(Policy):
             return None
         # A rule is planned for as another, so that static and evenmoe's first plan are often one.
         assumed = RULES.get(self.plan_for).plan_for
-        seen = self.window, self.pieces
+        seen = self.window, self.pieces, self.objective, self.weight_rows
         return type(self).plan, self.planner, self.num_slots, self.num_groups, *seen, assumed, self.in_slot_order
 
     def plan(self, cluster: Cluster, past: FloatArray, previous: Placement | None, seed: int) -> Placement:
@@ -179,6 +189,7 @@ class Planned(Policy):
             target_par=None if previous is None else self.target_par,
             rule=self.plan_for,
             seed=seed,
+            **step_options(self.objective, self.weight_rows, cluster, past),
         )
         placement = plan_with(self.planner, windows[0] if len(windows) == 1 else windows, options)
         return without_order(placement) if self.in_slot_order else placement
@@ -190,6 +201,7 @@ class Planned(Policy):
             plan = "The published greedy plan"
         elif self.planner == "evenmoe":
             plan = f"evenmoe's plan for the {RULES.get(self.plan_for).name} rule"
+        plan += " in decode" if self.objective == "decode" else ""
         plan += f" on {self.num_slots} slots"
         return plan + (f" with {self.num_groups} groups kept inside nodes" if self.num_groups > 1 else "")
 
@@ -204,7 +216,7 @@ class Static(Planned):
     @classmethod
     def keys(cls, planner: str | Planner) -> tuple[str, ...]:
         """See `Policy.keys`."""
-        return ("rule", "slots", "groups", "window", "pieces", "planner", "plan-for")
+        return ("rule", "slots", "groups", "window", "pieces", "planner", "plan-for", *DECODE_KEYS)
 
     @property
     def description(self) -> str:
@@ -229,7 +241,7 @@ class Oracle(Planned):
     @classmethod
     def keys(cls, planner: str | Planner) -> tuple[str, ...]:
         """See `Policy.keys`."""
-        return ("rule", "slots", "groups", "planner", "plan-for")
+        return ("rule", "slots", "groups", "planner", "plan-for", *DECODE_KEYS)
 
     @classmethod
     def _default_rules(cls, text: PolicyText) -> tuple[str, str | Rule]:
@@ -268,6 +280,8 @@ class Refreshed(Planned):
             "max-copies": takes(found, "max_copies"),
             "target-par": takes(found, "target_par"),
             "start": takes(found, "previous"),
+            "objective": takes(found, "objective"),
+            "weight-rows": True,
         }
         return ("rule", "slots", *(key for key, taken in optional.items() if taken))
 

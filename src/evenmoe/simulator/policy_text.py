@@ -23,7 +23,7 @@ Thing = TypeVar("Thing")
 
 # A path may have commas and colons, as long as it has no equals sign.
 _OPTION = re.compile(r"(?:^|(?<=,))(?:[^,=]*=py:[^=]+?\.py(?=[:,]|$)(?::[^,]*)?|[^,]*)(?=,|$)")
-_LEAST = {"slots": 1, "groups": 1, "refresh": 1, "window": 1, "pieces": 1, "max-copies": 0}
+_LEAST = {"slots": 1, "groups": 1, "refresh": 1, "window": 1, "pieces": 1, "max-copies": 0, "weight-rows": 0}
 
 
 def called(planner: str | Planner) -> str:

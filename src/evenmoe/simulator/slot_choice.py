@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.placement import Placement
+from evenmoe.rules.batch import BatchRule
 from evenmoe.rules.rule import Chooser, Rule, prepared
 from evenmoe.rules.split_batch import SplitPlan
 from evenmoe.simulator.batches import Cluster, Counts
@@ -117,6 +118,7 @@ class CompiledRule:
         self._slots = np.empty((layers, slots), np.int64)
         position = np.take_along_axis(self._first, placement.slot_to_expert.astype(np.int64), axis=1)
         np.put_along_axis(self._slots, position + placement.replica_index, self._numbers[None], axis=1)
+        self._weight_rows = rule.weight_rows if isinstance(rule, BatchRule) else 0
         self._quotas = np.zeros((layers, num_padded_slots(placement)), np.int64)
         self._splits: dict[tuple[int, int], SplitPlan] | None = {} if self._kernel == layer_kernels.BATCH else None
 
@@ -133,7 +135,7 @@ class CompiledRule:
             if key not in self._splits:
                 held, sizes = self._placement.slot_to_expert[part], self._placement.rank_sizes
                 self._splits[key] = SplitPlan(held, len(sizes), first.shape[1] - 1, rank_sizes=sizes)
-            quotas[:, self._numbers] = self._splits[key].split(layers.totals)
+            quotas[:, self._numbers] = self._splits[key].split(layers.totals, weight_rows=self._weight_rows)
         entries = found.part(layers.first, number)
         if layers.experts is None:
             step_kernels.run_counts(
