@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from evenmoe.ops.weighted_sum import WIDTH, add_rows, sum_dtype
+from evenmoe.ops.weighted_sum import WIDTH, add_rows, sum_dtype, sum_rows
 from tests.worlds import assert_same_bits
 
 
@@ -31,6 +34,23 @@ def test_every_product_is_rounded_and_added_in_turn(dtype, hidden):
         expected = plain_sum(total, rows, position, weights)
         add_rows(total, rows, position, weights)
         assert_same_bits(total, expected, f"{tokens} tokens")
+        zeros = torch.zeros((tokens, hidden), dtype=sum_dtype(dtype))
+        expected = plain_sum(zeros, rows, position, weights).to(dtype)
+        assert_same_bits(sum_rows(rows, position, weights), expected, f"{tokens} tokens, rounded")
+
+
+@given(st.integers(0, 2**32), st.integers(1, 9), st.integers(1, 40))
+@settings(deadline=None, max_examples=200)
+def test_sums_of_any_bits_are_rounded_as_torch_rounds(seed, top_k, hidden):
+    """Every bit pattern of bfloat16: subnormals, infinities, NaN, ties of the last rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(-(2**15), 2**15, (top_k, hidden), generator=generator).to(torch.int16).view(torch.bfloat16)
+    weights = torch.tensor([0.0, -0.0, 0.5, 1.0, 1 + 2**-8, 3e38, 1e-40])
+    weights = weights[torch.randint(len(weights), (2, top_k), generator=generator)]
+    position = torch.stack([torch.arange(top_k), torch.randperm(top_k, generator=generator)])
+    with np.errstate(all="ignore"):
+        expected = plain_sum(torch.zeros((2, hidden)), rows, position, weights).to(torch.bfloat16)
+    assert_same_bits(sum_rows(rows, position, weights), expected, "y")
 
 
 def test_rows_and_positions_may_lie_apart():

@@ -36,7 +36,7 @@ from evenmoe.ops.operator import (
     perform,
     register,
 )
-from evenmoe.ops.weighted_sum import accumulate
+from evenmoe.ops.weighted_sum import accumulate, rounded_sums
 from evenmoe.transport.agreement import (
     GRADIENTS_OF_ROWS,
     GRADIENTS_OF_SCALES,
@@ -196,14 +196,19 @@ def make_plan(
     return CombinePlan(layout, headers, Header("tensor-parallel step of combine", peer_sizes))
 
 
-def combine_and_sum(call: Combining, prepared: Prepared[Layout, CombinePlan]) -> tuple[torch.Tensor, torch.Tensor]:
+def combine_and_sum(
+    call: Combining,
+    prepared: Prepared[Layout, CombinePlan],
+    add_up: Callable[[Layout, torch.Tensor | Incoming, torch.Tensor, Combining], torch.Tensor] = accumulate,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Check the call, exchange its rows and add them up.
 
     Args:
         prepared: the contract of the operator, and what was made of earlier calls.
+        add_up: layout, rows, position, call -> (Bs, H), the sums; `accumulate` for those before the final rounding.
 
     Returns:
-        float32 (Bs, H), the sums before the final rounding; bool (Bs,), active tokens, whose sums count.
+        (Bs, H), the sums; bool (Bs,), active tokens, whose sums count.
     """
     ep, tp = find_groups(call)
     scaled_down = call.elastic_info is not None
@@ -226,7 +231,7 @@ def combine_and_sum(call: Combining, prepared: Prepared[Layout, CombinePlan]) ->
         if beside is not None:
             rows = add_peer_rows(rows, beside, plan, call)
         returned, position = _return_rows(rows, assist_info, across, plan, call, due)
-        return accumulate(layout, returned, position, call), active
+        return add_up(layout, returned, position, call), active
 
 
 def own_rows(layout: Layout, call: Combining) -> int:
@@ -344,8 +349,10 @@ PREPARED = Prepared("combine", check_combine_call, make_plan)
 
 
 def _run(call: Combining) -> torch.Tensor:
-    total, active = combine_and_sum(call, PREPARED)
-    return torch.where(active[:, None], total, 0.0).to(call.expand_x.dtype)
+    y, active = combine_and_sum(call, PREPARED, rounded_sums)
+    if call.shared_expert_x is None and not call.virtual_experts:
+        return y  # an inactive token has no rows, so its sum is zero
+    return torch.where(active[:, None], y, 0.0)
 
 
 def _fake(call: Combining) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 
 from evenmoe.contract.layout import Layout
 from evenmoe.errors import ConstraintError
+from evenmoe.ops.row_order import order_by_source, order_received, rows_of_tokens, sort_assignments
 from evenmoe.transport.call import GroupCall
 from evenmoe.transport.packets import Incoming, Outgoing
 
@@ -93,12 +94,7 @@ def route(expert_ids: torch.Tensor, layout: Layout, x_active_mask: torch.Tensor 
     key = expert_ids.clamp(max=physical)
     if x_active_mask is not None:
         key = torch.where(active_assignments(expert_ids, x_active_mask), key, physical)
-    key = key.flatten()
-    counts_by_expert = torch.bincount(key, minlength=physical + 1)[:physical]
-    sent = stable_order(key, physical + 1)[: int(counts_by_expert.sum())]
-    expert = key[sent]
-    token = torch.div(sent, top_k, rounding_mode="floor")
-    k = sent - token * top_k
+    token, k, expert, counts_by_expert = _sorted(key.flatten(), physical, top_k)
     if not layout.shared_ranks:
         return Routing(token, k, expert, counts_by_expert.view(layout.ep, layout.experts_per_rank))
     counts = torch.zeros((layout.ep, layout.experts_per_rank), dtype=torch.int64, device=device)
@@ -111,6 +107,17 @@ def route(expert_ids: torch.Tensor, layout: Layout, x_active_mask: torch.Tensor 
     token = torch.cat([active.repeat(layout.shared_experts), token])
     k = torch.cat([top_k + shared, k])
     return Routing(token, k, torch.cat([shared, expert + layout.shared_experts]), counts)
+
+
+def _sorted(key: torch.Tensor, bound: int, top_k: int) -> tuple[torch.Tensor, ...]:
+    """What `row_order.sort_assignments` returns, on any device."""
+    if key.device.type == "cpu":
+        token, k, expert, counts = sort_assignments(key.numpy(), bound, top_k)
+        return torch.from_numpy(token), torch.from_numpy(k), torch.from_numpy(expert), torch.from_numpy(counts)
+    counts = torch.bincount(key, minlength=bound + 1)[:bound]
+    sent = stable_order(key, bound + 1)[: int(counts.sum())]
+    token = torch.div(sent, top_k, rounding_mode="floor")
+    return token, sent - token * top_k, key[sent], counts
 
 
 def sent_assignments(expert_ids: torch.Tensor, layout: Layout, x_active_mask: torch.Tensor | None) -> torch.Tensor:
@@ -196,19 +203,6 @@ def stable_order(keys: torch.Tensor, bound: int) -> torch.Tensor:
     return torch.from_numpy(keys.numpy().astype(np.uint16).argsort(kind="stable"))
 
 
-def distinct(keys: torch.Tensor, bound: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The distinct ones of integer keys of 0…bound−1, sorted, and the position of every key among them; int64.
-
-    >>> distinct(torch.tensor([5, 2, 5]), 6)
-    (tensor([2, 5]), tensor([1, 0, 1]))
-    """
-    if keys.device.type != "cpu" or bound > 4 * len(keys):
-        return torch.unique(keys, return_inverse=True)
-    found, present = keys.numpy(), np.zeros(bound, np.bool_)
-    present[found] = True
-    return torch.from_numpy(np.flatnonzero(present)), torch.from_numpy((present.cumsum() - 1)[found])
-
-
 # There -----------------------------------------------------------------------------------------------------------
 
 
@@ -229,16 +223,12 @@ def prepare_sending(
         weights: float32 (Bs, K), which travel with the assignments, or None. A shared expert's is 0.
     """
     per_rank = routing.counts.sum(dim=1)
-    destination = torch.repeat_interleave(per_rank)
     if rows_differ_by_expert:
         row_counts, token = per_rank, routing.token
-        row = torch.arange(len(destination), device=destination.device)
+        before = torch.repeat_interleave(per_rank.cumsum(0) - per_rank, per_rank)
+        row = torch.arange(len(before), device=before.device) - before
     else:
-        tokens = max(num_tokens, 1)
-        pair, row = distinct(destination * tokens + routing.token, len(per_rank) * tokens)  # by destination, then token
-        row_counts = torch.bincount(pair // tokens, minlength=len(per_rank))
-        token = pair % tokens
-    row = row - (row_counts.cumsum(0) - row_counts)[destination]
+        row_counts, token, row = _rows_of_tokens(per_rank, routing.token, num_tokens)
     assignments = torch.stack([routing.token, routing.k, row], dim=1).int()
     if weights is not None:
         top_k = weights.shape[1]
@@ -277,6 +267,17 @@ def check_room(counts: torch.Tensor, layout: Layout, global_bs: int) -> None:
     raise ConstraintError("expert_ids", f"such that {rows} rows come here", rule, fix)
 
 
+def _rows_of_tokens(per_rank: torch.Tensor, token: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, ...]:
+    """What `row_order.rows_of_tokens` returns, on any device."""
+    if token.device.type == "cpu":
+        rows, sent, used = rows_of_tokens(per_rank.numpy(), token.numpy(), num_tokens)
+        return torch.from_numpy(rows), torch.from_numpy(sent), torch.from_numpy(used)
+    tokens, destination = max(num_tokens, 1), torch.repeat_interleave(per_rank)
+    pair, row = torch.unique(destination * tokens + token, return_inverse=True)  # by destination, then token
+    rows = torch.bincount(pair // tokens, minlength=len(per_rank))
+    return rows, pair % tokens, row - (rows.cumsum(0) - rows)[destination]
+
+
 def exchange(
     call: GroupCall,
     sending: Sending,
@@ -293,15 +294,25 @@ def exchange(
         allocate: N -> memory (N, …) for the rows received. None for new memory.
     """
     incoming = call.exchange(rows, index, sending.assignments)
-    order, source = received_order(counts)
-    assignments = incoming.numbers.view(-1, sending.assignments.shape[1])[order]
+    which, source, assignments = _ordered(counts, incoming, sending.assignments.shape[1])
     weight = assignments[:, 3].contiguous().view(torch.float32) if assignments.shape[1] == 4 else None
-    which = torch.tensor(incoming.first, device=source.device)[source] + assignments[:, 2]
     like = incoming.parts[0]
     shape = (len(which), *like.shape[1:])
     out = allocate(len(which)) if allocate is not None else call.group.new_rows(shape, like)
     received = incoming.take(which, empty(shape, like) if out is None else out)
-    return Received(received, source.int(), assignments[:, 0], assignments[:, 1], counts, weight)
+    return Received(received, source, assignments[:, 0], assignments[:, 1], counts, weight)
+
+
+def _ordered(counts: torch.Tensor, incoming: Incoming, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `row_order.order_received` returns, on any device."""
+    numbers = incoming.numbers.view(-1, columns)
+    if numbers.device.type == "cpu":
+        counted, first = np.ascontiguousarray(counts.numpy()), np.array(incoming.first)
+        which, source, ordered = order_received(counted, first, numbers.numpy())
+        return torch.from_numpy(which), torch.from_numpy(source), torch.from_numpy(ordered)
+    order, source = received_order(counts)
+    ordered = numbers[order]
+    return torch.tensor(incoming.first, device=source.device)[source] + ordered[:, 2], source.int(), ordered
 
 
 def received_order(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -342,9 +353,15 @@ def prepare_returning(
     Returns:
         int64 (N,), the rows in the order of the ranks that they go to; and how many go where.
     """
-    counts = torch.bincount(source, minlength=world_size).tolist()
-    outgoing = Outgoing(counts if numbered else [0] * world_size, counts, shape, like)
-    return stable_order(source, world_size), outgoing
+    if source.device.type == "cpu":
+        order, each = map(torch.from_numpy, order_by_source(source.numpy(), world_size))
+        if len(order) < len(source):
+            value, rule = "such that rows came from ranks that there are not", f"must name ranks 0 to {world_size - 1}"
+            raise ConstraintError("dispatched", value, rule, "pass what dispatch returned, unchanged")
+    else:
+        order, each = stable_order(source, world_size), torch.bincount(source, minlength=world_size)
+    counts = each.tolist()
+    return order, Outgoing(counts if numbered else [0] * world_size, counts, shape, like)
 
 
 def positions_of(incoming: Incoming, assignments: torch.Tensor, num_assignments: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from evenmoe.contract.layout import Layout, make_layout
 from evenmoe.errors import ConstraintError, require
 from evenmoe.ops.exchange import exchange, prepare_sending, route
-from evenmoe.ops.weighted_sum import add_rows, sum_dtype
+from evenmoe.ops.weighted_sum import sum_dtype, sum_rows
 from evenmoe.rules import RULES
 from evenmoe.rules.rule import IntArray, Rule, prepared
 from evenmoe.rules.table import check_table_of_slots, counted_entries
@@ -246,9 +246,7 @@ class ExpertParallel:
             weights = dispatched.topk_weights.to(sum_dtype(expert_out.dtype))
             rows = expert_out.detach() if expert_out.requires_grad else expert_out
             incoming, position = return_rows(call, header, dispatched, rows)
-            total = expert_out.new_zeros((len(weights), expert_out.shape[1]), dtype=weights.dtype)
-            add_rows(total, incoming, position, weights.detach())
-            y = total.to(expert_out.dtype)
+            y = sum_rows(incoming, position, weights.detach())
         if not torch.is_grad_enabled():
             return y
         needed = call.needs(GRADIENTS_OF_ROWS), call.needs(GRADIENTS_OF_WEIGHTS)

@@ -74,3 +74,13 @@ def float_of_bits(_context: Any, _bits: Any) -> Any:
         return builder.bitcast(arguments[0], context.get_value_type(types.float32))
 
     return types.float32(types.uint32), generate
+
+
+@instruction
+def pointer_to(_context: Any, _address: Any) -> Any:
+    """An address as the pointer of which `numba.carray` makes an array."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate

@@ -1,0 +1,59 @@
+"""The compiled orders of rows against sorted lists of Python."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evenmoe.ops.row_order import order_by_source, order_received, rows_of_tokens, sort_assignments
+
+KEYS = st.integers(-3, 6)
+
+
+@given(st.integers(1, 4), st.lists(KEYS, max_size=24), st.integers(0, 5), st.sampled_from([np.int32, np.int64]))
+def test_assignments_by_key(top_k, keys, bound, dtype):
+    del keys[len(keys) // top_k * top_k :]
+    token, k, expert, counts = sort_assignments(np.array(keys, dtype), bound, top_k)
+    kept = sorted((key, i) for i, key in enumerate(keys) if 0 <= key < bound)
+    assert expert.tolist() == [key for key, _ in kept]
+    assert (token * top_k + k).tolist() == [i for _, i in kept]
+    assert counts.tolist() == [keys.count(key) for key in range(bound)]
+    assert {a.dtype for a in (token, k, expert, counts)} == {np.dtype(np.int64)}
+
+
+@given(
+    st.integers(1, 5).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.lists(st.integers(0, n - 1)), max_size=4)))
+)
+def test_a_token_has_one_row_on_a_rank(case):
+    num_tokens, by_rank = case
+    flat = np.array([token for tokens in by_rank for token in tokens], np.int64)
+    rows, sent, used = rows_of_tokens(np.array([len(tokens) for tokens in by_rank], np.int64), flat, num_tokens)
+    distinct = [sorted(set(tokens)) for tokens in by_rank]
+    assert rows.tolist() == [len(tokens) for tokens in distinct]
+    assert sent.tolist() == [token for tokens in distinct for token in tokens]
+    want = [distinct[rank].index(token) for rank, tokens in enumerate(by_rank) for token in tokens]
+    assert used.tolist() == want
+
+
+@given(
+    st.integers(1, 4).flatmap(lambda n: st.lists(st.lists(st.integers(0, 3), min_size=n, max_size=n), min_size=1)),
+    st.sampled_from([3, 4]),
+    st.randoms(use_true_random=False),
+)
+def test_received_assignments_by_expert_and_source(counts, columns, random):
+    came = [(e, s, i) for s, row in enumerate(counts) for e, n in enumerate(row) for i in range(n)]
+    numbers = np.array([[random.randrange(9) for _ in range(columns)] for _ in came], np.int32).reshape(-1, columns)
+    first = np.array([random.randrange(99) for _ in counts])
+    row, source, ordered = order_received(np.array(counts), first, numbers)
+    order = sorted(range(len(came)), key=lambda i: came[i])
+    assert source.tolist() == [came[i][1] for i in order]
+    assert ordered.tolist() == [numbers[i].tolist() for i in order]
+    assert row.tolist() == [first[came[i][1]] + numbers[i, 2] for i in order]
+
+
+@given(st.lists(st.integers(-2, 5)), st.integers(1, 4), st.sampled_from([np.int32, np.int64]))
+def test_rows_by_the_rank_that_they_came_from(source, world_size, dtype):
+    order, counts = order_by_source(np.array(source, dtype), world_size)
+    assert order.tolist() == [i for _, i in sorted((s, i) for i, s in enumerate(source) if 0 <= s < world_size)]
+    assert counts.tolist() == [source.count(rank) for rank in range(world_size)]
