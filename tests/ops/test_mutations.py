@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import evenmoe as em
+from evenmoe.ops.exchange import received_order
 from evenmoe.ops.update_expert import prepare
 from evenmoe.reference.update_expert import update_expert as reference
 from tests.mutations import fails, mutated
 from tests.ops import test_disagreement as disagreement
+from tests.transport import test_blocks as blocks
 from tests.transport import test_transport as contract
 from tests.worlds import Case, Spec, assert_equal_worlds, assert_same_bits, run_rank, run_reference
 
@@ -146,6 +148,12 @@ def transports() -> None:
         assert world.run(lambda rank: contract.exchange_many(rank, 20)) == [0] * 4
 
 
+def orders() -> None:
+    """What threads on the CPU do not use: the order of rows on other devices, and packets between processes."""
+    assert received_order(torch.tensor([[1, 1], [2, 0]]))[0].tolist() == [0, 2, 3, 1]
+    blocks.round_trip(torch.int8, [(2, 3), (0, 1), (3, 0)], 5)
+
+
 OPS, RULES, TRANSPORT = "evenmoe.ops.", "evenmoe.rules.", "evenmoe.transport."
 
 
@@ -200,18 +208,20 @@ BUGS = {
     "smooth scale of a shared expert": bug(worlds, OPS + "exchange", "expert + layout.shared_experts", "expert"),
     "shared only if all assignments are active": bug(worlds, OPS + "exchange", "mask.any(dim=1)", "mask.all(dim=1)"),
     "rows stay ordered by source": bug(
-        worlds, OPS + "exchange", "counts.T.flatten()\n    stops", "counts.flatten()\n    stops"
+        orders, OPS + "exchange", "counts.T.flatten()\n    stops", "counts.flatten()\n    stops"
     ),
     # one row per rank on the wire
     "one smooth scale for all experts": bug(worlds, OPS + "exchange", "if rows_differ_by_expert:", "if False:"),
-    "position behind its block": bug(
-        worlds, OPS + "exchange", "- (row_counts.cumsum(0) - row_counts)[dest", "- (row_counts.cumsum(0))[dest"
+    "rows of the first source": bug(
+        worlds, OPS + "exchange", "np.array(incoming.first)", "0 * np.array(incoming.first)"
     ),
     "head taken for a row": bug(
-        worlds, TRANSPORT + "packets", "self.first.append(self.total + head)", "self.first.append(self.total)"
+        orders, TRANSPORT + "blocks", "self.first.append(self.total + head)", "self.first.append(self.total)"
     ),
-    "numbers of the next rank": bug(worlds, TRANSPORT + "call", "            taken = 0\n", "            taken = 1\n"),
-    "numbers over the head": bug(worlds, TRANSPORT + "call", "at += _HEAD_BYTES", "at += 0"),
+    "numbers of the next rank": bug(
+        orders, TRANSPORT + "blocks", "    taken = 0\n    for rank", "    taken = 1\n    for rank"
+    ),
+    "numbers over the head": bug(orders, TRANSPORT + "blocks", "at += HEAD_BYTES", "at += 0"),
     # §2.7, §2.12: what dispatch returns
     "exclusive prefix sums": bug(worlds, OPS + "dispatch", "= ordered.cumsum(0)", "= ordered.cumsum(0) - ordered"),
     "counts by source": bug(worlds, OPS + "dispatch", "received.counts.T.flatten()", "received.counts.flatten()"),
@@ -252,8 +262,8 @@ BUGS = {
     "descending k": bug(
         worlds,
         OPS + "weighted_sum",
-        "addresses, weights.contiguous().numpy()",
-        "np.ascontiguousarray(addresses[:, ::-1]), weights.flip(1).contiguous().numpy()",
+        "add(out.numpy(), _addresses(incoming, position), weights",
+        "add(out.numpy(), _addresses(incoming, position.flip(1)), weights.flip(1)",
     ),
     "descending k in float16": bug(
         worlds,
@@ -267,8 +277,8 @@ BUGS = {
     "shared experts first": bug(
         worlds,
         OPS + "weighted_sum",
-        "    add_rows(total, rows, position, weights)\n",
-        "    add_rows(total, rows, position.roll(layout.shared_experts, 1), weights.roll(layout.shared_experts, 1))\n",
+        "sum_rows(rows, position, _weights(layout, call))",
+        "sum_rows(rows, *(each.roll(layout.shared_experts, 1) for each in (position, _weights(layout, call))))",
     ),
     "first tokens twice": bug(worlds, OPS + "weighted_sum", "slice(start, min(", "slice(0, min("),
     "no shared_expert_x": bug(worlds, OPS + "weighted_sum", "if call.shared_expert_x is not None:", "if False:"),
@@ -284,9 +294,7 @@ BUGS = {
     "neighbours added first": bug(
         worlds, OPS + "numerics", "values[..., :width] + values[..., width:]", "values[..., ::2] + values[..., 1::2]"
     ),
-    "inactive tokens get shared_expert_x": bug(
-        worlds, OPS + "combine", "torch.where(active[:, None], total, 0.0)", "total"
-    ),
+    "inactive tokens get shared_expert_x": bug(worlds, OPS + "combine", "torch.where(active[:, None], y, 0.0)", "y"),
     # §4: the norm
     "residual after rounding": bug(
         worlds, OPS + "combine_add_rms_norm", "x32 = total +", "x32 = total.to(dtype).float() +"
@@ -361,6 +369,6 @@ def test_a_mutation_that_tests_nothing_is_refused(changes, reason):
 
 
 def test_a_mutant_is_gone_afterwards():
-    with mutated(OPS + "exchange", {"counts.T.flatten()\n    stops": "counts.flatten()\n    stops"}):
+    with mutated(OPS + "exchange", {"[top_k + shared, k]": "[shared, k]"}):
         assert fails(worlds)
     assert not fails(worlds)

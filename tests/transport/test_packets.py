@@ -5,15 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evenmoe.transport.packets import Blocks, Incoming
+from evenmoe.transport.packets import Incoming
 
 NONE = torch.zeros(0, dtype=torch.int32)
-
-
-def test_positions_in_blocks():
-    blocks = Blocks([0, 3, 0], [2, 0, 3], row_bytes=8, head_bytes=16)
-    assert (blocks.lengths, blocks.starts, blocks.first, blocks.total) == ([4, 4, 5], [0, 4, 8], [2, 8, 10], 13)
-    assert blocks.positions().tolist() == [2, 3, 10, 11, 12]
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.bfloat16, torch.float64])

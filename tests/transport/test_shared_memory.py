@@ -45,7 +45,8 @@ def views(rank: Rank, least: int, members: list[int] | None, seed: int) -> list[
         rows = torch.empty(shape, dtype=dtype) if kept is None else kept
         rows.fill_(10 * me + number % 7)
         lengths = [int(counts[me, 1]) + d for d in range(group.world_size)]
-        found = group.exchange_views(rows, [np.full(n, 10 * me + d, np.uint8) for d, n in enumerate(lengths)])
+        message = np.repeat(np.arange(group.world_size, dtype=np.uint8) + 10 * me, lengths).astype(np.uint8)
+        found = group.exchange_views(rows, message, lengths)
         if lags[me]:
             time.sleep(0.01)
         for source in range(group.world_size):
@@ -150,7 +151,7 @@ def interrupted_in_place(rank: Rank) -> str:
     rows = rank.ep.new_rows((1 << 19,), torch.zeros(0, dtype=torch.int8))
     assert rows is not None
     rows.fill_(rank.index)
-    rank.ep.exchange_views(rows, [np.zeros(0, np.uint8)] * SIZE)
+    rank.ep.exchange_views(rows, np.zeros(0, np.uint8), [0] * SIZE)
     if rank.index == 0:
         rank.ep.break_off("was ended by KeyboardInterrupt")
         return "broken off"

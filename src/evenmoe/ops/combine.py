@@ -315,10 +315,11 @@ def _return_rows(
     order, outgoing = prepare_returning(source, world_size, travelling.shape[1:], travelling, numbered=True)
     nothing = torch.zeros((world_size, 0), dtype=torch.int64)
     header = plan.headers[call.expand_x.requires_grad, call.expert_scales.requires_grad]
-    part.agree(header, nothing, outgoing, dispatch_number(call, 0))
     each = layout.top_k + layout.shared_experts
-    sent = (token * each + k)[order]
-    incoming = part.exchange(travelling, order, sent.int())
+    sent = (token * each + k)[order].int()
+    if travelling.requires_grad:
+        travelling = travelling.detach()
+    _, incoming = part.send(header, nothing, outgoing, travelling, order, sent, dispatch_number(call, 0))
     assignments = incoming.numbers.long()
     if call.check_values:
         _check_returned(assignments, due.flatten())

@@ -104,8 +104,7 @@ def _about(call: Setup | Teardown) -> dict[str, object]:
 def _exchange(ep: Transport, plan: SetupPlan, counts: torch.Tensor, rows: torch.Tensor) -> Returned:
     with together(part := GroupCall(ep, "setup of combine", rows)):
         outgoing = Outgoing([0] * ep.world_size, counts.sum(1).tolist(), rows.shape[1:], rows)
-        theirs = part.agree(plan.header, counts, outgoing)
-        incoming = part.exchange(rows)
+        theirs, incoming = part.send(plan.header, counts, outgoing, rows)
         return Returned(incoming.take(), theirs)
 
 

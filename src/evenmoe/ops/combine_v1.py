@@ -81,8 +81,8 @@ def _return_rows(
     order, outgoing = prepare_returning(source, layout.ep, travelling.shape[1:], travelling, numbered=False)
     returning = counts.new_zeros((layout.ep, layout.experts_per_rank))
     returning[:, : layout.local_experts] = counts.T
-    returned = part.agree(plan.headers[False, False], returning, outgoing, dispatch_number(call, 0))
-    incoming = part.exchange(travelling, order)
+    header, number = plan.headers[False, False], dispatch_number(call, 0)
+    returned, incoming = part.send(header, returning, outgoing, travelling, order, dispatch=number)
     first = torch.tensor(incoming.first, device=rows.device)
     position = _positions(returned, first, call, layout)
     received = unpack_blocks(incoming.take(), layout.hidden, rows.dtype) if packed else incoming

@@ -22,8 +22,8 @@ from evenmoe.ops.exchange import (
     Routing,
     check_physical_ids,
     check_room,
-    exchange,
     prepare_sending,
+    received,
     route,
     sent_assignments,
     zeros,
@@ -194,11 +194,11 @@ def _run(call: Dispatching) -> tuple[torch.Tensor, ...]:
             check_physical_ids(call.expert_ids, sent, layout.num_experts + call.virtual_experts)
         number = torch.tensor([across.number, UNKNOWN if beside is None else beside.number])
         routing = route(call.expert_ids, layout, call.x_active_mask)
-        outputs, received = exchange_across(across, plan, call, routing, local=tp is None)
-        peer = None if beside is None else exchange_with_peer(received, beside, layout)
-        fill(outputs, received, peer, call)
-        assist_info, own = outputs[2], len(received.rows)
-        assist_info[: 3 * own] = torch.stack([received.source, received.token, received.k], dim=1).flatten()
+        outputs, here = exchange_across(across, plan, call, routing, local=tp is None)
+        peer = None if beside is None else exchange_with_peer(here, beside, layout)
+        fill(outputs, here, peer, call)
+        assist_info, own = outputs[2], len(here.rows)
+        assist_info[: 3 * own] = torch.stack([here.source, here.token, here.k], dim=1).flatten()
         return (*outputs, number)
 
 
@@ -220,22 +220,23 @@ def exchange_across(
         rows_differ_by_expert=call.scales is not None,
         weights=call.expert_scales if call.sends_expert_scales else None,
     )
-    counts = part.agree(plan.headers[x.requires_grad], routing.counts, sending.outgoing)
-    # A shared-expert rank has one local expert, and every source counts for it in column 0.
-    counts = counts[:, : layout.local_experts]
-    check_room(counts, layout, call.global_bs)
-    outputs = []
-    for output_shape, dtype in plan.outputs:  # of A rows few are ever received, and only they are written
-        outputs.append(zeros(output_shape, dtype, x.device))
     rows, index = x, sending.token
     if quantized:
         # Rows as they travel: bytes, H int8 and one float32 scale.
         smooth = None if call.scales is None else call.scales.index_select(0, routing.expert)
         values, scale = quantize_rows(x.index_select(0, sending.token), smooth)
         rows, index = torch.cat([values.view(torch.uint8), reinterpret(scale[:, None], torch.uint8)], dim=1), None
+    # There may be too many rows, which all ranks must hear of before they travel. A shared-expert rank has one local
+    # expert, and every source counts for it in column 0.
+    counts = part.agree(plan.headers[x.requires_grad], routing.counts, sending.outgoing)[:, : layout.local_experts]
+    check_room(counts, layout, call.global_bs)
+    incoming = part.exchange(rows.detach() if rows.requires_grad else rows, index, sending.assignments)
+    outputs = []
+    for output_shape, dtype in plan.outputs:  # of A rows few are ever received, and only they are written
+        outputs.append(zeros(output_shape, dtype, x.device))
     # The rows go where they stay, unless their scales come beside them.
     allocate = (lambda n: outputs[0][:n]) if local and not quantized else None
-    return outputs, exchange(part, sending, counts, rows, index, allocate)
+    return outputs, received(part, sending, counts, incoming, allocate)
 
 
 @dataclass(frozen=True)

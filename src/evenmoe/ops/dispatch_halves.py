@@ -25,8 +25,8 @@ from evenmoe.ops.exchange import (
     active_assignments,
     check_physical_ids,
     check_room,
-    exchange,
     prepare_sending,
+    received,
     route,
 )
 from evenmoe.ops.halves import agreed_sizes, attributes_of, finished, group_of, numbered, places, told
@@ -128,9 +128,10 @@ def _exchange(ep: Transport, plan: SetupPlan, call: Setup, routing: Routing, mes
     with together(part := GroupCall(ep, "setup of dispatch", message)):
         layout = plan.layout
         sending = prepare_sending(routing, layout.num_tokens, message.shape[1:], message, rows_differ_by_expert=True)
+        # There may be too many rows, which all ranks must hear of before they travel.
         counts = part.agree(plan.header, routing.counts, sending.outgoing)[:, : layout.local_experts]
         check_room(counts, layout, call.global_bs)
-        return exchange(part, sending, counts, message, None)
+        return received(part, sending, counts, part.exchange(message, numbers=sending.assignments))
 
 
 def _tear_down(call: Teardown) -> tuple[torch.Tensor, ...]:

@@ -278,29 +278,27 @@ def _rows_of_tokens(per_rank: torch.Tensor, token: torch.Tensor, num_tokens: int
     return rows, pair % tokens, row - (rows.cumsum(0) - rows)[destination]
 
 
-def exchange(
+def received(
     call: GroupCall,
     sending: Sending,
     counts: torch.Tensor,
-    rows: torch.Tensor,
-    index: torch.Tensor | None,
+    incoming: Incoming,
     allocate: Callable[[int], torch.Tensor] | None = None,
 ) -> Received:
-    """Send what the ranks have agreed on, and return what was sent here.
+    """What was sent here, in the order of the experts.
 
     Args:
+        sending: what this rank sent. incoming: what came.
         counts: int64 (W, L), assignments that each source sends to each local expert of this rank.
-        rows, index: the rows to send are rows[index], or all of them.
         allocate: N -> memory (N, …) for the rows received. None for new memory.
     """
-    incoming = call.exchange(rows, index, sending.assignments)
     which, source, assignments = _ordered(counts, incoming, sending.assignments.shape[1])
     weight = assignments[:, 3].contiguous().view(torch.float32) if assignments.shape[1] == 4 else None
     like = incoming.parts[0]
     shape = (len(which), *like.shape[1:])
     out = allocate(len(which)) if allocate is not None else call.group.new_rows(shape, like)
-    received = incoming.take(which, empty(shape, like) if out is None else out)
-    return Received(received, source, assignments[:, 0], assignments[:, 1], counts, weight)
+    rows = incoming.take(which, empty(shape, like) if out is None else out)
+    return Received(rows, source, assignments[:, 0], assignments[:, 1], counts, weight)
 
 
 def _ordered(counts: torch.Tensor, incoming: Incoming, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -71,8 +71,8 @@ def send_tokens(
     counts = sent.sum(1).tolist()
     width = described.shape[1]
     outgoing = Outgoing([n * width for n in counts], counts, rows.shape[1:], rows)
-    part.agree(header, torch.zeros((world_size, 0), dtype=torch.int64), outgoing)
-    incoming = part.exchange(rows, token, described.flatten())
+    nothing = torch.zeros((world_size, 0), dtype=torch.int64)
+    _, incoming = part.send(header, nothing, outgoing, rows, token, described.flatten())
 
     per_rank = torch.tensor(incoming.rows, device=rows.device)
     described = incoming.numbers.view(-1, width)
@@ -130,11 +130,12 @@ def return_rows(
     each = 1 if weights is None else 2
     order, outgoing = prepare_returning(source, part.group.world_size, rows.shape[1:], rows, numbered=True)
     outgoing = Outgoing([each * n for n in outgoing.numbers], outgoing.rows, outgoing.shape, rows)
-    part.agree(header, torch.zeros((part.group.world_size, 0), dtype=torch.int64), outgoing, dispatch)
+    nothing = torch.zeros((part.group.world_size, 0), dtype=torch.int64)
     numbers = [(token * top_k + k)[order].int()]
     if weights is not None:
         numbers.append(weights[order].contiguous().view(torch.int32))
-    incoming = part.exchange(rows, order, torch.stack(numbers, dim=1).flatten())
+    along = torch.stack(numbers, dim=1).flatten()
+    _, incoming = part.send(header, nothing, outgoing, rows, order, along, dispatch)
 
     described = incoming.numbers.view(-1, each)
     entries, due = described[:, 0].long(), (topk_idx >= 0).flatten()

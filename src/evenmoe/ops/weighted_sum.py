@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import carray
+from numba import carray  # pyright: ignore[reportPrivateImportUsage]: documented
 
 from evenmoe.compiled import compiled, compiled_inner
 from evenmoe.contract.layout import Layout

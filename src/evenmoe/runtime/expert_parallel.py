@@ -14,7 +14,7 @@ import torch
 
 from evenmoe.contract.layout import Layout, make_layout
 from evenmoe.errors import ConstraintError, require
-from evenmoe.ops.exchange import exchange, prepare_sending, route
+from evenmoe.ops.exchange import prepare_sending, received, route
 from evenmoe.ops.weighted_sum import sum_dtype, sum_rows
 from evenmoe.rules import RULES
 from evenmoe.rules.rule import IntArray, Rule, prepared
@@ -198,19 +198,20 @@ class ExpertParallel:
             routing = route(slots, layout)
             sending = prepare_sending(routing, layout.num_tokens, (layout.hidden,), x)
             sent = routing.counts if to_slots is None else routing.counts[:, :0]  # they follow from the others' counts
-            counts = call.agree(header, sent, sending.outgoing)
+            rows = x.detach() if x.requires_grad else x
+            counts, incoming = call.send(header, sent, sending.outgoing, rows, sending.token, sending.assignments)
             if not self._rule.needs_counts:
                 recorded = recorded and call.needs(GRADIENTS_OF_X)
             if to_slots is not None:
                 first = layout.rank * layout.experts_per_rank
                 counts = torch.from_numpy(to_slots[:, first : first + layout.experts_per_rank].copy()).to(x.device)
-            received = exchange(call, sending, counts, x.detach() if x.requires_grad else x, sending.token)
+            here = received(call, sending, counts, incoming)
         dispatched = DispatchedRows(
-            received.rows,
+            here.rows,
             counts.sum(dim=0),
-            received.source,
-            received.token,
-            received.k,
+            here.source,
+            here.token,
+            here.k,
             slots,
             routing,
             # A copy, since the caller may write to them before combine.

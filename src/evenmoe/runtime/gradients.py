@@ -238,8 +238,8 @@ def gradients_of_combine(
         per_rank = [numbers.shape[1] * count for count in routing.counts.sum(dim=1).tolist()]
         outgoing = replace(sending.outgoing, numbers=per_rank)
         nothing = torch.zeros((call.group.world_size, 0), dtype=torch.int64)
-        call.agree(way.header(_COMBINE), nothing, outgoing, dispatched.number)
-        incoming = call.exchange(grad_y, sending.token, numbers)
+        header = way.header(_COMBINE)
+        _, incoming = call.send(header, nothing, outgoing, grad_y, sending.token, numbers, dispatched.number)
         order, source = received_order(_counts(dispatched, call.group.world_size))
         theirs = incoming.numbers.view(-1, numbers.shape[1])[order]
         first = torch.tensor(incoming.first, device=source.device)[source]

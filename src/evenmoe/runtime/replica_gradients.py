@@ -179,6 +179,5 @@ def _exchange(group: Transport, replicas: Replicas, rows: torch.Tensor, destinat
     with together(call):
         outgoing = Outgoing([0] * group.world_size, counts, tuple(rows.shape[1:]), rows)
         nothing = torch.zeros((group.world_size, 0), dtype=torch.int64)
-        call.agree(Header(ROWS, {LAYER: replicas.layer}), nothing, outgoing)
-        incoming = call.exchange(rows)
+        _, incoming = call.send(Header(ROWS, {LAYER: replicas.layer}), nothing, outgoing, rows)
         return incoming.take()

@@ -64,7 +64,8 @@ def return_rows(
         dispatched.source_rank, call.group.world_size, rows.shape[1:], rows, numbered=False
     )
     back = torch.tensor(outgoing.rows)[:, None]
-    home = call.agree(header, back, outgoing, dispatched.number)[:, 0].tolist()
+    told, incoming = call.send(header, back, outgoing, rows, order, dispatch=dispatched.number)
+    home = told[:, 0].tolist()
     sent_out = routing.counts.sum(dim=1).tolist()
     if home != sent_out:
         raise ConstraintError(
@@ -73,7 +74,6 @@ def return_rows(
             "must be what dispatch returned, unchanged",
             "pass it to combine as it is",
         )
-    incoming = call.exchange(rows, order)
     # Rows return in the order in which `routing` sent the tokens out, so each one's position is known.
     assignments = routing.token * shape[1] + routing.k
     return incoming, positions_of(incoming, assignments, shape.numel()).view(shape)

@@ -1,14 +1,13 @@
 """One rank's part in a collective call, and what becomes of it when something fails there.
 
-A call is a header that all ranks compare (see `agreement`), then one packet of rows to every rank. Whatever is raised
-on a rank in between, the exchange that the others wait for is made all the same, with a failure in it: they raise an
-error that names the rank, and all ranks are in step for the next call. Only an interrupt does not wait for others: it
-breaks the group off, for good.
+A call is a header that all ranks compare (see `agreement`), and rows for every rank. Whatever is raised on a rank in
+between, the exchange that the others wait for is made all the same, with a failure in it: they raise an error that
+names the rank, and all ranks are in step for the next call. Only an interrupt does not wait for others: it breaks the
+group off, for good.
 
-Where ranks can read each other's rows, a rank shows all of its rows and tells every other which of them are for it.
-Else a packet to one rank is a block of rows: a head with the exchange's number and the block's length, then int32
-numbers, both in as many whole rows as they need, then the rows themselves. So they travel together, and a receiver sees
-at once what is not what it waits for.
+Where ranks can read each other's rows, header and rows are one exchange: a rank shows all of its rows, and tells every
+other which of them are for it (`messages`). Else the header comes first, with the sizes of the packets of rows that
+follow (`blocks`).
 
 Shapes: W ranks, H width of a row, N rows of a packet, M numbers of a packet.
 """
@@ -19,50 +18,54 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from evenmoe.errors import LostRankError, RankDisagreementError
-from evenmoe.transport import agreement
+from evenmoe.transport import agreement, messages
 from evenmoe.transport.agreement import UNKNOWN, Header
-from evenmoe.transport.packets import Blocks, Incoming, Outgoing
-from evenmoe.transport.transport import Transport
+from evenmoe.transport.blocks import Blocks, failure_in, fill, heads_and_numbers, heads_for
+from evenmoe.transport.packets import Incoming, Outgoing
+from evenmoe.transport.transport import Transport, Views
 
-_HEAD_WORDS, _TEXT = 32, 3  # number of the exchange, rows of the block, status; the text of a failure
-_HEAD_BYTES = 8 * _HEAD_WORDS
 _MESSAGE_WORDS = 4096  # counts sent to all ranks together: 32 KiB, a latency-bound message on any link
 _FEW = 64  # counts for each rank that travel with the first header, however many ranks there are
 # What the others wait for: the exchange that comes next; not known, since this rank has not understood their headers;
 # nothing more.
 _PENDING, _UNKNOWN, _DONE = range(3)
-_Memory: TypeAlias = Any  # an array where that is possible, else a tensor: they are sliced and filled alike
 _COUNTS = agreement.HEADER + 2  # where counts begin, behind the numbers and the rows of the packet that follows
 
 
 @dataclass(frozen=True)
 class _Packets:
-    """The packets that the others wait for, known to all ranks once they have agreed."""
+    """The packets that the others wait for, known to all ranks once they have agreed.
+
+    Attributes:
+        wire_shape: of a row as it travels: one of no bytes is a single element, as a head counts in rows.
+        received: None where the ranks read each other's rows.
+    """
 
     outgoing: Outgoing
-    wire_shape: tuple[int, ...]  # of a row as it travels: one of no bytes is a single element, as a head counts in rows
-    sent: Blocks
-    received: Blocks
+    wire_shape: tuple[int, ...]
+    sent: Blocks | None
+    received: Blocks | None
 
 
 @dataclass(frozen=True)
 class _Announced:
-    """What a rank said in its message: the header, the packet that follows, and the counts that did not fit."""
+    """What a rank said in its message: the header, whether nothing follows, the packet, and counts that did not fit."""
 
     header: Header
     words: agreement.Words
-    outgoing: Outgoing | None
-    rest: torch.Tensor | None
+    last: bool = False
+    outgoing: Outgoing | None = None
+    rest: torch.Tensor | None = None
 
 
 class GroupCall:
-    """One rank's part in one collective call of one group: `agree` once or more, then `exchange` once.
+    """One rank's part in one collective call of one group: `agree` as often as it takes, then `send`; or, where
+    something must be known before rows can be sent, `agree` with what goes out and then `exchange`.
 
     Attributes: `group`, and `number`, that of the exchange which begins the call, by which all ranks know it.
 
@@ -90,6 +93,29 @@ class GroupCall:
         self.group, self._heard, self.number = group, True, group.number()
         self._next, self._fitting = self.number, max(_FEW, _MESSAGE_WORDS // group.world_size)
 
+    def send(
+        self,
+        header: Header,
+        counts: torch.Tensor,
+        outgoing: Outgoing,
+        rows: torch.Tensor,
+        index: torch.Tensor | None = None,
+        numbers: torch.Tensor | None = None,
+        dispatch: int = UNKNOWN,
+    ) -> tuple[torch.Tensor, Incoming]:
+        """Agree on a header, and exchange counts and rows; in one exchange where ranks read each other's rows.
+
+        Args and errors are those of `agree` and of `exchange`.
+
+        Returns:
+            int64 (W, n), what every rank counts for this one; and what was sent here.
+        """
+        if not self._shows_rows:
+            told = self.agree(header, counts, outgoing, dispatch)
+            return told, self.exchange(rows, index, numbers)
+        self._packets = _Packets(outgoing, outgoing.shape, None, None)
+        return self._show(header, dispatch, counts.numpy(), rows, index, numbers)
+
     def agree(
         self, header: Header, counts: torch.Tensor, outgoing: Outgoing | None = None, dispatch: int = UNKNOWN
     ) -> torch.Tensor:
@@ -108,19 +134,21 @@ class GroupCall:
             RankDisagreementError: ranks make different calls or call with different sizes, or one of them failed.
             LostRankError: a rank is gone, or out of step.
         """
+        if self._shows_rows:
+            if outgoing is not None:
+                self._packets = _Packets(outgoing, outgoing.shape, None, None)
+            return self._show(header, dispatch, counts.numpy())[0]
         self._operator = header.operator
         fitting, width = self._fitting, counts.shape[1]
         rest = counts[:, fitting:].contiguous() if width > fitting else None
+        words = self._words(header, dispatch)
         message = np.zeros((self.group.world_size, _COUNTS + fitting), np.int64)
-        message[:, : agreement.HEADER] = header.words
-        message[:, 0] = self._next
-        if header.dispatch_word:
-            message[:, header.dispatch_word] = dispatch
+        message[:, : agreement.HEADER] = words
         if outgoing is not None:
             message[:, agreement.HEADER], message[:, agreement.HEADER + 1] = outgoing.numbers, outgoing.rows
         if width:
             message[:, _COUNTS : _COUNTS + width] = (counts if rest is None else counts[:, :fitting]).cpu().numpy()
-        self._announced = _Announced(header, message[0, : agreement.HEADER], outgoing, rest)
+        self._announced = _Announced(header, words, outgoing=outgoing, rest=rest)
         message = torch.from_numpy(message).to(self._device)
         self._stage = _UNKNOWN
         received = self.group.exchange_counts(message)
@@ -144,16 +172,17 @@ class GroupCall:
         """
         packets = self._packets
         assert packets is not None, "the ranks have agreed"
+        if self._shows_rows:
+            assert self._agreed is not None, "the ranks have agreed"
+            nothing = np.zeros((self.group.world_size, 0), np.int64)
+            return self._show(self._agreed[0], UNKNOWN, nothing, rows, index, numbers)[1]
         if index is None:
             index = torch.arange(len(rows), device=rows.device)
-        assert len(index) == sum(packets.sent.rows), (len(index), packets.sent.rows)
-        if self._shows_rows:
-            return self._exchange_views(packets, rows, index, numbers)
+        assert len(index) == sum(packets.outgoing.rows), (len(index), packets.outgoing.rows)
         shape = packets.outgoing.shape
         if prod(shape):
-            return self._exchange_packets(packets, self._packed(packets, rows, index, numbers))
-        nothing = rows.new_zeros((len(rows), *packets.wire_shape))
-        incoming = self._exchange_packets(packets, self._packed(packets, nothing, index, numbers))
+            return self._exchange_packets(packets, rows, index, numbers)
+        incoming = self._exchange_packets(packets, rows.new_zeros((len(rows), *packets.wire_shape)), index, numbers)
         return replace(incoming, parts=[rows.new_empty((len(incoming.parts[0]), *shape))])
 
     def finish(self) -> None:
@@ -164,8 +193,15 @@ class GroupCall:
         """
         self.group.end_reading()
 
+    def stop_reading(self) -> None:
+        """Let the others write to what this rank was reading, before it tells them what has failed."""
+        # What they have told is still needed where this rank has not understood it.
+        if self._stage != _UNKNOWN and not self.group.broken:
+            with suppress(LostRankError):  # the caller's own error comes first
+                self.group.stop_reading()
+
     def needs(self, gradients: str) -> bool:
-        """Whether some rank needs those gradients, so that all of them record; told by the last `agree`."""
+        """Whether some rank needs those gradients, so that all of them record; told by the last header."""
         assert self._agreed is not None, "the ranks have agreed"
         return agreement.needed(*self._agreed, gradients)
 
@@ -174,46 +210,145 @@ class GroupCall:
         group = self.group
         if not self._heard or group.broken:
             return
-        with suppress(LostRankError):  # the caller's own error comes first
-            if isinstance(error, Exception):
-                group.end_reading()
         if not isinstance(error, Exception):
             group.break_off(f"was ended by {type(error).__name__} in the midst of {self._operator}")
             return
         if isinstance(error, LostRankError):  # of another group, without which this rank cannot go on
             group.break_off(f"stopped in {self._operator}: {error}")
             return
-        if self._stage == _DONE:
-            return
-        exchanged = group.number() != self._next  # though this rank had not got round to noting it
-        if exchanged and self._stage == _PENDING and self._rest is None:
-            return  # it was the packet, or an inner part of the call has told the others
         try:
-            if exchanged and self._stage == _UNKNOWN:
-                assert self._announced is not None
-                self._understand(group.last_counts().cpu().numpy(), self._announced)
-            elif exchanged:
-                self._next, self._rest = self._next + 1, None
-            if self._rest is not None:
-                self._exchange_rest(self._rest)
-            if self._packets is None:
-                message = np.zeros((group.world_size, _COUNTS + self._fitting), np.int64)
-                message[:, : agreement.HEADER] = agreement.failed_header(self._next, self._operator, error)
-                group.exchange_counts(torch.from_numpy(message).to(self._device))
-            elif self._shows_rows:
-                self._exchange_views(self._packets, self._packets.outgoing.like[:0], error=error)
-                group.end_reading()
-            else:
-                self._exchange_packets(self._packets, self._packed(self._packets, error=error))
-            self._stage = _DONE
+            self._tell_of(error)
+            group.end_reading()
         except (LostRankError, RankDisagreementError):
-            pass  # the caller's own error comes first
+            with suppress(LostRankError):  # the caller's own error comes first
+                group.end_reading()
         except BaseException as another:  # whatever it is, the others must not wait for this rank
             group.break_off(f"failed with {type(another).__name__} in the midst of {self._operator}")
 
+    def _tell_of(self, error: Exception) -> None:
+        """Make the exchange that the others wait for, if any, with `error` in it."""
+        group = self.group
+        exchanged = group.number() != self._next  # though this rank had not got round to noting it
+        if self._stage == _DONE or (exchanged and self._stage == _PENDING and self._rest is None):
+            return  # nothing is waited for, or an inner part of the call has told the others
+        if exchanged and self._stage == _UNKNOWN:
+            assert self._announced is not None
+            if self._shows_rows:
+                self._hear(group.last_views(), self._announced)
+            else:
+                self._understand(group.last_counts().cpu().numpy(), self._announced)
+        elif exchanged:
+            self._next, self._rest = self._next + 1, None
+        if self._stage == _DONE:
+            return
+        if self._rest is not None:
+            self._exchange_rest(self._rest)
+        words = agreement.failed_header(self._next, self._operator, error)
+        if self._shows_rows:
+            message, lengths = messages.pack(words, np.zeros((group.world_size, 0), np.int64))
+            group.exchange_views(torch.empty(0), message, lengths)
+        elif self._packets is None:
+            message = np.zeros((group.world_size, _COUNTS + self._fitting), np.int64)
+            message[:, : agreement.HEADER] = words
+            group.exchange_counts(torch.from_numpy(message).to(self._device))
+        else:
+            self._exchange_packets(self._packets, error=error)
+        self._stage = _DONE
+
+    def _words(self, header: Header, dispatch: int) -> agreement.Words:
+        """What this rank says in the exchange that comes next."""
+        words = header.words.copy()
+        words[0] = self._next
+        if header.dispatch_word:
+            words[header.dispatch_word] = dispatch
+        return words
+
+    def _exchange_rest(self, rest: torch.Tensor) -> torch.Tensor:
+        received = self.group.exchange_counts(rest)
+        self._next, self._rest = self._next + 1, None
+        return received
+
+    # Where ranks read each other's rows ---------------------------------------------------------------------------
+
+    def _show(
+        self,
+        header: Header,
+        dispatch: int,
+        counts: agreement.Words,
+        rows: torch.Tensor | None = None,
+        index: torch.Tensor | None = None,
+        numbers: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, Incoming]:
+        """Tell all ranks the header, the counts and which of `rows` are for them; without rows, more will follow."""
+        self._operator = header.operator
+        last = rows is not None
+        words = self._words(header, dispatch)
+        if rows is None:
+            message, lengths = messages.pack(words, counts)
+            rows = torch.empty(0)
+        else:
+            assert self._packets is not None, "what goes out is known"
+            outgoing = self._packets.outgoing
+            which = np.arange(len(rows)) if index is None else index.numpy().astype(np.int64, copy=False)
+            along = messages.NO_NUMBERS if numbers is None else numbers.contiguous().numpy().reshape(-1)
+            assert len(which) == sum(outgoing.rows), (len(which), outgoing.rows)
+            assert len(along) == sum(outgoing.numbers), (len(along), outgoing.numbers)
+            message, lengths = messages.pack(words, counts, which, outgoing.rows, along, outgoing.numbers)
+        self._announced = _Announced(header, words, last)
+        self._stage = _UNKNOWN
+        views = self.group.exchange_views(rows.contiguous(), message, lengths)
+        self._hear(views, self._announced)
+        told = messages.unpack(views.messages)
+        incoming = Incoming(views.rows, told.rows, torch.from_numpy(told.at), torch.from_numpy(told.numbers))
+        return torch.from_numpy(told.counts), incoming
+
+    def _hear(self, views: Views, announced: _Announced) -> None:
+        """Compare the headers, and know what the others wait for next."""
+        headers = messages.headers_of(views.messages)
+        self._compare(headers, announced)
+        self._next, self._stage = self._next + 1, _DONE if announced.last else _PENDING
+
+    # Where they do not --------------------------------------------------------------------------------------------
+
     def _understand(self, received: agreement.Words, announced: _Announced) -> None:
         """Compare the headers, and know what the others wait for next."""
-        headers, outgoing = received[:, : agreement.HEADER], announced.outgoing
+        self._compare(received[:, : agreement.HEADER], announced)
+        outgoing = announced.outgoing
+        if outgoing is not None:
+            wire_shape = outgoing.shape if prod(outgoing.shape) else (1,)
+            row_bytes = prod(wire_shape) * outgoing.like.element_size()
+            numbers, rows = received[:, agreement.HEADER : _COUNTS].T.tolist()
+            sent = Blocks(outgoing.numbers, outgoing.rows, row_bytes)
+            self._packets = _Packets(outgoing, wire_shape, sent, Blocks(numbers, rows, row_bytes))
+        self._next, self._rest, self._stage, self._fitting = self._next + 1, announced.rest, _PENDING, 0
+
+    def _exchange_packets(
+        self,
+        packets: _Packets,
+        rows: torch.Tensor | None = None,
+        index: torch.Tensor | None = None,
+        numbers: torch.Tensor | None = None,
+        error: BaseException | None = None,
+    ) -> Incoming:
+        """Send a block to every rank; of a failed call only its head means anything."""
+        sent, blocks = packets.sent, packets.received
+        assert sent is not None
+        assert blocks is not None
+        buffer = self.group.rows_to_send((sent.total, *packets.wire_shape), packets.outgoing.like)
+        fill(buffer, sent, heads_for(sent, self._next, error), rows, index, numbers)
+        received = self.group.exchange_rows(buffer, sent.lengths, blocks.lengths, reuse=True)
+        self._stage = _DONE
+        heads, along = heads_and_numbers(received, blocks)
+        self._check_in_step(np.where(heads[:, 1] == blocks.lengths, heads[:, 0], -1))
+        if failure := failure_in(heads):
+            rank, text, invalid = failure
+            raise agreement.failed_there(rank, self._operator, text, invalid)
+        return Incoming([received], blocks.rows, blocks.positions().to(received.device), along)
+
+    # ---------------------------------------------------------------------------------------------------------------
+
+    def _compare(self, headers: agreement.Words, announced: _Announced) -> None:
+        """Raise where ranks are out of step, differ, or say that they failed; the same on every rank."""
         if (headers != announced.words).any():
             self._check_in_step(headers[:, 0])
             try:
@@ -222,126 +357,6 @@ class GroupCall:
                 self._stage = _DONE  # on every rank
                 raise
         self._agreed = announced.header, headers
-        if outgoing is not None:
-            wire_shape = outgoing.shape if prod(outgoing.shape) else (1,)
-            row_bytes = prod(wire_shape) * outgoing.like.element_size()
-            numbers, rows = received[:, agreement.HEADER : _COUNTS].T.tolist()
-            sent = Blocks(outgoing.numbers, outgoing.rows, row_bytes, _HEAD_BYTES)
-            self._packets = _Packets(outgoing, wire_shape, sent, Blocks(numbers, rows, row_bytes, _HEAD_BYTES))
-        self._next, self._rest, self._stage, self._fitting = self._next + 1, announced.rest, _PENDING, 0
-
-    def _exchange_rest(self, rest: torch.Tensor) -> torch.Tensor:
-        received = self.group.exchange_counts(rest)
-        self._next, self._rest = self._next + 1, None
-        return received
-
-    def _packed(
-        self,
-        packets: _Packets,
-        rows: torch.Tensor | None = None,
-        index: torch.Tensor | None = None,
-        numbers: torch.Tensor | None = None,
-        error: BaseException | None = None,
-    ) -> torch.Tensor:
-        """The blocks for all ranks, in the group's memory; of a failed call only the heads mean anything."""
-        blocks = packets.sent
-        buffer = self.group.rows_to_send((blocks.total, *packets.wire_shape), packets.outgoing.like)
-        if rows is not None and len(rows):
-            assert index is not None
-            whole = torch.zeros(blocks.total, dtype=index.dtype, device=index.device)
-            into: _Memory = whole
-            which: _Memory = index
-            if index.device.type == "cpu":  # slices of arrays cost a third of those of tensors
-                into, which = whole.numpy(), index.numpy()
-            taken = 0
-            for first, count in zip(blocks.first, blocks.rows, strict=True):
-                into[first : first + count] = which[taken : taken + count]
-                taken += count
-            torch.index_select(rows, 0, whole, out=buffer)
-        memory = _bytes(buffer)
-        heads: _Memory = self._heads(blocks, error).view(np.uint8)
-        heads = heads if isinstance(memory, np.ndarray) else torch.from_numpy(heads).to(memory.device)
-        ours = None if numbers is None else _bytes(numbers.contiguous())
-        taken = 0
-        for rank, (start, count) in enumerate(zip(blocks.starts, blocks.numbers, strict=True)):
-            at = start * blocks.row_bytes
-            memory[at : at + _HEAD_BYTES] = heads[rank]
-            if ours is not None:
-                at += _HEAD_BYTES
-                memory[at : at + 4 * count] = ours[4 * taken : 4 * (taken + count)]
-                taken += count
-        return buffer
-
-    def _heads(self, blocks: Blocks, error: BaseException | None = None) -> agreement.Words:
-        """int64 (W, _HEAD_WORDS), what stands in front of every block."""
-        heads = np.zeros((len(blocks.rows), _HEAD_WORDS), np.int64)
-        heads[:, 0], heads[:, 1] = self._next, blocks.lengths
-        if error is not None:
-            heads[:, 2] = getattr(error, "status", agreement.FAILED)
-            heads[:, _TEXT:] = agreement.text_words(error, _HEAD_WORDS - _TEXT)
-        return heads
-
-    def _exchange_packets(self, packets: _Packets, buffer: torch.Tensor) -> Incoming:
-        blocks = packets.received
-        received = self.group.exchange_rows(buffer, packets.sent.lengths, blocks.lengths, reuse=True)
-        self._stage = _DONE
-        memory = _bytes(received)
-        heads, numbers = [], []
-        for start, count in zip(blocks.starts, blocks.numbers, strict=True):
-            at = start * blocks.row_bytes + _HEAD_BYTES
-            heads.append(memory[at - _HEAD_BYTES : at])
-            numbers.append(memory[at : at + 4 * count])
-        both, size = _joined(heads + numbers), _HEAD_BYTES * len(heads)
-        heads = both[:size].view(torch.int64).cpu().numpy().reshape(-1, _HEAD_WORDS)
-        self._check_heads(heads, blocks)
-        at = blocks.positions().to(received.device)
-        return Incoming([received], blocks.rows, at, both[size:].view(torch.int32))
-
-    def _exchange_views(
-        self,
-        packets: _Packets,
-        rows: torch.Tensor,
-        index: torch.Tensor | None = None,
-        numbers: torch.Tensor | None = None,
-        error: BaseException | None = None,
-    ) -> Incoming:
-        """Show `rows`, and tell every rank which of them are for it: a head, the index and the numbers; of a failed
-        call only the heads mean anything.
-        """
-        sent, received = packets.sent, packets.received
-        heads = self._heads(sent, error).view(np.uint8)
-        which = np.zeros(sum(sent.rows), np.int64) if index is None else index.numpy().astype(np.int64, copy=False)
-        along = np.zeros(sum(sent.numbers), np.int32) if numbers is None else numbers.contiguous().numpy().reshape(-1)
-        messages, row, number = [], 0, 0
-        for head, num_rows, num_numbers in zip(heads, sent.rows, sent.numbers, strict=True):
-            parts = (head, which[row : row + num_rows], along[number : number + num_numbers])
-            message = np.zeros(_length(num_rows, num_numbers), np.uint8)
-            np.concatenate([part.view(np.uint8) for part in parts], out=message[: sum(part.nbytes for part in parts)])
-            messages.append(message)
-            row, number = row + num_rows, number + num_numbers
-        views = self.group.exchange_views(rows.contiguous(), messages)
-        self._stage = _DONE
-        theirs = np.zeros((len(views.messages), _HEAD_WORDS), np.int64)
-        at, along = [], []
-        for source, message in enumerate(views.messages):
-            num_rows, num_numbers = received.rows[source], received.numbers[source]
-            if len(message) == _length(num_rows, num_numbers):
-                theirs[source] = message[:_HEAD_BYTES].view(np.int64)
-                end = _HEAD_BYTES + 8 * num_rows
-                at.append(message[_HEAD_BYTES:end].view(np.int64))
-                along.append(message[end : end + 4 * num_numbers].view(np.int32))
-        self._check_heads(theirs, received)
-        rows_at, numbers_along = (torch.from_numpy(np.concatenate(part)) for part in (at, along))
-        return Incoming(views.rows, received.rows, rows_at, numbers_along)
-
-    def _check_heads(self, heads: agreement.Words, blocks: Blocks) -> None:
-        """Raise for what stands in front of what was received: another exchange's, cut short, or of a failed call."""
-        if (heads[:, 0] == self._next).all() and (heads[:, 1] == blocks.lengths).all() and not heads[:, 2].any():
-            return
-        self._check_in_step(np.where(heads[:, 1] == blocks.lengths, heads[:, 0], -1))
-        rank = int(np.flatnonzero(heads[:, 2])[0])
-        text, invalid = agreement.text_of(heads[rank, _TEXT:]), heads[rank, 2] != agreement.FAILED
-        raise agreement.failed_there(rank, self._operator, text, invalid)
 
     def _check_in_step(self, numbers: agreement.Words) -> None:
         """Every rank must have sent what belongs to the exchange just made; −1 for a message that is cut short."""
@@ -376,24 +391,10 @@ def together(*calls: GroupCall | None) -> Iterator[None]:
                 call.finish()
         except BaseException as error:  # also an interrupt: the other ranks wait for this one whatever it was
             for call in present:
+                call.stop_reading()  # in every group first, since what one waits for may wait for another
+            for call in present:
                 call.fail(error)
             raise
     finally:
         for group in held:
             group.end_turn()
-
-
-def _length(num_rows: int, num_numbers: int) -> int:
-    """Bytes of a message with the index of rows and numbers, in whole words."""
-    return _HEAD_BYTES + 8 * num_rows + -(-num_numbers // 2) * 8
-
-
-def _bytes(tensor: torch.Tensor) -> _Memory:
-    """The memory of a contiguous tensor as bytes; as an array where that is possible, since its slices cost less."""
-    octets = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-    return octets.numpy() if octets.device.type == "cpu" else octets
-
-
-def _joined(parts: list[_Memory]) -> torch.Tensor:
-    """Pieces of bytes, one after the other, in new memory."""
-    return torch.from_numpy(np.concatenate(parts)) if isinstance(parts[0], np.ndarray) else torch.cat(parts)

@@ -82,33 +82,3 @@ def gather(out, addresses, width):
     """Copy `width` bytes from each of `addresses`, int64 (n,), to the address `out`, one behind the other."""
     for row in range(len(addresses)):
         copy_bytes(out + row * width, addresses[row], width)
-
-
-class Blocks:
-    """How the blocks of all ranks lie in a buffer, one after the other: W of each.
-
-    Args:
-        numbers, rows: int32 numbers and rows of every block.
-        row_bytes, head_bytes: bytes of one row, and of what stands in front of the numbers.
-
-    Attributes:
-        lengths: rows of the whole block. starts, first: where it begins, and its first row of all. total: of all.
-    """
-
-    def __init__(self, numbers: Sequence[int], rows: Sequence[int], row_bytes: int, head_bytes: int) -> None:
-        self.numbers, self.rows, self.row_bytes, self.total = numbers, list(rows), row_bytes, 0
-        self.lengths: list[int] = []
-        self.starts: list[int] = []
-        self.first: list[int] = []
-        for num_numbers, num_rows in zip(numbers, rows, strict=True):
-            head = -(-(head_bytes + 4 * num_numbers) // row_bytes)
-            self.starts.append(self.total)
-            self.first.append(self.total + head)
-            self.lengths.append(head + num_rows)
-            self.total += head + num_rows
-
-    def positions(self) -> torch.Tensor:
-        """int64 (N,), where every row lies in the buffer, by rank."""
-        rows = np.array(self.rows)
-        shift = np.repeat(np.array(self.first) - (rows.cumsum() - rows), rows)
-        return torch.from_numpy(np.arange(len(shift)) + shift)

@@ -14,13 +14,14 @@ from contextlib import suppress
 from itertools import accumulate, pairwise
 from math import prod
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from evenmoe.errors import LostRankError
 from evenmoe.transport.mesh import LastWord, Mesh
 from evenmoe.transport.segment import Octets
-from evenmoe.transport.transport import Buffers, Ints, Members, Transport, Views
+from evenmoe.transport.transport import Buffers, Counted, Ints, Members, Transport, Views
 
 _GRACE_S = 1.0  # after a failed exchange, for a rank to be seen to have stopped; 0.12 s sufficed in 150 kills
 
@@ -252,15 +253,23 @@ class RemappedTransport(Transport):
     def new_rows(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor | None:
         return self._transport.new_rows(shape, like)
 
-    def _exchange_views(self, rows: torch.Tensor, messages: Sequence[Octets], members: Ints | None) -> Views:
-        assert members is None, "a remapped group is not narrowed again"
-        nothing = messages[0][:0]
-        full = [nothing] * self._transport.world_size
-        for new, old in enumerate(self._old_rank_of):
-            full[old] = messages[new]
-        views = self._transport.exchange_views(rows, full, self._members)
+    def last_views(self) -> Views:
+        views = self._transport.last_views()
         old_ranks = self._old_rank_of
         return Views([views.rows[old] for old in old_ranks], [views.messages[old] for old in old_ranks])
+
+    def _exchange_views(self, rows: torch.Tensor, message: Octets, lengths: Counted, members: Ints | None) -> Views:
+        assert members is None, "a remapped group is not narrowed again"
+        starts = lengths.cumsum() - lengths
+        full = np.zeros(self._transport.world_size, np.int64)
+        full[self._old_rank_of] = lengths
+        by_old_rank = [int(new) for new in np.argsort(self._old_rank_of)]
+        pieces = [message[starts[new] : starts[new] + lengths[new]] for new in by_old_rank]
+        self._transport.exchange_views(rows, np.concatenate(pieces), full, self._members)
+        return self.last_views()
+
+    def _stop_reading(self) -> None:
+        self._transport.stop_reading()
 
     def _end_reading(self) -> None:
         self._transport.end_reading()

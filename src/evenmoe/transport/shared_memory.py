@@ -8,7 +8,7 @@ are, others are copied into the window once, however many ranks read them. Tenso
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import prod
 
 import numpy as np
@@ -54,6 +54,7 @@ class SharedMemoryTransport(ProcessGroupTransport):
         each = len(memory) // self.world_size
         first = -(-self._posts.size // 4096) * 4096 if self.rank == 0 else 0
         self._arena = Arena(memory, self.rank * each + first, (self.rank + 1) * each)
+        self._last_views = Views([], [])
         self._in_midst = False  # posted, perhaps, and not counted
         self._reading: Words | None = None  # ranks that may not use again yet what they have posted here
         self._in_place: list[int] = []  # those of them that have not copied their rows
@@ -111,34 +112,40 @@ class SharedMemoryTransport(ProcessGroupTransport):
         self._say_read()
         return received
 
-    def _exchange_views(self, rows: torch.Tensor, messages: Sequence[Octets], members: Ints | None) -> Views:
+    def last_views(self) -> Views:
+        return self._last_views
+
+    def _exchange_views(self, rows: torch.Tensor, message: Octets, lengths: Words, members: Ints | None) -> Views:
         each = prod(rows.shape[1:]) * rows.element_size()
         at = self._arena.offset_of(rows) if len(rows) * each >= _IN_PLACE else -1
         lent = at >= 0
-        lengths = np.array([len(message) for message in messages])
-        starts = self._fill_window(np.concatenate(list(messages))) + np.cumsum(lengths) - lengths
+        starts = self._fill_window(message) + np.cumsum(lengths) - lengths
         if not lent:
             at = self._arena.take(len(rows) * each)
             self._arena.write(at, rows)
-        every = np.full((3, self.world_size), [[at], [len(rows)], [lent]])
-        views = Views([], [])
+        every = np.full((4, self.world_size), [[at], [len(rows)], [lent], [len(rows) * each]])
 
         def look(theirs: Words, ranks: Words) -> None:
-            del views.rows[:], views.messages[:]
-            for start, size, first, count, _ in theirs[:, :5].tolist():
-                octets = torch.from_numpy(self._arena.at(first, count * each))
-                views.rows.append(octets.view(rows.dtype).view(count, *rows.shape[1:]))
+            views = Views([], [])
+            for start, size, first, count, _, octets in theirs[:, :6].tolist():
+                if octets != count * each:  # its call is another one, as its message tells
+                    count = 0
+                shown = torch.from_numpy(self._arena.at(first, count * each))
+                views.rows.append(shown.view(rows.dtype).view(count, *rows.shape[1:]))
                 views.messages.append(self._arena.at(start, size))
-            self._in_place = np.flatnonzero(theirs[:, 4]).tolist()
+            self._in_place, self._last_views = np.flatnonzero(theirs[:, 4]).tolist(), views
 
         self._swap(_tables(starts, lengths, *every), members, look, lent)
-        return views
+        return self._last_views
 
-    def _end_reading(self) -> None:
+    def _stop_reading(self) -> None:
         if self._reading is not None:
             if self._posts.gone(self._in_place):  # it may have written to its rows since
                 raise self._lost(_STOPPED, time.monotonic())
             self._say_read(ring=bool(self._in_place))
+
+    def _end_reading(self) -> None:
+        self._stop_reading()
         if self._lent.any():
             self._wait_for_readers(self._lent)
             self._lent[:] = 0

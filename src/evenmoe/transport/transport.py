@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import NoReturn, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from evenmoe.errors import ConstraintError, LostRankError
@@ -23,6 +25,7 @@ from evenmoe.transport.segment import Octets
 
 Members = tuple[int, ...]
 Ints: TypeAlias = Sequence[int]
+Counted: TypeAlias = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Views:
     """What the ranks of a group show and send to this one.
 
     Attributes:
-        rows: W tensors (N of that rank, …), of ranks that do not take part with N = 0.
+        rows: W tensors (N of that rank, …), of ranks that do not take part, and of those whose rows have other bytes
+            than this one's, with N = 0.
         messages: uint8 (any,), W of them, of ranks that do not take part with no byte.
     """
 
@@ -192,7 +196,13 @@ class Transport(ABC):
         """Whether ranks can read each other's rows on `device` where they lie, as `exchange_views` lets them."""
         return False
 
-    def exchange_views(self, rows: torch.Tensor, messages: Sequence[Octets], members: Ints | None = None) -> Views:
+    def last_views(self) -> Views:
+        """Return once more what was received in the last `exchange_views` that ended; valid until `end_reading`."""
+        raise NotImplementedError(f"{type(self).__name__} does not show rows")
+
+    def exchange_views(
+        self, rows: torch.Tensor, message: Octets, lengths: Ints | Counted, members: Ints | None = None
+    ) -> Views:
         """Show `rows` to the other ranks and send each a message; return what they show and send.
 
         What is returned must not be written to, and may be read until `end_reading`, which has to be called before the
@@ -200,7 +210,7 @@ class Transport(ABC):
 
         Args:
             rows: any dtype, (N, …), contiguous, on a device that `shows_rows`; N may differ between ranks.
-            messages: uint8 (any,) for every rank.
+            message: uint8 (any,), those for all ranks, one behind the other. lengths: W of them, in bytes.
             members: ranks that take part, ascending; None for all.
 
         Raises:
@@ -209,7 +219,20 @@ class Transport(ABC):
         if self._closed or self._broken is not None:
             self.check_usable()
         try:
-            return self._exchange_views(rows, messages, members)
+            return self._exchange_views(rows, message, np.asarray(lengths, np.int64), members)
+        except BaseException as error:
+            self._note_end(error)
+            raise
+
+    def stop_reading(self) -> None:
+        """Say that what the others have shown is not read any more, without waiting for anybody.
+
+        Raises:
+            LostRankError: a rank that showed its rows has stopped since, so that what was read may not be what it
+                showed.
+        """
+        try:
+            self._stop_reading()
         except BaseException as error:
             self._note_end(error)
             raise
@@ -257,11 +280,14 @@ class Transport(ABC):
         self, rows: torch.Tensor, send_counts: Ints, recv_counts: Ints, members: Ints | None, reuse: bool
     ) -> torch.Tensor: ...
 
-    def _exchange_views(self, rows: torch.Tensor, messages: Sequence[Octets], members: Ints | None) -> Views:
+    def _exchange_views(self, rows: torch.Tensor, message: Octets, lengths: Counted, members: Ints | None) -> Views:
         raise NotImplementedError(f"{type(self).__name__} does not show rows")
 
-    def _end_reading(self) -> None:  # noqa: B027 (nothing is read where nothing is shown)
+    def _stop_reading(self) -> None:  # noqa: B027 (nothing is read where nothing is shown)
         pass
+
+    def _end_reading(self) -> None:
+        self._stop_reading()
 
     @abstractmethod
     def _tell(self, reason: str, because_of: Members | None) -> None:

@@ -13,100 +13,34 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
+import numpy as np
 import torch
 
 from evenmoe.errors import ConstraintError, LostRankError, as_integer, require
 from evenmoe.transport.pending import Setups
-from evenmoe.transport.transport import Buffers, Ints, Members, Transport, register, unregister
+from evenmoe.transport.rendezvous import Brought, Exchange, Rendezvous
+from evenmoe.transport.segment import Octets
+from evenmoe.transport.transport import Buffers, Counted, Ints, Members, Transport, Views, register, unregister
 
 Result = TypeVar("Result")
 _world_numbers = itertools.count()
 _SIGNAL_CHECK_S = 0.2  # a signal that arrives just before a wait, or in a rank's thread, does not end the wait
 _INTERRUPT_PATIENCE_S = 1.0  # after Ctrl-C, for ranks that wait to notice; those that compute are left to themselves
-Exchange = tuple[Members, int]  # its members, and its number among theirs
-Brought = dict[int, Any]  # by rank, what it brought
+NOTHING = np.zeros(0, np.uint8)
 
 
 @dataclass(frozen=True)
-class _Departure:
-    """Why a rank will not come again, and which ranks made it leave: none if it left by itself."""
+class _Shown:
+    """What a rank shows: its rows, and the messages for all ranks, between `starts`, one more than ranks."""
 
-    reason: str
-    because_of: tuple[int, ...] = ()
+    rows: torch.Tensor
+    message: Octets
+    starts: list[int]
 
-
-class Rendezvous:
-    """Where the ranks of one group meet for an exchange: each brings a value, and waits until all have come.
-
-    One rendezvous serves one group. Two exchanges never mix, since each is told by its members and its number.
-    """
-
-    def __init__(self, name: str, world_size: int, timeout_s: float) -> None:
-        self.name, self.world_size, self.timeout_s = name, world_size, timeout_s
-        self._changed = threading.Condition()
-        self._brought: dict[Exchange, Brought] = {}
-        self._readers: dict[Exchange, int] = {}  # exchange -> ranks that have not read it yet
-        self._gone: dict[int, _Departure] = {}
-
-    def meet(self, rank: int, exchange: Exchange, value: object, members: Ints) -> Brought:
-        """Bring `value` as `rank` and return {rank: value} of all members."""
-        deadline = time.monotonic() + self.timeout_s
-        with self._changed:
-            brought = self._brought.setdefault(exchange, {})
-            brought[rank] = value
-            self._readers.setdefault(exchange, len(members))
-            if len(brought) == len(members):
-                self._changed.notify_all()
-            while len(brought) < len(members):
-                if self._gone:
-                    missing = [r for r in members if r not in brought]
-                    if not self._gone.keys().isdisjoint(missing):
-                        raise self._lost(rank, missing)
-                remaining = deadline - time.monotonic()
-                if remaining <= 0:
-                    missing = [r for r in members if r not in brought]
-                    self._gone[rank] = _Departure(
-                        f"gave up after {self.timeout_s:g} s of waiting for ranks {missing}", tuple(missing)
-                    )
-                    self._changed.notify_all()
-                    raise LostRankError(
-                        f"rank {rank} waited {self.timeout_s:g} s in group {self.name!r} for ranks {missing}, "
-                        "which did not call",
-                        tuple(missing),
-                    )
-                self._changed.wait(remaining)
-            self._readers[exchange] -= 1
-            if self._readers[exchange] == 0:
-                del self._brought[exchange], self._readers[exchange]
-            return dict(sorted(brought.items()))
-
-    def leave(self, rank: int, reason: str, because_of: tuple[int, ...] = ()) -> None:
-        """Say that `rank` will not come again, and wake whoever waits for it."""
-        with self._changed:
-            self._gone.setdefault(rank, _Departure(reason, because_of))
-            self._changed.notify_all()
-
-    def reset(self) -> None:
-        """Forget exchanges and departures, for the next run of the same world."""
-        with self._changed:
-            self._brought.clear()
-            self._readers.clear()
-            self._gone.clear()
-
-    def _lost(self, rank: int, missing: Ints) -> LostRankError:
-        """Name the ranks that left by themselves; those that left because of others only if there is nobody else."""
-        gone = {r: self._gone[r] for r in missing if r in self._gone}
-        guilty = [r for r, departure in gone.items() if not departure.because_of]
-        if not guilty:
-            behind = {r for departure in gone.values() for r in departure.because_of if r != rank}
-            guilty = sorted(behind & set(self._gone)) or sorted(gone)
-        first = guilty[0]
-        return LostRankError(
-            f"rank {rank} waits in group {self.name!r} for rank {first}, which {self._gone[first].reason}",
-            tuple(guilty),
-        )
+    def message_for(self, rank: int) -> Octets:
+        return self.message[self.starts[rank] : self.starts[rank + 1]]
 
 
 class LocalTransport(Transport):
@@ -119,7 +53,10 @@ class LocalTransport(Transport):
         self._rendezvous, self._on_close = rendezvous, on_close
         self._buffers = Buffers()
         self._meeting = False  # not yet counted
-        self._last: dict[int, torch.Tensor] = {}  # the counts of the last exchange, by rank
+        self._last: Brought = {}  # to the last exchange
+        # Members and number of the exchange whose rows this rank still reads, and of that whose rows others may read.
+        self._reading: tuple[Members, Exchange] | None = None
+        self._lent: tuple[Members, Exchange] | None = None
 
     def rows_to_send(self, shape: Ints, like: torch.Tensor) -> torch.Tensor:
         return like.new_empty(shape)  # slower ranks may still read those of the last exchange
@@ -130,9 +67,20 @@ class LocalTransport(Transport):
             received[source] = theirs[self.rank]
         return received
 
+    def shows_rows(self, device: torch.device) -> bool:
+        return device.type == "cpu"  # what other devices compute is not done when their calls return
+
+    def last_views(self) -> Views:
+        views, nothing = Views([], []), self._last[self.rank].rows[:0]
+        for source in range(self.world_size):
+            shown = self._last.get(source)
+            views.rows.append(nothing if shown is None else shown.rows)
+            views.messages.append(NOTHING if shown is None else shown.message_for(self.rank))
+        return views
+
     def restart(self, number: int) -> None:
         """Begin the next run of the same world, in which every rank counts its exchanges from `number`."""
-        self._broken, self._meeting = None, False
+        self._broken, self._meeting, self._reading, self._lent = None, False, None, None
         self.setups = Setups()
         self._numbers.clear()
         self._numbers[()] = number
@@ -151,10 +99,29 @@ class LocalTransport(Transport):
             assert counts[self.rank] == recv_counts[source], (source, counts, recv_counts)
             start = sum(counts[: self.rank])
             parts.append(theirs[start : start + counts[self.rank]])
+        self._last = {}  # nobody's rows are kept
         if not reuse:
             return torch.cat(parts)
         received = self._buffers.take("received", (sum(recv_counts), *rows.shape[1:]), rows)
         return torch.cat(parts, out=received)
+
+    def _exchange_views(self, rows: torch.Tensor, message: Octets, lengths: Counted, members: Ints | None) -> Views:
+        self._end_reading()
+        self._meet(_Shown(rows, message, [0, *lengths.cumsum().tolist()]), members)
+        return self.last_views()
+
+    def _stop_reading(self) -> None:
+        if self._reading is not None:
+            members, exchange = self._reading
+            self._rendezvous.say_read(self.rank, exchange, members)
+            self._reading, self._last = None, {}
+
+    def _end_reading(self) -> None:
+        self._stop_reading()
+        if self._lent is not None:
+            members, exchange = self._lent
+            self._rendezvous.wait_for_readers(self.rank, exchange, members)
+            self._lent = None
 
     @property
     def _unsure(self) -> bool:
@@ -170,14 +137,32 @@ class LocalTransport(Transport):
             self._on_close()
 
     def _meet(self, value: object, members: Ints | None) -> Brought:
-        key = () if members is None else self._key(members)
+        taking_part = tuple(members or range(self.world_size))
+        exchange = self._key(taking_part), self.number(members)
         self._meeting = True
-        brought = self._rendezvous.meet(self.rank, (key, self._numbers[key]), value, members or range(self.world_size))
-        if isinstance(value, torch.Tensor):
-            self._last = brought
-        self._count(members)
-        self._meeting = False
-        return brought
+        try:
+            self._complete(exchange, value, taking_part)
+            self._meeting = False
+        except LostRankError:
+            raise
+        except Exception:
+            # Whatever fails once the value is brought, the exchange is made, since the others count it.
+            if self._rendezvous.has_brought(self.rank, exchange):
+                self._complete(exchange, value, taking_part)
+            self._meeting = False
+            raise
+        return self._last
+
+    def _complete(self, exchange: Exchange, value: object, members: Members) -> None:
+        """Make an exchange, or what is missing of it."""
+        if not self._rendezvous.has_taken(self.rank, exchange):
+            self._last = self._rendezvous.meet(self.rank, exchange, value, members)
+            if isinstance(value, _Shown):
+                self._reading = members, exchange
+                self._lent = self._reading if len(value.rows) else None  # the messages are nobody's but theirs
+            self._rendezvous.take(self.rank, exchange, members)
+        if self._numbers[exchange[0]] == exchange[1]:
+            self._numbers[exchange[0]] += 1
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from evenmoe.errors import LostRankError
 from evenmoe.transport.agreement import Header
 from evenmoe.transport.call import GroupCall, together
 from evenmoe.transport.process_world import join_group
+from evenmoe.transport.rendezvous import Rendezvous
 from evenmoe.transport.transport import Transport, register, unregister
-from evenmoe.transport.world import LocalTransport, Rendezvous
+from evenmoe.transport.world import LocalTransport
 
 # A rank that never comes is reported by aclrtSynchronizeStreamWithTimeout; this bounds a wait without one.
 _EXCHANGE_S = 600.0

@@ -307,8 +307,7 @@ class ElasticBuffer:
         nothing = torch.zeros((part.group.world_size, 0), dtype=torch.int64)
         none = [0] * part.group.world_size
         row = torch.zeros((0, 1), dtype=torch.uint8)
-        part.agree(Header("ElasticBuffer.barrier", {}), nothing, Outgoing(none, none, (1,), row))
-        part.exchange(row)
+        part.send(Header("ElasticBuffer.barrier", {}), nothing, Outgoing(none, none, (1,), row), row)
 
     def _check_alive(self, call: str) -> None:
         rule = "must not follow destroy()"

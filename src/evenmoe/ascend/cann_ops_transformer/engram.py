@@ -79,8 +79,8 @@ def write(transport: Transport, storage: torch.Tensor, room: int) -> Table:
         world_size = transport.world_size
         outgoing = Outgoing([0] * world_size, [entries] * world_size, (hidden,), storage)
         nothing = torch.zeros((world_size, 0), dtype=torch.int64)
-        part.agree(Header("ElasticBuffer.engram_write", sizes), nothing, outgoing)
-        incoming = part.exchange(storage, torch.arange(entries).repeat(world_size))
+        header, index = Header("ElasticBuffer.engram_write", sizes), torch.arange(entries).repeat(world_size)
+        _, incoming = part.send(header, nothing, outgoing, storage, index)
         return Table(incoming.take())
 
 
