@@ -45,9 +45,11 @@ def find_own_group(argument: str, name: str, world_size: int) -> Transport:
         ConstraintError: no such group is open here, its size is another, or it is a local world, whose ranks are all
             in this process.
     """
-    with suppress(ConstraintError):
-        find_group(argument, name, 0, world_size)  # which makes a group of torch.distributed known
     here = peers_here(name, world_size)
+    if not here or name in _adopted:
+        with suppress(ConstraintError):
+            find_group(argument, name, 0, world_size)  # which makes a group of torch.distributed known
+        here = peers_here(name, world_size)
     if len(here) > 1:
         value, rule = f"{name!r} with {len(here)} ranks in this process", "must have one rank in each process"
         raise ConstraintError(argument, value, rule, "use evenmoe.process_world or torch.distributed")
