@@ -44,14 +44,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def document(
-    measured: Mapping[str, Mapping[str, Figures]], *, steps: int, load_before: float, absent: Mapping[str, str]
-) -> dict[str, Any]:
-    """What is written: the figures by work and contestant, and what they were measured on.
+def about(steps: int, load_before: float) -> dict[str, Any]:
+    """What figures were measured on.
 
     Args:
+        steps: of which the figures are medians.
         load_before: the machine's load average of a minute when the measurement began.
-        absent: why a peer was not measured, by its name.
     """
     return {
         "schema": SCHEMA,
@@ -59,9 +57,20 @@ def document(
         "versions": versions(),
         "load_average": {"before": round(load_before, 2), "after": round(os.getloadavg()[0], 2)},
         "steps": steps,
-        "not_measured": dict(absent),
-        "work": {work: {name: _rounded(one) for name, one in of_work.items()} for work, of_work in measured.items()},
     }
+
+
+def document(
+    measured: Mapping[str, Mapping[str, Figures]], *, steps: int, load_before: float, absent: Mapping[str, str]
+) -> dict[str, Any]:
+    """What is written: the figures by work and contestant, and what they were measured on.
+
+    Args:
+        steps, load_before: as in `about`.
+        absent: why a peer was not measured, by its name.
+    """
+    work = {work: {name: _rounded(one) for name, one in of_work.items()} for work, of_work in measured.items()}
+    return about(steps, load_before) | {"not_measured": dict(absent), "work": work}
 
 
 def write(path: Path, found: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ for each kind of fault and operator what was tried and what came of it; the exit
 - ranks that skip, repeat or reorder calls: the same RankDisagreementError everywhere, then as above;
 - KeyboardInterrupt, SystemExit, Ctrl-C, a process that is killed or stopped: a LostRankError whose `ranks` are the lost
   ones on the others, and at once at every later call;
-- never a wrong value, a wait beyond the time-out, a process that aborts, or a wrong name.
+- never a wrong value, a wait beyond the time-out, a process that aborts, or a wrong name; nothing stays in /dev/shm.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from tests.transport.campaign_episodes import Episode, Outcome
 from tests.transport.campaign_plans import ALONE, Maker, Plan, make_plan
 from tests.transport.campaign_verdict import Verdict, judge
 from tests.transport.campaign_worlds import World
+from tests.transport.soak import segments
 
 #: {kind: (how many by default, how many in one world)}; what ends a world has one to itself.
 NUMBERS = {
@@ -268,11 +269,13 @@ def main(words: Sequence[str]) -> int:
     campaign = list(plans(numbers, options.seed, options.sizes))
     if options.repeat:
         campaign = [plan for plan in campaign if f"{plan.kind}:{plan.number}" == options.repeat]
-    tell = bool(options.repeat)
+    tell, before = bool(options.repeat), segments()
     progress: Callable[[str], object] = print if not options.quiet else lambda text: None
     tally = run_campaign(campaign, options.timeout, tell=tell, progress=progress)
+    left = [str(path) for path in segments() if path not in before]
     print("\n\n".join(["", *tally.broken[: options.details], tally.table(), tally.summary()]))
-    return 1 if tally.broken else 0
+    print(f"left in /dev/shm: {', '.join(left) or 'nothing'}")
+    return 1 if tally.broken or left else 0
 
 
 if __name__ == "__main__":
