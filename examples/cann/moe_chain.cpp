@@ -29,7 +29,8 @@ void check(int status, const char *call)
     if (status != 0) {
         const char *message = aclGetRecentErrMsg();
         std::printf("%s returned %d: %s\n", call, status, message == nullptr ? "" : message);
-        std::exit(1);
+        std::fflush(stdout);
+        std::_Exit(1);  // other devices' threads may be here, too, and std::exit is for one of them only
     }
 }
 #define CHECK(call) check(call, #call)

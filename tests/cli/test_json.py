@@ -119,7 +119,7 @@ CALLS = {
 @pytest.mark.parametrize("command", CALLS)
 @pytest.mark.usefixtures("small_demo", "inputs")
 def test_every_key_is_documented_and_every_documented_key_is_printed(evenmoe, monkeypatch, command):
-    monkeypatch.setattr("evenmoe.ascend.cann.build.build_tree", lambda out: out / "latest")  # without g++
+    monkeypatch.setattr("evenmoe.ascend.cann.build.build_tree", lambda out, limits: out / "latest")  # without g++
     printed: set[str] = set()
     for call in CALLS[command]:
         done = evenmoe(*call)

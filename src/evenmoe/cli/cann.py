@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from typer import Option
+
 from evenmoe.cli.options import Command, check_no_stream, make_command, out_option, print_json
 
 
@@ -18,13 +20,17 @@ class CannCommand(Command):
     """
 
     out: Annotated[Path, out_option("Where the tree `latest` is written; the cann_path of a build script.")]
+    limits: Annotated[
+        str,
+        Option(help='What the operators take: "atlas-a3-2025", "atlas-a3-2026" or, by either, "atlas-a3".'),
+    ] = "atlas-a3"
 
     def run(self) -> int:
         """Build the tree, and print what a shell sources."""
         from evenmoe.ascend.cann.build import build_tree
 
         check_no_stream("--out", self.out)
-        tree = build_tree(self.out)
+        tree = build_tree(self.out, self.limits)
         setenv = tree / "bin" / "setenv.bash"
         if self.json:
             print_json({"tree": str(tree), "setenv": str(setenv)})

@@ -273,11 +273,18 @@ def test_a_directory_that_cannot_be_written_is_an_error_on_the_command_line(tmp_
 
 
 def test_the_command_says_where_the_tree_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "build_tree", lambda out: out / "latest")  # that it builds one, the others show
+    monkeypatch.setattr(build, "build_tree", lambda out, limits: out / "latest")  # that it builds one, the others show
     text = CliRunner().invoke(app, ["cann", "--out", str(tmp_path)])
     assert text.output == f"source {tmp_path}/latest/bin/setenv.bash\n"
     found = json.loads(CliRunner().invoke(app, ["cann", "--out", str(tmp_path), "--json"]).output)
     assert found == {"schema": 1, "tree": f"{tmp_path}/latest", "setenv": f"{tmp_path}/latest/bin/setenv.bash"}
+
+
+def test_limits_have_names(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["cann", "--out", str(tmp_path / "new"), "--limits", "relaxed"])
+    assert isinstance(result.exception, ConstraintError)
+    assert '`limits` is \'relaxed\': it must be "atlas-a3", "atlas-a3-2025" or "atlas-a3-2026"' in str(result.exception)
+    assert not (tmp_path / "new").exists()
 
 
 def test_anothers_latest_is_left_alone(tmp_path: Path) -> None:

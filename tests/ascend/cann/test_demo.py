@@ -7,6 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
+from evenmoe.ascend.cann.build import build_tree
 from tests.beside import REFERENCE
 
 from .conftest import LIBRARIES, run_in_tree
@@ -63,6 +64,16 @@ def test_the_example_checks_its_values(tree: Path, tmp_path: Path) -> None:
     done = run_in_tree(tree, f"make -s run CANN={tree.parent}", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "16 of 16 devices: xOut 2.59375, yOut 1, rstdOut 0.3846"
+
+
+def test_a_tree_of_one_release_takes_what_that_takes(tmp_path: Path) -> None:
+    """The example has two tensor-parallel peers, which the release of 2026 has not."""
+    tree = build_tree(tmp_path / "cann", "atlas-a3-2026")
+    for name in ("Makefile", "moe_chain.cpp"):
+        (tmp_path / name).write_text((ROOT / "examples" / "cann" / name).read_text())
+    done = run_in_tree(tree, f"make -s run CANN={tree.parent}", tmp_path)
+    assert done.returncode != 0
+    assert "returned 561002: `tpWorldSize` is 2: it must be 0 to 1" in done.stdout
 
 
 def test_the_example_fails_where_a_value_is_wrong(tree: Path, tmp_path: Path) -> None:

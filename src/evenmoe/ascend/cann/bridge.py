@@ -21,6 +21,7 @@ from evenmoe.ascend.event import Event
 from evenmoe.ascend.executor import stage_one as stage_one_of_operator
 from evenmoe.ascend.status import acl_error, check_not_null, null_pointer
 from evenmoe.ascend.stream import Stream
+from evenmoe.contract.limits import chip_limits
 from evenmoe.ops.combine import combine
 from evenmoe.ops.dispatch import dispatch
 from evenmoe.transport.world import local_world
@@ -44,6 +45,11 @@ _hccl_ready = partial(_check_initialized, status.HCCL_RUNTIME)
 _hccl = partial(answers, internal=status.HCCL_INTERNAL, null=status.HCCL_PTR, ready=_hccl_ready)
 
 digest = build.digest
+
+
+def use_limits(name: str) -> None:
+    """What the operators take, by the name that the tree was written with."""
+    _calls.limits = chip_limits(name)
 
 
 def own_process() -> None:

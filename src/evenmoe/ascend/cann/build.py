@@ -17,6 +17,7 @@ import sysconfig
 from pathlib import Path
 
 from evenmoe.contract.argument import Kind, Signature
+from evenmoe.contract.limits import ATLAS_A3, chip_limits
 from evenmoe.contract.operators import SIGNATURES
 from evenmoe.errors import ConstraintError
 from evenmoe.io.commands import run
@@ -210,19 +211,24 @@ def _sizes_source(operator: str, signature: Signature) -> str:
 """
 
 
-def build_tree(out: Path) -> Path:
+def build_tree(out: Path, limits: str = ATLAS_A3.name) -> Path:
     """Write `out`/latest with include, lib64, opp, set_env.sh and bin/setenv.bash, in place of one already there.
 
     The libraries embed the Python that runs this function, with its packages; they find it wherever they are used on
     this machine, without an environment variable.
+
+    Args:
+        limits: what the operators take: "atlas-a3", or "atlas-a3-2025" or "atlas-a3-2026" for the rules of one release.
 
     Returns:
         The path of the tree, `out`/latest.
 
     Raises:
         ConstraintError: no C++ compiler, no Python headers or shared Python library, a directory that cannot be
-            written, or `out`/latest is something else; or the compiler fails, with its first words.
+            written, or `out`/latest is something else; or the compiler fails, with its first words;
+            or another name of limits.
     """
+    limits = chip_limits(limits).name
     compiler = _compiler()
     latest = out / "latest"
     if latest.exists() and not (latest / _MARKER).is_file():
@@ -232,7 +238,7 @@ def build_tree(out: Path) -> Path:
     try:
         with made_folder(out), whole_folder(latest, replace=True) as tree, scratch_folder(out) as scratch:
             _write_texts(tree)
-            _compile(compiler, tree, scratch)
+            _compile(compiler, tree, scratch, limits)
     except OSError as error:
         raise ConstraintError(
             "out", out, f"must be a directory that can be written ({error.strerror})", "use another DIR"
@@ -264,12 +270,12 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-def _compile(compiler: str, tree: Path, scratch: Path) -> None:
+def _compile(compiler: str, tree: Path, scratch: Path, limits: str) -> None:
     sources = scratch / "csrc"
     for name, text in source_texts().items():
         _write(sources / name, text)
     libpython = _libpython()
-    _write(sources / "python_home.h", _python_home(libpython))
+    _write(sources / "python_home.h", _python_home(libpython, limits))
     common = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden"]
     common += [f"-I{tree / 'include'}", f"-I{sources}"]
     python = [f"-I{_python_include()}", str(libpython), f"-Wl,-rpath,{libpython.parent}", "-ldl"]
@@ -332,11 +338,12 @@ def package_homes() -> list[str]:
     return list(dict.fromkeys(str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin))
 
 
-def _python_home(libpython: Path) -> str:
+def _python_home(libpython: Path, limits: str) -> str:
     paths = ", ".join(map(_c_string, package_homes()))
     return (
         f"constexpr const char *kPython = {_c_string(sys.executable)};\n"
         f"constexpr const char *kLibpython = {_c_string(str(libpython))};\n"
+        f"constexpr const char *kLimits = {_c_string(limits)};\n"
         f"constexpr const char *kDigest = {_c_string(digest())};\n"
         f"constexpr const char *kPaths[] = {{{paths}}};\n"
     )

@@ -14,6 +14,7 @@ from evenmoe.ascend.cann.tensors import Memory, TensorDescription, shape_only, v
 from evenmoe.ascend.executor import Executor, stage_one
 from evenmoe.ascend.status import AclError, acl_error, check_not_null
 from evenmoe.contract.halves import combine_sizes, dispatch_sizes
+from evenmoe.contract.limits import ATLAS_A3
 from evenmoe.contract.operators import SIGNATURES
 from evenmoe.errors import EvenmoeError
 
@@ -21,10 +22,14 @@ _OPEN_GROUP = "; make the group with HcclCommInitAll, and pass the name that Hcc
 
 
 class Calls:
-    """Tensors and executors of the process."""
+    """Tensors and executors of the process.
+
+    Attributes: `limits`, what the operators take.
+    """
 
     def __init__(self, runtime: Runtime, memory: Memory, communicators: Communicators) -> None:
         self._runtime, self._memory, self._communicators = runtime, memory, communicators
+        self.limits = ATLAS_A3
         self.tensors: Handles[TensorDescription] = Handles(
             4, "an aclTensor", "aclCreateTensor", status.PARAM_INVALID, status.PARAM_NULLPTR
         )
@@ -67,7 +72,7 @@ class Calls:
                 # Shapes and ranges are checked before the memory behind them, which a wrong shape would not fit anyway.
                 failure = failure or error
                 arguments[name] = shape_only(name, description)
-        executor = stage_one(operator, arguments)
+        executor = stage_one(operator, arguments, self.limits)
         if failure is not None:
             raise failure
         return executor

@@ -104,7 +104,15 @@ std::string import_bridge()
     }
     const bool same = std::strcmp(digest, kDigest) == 0;
     Py_DECREF(answer);
-    return same ? "" : "the tree was written by another version of evenmoe; write it again with `evenmoe cann`";
+    if (!same) {
+        return "the tree was written by another version of evenmoe; write it again with `evenmoe cann`";
+    }
+    answer = PyObject_CallMethod(bridge, "use_limits", "s", kLimits);
+    if (answer == nullptr) {
+        return exception_text();
+    }
+    Py_DECREF(answer);
+    return "";
 }
 
 void stop_at_exit()
