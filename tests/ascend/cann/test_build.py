@@ -283,7 +283,9 @@ def test_the_command_says_where_the_tree_is(tmp_path: Path, monkeypatch: pytest.
 def test_limits_have_names(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["cann", "--out", str(tmp_path / "new"), "--limits", "relaxed"])
     assert isinstance(result.exception, ConstraintError)
-    assert '`limits` is \'relaxed\': it must be "atlas-a3", "atlas-a3-2025" or "atlas-a3-2026"' in str(result.exception)
+    assert '`--limits` is \'relaxed\': it must be "atlas-a3", "atlas-a3-2025" or "atlas-a3-2026"' in str(
+        result.exception
+    )
     assert not (tmp_path / "new").exists()
 
 
