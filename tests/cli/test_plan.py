@@ -377,3 +377,28 @@ def test_tokens_are_divided_where_there_is_one_window(evenmoe: Run, tmp_path):
     said = json.loads(evenmoe("plan", tmp_path / "whole.npz", "--ranks", 8, "--slots", 64, "--json").out)
     assert said["held_out"]["unit"] == "tokens"
     assert "only judged by `routing`: a plan is made from loads" in said["notes"]
+
+
+def test_decode_says_what_steps_cost(evenmoe: Run, tmp_path, load):
+    from evenmoe.planner.decode import mean_step_costs
+    from evenmoe.planner.options import PlanOptions
+
+    path, out = tmp_path / "even.npz", tmp_path / "p.json"
+    load = load + 200  # no expert has half of a layer
+    np.savez(path, load=load)
+    options = ("--objective", "decode", "--tokens-per-step", 16, "--top-k", 2, "--weight-rows", 35)
+    done = evenmoe("plan", path, "-o", out, "--ranks", RANKS, "--slots", 16, "--json", *options)
+    assert (done.code, done.err) == (0, "")
+    decode = {"objective": "decode", "tokens_per_step": 16, "top_k": 2, "weight_rows": 35}
+    assert read(out).placement == plan(load, num_ranks=RANKS, num_slots=16, **decode)
+    asked = PlanOptions(RANKS, 16, **decode)
+    planned = mean_step_costs(load[4:], plan(load[:4], num_ranks=RANKS, num_slots=16, **decode), asked).mean()
+    ratio = planned / mean_step_costs(load[4:], default_placement(3, 16, RANKS), asked).mean()
+    said = [note for note in json.loads(done.out)["notes"] if note.startswith("decode")]
+    assert said == [
+        f"decode: the costliest rank of a step costs {planned:.0f} rows, {ratio:.3f} of the default placement's "
+        "(steps drawn from windows that the plan was not made from)"
+    ]
+    missing = evenmoe("plan", path, "--ranks", RANKS, "--slots", 16, *options[:4])
+    assert missing.code == 2
+    assert "`--top-k` is not given: it must say what a decode step is; pass --top-k" in " ".join(missing.err.split())

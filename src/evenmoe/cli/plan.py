@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +40,10 @@ if TYPE_CHECKING:
 
     from evenmoe.engines.engine import Engine
     from evenmoe.formats.contents import Contents
+    from evenmoe.metrics import FloatArray
     from evenmoe.placement import Placement
+    from evenmoe.planner.judging import JudgedPlan
+    from evenmoe.planner.options import PlanOptions
 
 _PLACEMENT_FORMATS = tuple(name for name, entry in ENTRIES.items() if entry.kind == "placement")
 
@@ -89,6 +93,21 @@ class PlanCommand(FileOptions, WorldOptions):
     previous: Annotated[Path | None, Option(help="Placement in use, in any format: start from it.")] = None
     max_copies: Annotated[int | None, Option(help="At most so many copies per layer.", min=0)] = None
     target_par: Annotated[float | None, Option(help="Stop copying in a layer once it is this even.")] = None
+    objective: Annotated[
+        str,
+        Option(
+            help="What is made small: tokens, of the busiest rank; or decode, what the costliest rank reads and "
+            "computes in a step. For decode, spare slots need --rule batch, with weights.",
+            metavar="NAME",
+        ),
+    ] = "tokens"
+    tokens_per_step: Annotated[int | None, Option(help="Of decode: tokens of a step, over all ranks.", min=1)] = None
+    top_k: Annotated[
+        int | None, Option(help="Of decode: experts that a token picks. Default: taken from the trace.", min=1)
+    ] = None
+    weight_rows: Annotated[
+        int | None, Option(help="Of decode: rows that one expert's weights are worth. Default: 150, an H100's.", min=0)
+    ] = None
     seed: Annotated[int, Option(help="Of the search's random choices.", min=0)] = 0
     to: Annotated[
         str, Option(help="Format to write.", metavar="FORMAT", autocompletion=completed(_PLACEMENT_FORMATS))
@@ -124,6 +143,10 @@ class PlanCommand(FileOptions, WorldOptions):
             target_par=self.target_par,
             rule=rule,
             seed=self.seed,
+            objective=self.objective,
+            tokens_per_step=self.tokens_per_step,
+            top_k=self._top_k(contents),
+            weight_rows=self.weight_rows,
             **world,
         )
         in_slot_order = engine is not None and not engine.keeps_order
@@ -159,6 +182,8 @@ class PlanCommand(FileOptions, WorldOptions):
             notes.append(f"{used}: a plan is made from loads")
         if len(windows) < len(load):
             notes.append(f"merged {len(load)} windows into {len(windows)} (--most-windows)")
+        if self.objective == "decode":
+            notes.append(self._decode_note(windows, options, placement, others, judgement))
         notes += gaps(windows, numbers)
         if previous is not runnable:
             notes.append("compared with the placement of --previous as the fewest copies carry it over to this world")
@@ -219,6 +244,33 @@ class PlanCommand(FileOptions, WorldOptions):
             f"layers are numbered {ranges(numbers)} as in {name}, {layers} layers of {experts} experts (--first-layer)"
         )
         return replace(contents, layer_ids=numbers), [note]
+
+    def _top_k(self, contents: Contents) -> int | None:
+        """Of decode: as given, or else as in the trace."""
+        if self.top_k is not None or self.objective != "decode" or contents.trace is None:
+            return self.top_k
+        return contents.trace.top_k
+
+    def _decode_note(
+        self,
+        windows: FloatArray,
+        options: PlanOptions,
+        placement: Placement,
+        others: Mapping[str, Placement],
+        judgement: JudgedPlan | None,
+    ) -> str:
+        """What steps cost under the plan and what it is compared with, since PAR says only how even tokens are."""
+        from evenmoe.planner.decode import mean_step_costs
+
+        unseen = judgement is not None
+        judged, planned = (judgement.held_out.judged, judgement.placement) if unseen else (windows, placement)
+        cost = float(mean_step_costs(judged, planned, options).mean())
+        text = f"decode: the costliest rank of a step costs {cost:.0f} rows"
+        for name, other in others.items():
+            ratio = cost / float(mean_step_costs(judged, other, options).mean())
+            text += f", {ratio:.3f} of the {name}'s"
+        drawn = "windows that the plan was not made from" if unseen else "the windows that the plan was made from"
+        return f"{text} (steps drawn from {drawn})"
 
     def _read_previous(self, contents: Contents, *, are_certain: bool) -> tuple[Placement | None, list[str]]:
         """The placement in use, row by row the load's layers; and what of it is no part of the plan.

@@ -13,12 +13,14 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from evenmoe.errors import ConstraintError, MissingArgumentError
-from evenmoe.metrics import FloatArray
+from evenmoe.metrics import FloatArray, as_load, slots_by_rank
 from evenmoe.placement import Placement
 from evenmoe.planner.options import PlanOptions, Shape, whole_number
 from evenmoe.rules import RULES
+from evenmoe.rules.batch import BatchRule
 from evenmoe.rules.split_batch import checked_weight_rows
 
 # Rows that take an H100 as long as one expert's weights: bandwidth and arithmetic of DeepSeek-V3's and Mixtral's shapes
@@ -164,17 +166,40 @@ def drawn_costs(chances: FloatArray, step: Step, placement: Placement, seed: int
 
     Each expert's rows are drawn by themselves; of windows (T, L, E) each has its part of the steps.
     """
+    rows = np.take_along_axis(_draw(chances, step, seed), placement.slot_to_expert[None], axis=-1)
+    return _peaks(rows, placement, step)
+
+
+def mean_step_costs(load: npt.ArrayLike, placement: Placement, options: PlanOptions) -> FloatArray:
+    """As `drawn_costs`, float64 (L,), of any placement and of loads (L, E) or (T, L, E).
+
+    Where experts have replicas, each step is split by the batch rule with the weights of the options.
+
+    Two ranks, and both experts are in every step of 10 tokens that pick both:
+
+    >>> options = PlanOptions(2, 2, objective="decode", tokens_per_step=10, top_k=2)
+    >>> mean_step_costs(np.array([[5.0, 5.0]]), Placement([[0, 1]], num_ranks=2), options).tolist()
+    [160.0]
+    """
+    shape = Shape(placement.num_experts, placement.num_ranks, placement.num_experts, 1, 1)
+    step = step_of(options, shape)
+    rows = _draw(chances_of(as_load(load), step.top_k), step, options.seed)
+    return _peaks(BatchRule(step.weight_rows).slot_loads(rows, placement), placement, step)
+
+
+def _draw(chances: FloatArray, step: Step, seed: int) -> FloatArray:
+    """Rows of each expert in drawn steps, float64 (N, L, E)."""
     windows = chances if chances.ndim == 3 else chances[None]
-    costs = np.empty(windows.shape[1])
-    first = np.cumsum((0, *placement.rank_sizes))[:-1]
-    holding = np.flatnonzero(placement.rank_sizes)
-    for layer, slots in enumerate(placement.slot_to_expert):
-        random = np.random.default_rng(seed)  # the same for every layer, which then does not depend on the others
-        each = windows[np.arange(_STEPS) * len(windows) // _STEPS, layer]
-        rows = random.binomial(step.num_tokens, each)
-        paid = (rows + step.weight_rows * (rows > 0))[:, slots]
-        costs[layer] = np.add.reduceat(paid, first[holding], axis=1).max(axis=1).mean()
-    return costs
+    each = windows[np.arange(_STEPS) * len(windows) // _STEPS]
+    # The same numbers for every layer, which then does not depend on the others.
+    layers = [np.random.default_rng(seed).binomial(step.num_tokens, layer) for layer in each.swapaxes(0, 1)]
+    return np.stack(layers, axis=1).astype(np.float64)
+
+
+def _peaks(rows: FloatArray, placement: Placement, step: Step) -> FloatArray:
+    """(L,): the mean over steps of what the costliest rank costs, from the rows of each slot (N, L, S)."""
+    costs = slots_by_rank(rows + step.weight_rows * (rows > 0), placement.rank_sizes)
+    return costs.max(axis=-1).mean(axis=0)
 
 
 def _log(values: FloatArray) -> FloatArray:
