@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evenmoe.transport.agreement import HEADER
-from evenmoe.transport.messages import headers_of, pack, unpack
+from evenmoe.transport.messages import open_messages, pack
 
 WORLDS = st.integers(1, 4).flatmap(
     lambda world_size: st.tuples(
@@ -38,8 +38,9 @@ def test_every_rank_unpacks_what_the_others_packed_for_it(world):
         sent.append((header, counts, np.split(index, np.cumsum(rows)[:-1]), np.split(numbers, np.cumsum(along)[:-1])))
     for rank in range(world_size):
         came = [parts[source][rank] for source in range(world_size)]
-        assert (headers_of(came) == [header for header, *_ in sent]).all()
-        told = unpack(came)
+        opened = open_messages(came)
+        assert (opened.headers == [header for header, *_ in sent]).all()
+        told = opened.unpack()
         assert told.counts.tolist() == [counts[rank].tolist() for _, counts, _, _ in sent]
         assert told.rows == [of_source[rank][0] for of_source in sizes]
         assert told.at.tolist() == [i for _, _, index, _ in sent for i in index[rank].tolist()]
@@ -50,4 +51,6 @@ def test_a_failed_rank_sends_its_header_alone():
     header = np.arange(HEADER)
     message, lengths = pack(header, np.zeros((2, 0), np.int64))
     assert lengths.tolist() == [8 * (HEADER + 3)] * 2
-    assert (headers_of(np.split(message, 2)) == header).all()
+    opened = open_messages(np.split(message, 2))
+    assert (opened.headers == header).all()
+    assert opened.unpack().rows == [0, 0]

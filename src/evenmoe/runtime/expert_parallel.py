@@ -14,7 +14,7 @@ import torch
 
 from evenmoe.contract.layout import Layout, make_layout
 from evenmoe.errors import ConstraintError, require
-from evenmoe.ops.exchange import prepare_sending, received, route
+from evenmoe.ops.exchange import prepare_sending, received, route, sums
 from evenmoe.ops.weighted_sum import sum_dtype, sum_rows
 from evenmoe.rules import RULES
 from evenmoe.rules.rule import IntArray, Rule, prepared
@@ -208,7 +208,7 @@ class ExpertParallel:
             here = received(call, sending, counts, incoming)
         dispatched = DispatchedRows(
             here.rows,
-            counts.sum(dim=0),
+            sums(counts, 0),
             here.source,
             here.token,
             here.k,

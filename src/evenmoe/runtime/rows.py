@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from evenmoe.errors import ConstraintError
-from evenmoe.ops.exchange import Routing, positions_of, prepare_returning
+from evenmoe.ops.exchange import Routing, positions_of, prepare_returning, sums
 from evenmoe.transport.agreement import Header
 from evenmoe.transport.call import GroupCall
 from evenmoe.transport.packets import Incoming
@@ -66,7 +66,7 @@ def return_rows(
     back = torch.tensor(outgoing.rows)[:, None]
     told, incoming = call.send(header, back, outgoing, rows, order, dispatch=dispatched.number)
     home = told[:, 0].tolist()
-    sent_out = routing.counts.sum(dim=1).tolist()
+    sent_out = sums(routing.counts, 1).tolist()
     if home != sent_out:
         raise ConstraintError(
             "dispatched",

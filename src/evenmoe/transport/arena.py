@@ -83,6 +83,13 @@ class Arena:
         """The bytes of any rank at an offset."""
         return self._memory[offset : offset + size]
 
+    def rows_at(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor over the memory of any rank at an offset."""
+        count = prod(shape)
+        if not count:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset).view(shape)
+
     def write(self, offset: int, values: np.ndarray | torch.Tensor) -> None:
         """Write the bytes of a contiguous tensor or array."""
         if isinstance(values, np.ndarray):

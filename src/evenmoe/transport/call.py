@@ -297,16 +297,16 @@ class GroupCall:
         self._announced = _Announced(header, words, last)
         self._stage = _UNKNOWN
         views = self.group.exchange_views(rows.contiguous(), message, lengths)
-        self._hear(views, self._announced)
-        told = messages.unpack(views.messages)
+        told = self._hear(views, self._announced).unpack()
         incoming = Incoming(views.rows, told.rows, torch.from_numpy(told.at), torch.from_numpy(told.numbers))
         return torch.from_numpy(told.counts), incoming
 
-    def _hear(self, views: Views, announced: _Announced) -> None:
+    def _hear(self, views: Views, announced: _Announced) -> messages.Opened:
         """Compare the headers, and know what the others wait for next."""
-        headers = messages.headers_of(views.messages)
-        self._compare(headers, announced)
+        opened = messages.open_messages(views.messages)
+        self._compare(opened.headers, announced)
         self._next, self._stage = self._next + 1, _DONE if announced.last else _PENDING
+        return opened
 
     # Where they do not --------------------------------------------------------------------------------------------
 

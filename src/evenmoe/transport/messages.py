@@ -66,20 +66,35 @@ def pack(
     return message, lengths
 
 
-def headers_of(messages: Sequence[Octets]) -> Words:
-    """int64 (W, HEADER)."""
-    return np.stack([message[: 8 * HEADER].view(np.int64) for message in messages])
+@dataclass(frozen=True)
+class Opened:
+    """Messages from all ranks whose headers have been read, and nothing behind them yet.
+
+    Attributes:
+        headers: int64 (W, HEADER).
+    """
+
+    headers: Words
+    sizes: Words
+    addresses: Words
+    messages: Sequence[Octets]  # which live as long as the addresses are used
+
+    def unpack(self) -> Told:
+        """What follows the headers, once these are known to agree: each of as many counts."""
+        sizes = self.sizes
+        _, rows, along = sizes.sum(axis=0).tolist()
+        counts = np.empty((len(sizes), int(sizes[0, 0])), np.int64)
+        at, numbers = np.empty(rows, np.int64), np.empty(along, np.int32)
+        _unpack(self.addresses, sizes, counts, at, numbers)
+        return Told(counts, sizes[:, 1].tolist(), at, numbers)
 
 
-def unpack(messages: Sequence[Octets]) -> Told:
-    """What follows the headers of all messages, each of as many counts."""
-    sizes = np.stack([message[8 * HEADER : 8 * _SIZES].view(np.int64) for message in messages])
-    _, rows, along = sizes.sum(axis=0).tolist()
-    counts = np.empty((len(messages), int(sizes[0, 0])), np.int64)
-    at, numbers = np.empty(rows, np.int64), np.empty(along, np.int32)
-    addresses = np.array([message.ctypes.data for message in messages])
-    _unpack(addresses, sizes, counts, at, numbers)
-    return Told(counts, sizes[:, 1].tolist(), at, numbers)
+def open_messages(messages: Sequence[Octets]) -> Opened:
+    """Read the headers of messages, one from every rank."""
+    addresses = np.array([message.__array_interface__["data"][0] for message in messages], np.int64)
+    headers, sizes = np.empty((len(messages), HEADER), np.int64), np.empty((len(messages), 3), np.int64)
+    _open(addresses, headers, sizes)
+    return Opened(headers, sizes, addresses, messages)
 
 
 @compiled
@@ -97,6 +112,13 @@ def _pack(message, lengths, header, sizes, counts, index, numbers):
         at += 8 * sizes[rank, 1]
         copy_bytes(at, numbers.ctypes.data + 4 * number, 4 * sizes[rank, 2])
         row, number, into = row + sizes[rank, 1], number + sizes[rank, 2], stop
+
+
+@compiled
+def _open(addresses, headers, sizes):
+    for rank in range(addresses.size):
+        copy_bytes(headers[rank].ctypes.data, addresses[rank], 8 * HEADER)
+        copy_bytes(sizes[rank].ctypes.data, addresses[rank] + 8 * HEADER, 24)
 
 
 @compiled

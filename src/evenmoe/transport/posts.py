@@ -44,6 +44,7 @@ class Posts:
         words = _LINE * world_size + world_size * (2 * _width(world_size) + 2 * TABLE * world_size)
         self.size = 8 * words
         self._words: Words = memory[: self.size].view(np.int64)
+        self._address = self._words.ctypes.data
 
     @property
     def total(self) -> int:
@@ -111,7 +112,7 @@ class Posts:
         return ""
 
     def _bell(self, rank: int) -> int:
-        return self._words.ctypes.data + 8 * (_LINE * rank + _BELL)  # its lower half comes first
+        return self._address + 8 * (_LINE * rank + _BELL)  # its lower half comes first
 
 
 def _width(world_size: int) -> int:

@@ -130,8 +130,7 @@ class SharedMemoryTransport(ProcessGroupTransport):
             for start, size, first, count, _, octets in theirs[:, :6].tolist():
                 if octets != count * each:  # its call is another one, as its message tells
                     count = 0
-                shown = torch.from_numpy(self._arena.at(first, count * each))
-                views.rows.append(shown.view(rows.dtype).view(count, *rows.shape[1:]))
+                views.rows.append(self._arena.rows_at(first, (count, *rows.shape[1:]), rows.dtype))
                 views.messages.append(self._arena.at(start, size))
             self._in_place, self._last_views = np.flatnonzero(theirs[:, 4]).tolist(), views
 
