@@ -21,6 +21,7 @@ import torch
 
 from evenmoe.errors import ConstraintError, LostRankError
 from evenmoe.transport.pending import Setups
+from evenmoe.transport.pool import LARGE, Pool
 from evenmoe.transport.segment import Octets
 
 Members = tuple[int, ...]
@@ -66,6 +67,7 @@ class Transport(ABC):
         self._numbers: Counter[Members] = Counter()
         self._layers = 0
         self.setups = Setups()
+        self._pool = Pool()
         self._turn = threading.RLock()  # an operator's parts take their turn within the operator's
         self._broken: tuple[str, Members] | None = None  # why no exchange may follow, and whose fault it is
         self._closed = False
@@ -253,11 +255,14 @@ class Transport(ABC):
             raise
 
     def new_rows(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor | None:
-        """An uninitialized tensor of `shape`, with dtype and device of `like`, that ranks can read where it lies.
+        """An uninitialized tensor of `shape`, with dtype and device of `like`, for rows that the caller is to get.
 
-        None where there is no memory better suited than any other.
+        It lies where other ranks can read it, if there is such memory, or else in memory that is used again. None where
+        no memory is better suited than any other.
         """
-        return None
+        if like.device.type != "cpu" or prod(shape) * like.element_size() < LARGE:
+            return None
+        return self._pool.take(shape, like.dtype)
 
     @abstractmethod
     def rows_to_send(self, shape: Ints, like: torch.Tensor) -> torch.Tensor:
