@@ -321,7 +321,9 @@ BUGS = {
         disagreements, TRANSPORT + "call", "if not self._heard or", "if True or"
     ),
     # how bytes cross
-    "exchanges share a number": bug(transports, TRANSPORT + "world", "(key, self._numbers[key])", "(key, 0)"),
+    "exchanges share a number": bug(
+        transports, TRANSPORT + "world", "self.number(members)\n        self._meeting", "0\n        self._meeting"
+    ),
     "everybody reads the first rows": bug(
         transports, TRANSPORT + "world", "start = sum(counts[: self.rank])", "start = 0"
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,3 +58,22 @@ def test_rows_by_the_rank_that_they_came_from(source, world_size, dtype):
     order, counts = order_by_source(np.array(source, dtype), world_size)
     assert order.tolist() == [i for _, i in sorted((s, i) for i, s in enumerate(source) if 0 <= s < world_size)]
     assert counts.tolist() == [source.count(rank) for rank in range(world_size)]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: rows_of_tokens(np.array([1]), np.array([3]), 3),
+        lambda: rows_of_tokens(np.array([1]), np.array([-1]), 3),
+        lambda: rows_of_tokens(np.array([2]), np.array([1]), 3),
+        lambda: rows_of_tokens(np.array([2, -1]), np.array([1]), 3),
+        lambda: order_received(np.array([[2]]), np.array([0]), np.zeros((1, 3), np.int32)),
+        lambda: order_received(np.array([[2], [-1]]), np.array([0, 0]), np.zeros((1, 3), np.int32)),
+        lambda: order_received(np.array([[0], [1]]), np.array([0]), np.zeros((1, 3), np.int32)),
+        lambda: order_received(np.array([[1]]), np.array([0]), np.zeros((1, 2), np.int32)),
+    ],
+)
+def test_what_leads_outside_an_array_is_an_error(call):
+    """Compiled code does not look at bounds by itself: it would write to memory of others."""
+    with pytest.raises(IndexError):
+        call()

@@ -1,6 +1,7 @@
 """Which rows go where, and in which order they are kept there, compiled for tensors on the CPU.
 
-Every function is one pass with counters: keys are few and rows come in order, so nothing is compared.
+Every function is one pass with counters: keys are few and rows come in order, so nothing is compared. What would lead
+outside an array is an IndexError.
 
 Shapes: N assignments, W ranks, L experts per rank, T tokens.
 """
@@ -65,6 +66,8 @@ def rows_of_tokens(per_rank, token, num_tokens):
     >>> [a.tolist() for a in rows_of_tokens(np.array([3, 1]), np.array([2, 0, 2, 1]), 3)]
     [[2, 1], [0, 2, 1], [1, 0, 1, 0]]
     """
+    if per_rank.sum() != token.size or (per_rank.size and per_rank.min() < 0):
+        raise IndexError("other numbers of assignments than there are")
     place = np.empty(num_tokens, np.int64)
     rows = np.zeros(per_rank.size, np.int64)
     sent, used = np.empty(token.size, np.int64), np.empty(token.size, np.int64)
@@ -73,6 +76,8 @@ def rows_of_tokens(per_rank, token, num_tokens):
         stop = first + per_rank[rank]
         place[:] = -1
         for assignment in range(first, stop):
+            if not 0 <= token[assignment] < num_tokens:
+                raise IndexError("a token of no row")
             place[token[assignment]] = 0
         for which in range(num_tokens):
             if place[which] == 0:
@@ -101,8 +106,12 @@ def order_received(counts, first, numbers):
     total = 0
     for source in range(counts.shape[0]):
         for expert in range(counts.shape[1]):
+            if counts[source, expert] < 0:
+                raise IndexError("a count below 0")
             places[source, expert] = total
             total += counts[source, expert]
+    if total != numbers.shape[0] or counts.shape[0] > first.size or numbers.shape[1] < 3:
+        raise IndexError("other numbers of assignments than have come")
     row, origin = np.empty(total, np.int64), np.empty(total, np.int32)
     ordered = np.empty((total, numbers.shape[1]), np.int32)
     into = 0

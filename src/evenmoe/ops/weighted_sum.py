@@ -173,6 +173,7 @@ def add_rows(total: torch.Tensor, rows: torch.Tensor | Incoming, position: torch
     """
     like = rows if isinstance(rows, torch.Tensor) else rows.parts[0]
     if like.device.type == "cpu" and like.dtype in (torch.bfloat16, total.dtype):
+        assert weights.shape == position.shape, (weights.shape, position.shape)
         add, incoming = add_bfloat16 if like.dtype == torch.bfloat16 else add_plain, _in_place(rows)
         add(total.numpy(), _addresses(incoming, position), weights.contiguous().numpy())
         return
@@ -198,6 +199,7 @@ def sum_rows(rows: torch.Tensor | Incoming, position: torch.Tensor, weights: tor
     if like.device.type == "cpu" and like.dtype in (torch.bfloat16, weights.dtype):
         y = like.new_empty(shape)
         out, add = (y.view(torch.uint16), sum_bfloat16) if like.dtype == torch.bfloat16 else (y, sum_plain)
+        assert weights.shape == position.shape, (weights.shape, position.shape)
         incoming = _in_place(rows)
         add(out.numpy(), _addresses(incoming, position), weights.contiguous().numpy())
         return y

@@ -289,10 +289,12 @@ class GroupCall:
         else:
             assert self._packets is not None, "what goes out is known"
             outgoing = self._packets.outgoing
-            which = np.arange(len(rows)) if index is None else index.numpy().astype(np.int64, copy=False)
+            which = np.arange(len(rows)) if index is None else np.ascontiguousarray(index.numpy(), np.int64)
             along = messages.NO_NUMBERS if numbers is None else numbers.contiguous().numpy().reshape(-1)
-            assert len(which) == sum(outgoing.rows), (len(which), outgoing.rows)
-            assert len(along) == sum(outgoing.numbers), (len(along), outgoing.numbers)
+            assert (len(which), len(along)) == (sum(outgoing.rows), sum(outgoing.numbers)), outgoing
+            # The others read these rows by their addresses.
+            assert not len(which) or (which.min() >= 0 and which.max() < len(rows)), "rows that there are"
+            assert rows.shape[1:] == outgoing.shape, (rows.shape, outgoing.shape)
             message, lengths = messages.pack(words, counts, which, outgoing.rows, along, outgoing.numbers)
         self._announced = _Announced(header, words, last)
         self._stage = _UNKNOWN
@@ -344,8 +346,6 @@ class GroupCall:
             rank, text, invalid = failure
             raise agreement.failed_there(rank, self._operator, text, invalid)
         return Incoming([received], blocks.rows, blocks.positions().to(received.device), along)
-
-    # ---------------------------------------------------------------------------------------------------------------
 
     def _compare(self, headers: agreement.Words, announced: _Announced) -> None:
         """Raise where ranks are out of step, differ, or say that they failed; the same on every rank."""

@@ -64,8 +64,10 @@ class Incoming:
         if len(self.parts) == 1:
             return torch.index_select(like, 0, self.at if which is None else self.at[which], out=out)
         addresses = self.addresses() if which is None else self.addresses()[which.numpy()]
-        if out is None:
-            out = like.new_empty((len(addresses), *like.shape[1:]))
+        shape = (len(addresses), *like.shape[1:])
+        out = like.new_empty(shape) if out is None else out
+        assert (out.shape, out.dtype) == (shape, like.dtype), (out.shape, shape)
+        assert out.is_contiguous()
         gather(out.data_ptr(), addresses, prod(like.shape[1:]) * like.element_size())
         return out
 
