@@ -26,7 +26,7 @@ from evenmoe.ops.combine import combining
 from evenmoe.ops.operator import CALL_TYPES, Prepared, check_types, collective
 from evenmoe.ops.update_expert import update_expert
 from evenmoe.transport.call import GroupCall
-from evenmoe.transport.world import LocalTransport, Rank
+from evenmoe.transport.world import Rank
 from tests.worlds import CONST_EXPERTS, Case, Spec, assert_same_bits, outputs_of, run_rank
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -81,8 +81,7 @@ def calls_on_one_rank(rank: Rank, case: Case) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("spec", WORLDS, ids=["virtual experts", "quantised"])
 def test_opcheck_of_the_collectives(name, spec, monkeypatch):
     # Outputs of several calls are compared, and one output of dispatch is the call's number: here always the first's.
-    monkeypatch.setattr(LocalTransport, "_count", lambda self, members: None)
-    monkeypatch.setattr(GroupCall, "_next", property(lambda self: 0, lambda self, number: None), raising=False)
+    monkeypatch.setattr(GroupCall, "number", property(lambda self: 0, lambda self, number: None), raising=False)
     with em.local_world(1) as world:
         arguments = calls_on_one_rank(world.ranks[0], Case(spec))[name]
         torch.library.opcheck(getattr(torch.ops.evenmoe, name).default, (), arguments, test_utils=CHECKS)
