@@ -384,7 +384,7 @@ def test_backwards_in_another_order_are_named():
 
     of = "backward of ExpertParallel.combine of dispatch"
     sentence = (
-        f"RankDisagreementError: `the call` is {of} 0 of layer 0 on rank 0 and {of} 4 of layer 1 on rank 1: it must be "
+        f"RankDisagreementError: `the call` is {of} 0 of layer 0 on rank 0 and {of} 2 of layer 1 on rank 1: it must be "
         "the same on every rank of a group; call the collective operators in the same order on all ranks."
     )
     assert run_two(step) == [sentence] * 2

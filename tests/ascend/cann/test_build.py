@@ -195,7 +195,7 @@ def test_folders_that_builds_look_into_are_those_of_the_tree(tree: Path) -> None
 
 
 def test_a_second_run_replaces_the_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_compile", lambda compiler, tree, scratch: (tree / "lib64" / "new").touch())
+    monkeypatch.setattr(build, "_compile", lambda compiler, tree, scratch, limits: (tree / "lib64" / "new").touch())
     latest = build.build_tree(tmp_path)
     before = sorted(path.relative_to(latest) for path in latest.rglob("*"))
     (latest / "lib64" / "stray").touch()
