@@ -25,7 +25,8 @@ class Pool:
     >>> pool = Pool()
     >>> first = pool.take((1 << 11, 1 << 10), torch.float32)
     >>> address = first.data_ptr()
-    >>> pool.take((1 << 11, 1 << 10), torch.float32).data_ptr() == address  # it is held
+    >>> second = pool.take((1 << 11, 1 << 10), torch.float32)
+    >>> second.data_ptr() == address  # it is held
     False
     >>> del first
     >>> pool.take((1 << 10, 1 << 10), torch.float64).data_ptr() == address
