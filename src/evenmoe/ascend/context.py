@@ -22,7 +22,8 @@ DEFAULT_BUFFER_BYTES = 2 * 200 * MEBIBYTE
 
 _MOST_RANKS = 1024
 # int32 numbers: the rank, the ranks of its server, one address of 8 bytes; then two tables of addresses.
-_HEAD, _LENGTH = 4, 4 + 2 * 2 * _MOST_RANKS
+_HEAD = 4
+LENGTH = _HEAD + 2 * 2 * _MOST_RANKS
 _GROUP_BYTES = 1 << 40  # between the addresses of two groups; and of two ranks of one
 _RANK_BYTES = 1 << 28
 _FIX = "write it as CommContextManager.create_context does, or from HcclGetHcclBuffer's address"
@@ -49,7 +50,7 @@ def make_context(name: str, rank: int, world_size: int) -> torch.Tensor:
     >>> context.shape, context[:2].tolist(), group_of(context, 1)
     (torch.Size([4100]), [1, 2], 'a group')
     """
-    context = torch.zeros(_LENGTH, dtype=torch.int32)
+    context = torch.zeros(LENGTH, dtype=torch.int32)
     write_context(context, name, rank, world_size)
     return context
 

@@ -19,8 +19,8 @@ from evenmoe.contract.layout import Layout
 from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.errors import ConstraintError
 from evenmoe.ops.exchange import active_tokens, check_physical_ids, stable_order
-from evenmoe.ops.halves import agreed_sizes, attributes_of, finished, group_of, numbered, places, told
-from evenmoe.ops.operator import Prepared, register, specs_of
+from evenmoe.ops.halves import attributes_of, finished, group_of, numbered, places, told
+from evenmoe.ops.operator import Prepared, layout_sizes, register, specs_of
 from evenmoe.ops.weighted_sum import add_rows
 from evenmoe.transport.agreement import Header, dtype_code
 from evenmoe.transport.call import GroupCall, Outgoing, together
@@ -55,7 +55,7 @@ def _setup_plan(
     call: CombineSetupCall[TensorSpec], layout: Layout, elastic_info: tuple[int, ...] | None = None
 ) -> SetupPlan:
     sizes = {
-        **agreed_sizes(call, layout),
+        **layout_sizes(call, layout),
         "hidden size of `expert_out`": layout.hidden,
         "dtype of `expert_out`": dtype_code(call.expand_x.dtype),
     }

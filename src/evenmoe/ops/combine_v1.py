@@ -20,7 +20,7 @@ from evenmoe.ops.dispatch_v1 import route_v1, shared_places
 from evenmoe.ops.exchange import check_physical_ids, prepare_returning
 from evenmoe.ops.numerics import BLOCK_INT8, pack_blocks, unpack_blocks
 from evenmoe.ops.operator import Prepared, find_groups, in_order, parts_of, register
-from evenmoe.ops.weighted_sum import accumulate
+from evenmoe.ops.weighted_sum import rounded_sums
 from evenmoe.transport.call import GroupCall, together
 from evenmoe.transport.packets import Incoming
 
@@ -49,7 +49,7 @@ def _run(call: Combining) -> torch.Tensor:
         if beside is not None:
             rows = add_peer_rows(rows, beside, plan, call)
         returned, position = _return_rows(rows, counts, across, plan, call)
-        return accumulate(layout, returned, position, call).to(call.expand_x.dtype)
+        return rounded_sums(layout, returned, position, call)
 
 
 def _counts_by_source(call: Combining, layout: Layout) -> torch.Tensor:

@@ -29,9 +29,9 @@ from evenmoe.ops.exchange import (
     received,
     route,
 )
-from evenmoe.ops.halves import agreed_sizes, attributes_of, finished, group_of, numbered, places, told
+from evenmoe.ops.halves import attributes_of, finished, group_of, numbered, places, told
 from evenmoe.ops.numerics import DYNAMIC_INT8, quantize_rows, reinterpret
-from evenmoe.ops.operator import Prepared, register, specs_of
+from evenmoe.ops.operator import Prepared, layout_sizes, register, specs_of
 from evenmoe.transport.agreement import Header, dtype_code
 from evenmoe.transport.call import GroupCall, together
 from evenmoe.transport.transport import Transport
@@ -53,7 +53,7 @@ def _setup_plan(
     call: DispatchSetupCall[TensorSpec], layout: Layout, elastic_info: tuple[int, ...] | None = None
 ) -> SetupPlan:
     sizes = {
-        **agreed_sizes(call, layout),
+        **layout_sizes(call, layout),
         "hidden size of `x`": layout.hidden,
         "dtype of `x`": dtype_code(call.x.dtype),
         "`quant_mode`": call.quant_mode,

@@ -21,8 +21,8 @@ from evenmoe.ops.row_order import order_by_source, order_received, rows_of_token
 from evenmoe.transport.call import GroupCall
 from evenmoe.transport.packets import Incoming, Outgoing
 
-# Bytes from which numpy asks for huge pages, so that writing to new memory costs a third less of a dispatch; and its
-# zeros are the system's own, which cost nothing until written. Below, torch's own allocator serves as well.
+# Bytes from which numpy asks for huge pages, so that writing to new memory costs a third less of a dispatch; its zeros
+# are the system's own, which cost nothing until written. Below, torch's own allocator serves as well.
 _LARGE = 1 << 22
 
 
@@ -303,8 +303,8 @@ def received(
     weight = assignments[:, 3].contiguous().view(torch.float32) if assignments.shape[1] == 4 else None
     like = incoming.parts[0]
     shape = (len(which), *like.shape[1:])
-    out = allocate(len(which)) if allocate is not None else call.group.new_rows(shape, like)
-    rows = incoming.take(which, empty(shape, like) if out is None else out)
+    out = call.group.new_rows(shape, like) if allocate is None else allocate(len(which))
+    rows = incoming.take(which, out)
     return Received(rows, source, assignments[:, 0], assignments[:, 1], counts, weight)
 
 
@@ -381,14 +381,6 @@ def positions_of(incoming: Incoming, assignments: torch.Tensor, num_assignments:
 
 
 # Memory ----------------------------------------------------------------------------------------------------------
-
-
-def empty(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """An uninitialized tensor of `shape`, with dtype and device of `like`."""
-    size = prod(shape) * like.element_size()
-    if like.device.type != "cpu" or size < _LARGE:
-        return like.new_empty(shape)
-    return torch.from_numpy(np.empty(size, np.uint8)).view(like.dtype).view(shape)
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

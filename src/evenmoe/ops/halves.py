@@ -12,8 +12,6 @@ from contextlib import contextmanager, suppress
 import torch
 
 from evenmoe.contract.half_calls import HalfCall
-from evenmoe.contract.layout import Layout
-from evenmoe.contract.tensor_spec import TensorSpec
 from evenmoe.errors import ConstraintError, EvenmoeError, LostRankError
 from evenmoe.ops.exchange import active_tokens, stable_order
 from evenmoe.transport.call import GroupCall, together
@@ -27,17 +25,6 @@ _MARK = 0x45_4D_4F_45  # in front of the number, so that other memory is not tak
 def group_of(call: Half, find: Callable[[str, str, int, int], Transport] = find_transport) -> Transport:
     """The transport behind the name of a call's group."""
     return find("group_ep", call.group_ep or "", call.ep_rank_id, call.ep_world_size)
-
-
-def agreed_sizes(call: HalfCall[TensorSpec], layout: Layout) -> dict[str, int]:
-    """What all ranks must have alike in the setup of dispatch and in that of combine."""
-    return {
-        "top-k of `expert_ids`": layout.top_k,
-        "`num_experts`": call.moe_expert_num,
-        "`shared_expert_num`": layout.shared_experts,
-        "`shared_expert_rank_num`": layout.shared_ranks,
-        "tokens per rank times ranks (`global_bs`)": layout.global_bs,
-    }
 
 
 @contextmanager

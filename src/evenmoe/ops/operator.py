@@ -259,14 +259,20 @@ def _keep(kept: dict[tuple[object, ...], _Kept], key: tuple[object, ...], value:
     kept[key] = value
 
 
-def common_sizes(call: DistributeCall[TensorSpec], layout: Layout) -> dict[str, int]:
-    """What all ranks must agree on in dispatch and combine alike."""
+def layout_sizes(call: DistributeCall[TensorSpec] | HalfCall[TensorSpec], layout: Layout) -> dict[str, int]:
+    """What all ranks must agree on of the layout, in dispatch, in combine and in their setups."""
     return {
         "top-k of `expert_ids`": layout.top_k,
         "`num_experts`": call.moe_expert_num,
         "`shared_expert_num`": layout.shared_experts,
         "`shared_expert_rank_num`": layout.shared_ranks,
         "tokens per rank times ranks (`global_bs`)": layout.global_bs,
+    }
+
+
+def common_sizes(call: DistributeCall[TensorSpec], layout: Layout) -> dict[str, int]:
+    """What all ranks must agree on in dispatch and combine alike."""
+    return layout_sizes(call, layout) | {
         "`zero_expert_num`": call.zero_expert_num,
         "`copy_expert_num`": call.copy_expert_num,
         "`const_expert_num`": call.const_expert_num,

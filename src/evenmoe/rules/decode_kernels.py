@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from evenmoe.compiled import compiled, compiled_inner
-from evenmoe.rules.split_kernels import balance, sections_of
+from evenmoe.rules.split_kernels import balance, first_wrong, sections_of
 
 # Where rows are more than a quarter of what weights are worth, the split that leaves weights out is the second start:
 # 256 experts on 288 slots of 32 ranks came out up to 11 % above that split from the other two starts alone.
@@ -252,9 +252,9 @@ def split_decode(num_tokens, graphs, num_ranks, weight_rows, per_slot):
         sections = sections_of(graphs[layer], num_experts, num_slots, num_ranks)
         first_holder, replicated, holder_rank, _, _, slot_holder, slot_number, _, _ = sections
         tokens = num_tokens[layer]
-        for expert in range(num_experts):
-            if tokens[expert] < 0 or (tokens[expert] > 0 and first_holder[expert] == first_holder[expert + 1]):
-                return layer * num_experts + expert
+        wrong = first_wrong(tokens, first_holder)
+        if wrong >= 0:
+            return layer * num_experts + wrong
         rows, weights = fill_single(tokens, weight_rows, sections, flow, cost)
         floor = (rows + weights + num_ranks - 1) // num_ranks
         for rank in range(num_ranks):

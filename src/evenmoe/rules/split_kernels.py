@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from evenmoe.compiled import compiled
+from evenmoe.compiled import compiled, compiled_inner
 
 # Sweeps before the first leveling, and passes of chains before the next one: on zipf(1.0) loads with drift 0.3 and
 # 0.6, 256 experts in 264 to 320 slots on 8 and 32 ranks, 2…5 and 1…8 all take 5…20 µs a layer.
@@ -338,6 +338,15 @@ def balance(num_tokens, sections, flow, load):
                 return
 
 
+@compiled_inner
+def first_wrong(tokens, first_holder):
+    """The first expert of a layer that has a negative number of tokens, or tokens but no slot; −1 if there is none."""
+    for expert in range(tokens.size):
+        if tokens[expert] < 0 or (tokens[expert] > 0 and first_holder[expert] == first_holder[expert + 1]):
+            return expert
+    return -1
+
+
 @compiled
 def split_layers(num_tokens, graphs, num_ranks, per_slot):
     """The best split of every layer: num_tokens int64 (L, E), graphs of `graphs_of` -> fills per_slot int64 (L, S).
@@ -352,9 +361,9 @@ def split_layers(num_tokens, graphs, num_ranks, per_slot):
         sections = sections_of(graphs[layer], num_experts, num_slots, num_ranks)
         first_holder, _, _, _, holder_slots, slot_holder, slot_number, _, _ = sections
         tokens = num_tokens[layer]
-        for expert in range(num_experts):
-            if tokens[expert] < 0 or (tokens[expert] > 0 and first_holder[expert] == first_holder[expert + 1]):
-                return layer * num_experts + expert
+        wrong = first_wrong(tokens, first_holder)
+        if wrong >= 0:
+            return layer * num_experts + wrong
         flow[:] = 0
         load[:] = 0
         balance(tokens, sections, flow, load)

@@ -21,7 +21,7 @@ from evenmoe.errors import ConstraintError
 from evenmoe.ops.exchange import prepare_sending, received_order
 from evenmoe.ops.gradients import check_once, check_threads
 from evenmoe.ops.numerics import reinterpret, tree_sum
-from evenmoe.ops.weighted_sum import add_rows, chunks, sum_dtype
+from evenmoe.ops.weighted_sum import chunks, sum_dtype, sum_rows
 from evenmoe.rules.rule import IntArray
 from evenmoe.runtime.rows import DispatchedRows, return_rows
 from evenmoe.transport.agreement import LAYER, NEEDED, OFF, ON, Header
@@ -201,10 +201,8 @@ def gradient_of_x(way: Way, grad_rows: torch.Tensor, slots: torch.Tensor) -> tor
         check_once()
         way.check_recomputed(slots)
         incoming, position = return_rows(call, way.header(_DISPATCH), way.dispatched, grad_rows)
-        dtype = sum_dtype(grad_rows.dtype)
-        total = grad_rows.new_zeros((len(position), grad_rows.shape[1]), dtype=dtype)
-        add_rows(total, incoming, position, torch.ones(position.shape, dtype=dtype, device=total.device))
-    return total.to(grad_rows.dtype)
+        ones = torch.ones(position.shape, dtype=sum_dtype(grad_rows.dtype), device=position.device)
+        return sum_rows(incoming, position, ones)
 
 
 def gradients_of_combine(

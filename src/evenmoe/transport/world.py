@@ -162,7 +162,7 @@ class LocalTransport(Transport):
                 self._lent = self._reading if len(value.rows) else None  # the messages are nobody's but theirs
             self._rendezvous.take(self.rank, exchange, members)
         if self._numbers[exchange[0]] == exchange[1]:
-            self._numbers[exchange[0]] += 1
+            self._count(members)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from evenmoe.ascend.cann_ops_transformer.groups import npu_errors
-from evenmoe.ascend.context import DEFAULT_BUFFER_BYTES, make_context, write_context
+from evenmoe.ascend.context import DEFAULT_BUFFER_BYTES, LENGTH, make_context, write_context
 from evenmoe.ascend.groups import find_group, find_own_group
 from evenmoe.contract.tensor_spec import check_shape
 from evenmoe.errors import UnsupportedTypeError, as_integer, require
@@ -80,7 +80,7 @@ class CommContextManager:
             if not isinstance(context, torch.Tensor) or context.dtype != torch.int32:
                 value = context.dtype if isinstance(context, torch.Tensor) else type(context).__name__
                 raise UnsupportedTypeError("contextTensor", value, "must be int32", "pass what create_context returned")
-            check_shape("contextTensor", spec_of(context), (len(make_context("", 0, 0)),), "a context")
+            check_shape("contextTensor", spec_of(context), (LENGTH,), "a context")
         self._group, self.ccl_buffer_size = found, self._bytes
         write_context(context, found.name, found.rank, found.world_size)
 
