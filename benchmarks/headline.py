@@ -22,7 +22,10 @@ from evenmoe.simulator.replay import simulate
 from evenmoe.traces.trace import Trace
 
 #: A rank that takes as long for rows as DeepSeek-V3's experts take on an H800 with batches of thousands.
-COSTS = CostModel.for_expert(1024, 1e6, 6e6, flops_per_s=6e12, latency_us=5.0)
+COSTS = CostModel.for_expert(
+    1024, 1e6, 6e6, flops_per_s=6e12, memory_bytes_per_s=3.35e12, within_bytes_per_s=1.6e11, latency_us=5.0,
+    start_us=0.0, slot_us=0.0, tile=1,
+)  # fmt: skip
 
 
 def draw_tokens(random: np.random.Generator, popularity: np.ndarray, count: int, layers: int, top_k: int) -> np.ndarray:

@@ -63,7 +63,7 @@ FLOORS = (
     ("io",),
     ("registry",),
     ("reference",),
-    ("dispatched", "evidence"),
+    ("costs", "dispatched", "evidence"),
     ("metrics", "quantities"),
     ("placement",),
     ("slot_arrays",),

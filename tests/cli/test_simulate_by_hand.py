@@ -83,7 +83,11 @@ def run_both(evenmoe, tmp_path: Path, path: Path, setup: Setup, policies, *extra
         "simulate", path, "--ranks", setup.ranks, "--nodes", setup.nodes, "--tokens-per-rank", setup.tokens,
         "--chunk", setup.chunk, "--steps", setup.steps, "--refresh", setup.refresh, "--window", setup.window,
         "--slots", setup.slots, "--workers", 1, "--details", "--json", "--out", out, "--horizon", setup.horizon,
-        "--copy-overlap" if setup.overlap else "--no-copy-overlap", *options, *extra,
+        "--copy-overlap" if setup.overlap else "--no-copy-overlap", *options,
+        "--flops-per-s", setup.flops_per_s, "--memory-bytes-per-s", setup.memory_per_s, "--norm", setup.norm,
+        "--within-bytes-per-s", setup.within_per_s, "--between-bytes-per-s", setup.between_per_s,
+        "--latency-us", setup.latency * 1e6, "--start-us", setup.start * 1e6, "--slot-us", setup.slot * 1e6,
+        "--floor-us", setup.floor * 1e6, "--token-us", setup.row * 1e6, "--tile", setup.tile, *extra,
     )  # fmt: skip
     assert done.code == 0, done.err
     with np.load(path) as file:
@@ -102,7 +106,7 @@ def small_file(tmp_path: Path) -> Path:
     return tmp_path / "small.npz"
 
 
-SMALL_COSTS = ("--hidden", 64, "--expert-flops", 1e7, "--expert-bytes", 4e6, "--latency-us", 20)
+SMALL_COSTS = ("--hidden", 64, "--expert-flops", 1e7, "--expert-bytes", 4e6)
 
 
 def small_setup(**changes) -> Setup:
@@ -112,9 +116,8 @@ def small_setup(**changes) -> Setup:
 
 def test_the_built_in_trace(evenmoe, tmp_path):
     """On ranks so slow that balance pays: every break-even is a number."""
-    setup = small_setup(flops_per_s=1e12, memory_per_s=1e13)
-    speeds = ("--flops-per-s", 1e12, "--memory-bytes-per-s", 1e13)
-    by_hand = run_both(evenmoe, tmp_path, small_file(tmp_path), setup, POLICIES, *SMALL_COSTS, *speeds)
+    setup = small_setup(flops_per_s=1e12, memory_per_s=1e13, tile=1, floor=9e-6, row=1e-6)
+    by_hand = run_both(evenmoe, tmp_path, small_file(tmp_path), setup, POLICIES, *SMALL_COSTS)
     assert all(0 < found.break_even < math.inf for name, found in by_hand.items() if name not in ("identity", "oracle"))
 
 
@@ -126,11 +129,9 @@ def test_decode_on_one_node_with_a_row_per_expert(evenmoe, tmp_path):
 def test_one_slot_a_rank_and_other_links(evenmoe, tmp_path):
     setup = small_setup(
         ranks=40, nodes=4, tokens=3, chunk=3, steps=5, refresh=2, window=9, slots=40,
-        within_per_s=1e9, between_per_s=2e9, memory_per_s=1e15, flops_per_s=1e12,
+        within_per_s=1e9, between_per_s=2e9, memory_per_s=1e15, flops_per_s=1e12, tile=3, norm=1.5,
     )  # fmt: skip
-    links = ("--within-bytes-per-s", 1e9, "--between-bytes-per-s", 2e9)
-    speeds = ("--memory-bytes-per-s", 1e15, "--flops-per-s", 1e12)
-    run_both(evenmoe, tmp_path, small_file(tmp_path), setup, POLICIES, *SMALL_COSTS, *links, *speeds)
+    run_both(evenmoe, tmp_path, small_file(tmp_path), setup, POLICIES, *SMALL_COSTS)
 
 
 # (hidden, intermediate, bytes a weight), which the shape of the trace tells, and the tokens of a chunk.

@@ -32,11 +32,17 @@ class Setup:
     flops: float
     expert_bytes: float
     row_bytes: float
-    flops_per_s: float = 4.95e14
-    memory_per_s: float = 3.35e12
+    flops_per_s: float = 1e15
+    memory_per_s: float = 3e12
     within_per_s: float = 1.6e11
     between_per_s: float = 5e10
     latency: float = 20e-6
+    start: float = 7e-6
+    slot: float = 2e-6
+    floor: float = 0.0
+    row: float = 0.0
+    norm: float = 2.0
+    tile: int = 64
     once: bool = True
     first: int | None = None  # of policies that do not say a refresh; by default it
     horizon: int = 3000
@@ -137,11 +143,23 @@ def choose(placement: em.Placement, layer: int, batch: list[list[list[int]]], ru
     return chosen
 
 
+def kernel_time(rows: dict[int, int], width: int, setup: Setup) -> float:
+    """Seconds of a rank's experts, from the rows of each of its slots that has any."""
+    if not rows:
+        return 0.0
+    tiles = sum(math.ceil(number / setup.tile) for number in rows.values())
+    compute = tiles * setup.tile * setup.flops / setup.flops_per_s
+    read = len(rows) * setup.expert_bytes / setup.memory_per_s
+    both = (read**setup.norm + compute**setup.norm) ** (1 / setup.norm)
+    call = setup.start + setup.slot * width**0.8 + both + setup.row * sum(rows.values())
+    return (setup.floor**8 + call**8) ** 0.125
+
+
 def serve_layer(placement: em.Placement, layer: int, chosen: list[list[list[int]]], setup: Setup):
     """Loads of the ranks, rows of four kinds, and microseconds of one layer."""
     ranks, width, near = setup.ranks, placement.num_slots // setup.ranks, setup.ranks // setup.nodes
     loads = [0] * ranks
-    busy: list[set[int]] = [set() for _ in range(ranks)]
+    busy: list[dict[int, int]] = [{} for _ in range(ranks)]
     sent = [[0] * ranks for _ in range(4)]
     received = [[0] * ranks for _ in range(4)]
     for rank, tokens in enumerate(chosen):
@@ -149,7 +167,7 @@ def serve_layer(placement: em.Placement, layer: int, chosen: list[list[list[int]
             targets = [slot // width for slot in slots]
             for slot, target in zip(slots, targets, strict=True):
                 loads[target] += 1
-                busy[target].add(slot)
+                busy[target][slot] = busy[target].get(slot, 0) + 1
             for kinds, goals in ((0, targets), (2, sorted(set(targets)))):
                 for target in goals:
                     if target == rank:
@@ -157,10 +175,7 @@ def serve_layer(placement: em.Placement, layer: int, chosen: list[list[list[int]
                     kind = kinds + (target // near != rank // near)
                     sent[kind][rank] += 1
                     received[kind][target] += 1
-    work = max(
-        max(load * setup.flops / setup.flops_per_s, len(slots) * setup.expert_bytes / setup.memory_per_s)
-        for load, slots in zip(loads, busy, strict=True)
-    )
+    work = max(kernel_time(rows, width, setup) for rows in busy)
     way = 2 if setup.once else 0
     wire = max(
         max(sent[way + link][rank], received[way + link][rank]) * 2 * setup.row_bytes / speed

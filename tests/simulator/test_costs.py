@@ -23,12 +23,19 @@ UNIT = CostModel(
     within_bytes_per_s=1,
     between_bytes_per_s=1,
     latency_us=0,
+    start_us=0,
+    slot_us=0,
+    floor_us=0,
+    token_us=0,
+    norm=1e30,  # the longer of reading and computing
+    tile=1,
 )
 NONE = np.zeros((1, 2, 2))
 
 
 def seconds(costs=UNIT, tokens=(0, 0), busy=(0, 0), sent=NONE, received=NONE) -> float:
-    return float(costs.layer_time(np.array([tokens]), np.array([busy]), sent, received)[0] / 1e6)
+    work = np.array([tokens]), np.array([busy]), costs.kernel.padded([tokens])
+    return float(costs.layer_time(*work, 1, sent, received)[0] / 1e6)
 
 
 def rows(link: int, *numbers: int) -> np.ndarray:
@@ -86,6 +93,8 @@ def test_figures_of_an_expert():
         ("latency_us", -1.0, "finite and 0 or more"),
         ("expert_bytes", float("nan"), "finite and 0 or more"),
         ("memory_bytes_per_s", float("inf"), "finite and more than 0"),
+        ("norm", 0.5, "finite and 1 or more"),
+        ("tile", 1.5, "a whole number of rows"),
     ],
 )
 def test_wrong_figures_are_named(figure, value, words):
@@ -114,3 +123,25 @@ def test_an_expert_comes_from_its_own_node_if_it_can_and_senders_take_turns():
     layers = Placement([[0, 1, 2, 3, 4, 0]] * 2, 6), Placement([[1, 2, 3, 0, 4, 0]] * 2, 6)
     sent, _ = route_copies(*layers, ranks_per_node=6)
     assert sent[0].tolist() == [1, 2, 2, 2, 0, 1]  # expert 0 came from rank 0 in one layer, from rank 5 in the other
+
+
+def test_the_experts_of_an_accelerator_by_hand():
+    """One call; five slots, of which two have 65 and 3 rows; weights, rows in turn, received rows; then a floor."""
+    costs = replace(UNIT, norm=1, tile=64, start_us=2e6, slot_us=3e6, token_us=5e6)
+    work = np.array([[68]]), np.array([[2]]), costs.kernel.padded([[65, 3]]).sum(axis=1, keepdims=True)
+    assert costs.expert_time(*work, 5)[0, 0] / 1e6 == pytest.approx(2 + 3 * 5**0.8 + 2 + 192 + 5 * 68)
+    high = replace(costs, floor_us=1e9)
+    assert high.expert_time(*work, 5)[0, 0] / 1e6 == pytest.approx(1000.0, rel=0.001)
+    assert costs.expert_time(np.array([0]), np.array([0]), np.array([0]), 5)[0] == 0
+
+
+def test_the_words_say_whose_figures_they_are():
+    usual = CostModel.for_model("deepseek-v3", gpu="B200", phase="prefill")
+    assert usual.hardware.startswith(
+        "a B200's prefill kernels (measured: SGLang 0.5.10, deepepmoe, fp8_block, b200_sxm"
+    )
+    assert CostModel.for_model("deepseek-v3", start_us=1.0).hardware == "the figures in the settings"
+    with pytest.raises(ConstraintError, match="`phase` is 'train': it must be a kind of step; use decode or prefill"):
+        CostModel.for_model("deepseek-v3", phase="train")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConstraintError, match="use H100, H200, B200, GB200, A100, Atlas A3, cpu"):
+        CostModel.for_model("deepseek-v3", gpu="H1000")

@@ -16,7 +16,11 @@ from evenmoe.traces.trace import Trace
 from tests.simulator.simulations import make_simulation
 
 #: Every row costs 1 ms, copies and exchanges almost nothing.
-ROWS = CostModel.for_expert(8, 1e3, 1e6, flops_per_s=1e9, latency_us=1.0, memory_bytes_per_s=1e12)
+# No call, no tiles: a rank takes as long as its rows.
+ROWS = CostModel.for_expert(
+    8, 1e3, 1e6, flops_per_s=1e9, latency_us=1.0, memory_bytes_per_s=1e12, within_bytes_per_s=1.6e11,
+    start_us=0.0, slot_us=0.0, tile=1,
+)  # fmt: skip
 EXPERTS, RANKS, TOKENS = 16, 4, 32
 
 
@@ -187,4 +191,4 @@ def test_the_figure_is_the_policys_own(seed):
 def test_the_defaults_of_the_costs_are_named():
     assert "modeled for the figures in the settings" in run(routed(SKEWED, steps=6)).summary.headline.measured_on
     usual = run(routed(SKEWED, steps=6), costs=CostModel.for_expert(64, 4e6, 1e7)).summary.headline
-    assert "modeled for an H800 node with rows in bf16 (the defaults)" in usual.measured_on
+    assert "modeled for an H100's decode kernels (measured: SGLang 0.5.10" in usual.measured_on

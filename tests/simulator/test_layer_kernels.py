@@ -149,7 +149,9 @@ def test_rows_are_counted_at_both_ends(world, data):
                     expected_received[link, target] += 1
         np.testing.assert_array_equal(sent, expected_sent)
         np.testing.assert_array_equal(received, expected_received)
-    tokens, busy = np.empty((2, ranks), np.int64)
-    layer_kernels.rank_work(per_slot, ranks, tokens, busy)
+    tokens, busy, padded = np.empty((3, ranks), np.int64)
+    layer_kernels.rank_work(per_slot, ranks, 3, tokens, busy, padded)
+    whole = -(-per_slot.sum(axis=1) // 3) * 3
+    np.testing.assert_array_equal(padded, whole.reshape(ranks, width).sum(axis=1))
     np.testing.assert_array_equal(tokens, per_slot.sum(axis=1).reshape(ranks, width).sum(axis=1))
     np.testing.assert_array_equal(busy, (per_slot.sum(axis=1) > 0).reshape(ranks, width).sum(axis=1))

@@ -44,7 +44,7 @@ def counts_of(experts, placement, cluster):
 
 
 def run(choice: SlotChoice, placement, cluster, counts, experts, parts) -> StepResult:
-    found = StepResult(placement.num_layers, cluster.num_ranks)
+    found = StepResult(placement.num_layers, cluster.num_ranks, tile=3)
     top_k = 0 if experts is None else experts.shape[3]
     for part in parts:
         scratch = Scratch(
@@ -60,7 +60,7 @@ def run(choice: SlotChoice, placement, cluster, counts, experts, parts) -> StepR
 
 
 def assert_same(one: StepResult, other: StepResult) -> None:
-    for name in ("tokens", "busy", "sent", "received"):
+    for name in ("tokens", "busy", "padded", "sent", "received"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
 

@@ -32,6 +32,7 @@ from evenmoe.traces.models import MODELS, ModelShape, shape_of
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from evenmoe.costs.hardware import Phase
     from evenmoe.formats.contents import Contents
     from evenmoe.simulator.costs import CostModel
     from evenmoe.simulator.result import Summary
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _FIGURES = (
     *("copy_bytes", "dispatch_row_bytes", "combine_row_bytes", "flops_per_s", "memory_bytes_per_s"),
     *("within_bytes_per_s", "between_bytes_per_s", "latency_us"),
+    *("start_us", "slot_us", "floor_us", "token_us", "norm", "tile"),
 )
 _GAINS = ("mean_par", "worst_par", "step_time_us", "gain_percent", "deduplicated_rows_between_nodes")
 _PRICES = ("copies", "refreshes", "refresh_copy_time_us", "break_even_steps", "extra_memory_bytes_per_rank")
@@ -54,6 +56,12 @@ _POLICY_HELP = (
     "format: rule. py:module:attribute: your own planner, rule, placement or policy. Planners: "
     f"{', '.join(PLANNERS)}. Rules: {', '.join(RULES)}. Without any: all kinds."
 )
+
+
+def _gpus(incomplete: str) -> list[str]:
+    from evenmoe.costs import hardware_names
+
+    return [name for name in (*hardware_names(), "cpu") if name.casefold().startswith(incomplete.casefold())]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,11 +126,27 @@ class SimulateCommand(FileOptions, WorldOptions):
     copy_bytes: Annotated[float | None, Option(help="Bytes that one copied expert sends. Default: its weights.")] = None
     dispatch_row_bytes: Annotated[float | None, Option(help="Bytes of a row to an expert.")] = None
     combine_row_bytes: Annotated[float | None, Option(help="Bytes of a row back.")] = None
-    flops_per_s: Annotated[float | None, Option(help="FLOP/s a rank achieves. Default: 4.95e14.")] = None
-    memory_bytes_per_s: Annotated[float | None, Option(help="Reading weights, bytes/s. Default: 3.35e12.")] = None
-    within_bytes_per_s: Annotated[float | None, Option(help="A rank's link inside its node. Default: 1.6e11.")] = None
-    between_bytes_per_s: Annotated[float | None, Option(help="A rank's link to other nodes. Default: 5e10.")] = None
-    latency_us: Annotated[float | None, Option(help="Of one exchange, microseconds. Default: 20.")] = None
+    gpu: Annotated[
+        str,
+        Option(help="Whose kernels and links are modeled: a name, or cpu, which is measured.", autocompletion=_gpus),
+    ] = "H100"
+    phase: Annotated[
+        str,
+        Option(help="Whose kernels: decode or prefill.", autocompletion=completed(("decode", "prefill"))),
+    ] = "decode"
+    flops_per_s: Annotated[float | None, Option(help="FLOP/s a rank achieves. Default: --gpu's, as all below.")] = None
+    memory_bytes_per_s: Annotated[float | None, Option(help="Reading weights, bytes/s.")] = None
+    within_bytes_per_s: Annotated[float | None, Option(help="A rank's link inside its node.")] = None
+    between_bytes_per_s: Annotated[float | None, Option(help="A rank's link to other nodes.")] = None
+    latency_us: Annotated[float | None, Option(help="Of one exchange, microseconds.")] = None
+    start_us: Annotated[float | None, Option(help="Of a call of the expert kernels, microseconds.")] = None
+    slot_us: Annotated[float | None, Option(help="Of a rank's slots^0.8, microseconds.")] = None
+    floor_us: Annotated[float | None, Option(help="What the expert kernels take at least, microseconds.")] = None
+    token_us: Annotated[float | None, Option(help="Of a row besides its arithmetic, microseconds.")] = None
+    norm: Annotated[float | None, Option(help="1 adds reading and computing; the larger, the more they overlap.")] = (
+        None
+    )
+    tile: Annotated[int | None, Option(min=1, help="Rows that an expert's are padded to.")] = None
     row_per_expert: Annotated[bool, Option("--row-per-expert", help="Times of a row per expert, not per rank.")] = False
     out: Annotated[Path | None, out_option("Write everything, for `evenmoe report`.")] = None
     report: Annotated[Path | None, Option(help="Write the HTML page at once.")] = None
@@ -256,7 +280,9 @@ class SimulateCommand(FileOptions, WorldOptions):
                 f"use --model with one of {', '.join(MODELS)}; or give {', '.join(missing)}, "
                 "and --top-k unless the trace has tokens",
             )
-        return CostModel.for_expert(hidden or 0, size, flops, one_row_per_rank=not self.row_per_expert, **figures)
+        figures["one_row_per_rank"] = not self.row_per_expert
+        phase: Phase = self.phase  # pyright: ignore[reportAssignmentType]  # for_expert says what is wrong with it
+        return CostModel.for_expert(hidden or 0, size, flops, self.gpu, phase, **figures)
 
 
 @contextmanager

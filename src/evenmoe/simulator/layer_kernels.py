@@ -147,17 +147,20 @@ def _cut_at_quotas(tokens, replicas, quotas, per_slot):
 
 
 @compiled
-def rank_work(per_slot, num_ranks, tokens, busy):
-    """Fill, per rank, the rows that it computes, int64 (G,), and how many of its slots have any, int64 (G,)."""
+def rank_work(per_slot, num_ranks, tile, tokens, busy, padded):
+    """Fill, per rank, int64 (G,) each: the rows that it computes, how many of its slots have any, and the rows once
+    each slot's are padded to whole tiles of `tile`."""
     slots_per_rank = per_slot.shape[0] // num_ranks
     for rank in range(num_ranks):
         tokens[rank] = 0
         busy[rank] = 0
+        padded[rank] = 0
         for slot in range(rank * slots_per_rank, (rank + 1) * slots_per_rank):
             total = _total(per_slot[slot])
             tokens[rank] += total
             if total > 0:
                 busy[rank] += 1
+                padded[rank] += (total + tile - 1) // tile * tile
 
 
 @compiled

@@ -28,13 +28,14 @@ class PolicyState:
         num_steps: int,
         *,
         copy_overlap: bool,
+        tile: int = 1,
         details: bool = False,
     ) -> None:
         ranks = cluster.num_ranks
         self.policy, self.cluster = policy, cluster
         self._copy_overlap = copy_overlap
         self._coming: tuple[Placement, float] | None = None  # whose copies are under way, and their time left
-        self._found = StepResult(num_layers, ranks)
+        self._found = StepResult(num_layers, ranks, tile)
         self._copies = np.zeros((num_steps, num_layers), np.int64)
         self._copy_time, self._step_time = np.zeros((2, num_steps))
         self._par = np.zeros((num_steps, num_layers))
@@ -111,9 +112,8 @@ class PolicyState:
         found = self._found
         way = 1 if costs.one_row_per_rank else 0
         self._par[step] = peak_over_mean(found.tokens.astype(np.float64))
-        self._step_time[step] = costs.layer_time(
-            found.tokens, found.busy, found.sent[:, way], found.received[:, way]
-        ).sum()
+        work = found.tokens, found.busy, found.padded, self.placement.rank_sizes
+        self._step_time[step] = costs.layer_time(*work, found.sent[:, way], found.received[:, way]).sum()
         rows = found.sent.sum(axis=3).reshape(-1, 4)
         self._rows[step] = rows.sum(axis=0)
         self._rank_tokens += found.tokens

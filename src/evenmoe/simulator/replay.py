@@ -154,7 +154,10 @@ def simulate(
         for policy in chosen:
             check_policy(policy, cluster, trace.num_experts)
         sizes = cluster, trace.num_layers, trace.num_experts, steps
-        states = [PolicyState(policy, *sizes, copy_overlap=copy_overlap, details=details) for policy in chosen]
+        states = [
+            PolicyState(policy, *sizes, copy_overlap=copy_overlap, tile=int(costs.tile), details=details)
+            for policy in chosen
+        ]
         batches = new_batches(trace, cluster, num_steps, top_k, seed, chunk)
         with ThreadPoolExecutor(workers) as pool:
             run = Run(trace, batches, states, costs, seed, top_k, pool, workers, warmup)

@@ -57,17 +57,21 @@ class StepResult:
     """What one step shows, layer by layer.
 
     Attributes:
-        tokens, busy: int64 (L, G), rows that each rank computes, and its slots that have any.
+        tile: rows that a slot's are padded to.
+        tokens, busy, padded: int64 (L, G), rows that each rank computes, its slots that have any, and the rows once
+            each slot's are padded to tiles.
         sent, received: float64 (L, 2, 2, G): a row per assignment, then once per rank; within, then between nodes.
     """
 
-    def __init__(self, num_layers: int, num_ranks: int) -> None:
-        self.tokens, self.busy = np.zeros((2, num_layers, num_ranks), np.int64)
+    def __init__(self, num_layers: int, num_ranks: int, tile: int = 1) -> None:
+        self.tile = tile
+        self.tokens, self.busy, self.padded = np.zeros((3, num_layers, num_ranks), np.int64)
         self.sent, self.received = np.zeros((2, num_layers, 2, 2, num_ranks))
 
-    def part(self, first: int, number: int) -> tuple[npt.NDArray, ...]:
-        """Its arrays in this order, of `number` layers from `first` on; what is written to them is written here."""
-        return tuple(array[first : first + number] for array in (self.tokens, self.busy, self.sent, self.received))
+    def part(self, first: int, number: int) -> tuple[int | npt.NDArray, ...]:
+        """The tile and the arrays in this order, of `number` layers from `first` on, to be written to."""
+        arrays = self.tokens, self.busy, self.padded, self.sent, self.received
+        return self.tile, *(array[first : first + number] for array in arrays)
 
 
 class SlotChoice(Protocol):
@@ -167,7 +171,8 @@ class CalledRule:
             layer, experts = layers.first + i, None if layers.experts is None else layers.experts[i]
             self._fill((*layers.key, layer), counts, experts, scratch)
             sent, received = found.sent[layer], found.received[layer]
-            kernels.rank_work(per_slot, self._cluster.num_ranks, found.tokens[layer], found.busy[layer])
+            work = found.tokens[layer], found.busy[layer], found.padded[layer]
+            kernels.rank_work(per_slot, self._cluster.num_ranks, found.tile, *work)
             kernels.count_rows(per_slot, near, sent[0], received[0])
             if width == 1:  # a token's experts are distinct, so no two of them go to one rank
                 sent[1], received[1] = sent[0], received[0]

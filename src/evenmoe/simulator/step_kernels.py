@@ -40,16 +40,17 @@ def run_counts(layer, counts, num_tokens, first, slots, rule, quotas, seed, step
         seed, step: decide random numbers.
         near: ranks of a node.
         per_slot: of the type of `counts` (S, G), overwritten.
-        found: tokens int64 (L, G), busy int64 (L, G), sent and received float64 (L, 2, 2, G), as in `StepResult`.
+        found: tile, then tokens, busy and padded int64 (L, G), sent and received float64 (L, 2, 2, G), as in
+            `StepResult`.
     """
-    tokens, busy, sent, received = found
+    tile, tokens, busy, padded, sent, received = found
     num_ranks = counts.shape[2]
     for i in range(counts.shape[0]):
         if rule == TOKEN:
             share_by_row(counts[i], num_tokens, first[i], slots[i], seed, step, layer + i, per_slot)
         else:
             share_counts(counts[i], first[i], slots[i], rule, quotas[i], per_slot)
-        rank_work(per_slot, num_ranks, tokens[i], busy[i])
+        rank_work(per_slot, num_ranks, tile, tokens[i], busy[i], padded[i])
         count_rows(per_slot, near, sent[i, 0], received[i, 0])
         if per_slot.shape[0] == num_ranks:  # a token's experts are distinct, so no two of them go to one rank
             sent[i, 1], received[i, 1] = sent[i, 0], received[i, 0]
@@ -63,12 +64,12 @@ def run_routed(experts, first, slots, rule, quotas, near, chosen, per_slot, foun
 
     `chosen` is int32 (G, B, K), overwritten.
     """
-    tokens, busy, sent, received = found
+    tile, tokens, busy, padded, sent, received = found
     num_ranks = experts.shape[1]
     for i in range(experts.shape[0]):
         choose_slots(experts[i], first[i], slots[i], rule, quotas[i], chosen)
         count_chosen(chosen, per_slot)
-        rank_work(per_slot, num_ranks, tokens[i], busy[i])
+        rank_work(per_slot, num_ranks, tile, tokens[i], busy[i], padded[i])
         count_rows(per_slot, near, sent[i, 0], received[i, 0])
         if per_slot.shape[0] == num_ranks:
             sent[i, 1], received[i, 1] = sent[i, 0], received[i, 0]
