@@ -141,7 +141,7 @@ class CostModel:
             fitted_to=f"{article} {hardware.name}'s {phase} kernels ({fit.basis}: {fit.source})" if own else "",
             **_figures(gpu, phase, weight_bytes),  # pyright: ignore[reportArgumentType]
         )
-        return replace(model, **figures)  # pyright: ignore[reportArgumentType]
+        return replace(model, **figures)
 
     @staticmethod
     def for_model(name: str, gpu: str = USUAL_GPU, phase: Phase = "decode", **figures: float) -> CostModel:
