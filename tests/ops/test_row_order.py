@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evenmoe.ops.row_order import order_by_source, order_received, rows_of_tokens, sort_assignments
+from evenmoe.ops.row_order import (
+    order_by_source,
+    order_received,
+    positions_returned,
+    rows_of_tokens,
+    sort_assignments,
+)
 
 KEYS = st.integers(-3, 6)
 
@@ -29,12 +35,37 @@ def test_assignments_by_key(top_k, keys, bound, dtype):
 def test_a_token_has_one_row_on_a_rank(case):
     num_tokens, by_rank = case
     flat = np.array([token for tokens in by_rank for token in tokens], np.int64)
-    rows, sent, used = rows_of_tokens(np.array([len(tokens) for tokens in by_rank], np.int64), flat, num_tokens)
+    split = [[len(tokens) // 2, len(tokens) - len(tokens) // 2] for tokens in by_rank]  # between two local experts
+    counts = np.array(split, np.int64).reshape(-1, 2)
+    per_rank, rows, sent, assignments = rows_of_tokens(counts, flat, flat + 7, num_tokens)
+    assert per_rank.tolist() == [len(tokens) for tokens in by_rank]
     distinct = [sorted(set(tokens)) for tokens in by_rank]
     assert rows.tolist() == [len(tokens) for tokens in distinct]
     assert sent.tolist() == [token for tokens in distinct for token in tokens]
     want = [distinct[rank].index(token) for rank, tokens in enumerate(by_rank) for token in tokens]
-    assert used.tolist() == want
+    assert assignments.tolist() == [[token, token + 7, row] for token, row in zip(flat.tolist(), want, strict=True)]
+
+
+@given(
+    st.integers(0, 5),
+    st.integers(1, 3),
+    st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=2), min_size=1, max_size=3),
+    st.randoms(use_true_random=False),
+)
+def test_positions_of_rows_that_return(num_tokens, top_k, counts, random):
+    sent = sum(map(sum, counts))
+    entries = random.sample(range(num_tokens * top_k), min(sent, num_tokens * top_k))
+    position, entry = np.full(num_tokens * top_k, -1), np.array(entries, np.int64)
+    came = np.array([[sum(row)] for row in counts])
+    call = np.array(counts), came, entry // top_k, entry % top_k, top_k, position
+    if len(entries) < sent:
+        with pytest.raises(IndexError, match="other numbers of assignments than there are"):
+            positions_returned(*call)
+        return
+    assert positions_returned(*call)
+    assert position.tolist() == [entries.index(i) if i in entries else -1 for i in range(num_tokens * top_k)]
+    came[-1] += 1
+    assert not positions_returned(*call)
 
 
 @given(
@@ -63,10 +94,13 @@ def test_rows_by_the_rank_that_they_came_from(source, world_size, dtype):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: rows_of_tokens(np.array([1]), np.array([3]), 3),
-        lambda: rows_of_tokens(np.array([1]), np.array([-1]), 3),
-        lambda: rows_of_tokens(np.array([2]), np.array([1]), 3),
-        lambda: rows_of_tokens(np.array([2, -1]), np.array([1]), 3),
+        lambda: rows_of_tokens(np.array([[1]]), np.array([3]), np.array([0]), 3),
+        lambda: rows_of_tokens(np.array([[1]]), np.array([-1]), np.array([0]), 3),
+        lambda: rows_of_tokens(np.array([[2]]), np.array([1]), np.array([0]), 3),
+        lambda: rows_of_tokens(np.array([[1]]), np.array([1]), np.array([0, 1]), 3),
+        lambda: rows_of_tokens(np.array([[2], [-1]]), np.array([1]), np.array([0]), 3),
+        lambda: positions_returned(np.array([[1]]), np.array([[1]]), np.array([1]), np.array([2]), 2, np.full(4, -1)),
+        lambda: positions_returned(np.array([[1]]), np.array([[1]]), np.array([-1]), np.array([1]), 2, np.full(4, -1)),
         lambda: order_received(np.array([[2]]), np.array([0]), np.zeros((1, 3), np.int32)),
         lambda: order_received(np.array([[2], [-1]]), np.array([0, 0]), np.zeros((1, 3), np.int32)),
         lambda: order_received(np.array([[0], [1]]), np.array([0]), np.zeros((1, 3), np.int32)),

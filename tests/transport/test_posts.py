@@ -55,7 +55,7 @@ def test_every_rank_reads_what_was_posted_to_it_in_step(world_size):
                 assert (theirs == step + 10**6 * me).all()
                 assert (messages[:, step % 2] == step).all()
             assert posts.total == steps
-            assert posts.posted().tolist() == [steps] * world_size
+            assert posts.next_to(everyone).tolist() == [0 if rank == me else steps + 1 for rank in range(world_size)]
 
         return run
 
@@ -75,7 +75,8 @@ def test_narrower_groups_are_counted_by_pairs():
     for posts in (zero, one, two):
         assert posts.wait_for_posts(everyone, lambda rank: "late") == ""
         assert posts.tables(everyone)[:, 0].tolist() == [0, 1, 2]
-    assert [posts.posted().tolist() for posts in (zero, one, two)] == [[2, 1, 2], [1, 1, 1], [2, 1, 2]]
+    assert [posts.next_to(everyone).tolist() for posts in (zero, one, two)] == [[0, 2, 3], [2, 0, 2], [3, 2, 0]]
+    assert zero.next_to(pair).tolist() == [0, 0, 3]
 
 
 def test_a_wait_ends_when_the_watch_says_so():

@@ -50,7 +50,7 @@ def views(rank: Rank, least: int, members: list[int] | None, seed: int) -> list[
         if lags[me]:
             time.sleep(0.01)
         for source in range(group.world_size):
-            theirs, message = found.rows[source], found.messages[source]
+            theirs, message = found.rows_of(source, rows), found.message_of(source)
             if theirs.shape != (counts[source, 0], width) or not (theirs == 10 * source + number % 7).all():
                 problems.append(f"{number}: rows of {source} on {me} are {theirs}")
             if len(message) != counts[source, 1] + me or not (message == 10 * source + me).all():

@@ -83,7 +83,7 @@ def _return_rows(
     returning[:, : layout.local_experts] = counts.T
     header, number = plan.headers[False, False], dispatch_number(call, 0)
     returned, incoming = part.send(header, returning, outgoing, travelling, order, dispatch=number)
-    first = torch.tensor(incoming.first, device=rows.device)
+    first = torch.from_numpy(incoming.first).to(rows.device)
     position = _positions(returned, first, call, layout)
     received = unpack_blocks(incoming.take(), layout.hidden, rows.dtype) if packed else incoming
     return received, position

@@ -222,14 +222,14 @@ def prepare_sending(
         rows_differ_by_expert: a token's rows for two experts of one rank differ (smooth scales), so each must travel.
         weights: float32 (Bs, K), which travel with the assignments, or None. A shared expert's is 0.
     """
-    per_rank = sums(routing.counts, 1)
     if rows_differ_by_expert:
-        row_counts, token = per_rank, routing.token
+        per_rank = row_counts = sums(routing.counts, 1)
+        token = routing.token
         before = torch.repeat_interleave(per_rank.cumsum(0) - per_rank, per_rank)
         row = torch.arange(len(before), device=before.device) - before
+        assignments = torch.stack([routing.token, routing.k, row], dim=1).int()
     else:
-        row_counts, token, row = _rows_of_tokens(per_rank, routing.token, num_tokens)
-    assignments = torch.stack([routing.token, routing.k, row], dim=1).int()
+        per_rank, row_counts, token, assignments = _rows_of_tokens(routing, num_tokens)
     if weights is not None:
         top_k = weights.shape[1]
         routed = routing.k < top_k
@@ -274,15 +274,18 @@ def sums(counts: torch.Tensor, dim: int) -> torch.Tensor:
     return counts.sum(dim=dim)
 
 
-def _rows_of_tokens(per_rank: torch.Tensor, token: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, ...]:
+def _rows_of_tokens(routing: Routing, num_tokens: int) -> tuple[torch.Tensor, ...]:
     """What `row_order.rows_of_tokens` returns, on any device."""
+    counts, token, k = routing.counts, routing.token, routing.k
     if token.device.type == "cpu":
-        rows, sent, used = rows_of_tokens(per_rank.numpy(), token.numpy(), num_tokens)
-        return torch.from_numpy(rows), torch.from_numpy(sent), torch.from_numpy(used)
+        found = rows_of_tokens(np.ascontiguousarray(counts.numpy()), token.numpy(), k.numpy(), num_tokens)
+        return tuple(map(torch.from_numpy, found))
+    per_rank = sums(counts, 1)
     tokens, destination = max(num_tokens, 1), torch.repeat_interleave(per_rank)
     pair, row = torch.unique(destination * tokens + token, return_inverse=True)  # by destination, then token
     rows = torch.bincount(pair // tokens, minlength=len(per_rank))
-    return rows, pair % tokens, row - (rows.cumsum(0) - rows)[destination]
+    row = row - (rows.cumsum(0) - rows)[destination]
+    return per_rank, rows, pair % tokens, torch.stack([token, k, row], dim=1).int()
 
 
 def received(
@@ -301,7 +304,7 @@ def received(
     """
     which, source, assignments = _ordered(counts, incoming, sending.assignments.shape[1])
     weight = assignments[:, 3].contiguous().view(torch.float32) if assignments.shape[1] == 4 else None
-    like = incoming.parts[0]
+    like = incoming.like
     shape = (len(which), *like.shape[1:])
     out = call.group.new_rows(shape, like) if allocate is None else allocate(len(which))
     rows = incoming.take(which, out)
@@ -312,12 +315,13 @@ def _ordered(counts: torch.Tensor, incoming: Incoming, columns: int) -> tuple[to
     """What `row_order.order_received` returns, on any device."""
     numbers = incoming.numbers.view(-1, columns)
     if numbers.device.type == "cpu":
-        counted, first = np.ascontiguousarray(counts.numpy()), np.array(incoming.first)
-        which, source, ordered = order_received(counted, first, numbers.numpy())
+        counted = np.ascontiguousarray(counts.numpy())
+        which, source, ordered = order_received(counted, incoming.first, numbers.numpy())
         return torch.from_numpy(which), torch.from_numpy(source), torch.from_numpy(ordered)
     order, source = received_order(counts)
     ordered = numbers[order]
-    return torch.tensor(incoming.first, device=source.device)[source] + ordered[:, 2], source.int(), ordered
+    first = torch.from_numpy(incoming.first).to(source.device)
+    return first[source] + ordered[:, 2], source.int(), ordered
 
 
 def received_order(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -53,28 +53,39 @@ def sort_assignments(keys, bound, top_k):
 
 
 @compiled
-def rows_of_tokens(per_rank, token, num_tokens):
+def rows_of_tokens(counts, token, k, num_tokens):
     """A row for every token and rank that it goes to, by rank and then token.
 
     Args:
-        per_rank: int64 (W,), assignments of every rank. token: int64 (N,), theirs, by rank.
+        counts: int64 (W, L), assignments of every rank and local expert. token, k: int64 (N,), theirs, by rank.
 
     Returns:
-        int64: rows of every rank (W,); the token of every row; which of its rank's rows each assignment uses (N,).
+        int64: assignments and rows of every rank, (W,) each; the token of every row; int32 (N, 3), token, k, and which
+        of its rank's rows each assignment uses.
 
     >>> import numpy as np
-    >>> [a.tolist() for a in rows_of_tokens(np.array([3, 1]), np.array([2, 0, 2, 1]), 3)]
-    [[2, 1], [0, 2, 1], [1, 0, 1, 0]]
+    >>> counts, token, k = np.array([[2, 1], [1, 0]]), np.array([2, 0, 2, 1]), np.array([0, 0, 1, 0])
+    >>> [a.tolist() for a in rows_of_tokens(counts, token, k, 3)]
+    [[3, 1], [2, 1], [0, 2, 1], [[2, 0, 1], [0, 0, 0], [2, 1, 1], [1, 0, 0]]]
     """
-    if per_rank.sum() != token.size or (per_rank.size and per_rank.min() < 0):
+    world_size = counts.shape[0]
+    per_rank, rows = np.zeros(world_size, np.int64), np.zeros(world_size, np.int64)
+    number = 0
+    for rank in range(world_size):
+        for expert in range(counts.shape[1]):
+            if counts[rank, expert] < 0:
+                raise IndexError("a count below 0")
+            per_rank[rank] += counts[rank, expert]
+        number += per_rank[rank]
+    if number != token.size or k.size != token.size:
         raise IndexError("other numbers of assignments than there are")
     place = np.empty(num_tokens, np.int64)
-    rows = np.zeros(per_rank.size, np.int64)
-    sent, used = np.empty(token.size, np.int64), np.empty(token.size, np.int64)
+    sent, assignments = np.empty(token.size, np.int64), np.empty((token.size, 3), np.int32)
     first = total = 0
-    for rank in range(per_rank.size):
+    for rank in range(world_size):
         stop = first + per_rank[rank]
-        place[:] = -1
+        for which in range(num_tokens):
+            place[which] = -1
         for assignment in range(first, stop):
             if not 0 <= token[assignment] < num_tokens:
                 raise IndexError("a token of no row")
@@ -86,9 +97,10 @@ def rows_of_tokens(per_rank, token, num_tokens):
                 rows[rank] += 1
                 total += 1
         for assignment in range(first, stop):
-            used[assignment] = place[token[assignment]]
+            assignments[assignment, 0], assignments[assignment, 1] = token[assignment], k[assignment]
+            assignments[assignment, 2] = place[token[assignment]]
         first = stop
-    return rows, sent[:total], used
+    return per_rank, rows, sent[:total], assignments
 
 
 @compiled
@@ -149,3 +161,36 @@ def order_by_source(source, world_size):
             order[following[rank]] = position
             following[rank] += 1
     return order, counts
+
+
+@compiled
+def positions_returned(counts, came, token, k, top_k, position):
+    """Positions of rows that return in the order in which assignments were sent; whether as many came as were sent.
+
+    Args:
+        counts: int64 (W, L), assignments that were sent to every rank and local expert. came: int64 (W, 1), the rows
+            that each says it returns.
+        token, k: int64 (N,), of the assignments. position: int64 (T·K,), −1 where none is sent; changed in place.
+
+    >>> import numpy as np
+    >>> position = np.full(4, -1)
+    >>> counts, token, k = np.array([[1, 1]]), np.array([1, 0]), np.array([0, 1])
+    >>> positions_returned(counts, np.array([[2]]), token, k, 2, position), position.tolist()
+    (True, [-1, 1, 0, -1])
+    """
+    number = 0
+    for rank in range(counts.shape[0]):
+        sent = 0
+        for expert in range(counts.shape[1]):
+            sent += counts[rank, expert]
+        if sent != came[rank, 0]:
+            return False
+        number += sent
+    if number != token.size:
+        raise IndexError("other numbers of assignments than there are")
+    for i in range(token.size):
+        at = token[i] * top_k + k[i]
+        if not 0 <= at < position.size:
+            raise IndexError("an assignment that there is not")
+        position[at] = i
+    return True

@@ -74,7 +74,7 @@ def send_tokens(
     nothing = torch.zeros((world_size, 0), dtype=torch.int64)
     _, incoming = part.send(header, nothing, outgoing, rows, token, described.flatten())
 
-    per_rank = torch.tensor(incoming.rows, device=rows.device)
+    per_rank = torch.from_numpy(incoming.rows).to(rows.device)
     described = incoming.numbers.view(-1, width)
     source = torch.repeat_interleave(per_rank)
     first = (per_rank.cumsum(0) - per_rank)[source]

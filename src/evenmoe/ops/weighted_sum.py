@@ -171,7 +171,7 @@ def add_rows(total: torch.Tensor, rows: torch.Tensor | Incoming, position: torch
         position: int64 (T, K), −1 where there is no row.
         weights: (T, K), dtype of `total`; what they hold where there is no row does not matter.
     """
-    like = rows if isinstance(rows, torch.Tensor) else rows.parts[0]
+    like = rows if isinstance(rows, torch.Tensor) else rows.like
     if like.device.type == "cpu" and like.dtype in (torch.bfloat16, total.dtype):
         assert weights.shape == position.shape, (weights.shape, position.shape)
         add, incoming = add_bfloat16 if like.dtype == torch.bfloat16 else add_plain, _in_place(rows)
@@ -194,7 +194,7 @@ def sum_rows(rows: torch.Tensor | Incoming, position: torch.Tensor, weights: tor
     Args:
         rows, position, weights: as in `add_rows`; weights of `sum_dtype` of the rows.
     """
-    like = rows if isinstance(rows, torch.Tensor) else rows.parts[0]
+    like = rows if isinstance(rows, torch.Tensor) else rows.like
     shape = len(position), like.shape[1]
     if like.device.type == "cpu" and like.dtype in (torch.bfloat16, weights.dtype):
         y = like.new_empty(shape)
@@ -213,13 +213,12 @@ def _in_place(rows: torch.Tensor | Incoming) -> Incoming:
     if not isinstance(rows, torch.Tensor):
         return rows
     rows = rows.contiguous()
-    return Incoming([rows], [len(rows)], torch.arange(len(rows)), _NO_NUMBERS)
+    return Incoming(rows, np.array([len(rows)]), torch.arange(len(rows)), _NO_NUMBERS)
 
 
 def _addresses(incoming: Incoming, position: torch.Tensor) -> np.ndarray:
     """int64 (T, K), where each row lies in the memory of this process, 0 where there is none."""
-    # One address more, for the position −1.
-    return np.append(incoming.addresses(), 0)[position.numpy()]
+    return incoming.addresses(position).reshape(position.shape)
 
 
 def chunks(num_tokens: int, hidden: int, device: torch.device) -> list[slice]:

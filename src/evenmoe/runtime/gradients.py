@@ -240,7 +240,7 @@ def gradients_of_combine(
         _, incoming = call.send(header, nothing, outgoing, grad_y, sending.token, numbers, dispatched.number)
         order, source = received_order(_counts(dispatched, call.group.world_size))
         theirs = incoming.numbers.view(-1, numbers.shape[1])[order]
-        first = torch.tensor(incoming.first, device=source.device)[source]
+        first = torch.from_numpy(incoming.first).to(source.device)[source]
         rows = incoming.take(first + theirs[:, 0])
     grad_out = grad_weights = None
     if needed[1]:

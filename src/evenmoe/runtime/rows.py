@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from evenmoe.errors import ConstraintError
-from evenmoe.ops.exchange import Routing, positions_of, prepare_returning, sums
+from evenmoe.ops.exchange import Routing, prepare_returning, sums
+from evenmoe.ops.row_order import positions_returned
 from evenmoe.transport.agreement import Header
 from evenmoe.transport.call import GroupCall
 from evenmoe.transport.packets import Incoming
@@ -63,17 +65,22 @@ def return_rows(
     order, outgoing = prepare_returning(
         dispatched.source_rank, call.group.world_size, rows.shape[1:], rows, numbered=False
     )
-    back = torch.tensor(outgoing.rows)[:, None]
+    back = torch.tensor(outgoing.rows).view(-1, 1)
     told, incoming = call.send(header, back, outgoing, rows, order, dispatch=dispatched.number)
-    home = told[:, 0].tolist()
-    sent_out = sums(routing.counts, 1).tolist()
-    if home != sent_out:
+    # Rows return in the order in which `routing` sent the tokens out, so each one's position is known.
+    position = torch.full((shape.numel(),), -1, dtype=torch.int64, device=rows.device)
+    if rows.device.type == "cpu":
+        counts, came = np.ascontiguousarray(routing.counts.numpy()), told.numpy()
+        as_sent = positions_returned(counts, came, routing.token.numpy(), routing.k.numpy(), shape[1], position.numpy())
+    else:
+        as_sent = torch.equal(told[:, 0].cpu(), sums(routing.counts, 1).cpu())
+        position[routing.token * shape[1] + routing.k] = torch.arange(len(routing.k), device=rows.device)
+    if not as_sent:
+        home, sent_out = told[:, 0].tolist(), sums(routing.counts, 1).tolist()
         raise ConstraintError(
             "dispatched",
             f"such that {home} rows come back from the ranks where {sent_out} were sent to them",
             "must be what dispatch returned, unchanged",
             "pass it to combine as it is",
         )
-    # Rows return in the order in which `routing` sent the tokens out, so each one's position is known.
-    assignments = routing.token * shape[1] + routing.k
-    return incoming, positions_of(incoming, assignments, shape.numel()).view(shape)
+    return incoming, position.view(shape)

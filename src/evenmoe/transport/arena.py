@@ -14,6 +14,7 @@ from math import prod
 import numpy as np
 import torch
 
+from evenmoe.transport.packets import copy_memory
 from evenmoe.transport.segment import Octets
 
 _ALIGNED = 64  # bytes of a cache line, and enough for every dtype
@@ -29,6 +30,7 @@ class Arena:
 
     def __init__(self, memory: Octets, start: int, stop: int) -> None:
         self._memory, self._start, self._stop = memory, start, stop
+        self._address = memory.ctypes.data
         quarter = (stop - start) // 4 // _PAGE * _PAGE
         self._windows = (start, start + quarter)
         self._window_size, self._kept_from = quarter, start + 2 * quarter
@@ -75,7 +77,7 @@ class Arena:
 
     def offset_of(self, tensor: torch.Tensor) -> int:
         """Where in all of the memory a contiguous tensor lies; −1 if it is not in this rank's kept part."""
-        offset = tensor.data_ptr() - self._memory.ctypes.data
+        offset = tensor.data_ptr() - self._address
         size = tensor.numel() * tensor.element_size()
         return offset if self._kept_from <= offset and offset + size <= self._stop else -1
 
@@ -83,17 +85,12 @@ class Arena:
         """The bytes of any rank at an offset."""
         return self._memory[offset : offset + size]
 
-    def rows_at(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor over the memory of any rank at an offset."""
-        count = prod(shape)
-        if not count:
-            return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset).view(shape)
+    def address(self, offset: int) -> int:
+        """Where in this process an offset lies."""
+        return self._address + offset
 
     def write(self, offset: int, values: np.ndarray | torch.Tensor) -> None:
         """Write the bytes of a contiguous tensor or array."""
-        if isinstance(values, np.ndarray):
-            self.at(offset, values.nbytes)[:] = values.reshape(-1).view(np.uint8)
-        elif values.numel():
-            into = torch.from_numpy(self.at(offset, values.nbytes))
-            into.view(values.dtype).view(values.shape).copy_(values)
+        if values.nbytes:
+            source = values.ctypes.data if isinstance(values, np.ndarray) else values.data_ptr()
+            copy_memory(self._address + offset, source, values.nbytes)

@@ -34,6 +34,7 @@ _FEW = 64  # counts for each rank that travel with the first header, however man
 # What the others wait for: the exchange that comes next; not known, since this rank has not understood their headers;
 # nothing more.
 _PENDING, _UNKNOWN, _DONE = range(3)
+_NO_ROWS = torch.empty(0)
 _COUNTS = agreement.HEADER + 2  # where counts begin, behind the numbers and the rows of the packet that follows
 
 
@@ -183,7 +184,7 @@ class GroupCall:
         if prod(shape):
             return self._exchange_packets(packets, rows, index, numbers)
         incoming = self._exchange_packets(packets, rows.new_zeros((len(rows), *packets.wire_shape)), index, numbers)
-        return replace(incoming, parts=[rows.new_empty((len(incoming.parts[0]), *shape))])
+        return replace(incoming, like=rows.new_empty((len(incoming.like), *shape)))
 
     def finish(self) -> None:
         """End the reading of what was received, and wait for those who read rows of this rank where they lie.
@@ -246,7 +247,7 @@ class GroupCall:
         words = agreement.failed_header(self._next, self._operator, error)
         if self._shows_rows:
             message, lengths = messages.pack(words, np.zeros((group.world_size, 0), np.int64))
-            group.exchange_views(torch.empty(0), message, lengths)
+            group.exchange_views(_NO_ROWS, message, lengths)
         elif self._packets is None:
             message = np.zeros((group.world_size, _COUNTS + self._fitting), np.int64)
             message[:, : agreement.HEADER] = words
@@ -285,28 +286,28 @@ class GroupCall:
         words = self._words(header, dispatch)
         if rows is None:
             message, lengths = messages.pack(words, counts)
-            rows = torch.empty(0)
+            rows = _NO_ROWS
         else:
             assert self._packets is not None, "what goes out is known"
             outgoing = self._packets.outgoing
             which = np.arange(len(rows)) if index is None else np.ascontiguousarray(index.numpy(), np.int64)
             along = messages.NO_NUMBERS if numbers is None else numbers.contiguous().numpy().reshape(-1)
-            assert (len(which), len(along)) == (sum(outgoing.rows), sum(outgoing.numbers)), outgoing
             # The others read these rows by their addresses.
             assert not len(which) or (which.min() >= 0 and which.max() < len(rows)), "rows that there are"
             assert rows.shape[1:] == outgoing.shape, (rows.shape, outgoing.shape)
             message, lengths = messages.pack(words, counts, which, outgoing.rows, along, outgoing.numbers)
+            rows = rows.contiguous()
         self._announced = _Announced(header, words, last)
         self._stage = _UNKNOWN
-        views = self.group.exchange_views(rows.contiguous(), message, lengths)
+        views = self.group.exchange_views(rows, message, lengths)
         told = self._hear(views, self._announced).unpack()
-        incoming = Incoming(views.rows, told.rows, torch.from_numpy(told.at), torch.from_numpy(told.numbers))
-        return torch.from_numpy(told.counts), incoming
+        at, numbers = torch.from_numpy(told.at), torch.from_numpy(told.numbers)
+        return torch.from_numpy(told.counts), Incoming(rows, told.rows, at, numbers, views.rows)
 
     def _hear(self, views: Views, announced: _Announced) -> messages.Opened:
         """Compare the headers, and know what the others wait for next."""
-        opened = messages.open_messages(views.messages)
-        self._compare(opened.headers, announced)
+        opened = messages.open_messages(views.messages, announced.words)
+        self._compare(opened.headers, announced, opened.differ)
         self._next, self._stage = self._next + 1, _DONE if announced.last else _PENDING
         return opened
 
@@ -314,7 +315,8 @@ class GroupCall:
 
     def _understand(self, received: agreement.Words, announced: _Announced) -> None:
         """Compare the headers, and know what the others wait for next."""
-        self._compare(received[:, : agreement.HEADER], announced)
+        headers = received[:, : agreement.HEADER]
+        self._compare(headers, announced, bool((headers != announced.words).any()))
         outgoing = announced.outgoing
         if outgoing is not None:
             wire_shape = outgoing.shape if prod(outgoing.shape) else (1,)
@@ -345,11 +347,11 @@ class GroupCall:
         if failure := failure_in(heads):
             rank, text, invalid = failure
             raise agreement.failed_there(rank, self._operator, text, invalid)
-        return Incoming([received], blocks.rows, blocks.positions().to(received.device), along)
+        return Incoming(received, np.array(blocks.rows, np.int64), blocks.positions().to(received.device), along)
 
-    def _compare(self, headers: agreement.Words, announced: _Announced) -> None:
+    def _compare(self, headers: agreement.Words, announced: _Announced, differ: bool) -> None:
         """Raise where ranks are out of step, differ, or say that they failed; the same on every rank."""
-        if (headers != announced.words).any():
+        if differ:
             self._check_in_step(headers[:, 0])
             try:
                 agreement.check_headers(headers, announced.header.choices)

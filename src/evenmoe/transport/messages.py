@@ -23,6 +23,7 @@ from evenmoe.transport.segment import Octets
 _SIZES = HEADER + 3  # words in front of the counts
 NO_ROWS = np.zeros(0, np.int64)
 NO_NUMBERS = np.zeros(0, np.int32)
+Numbers = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,14 @@ class Told:
     """What all ranks have told this one, once their headers are known to agree.
 
     Attributes:
-        counts: int64 (W, n). rows: W numbers of rows.
+        counts: int64 (W, n). rows: int64 (W,), numbers of rows.
         at: int64 (R,), where among the rows that its source shows each one lies. numbers: int32 (M,). Both by source.
     """
 
     counts: Words
-    rows: list[int]
+    rows: Words
     at: Words
-    numbers: npt.NDArray[np.int32]
+    numbers: Numbers
 
 
 def pack(
@@ -45,7 +46,7 @@ def pack(
     counts: Words,
     index: Words = NO_ROWS,
     rows: Sequence[int] | None = None,
-    numbers: npt.NDArray[np.int32] = NO_NUMBERS,
+    numbers: Numbers = NO_NUMBERS,
     along: Sequence[int] | None = None,
 ) -> tuple[Octets, Words]:
     """The messages for all ranks, one behind the other, and the bytes of each, int64 (W,).
@@ -54,16 +55,10 @@ def pack(
         header: int64 (HEADER,). counts: int64 (W, n), row d for rank d.
         index: int64 (R,), by rank, of which `rows` are for each. numbers: int32 (M,), likewise, of `along`.
     """
-    sizes = np.zeros((len(counts), 3), np.int64)
-    sizes[:, 0] = counts.shape[1]
-    if rows is not None:
-        sizes[:, 1] = rows
-    if along is not None:
-        sizes[:, 2] = along
-    lengths = 8 * (_SIZES + sizes[:, 0] + sizes[:, 1] + (sizes[:, 2] + 1) // 2)
-    message = np.empty(int(lengths.sum()), np.uint8)
-    _pack(message, lengths, header, sizes, counts, index, numbers)
-    return message, lengths
+    nothing = np.zeros(len(counts), np.int64)
+    of_rows = nothing if rows is None else np.asarray(rows, np.int64)
+    of_numbers = nothing if along is None else np.asarray(along, np.int64)
+    return _pack(header, np.ascontiguousarray(counts), index, of_rows, numbers, of_numbers)
 
 
 @dataclass(frozen=True)
@@ -71,58 +66,80 @@ class Opened:
     """Messages from all ranks whose headers have been read, and nothing behind them yet.
 
     Attributes:
-        headers: int64 (W, HEADER).
+        headers: int64 (W, HEADER). differ: whether one of them is another than this rank's.
     """
 
     headers: Words
+    differ: bool
     sizes: Words
     addresses: Words
-    messages: Sequence[Octets]  # which live as long as the addresses are used
 
     def unpack(self) -> Told:
         """What follows the headers, once these are known to agree: each of as many counts."""
-        sizes = self.sizes
-        _, rows, along = sizes.sum(axis=0).tolist()
-        counts = np.empty((len(sizes), int(sizes[0, 0])), np.int64)
-        at, numbers = np.empty(rows, np.int64), np.empty(along, np.int32)
-        _unpack(self.addresses, sizes, counts, at, numbers)
-        return Told(counts, sizes[:, 1].tolist(), at, numbers)
+        return Told(*_unpack(self.addresses, self.sizes))
 
 
-def open_messages(messages: Sequence[Octets]) -> Opened:
-    """Read the headers of messages, one from every rank."""
-    addresses = np.array([message.__array_interface__["data"][0] for message in messages], np.int64)
-    headers, sizes = np.empty((len(messages), HEADER), np.int64), np.empty((len(messages), 3), np.int64)
-    _open(addresses, headers, sizes)
-    return Opened(headers, sizes, addresses, messages)
+def open_messages(addresses: Words, own: Words) -> Opened:
+    """Read the headers of messages, one from every rank, and compare them with this rank's own.
+
+    Args:
+        addresses: int64 (W,), of the messages, which live as long as what is returned. own: int64 (HEADER,).
+    """
+    headers, sizes = np.empty((len(addresses), HEADER), np.int64), np.empty((len(addresses), 3), np.int64)
+    return Opened(headers, _open(addresses, own, headers, sizes), sizes, addresses)
 
 
 @compiled
-def _pack(message, lengths, header, sizes, counts, index, numbers):
-    into, row, number = message.ctypes.data, 0, 0
-    for rank in range(lengths.size):
-        at, stop = into, into + lengths[rank]
-        copy_bytes(at, header.ctypes.data, header.nbytes)
-        at += header.nbytes
-        copy_bytes(at, sizes[rank].ctypes.data, 24)
-        at += 24
-        copy_bytes(at, counts[rank].ctypes.data, 8 * sizes[rank, 0])
-        at += 8 * sizes[rank, 0]
-        copy_bytes(at, index.ctypes.data + 8 * row, 8 * sizes[rank, 1])
-        at += 8 * sizes[rank, 1]
-        copy_bytes(at, numbers.ctypes.data + 4 * number, 4 * sizes[rank, 2])
-        row, number, into = row + sizes[rank, 1], number + sizes[rank, 2], stop
+def _pack(header, counts, index, rows, numbers, along):
+    world_size, width = counts.shape
+    if rows.size != world_size or along.size != world_size or rows.sum() != index.size or along.sum() != numbers.size:
+        raise IndexError("other numbers of rows than there are")
+    lengths = np.empty(world_size, np.int64)
+    total = 0
+    for rank in range(world_size):
+        lengths[rank] = 8 * (_SIZES + width + rows[rank] + (along[rank] + 1) // 2)
+        total += lengths[rank]
+    message = np.empty(total, np.uint8)
+    words = message.view(np.int64)
+    into = row = number = 0
+    for rank in range(world_size):
+        at, into = into, into + lengths[rank] // 8
+        for i in range(HEADER):
+            words[at + i] = header[i]
+        at += HEADER
+        words[at], words[at + 1], words[at + 2] = width, rows[rank], along[rank]
+        at += 3
+        for i in range(width):
+            words[at + i] = counts[rank, i]
+        at += width
+        for i in range(rows[rank]):
+            words[at + i] = index[row + i]
+        at += rows[rank]
+        copy_bytes(message.ctypes.data + 8 * at, numbers.ctypes.data + 4 * number, 4 * along[rank])
+        row, number = row + rows[rank], number + along[rank]
+    return message, lengths
 
 
 @compiled
-def _open(addresses, headers, sizes):
+def _open(addresses, own, headers, sizes):
+    differ = False
     for rank in range(addresses.size):
         copy_bytes(headers[rank].ctypes.data, addresses[rank], 8 * HEADER)
         copy_bytes(sizes[rank].ctypes.data, addresses[rank] + 8 * HEADER, 24)
+        for i in range(HEADER):
+            differ |= headers[rank, i] != own[i]
+    return differ
 
 
 @compiled
-def _unpack(addresses, sizes, counts, at, numbers):
+def _unpack(addresses, sizes):
+    total_rows = total_numbers = 0
+    rows = np.empty(addresses.size, np.int64)
+    for rank in range(addresses.size):
+        rows[rank] = sizes[rank, 1]
+        total_rows, total_numbers = total_rows + sizes[rank, 1], total_numbers + sizes[rank, 2]
+    counts = np.empty((addresses.size, sizes[0, 0]), np.int64)
+    at, numbers = np.empty(total_rows, np.int64), np.empty(total_numbers, np.int32)
     row, number = at.ctypes.data, numbers.ctypes.data
     for rank in range(addresses.size):
         source = addresses[rank] + 8 * _SIZES
@@ -132,3 +149,4 @@ def _unpack(addresses, sizes, counts, at, numbers):
         row, source = row + 8 * sizes[rank, 1], source + 8 * sizes[rank, 1]
         copy_bytes(number, source, 4 * sizes[rank, 2])
         number += 4 * sizes[rank, 2]
+    return counts, rows, at, numbers

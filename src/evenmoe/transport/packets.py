@@ -11,10 +11,13 @@ from functools import cached_property
 from math import prod
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from evenmoe.compiled import compiled
 from evenmoe.transport.raw_memory import copy_bytes
+
+Words = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -37,21 +40,24 @@ class Incoming:
     """What a rank was sent; the rows are valid until the call ends (`together`).
 
     Attributes:
-        parts: where the rows lie: one tensor (…, row) for all ranks, or one for each of them.
-        rows: W row counts.
-        at: int64 (N,), where in its part every row lies, by source, in the order in which they were sent.
+        like: the rows in one buffer, (any, …); or, with `base`, any tensor of their dtype and shape.
+        rows: int64 (W,), how many each rank sent.
+        at: int64 (N,), which of the rows in the buffer, or of those that its source shows, each one is, by source, in
+            the order in which they were sent.
         numbers: int32 (M,), likewise.
+        base: int64 (W,), the address of the first row that each source shows; None for a buffer.
     """
 
-    parts: Sequence[torch.Tensor]
-    rows: list[int]
+    like: torch.Tensor
+    rows: Words
     at: torch.Tensor
     numbers: torch.Tensor
+    base: Words | None = None
 
     @cached_property
-    def first(self) -> list[int]:
+    def first(self) -> Words:
         """W positions among the N rows, of the first from every source."""
-        return [sum(self.rows[:source]) for source in range(len(self.rows))]
+        return self.rows.cumsum() - self.rows
 
     def take(self, which: torch.Tensor | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """Copy rows.
@@ -60,23 +66,61 @@ class Incoming:
             which: int64 (n,), positions among the N rows. None for all, in their order.
             out: contiguous (n, row), where they are written. None for new memory.
         """
-        like = self.parts[0]
-        if len(self.parts) == 1:
-            return torch.index_select(like, 0, self.at if which is None else self.at[which], out=out)
-        addresses = self.addresses() if which is None else self.addresses()[which.numpy()]
-        shape = (len(addresses), *like.shape[1:])
-        out = like.new_empty(shape) if out is None else out
-        assert (out.shape, out.dtype) == (shape, like.dtype), (out.shape, shape)
+        if self.like.device.type != "cpu":
+            return torch.index_select(self.like, 0, self.at if which is None else self.at[which], out=out)
+        addresses = self.addresses(which)
+        shape = (len(addresses), *self.like.shape[1:])
+        out = self.like.new_empty(shape) if out is None else out
+        assert (out.shape, out.dtype) == (shape, self.like.dtype), (out.shape, shape)
         assert out.is_contiguous()
-        gather(out.data_ptr(), addresses, prod(like.shape[1:]) * like.element_size())
+        gather(out.data_ptr(), addresses, self._row_bytes())
         return out
 
-    def addresses(self) -> np.ndarray:
-        """int64 (N,), where every row lies in the memory of this process; on the CPU."""
-        like, at = self.parts[0], self.at.numpy()
-        each = prod(like.shape[1:]) * like.element_size()
-        base = np.array([part.data_ptr() for part in self.parts])
-        return at * each + (base[0] if len(base) == 1 else np.repeat(base, self.rows))
+    def addresses(self, which: torch.Tensor | None = None) -> np.ndarray:
+        """int64 (n,), where rows lie in the memory of this process, on the CPU; 0 for the position −1.
+
+        Args:
+            which: integers (n,), positions among the N rows. None for all, in their order.
+        """
+        base = np.full(1, self.like.data_ptr()) if self.base is None else self.base
+        every = np.empty(len(self.at), np.int64)
+        find_rows(self.at.numpy(), self.rows, base, self._row_bytes(), every)
+        if which is None:
+            return every
+        chosen = np.empty(which.numel(), np.int64)
+        choose(every, which.numpy().reshape(-1), chosen)
+        return chosen
+
+    def _row_bytes(self) -> int:
+        return prod(self.like.shape[1:]) * self.like.element_size()
+
+
+@compiled
+def find_rows(at, rows, base, row_bytes, addresses):
+    """Addresses of rows `at` those of their sources, int64 (N,); `base` one for all sources, or one for each."""
+    if rows.sum() != at.size or addresses.size != at.size:
+        raise IndexError("other numbers of rows than there are")
+    row = 0
+    for source in range(rows.size):
+        first = base[min(source, base.size - 1)]
+        for _ in range(rows[source]):
+            addresses[row] = first + at[row] * row_bytes
+            row += 1
+
+
+@compiled
+def choose(addresses, which, chosen):
+    """chosen[i] = addresses[which[i]], 0 for −1."""
+    for i in range(which.size):
+        if not -1 <= which[i] < addresses.size:
+            raise IndexError("a row that has not come")
+        chosen[i] = addresses[which[i]] if which[i] >= 0 else 0
+
+
+@compiled
+def copy_memory(to, source, size):
+    """Copy `size` bytes between addresses, without the interpreter's lock."""
+    copy_bytes(to, source, size)
 
 
 @compiled

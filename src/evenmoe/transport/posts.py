@@ -51,10 +51,11 @@ class Posts:
         """Posts that this rank has made so far."""
         return int(self._words[_LINE * self.rank + _TOTAL])
 
-    def posted(self) -> Words:
-        """(W,), the numbers of this rank's last post to every rank."""
-        start = _LINE * self.world_size + self.rank * _width(self.world_size)
-        return self._words[start : start + self.world_size].copy()
+    def next_to(self, ranks: Words) -> Words:
+        """(W,), the numbers of the next posts to `ranks`; 0 for the others and for this rank."""
+        numbers = np.zeros(self.world_size, np.int64)
+        _next_to(self._words, self.world_size, self.rank, ranks, numbers)
+        return numbers
 
     def post(self, ranks: Words, tables: Words) -> None:
         """Post to `ranks`; row d of `tables`, (W, TABLE), is for rank d."""
@@ -91,12 +92,17 @@ class Posts:
         return self._wait(lambda looks: _first_missing(self._words, self.world_size, self.rank, ranks, looks), watch)
 
     def wait_for_readers(self, numbers: Words, watch: Watch) -> str:
-        """Wait until every rank d has read the post `numbers[d]` of this rank; 0 where nothing is waited for.
+        """Wait until every rank d has read the post `numbers[d]` of this rank, or the last that was made where that is
+        less; 0 where nothing is waited for.
 
         Returns:
             As `wait_for_posts`.
         """
         return self._wait(lambda looks: _first_behind(self._words, self.world_size, self.rank, numbers, looks), watch)
+
+    def all_have_read(self, numbers: Words) -> bool:
+        """Whether there is nothing to wait for."""
+        return _first_behind(self._words, self.world_size, self.rank, numbers, 1) < 0
 
     def _wait(self, first: Callable[[int], int], watch: Watch) -> str:
         while (rank := first(_LOOKS)) >= 0:
@@ -139,6 +145,13 @@ def _table_at(words, world_size, source, rank, number):
     """The address of the table of post `number` of a source to a rank."""
     first = _posted_at(words, world_size, 2 * world_size)
     return first + 8 * TABLE * (2 * (source * world_size + rank) + number % 2)
+
+
+@compiled
+def _next_to(words, world_size, me, ranks, numbers):
+    for rank in ranks:
+        if rank != me:
+            numbers[rank] = load_acquire(_posted_at(words, world_size, me) + 8 * rank) + 1
 
 
 @compiled
@@ -193,7 +206,8 @@ def _first_missing(words, world_size, me, ranks, looks):
 def _first_behind(words, world_size, me, numbers, looks):
     """The first rank that has not read as many posts of this rank as `numbers` says, after so many looks; else −1."""
     for rank in range(world_size):
-        while load_acquire(_read_at(words, world_size, rank) + 8 * me) < numbers[rank]:
+        due = min(numbers[rank], load_acquire(_posted_at(words, world_size, me) + 8 * rank))
+        while load_acquire(_read_at(words, world_size, rank) + 8 * me) < due:
             looks -= 1
             if looks <= 0:
                 return rank

@@ -255,8 +255,8 @@ class RemappedTransport(Transport):
 
     def last_views(self) -> Views:
         views = self._transport.last_views()
-        old_ranks = self._old_rank_of
-        return Views([views.rows[old] for old in old_ranks], [views.messages[old] for old in old_ranks])
+        old = np.array(self._old_rank_of)
+        return Views(views.rows[old], views.counts[old], views.messages[old], views.lengths[old], views.held)
 
     def _exchange_views(self, rows: torch.Tensor, message: Octets, lengths: Counted, members: Ints | None) -> Views:
         assert members is None, "a remapped group is not narrowed again"

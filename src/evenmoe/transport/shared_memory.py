@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from evenmoe.compiled import compiled
 from evenmoe.errors import LostRankError
 from evenmoe.transport.arena import Arena
 from evenmoe.transport.mesh import LastWord, Mesh
@@ -54,13 +55,14 @@ class SharedMemoryTransport(ProcessGroupTransport):
         each = len(memory) // self.world_size
         first = -(-self._posts.size // 4096) * 4096 if self.rank == 0 else 0
         self._arena = Arena(memory, self.rank * each + first, (self.rank + 1) * each)
-        self._last_views = Views([], [])
+        self._everybody = np.arange(self.world_size)
+        self._last_views = Views(*np.zeros((4, 0), np.int64))
         self._in_midst = False  # posted, perhaps, and not counted
         self._reading: Words | None = None  # ranks that may not use again yet what they have posted here
         self._in_place: list[int] = []  # those of them that have not copied their rows
         # Posts that must have been read before a window is filled anew, or rows in place are given back.
         self._in_window = np.zeros((2, self.world_size), np.int64)
-        self._lent = np.zeros(self.world_size, np.int64)
+        self._lent: Words | None = None
 
     def shows_rows(self, device: torch.device) -> bool:
         return device.type == "cpu"
@@ -119,22 +121,20 @@ class SharedMemoryTransport(ProcessGroupTransport):
         each = prod(rows.shape[1:]) * rows.element_size()
         at = self._arena.offset_of(rows) if len(rows) * each >= _IN_PLACE else -1
         lent = at >= 0
-        starts = self._fill_window(message) + np.cumsum(lengths) - lengths
+        start = self._fill_window(message)
         if not lent:
             at = self._arena.take(len(rows) * each)
             self._arena.write(at, rows)
-        every = np.full((4, self.world_size), [[at], [len(rows)], [lent], [len(rows) * each]])
+        tables = np.zeros((self.world_size, TABLE), np.int64)
+        fill_tables(tables, start, lengths, at, len(rows), lent, each)
 
-        def look(theirs: Words, ranks: Words) -> None:
-            views = Views([], [])
-            for start, size, first, count, _, octets in theirs[:, :6].tolist():
-                if octets != count * each:  # its call is another one, as its message tells
-                    count = 0
-                views.rows.append(self._arena.rows_at(first, (count, *rows.shape[1:]), rows.dtype))
-                views.messages.append(self._arena.at(start, size))
-            self._in_place, self._last_views = np.flatnonzero(theirs[:, 4]).tolist(), views
+        def look(theirs: Words, _ranks: Words) -> None:
+            found = np.zeros((5, self.world_size), np.int64)
+            lending = read_tables(theirs, self._arena.address(0), each, found)
+            self._in_place = np.flatnonzero(found[4]).tolist() if lending else []
+            self._last_views = Views(*found[:4])
 
-        self._swap(_tables(starts, lengths, *every), members, look, lent)
+        self._swap(tables, members, look, lent)
         return self._last_views
 
     def _stop_reading(self) -> None:
@@ -145,9 +145,9 @@ class SharedMemoryTransport(ProcessGroupTransport):
 
     def _end_reading(self) -> None:
         self._stop_reading()
-        if self._lent.any():
+        if self._lent is not None:
             self._wait_for_readers(self._lent)
-            self._lent[:] = 0
+            self._lent = None
 
     @property
     def _unsure(self) -> bool:
@@ -174,14 +174,11 @@ class SharedMemoryTransport(ProcessGroupTransport):
         """Post `tables`, and call `finish` with those that the others have posted here: whatever fails once the post is
         made, the exchange is completed and counted, since the others count it.
         """
-        ranks = np.arange(self.world_size) if members is None else np.array(members)
-        number, start, before = self.number(members), time.monotonic(), self._posts.posted()
-        due = np.zeros(self.world_size, np.int64)
-        due[ranks] = before[ranks] + 1
-        due[self.rank] = 0
-        self._in_window[self._posts.total % 2] = due
+        ranks = self._everybody if members is None else np.array(members)
+        number, start, before = self.number(members), time.monotonic(), self._posts.total
+        self._in_window[before % 2] = due = self._posts.next_to(ranks)
         if lent:
-            self._lent[:] = due
+            self._lent = due
         try:
             self._in_midst = True
             self._posts.post(ranks, tables)
@@ -191,7 +188,7 @@ class SharedMemoryTransport(ProcessGroupTransport):
         except LostRankError:
             raise
         except Exception:
-            if self._posts.posted()[self.rank] > before[self.rank]:
+            if self._posts.total > before:
                 self._complete(ranks, finish, start)
                 if self.number(members) == number:
                     self._count(members)
@@ -211,7 +208,9 @@ class SharedMemoryTransport(ProcessGroupTransport):
 
     def _wait_for_readers(self, due: Words) -> None:
         """Wait until ranks have read the posts `due`, as far as these were made; a rank that has stopped reads none."""
-        due, start = np.minimum(due, self._posts.posted()), time.monotonic()
+        if self._posts.all_have_read(due):
+            return
+        due, start = due.copy(), time.monotonic()
 
         def watch(rank: int) -> str:
             if self._has_stopped(rank):
@@ -242,3 +241,38 @@ def _tables(*columns: np.ndarray) -> Words:
     for position, column in enumerate(columns):
         tables[:, position] = column
     return tables
+
+
+@compiled
+def fill_tables(tables, start, lengths, at, count, lent, row_bytes):
+    """Posts to all ranks, int64 (W, TABLE): where each one's message begins, and its bytes; where the rows begin, how
+    many they are, whether they must not be written to while they are read, and the bytes of one.
+
+    >>> tables = np.zeros((2, 8), np.int64)
+    >>> fill_tables(tables, 64, np.array([8, 16]), 128, 3, True, 4)
+    >>> tables[:, :6].tolist()
+    [[64, 8, 128, 3, 1, 4], [72, 16, 128, 3, 1, 4]]
+    """
+    for rank in range(lengths.size):
+        tables[rank, 0], tables[rank, 1], tables[rank, 2] = start, lengths[rank], at
+        tables[rank, 3], tables[rank, 4], tables[rank, 5] = count, lent, row_bytes
+        start += lengths[rank]
+
+
+@compiled
+def read_tables(tables, memory, row_bytes, found):
+    """What such posts say: the four fields of `Views`, and which ranks lend their rows; whether any does.
+
+    >>> tables, found = np.array([[64, 8, 128, 3, 1, 4, 0, 0], [0, 16, 256, 3, 0, 8, 0, 0]]), np.zeros((5, 2), np.int64)
+    >>> read_tables(tables, 1000, 4, found)
+    True
+    >>> found.tolist()  # rows of 8 bytes are of another call
+    [[1128, 1256], [3, 0], [1064, 1000], [8, 16], [1, 0]]
+    """
+    lending = False
+    for rank in range(tables.shape[0]):
+        found[0, rank], found[2, rank], found[3, rank] = tables[rank, 2] + memory, tables[rank, 0] + memory, tables[rank, 1]
+        found[1, rank] = tables[rank, 3] if tables[rank, 5] == row_bytes else 0
+        found[4, rank] = tables[rank, 4]
+        lending |= tables[rank, 4] != 0
+    return lending

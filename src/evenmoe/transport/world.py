@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -28,19 +29,20 @@ Result = TypeVar("Result")
 _world_numbers = itertools.count()
 _SIGNAL_CHECK_S = 0.2  # a signal that arrives just before a wait, or in a rank's thread, does not end the wait
 _INTERRUPT_PATIENCE_S = 1.0  # after Ctrl-C, for ranks that wait to notice; those that compute are left to themselves
-NOTHING = np.zeros(0, np.uint8)
 
 
 @dataclass(frozen=True)
 class _Shown:
-    """What a rank shows: its rows, and the messages for all ranks, between `starts`, one more than ranks."""
+    """What a rank shows: its rows, and the messages for all ranks, with int64 (W,) addresses and bytes of these."""
 
     rows: torch.Tensor
     message: Octets
-    starts: list[int]
+    at: Counted
+    lengths: Counted
 
-    def message_for(self, rank: int) -> Octets:
-        return self.message[self.starts[rank] : self.starts[rank + 1]]
+    @property
+    def row_bytes(self) -> int:
+        return prod(self.rows.shape[1:]) * self.rows.element_size()
 
 
 class LocalTransport(Transport):
@@ -71,12 +73,11 @@ class LocalTransport(Transport):
         return device.type == "cpu"  # what other devices compute is not done when their calls return
 
     def last_views(self) -> Views:
-        views, nothing = Views([], []), self._last[self.rank].rows[:0]
-        for source in range(self.world_size):
-            shown = self._last.get(source)
-            views.rows.append(nothing if shown is None else shown.rows)
-            views.messages.append(NOTHING if shown is None else shown.message_for(self.rank))
-        return views
+        found, row_bytes = np.zeros((4, self.world_size), np.int64), self._last[self.rank].row_bytes
+        for source, shown in self._last.items():
+            count = len(shown.rows) if shown.row_bytes == row_bytes else 0  # its call is another one
+            found[:, source] = shown.rows.data_ptr(), count, shown.at[self.rank], shown.lengths[self.rank]
+        return Views(*found)
 
     def restart(self, number: int) -> None:
         """Begin the next run of the same world, in which every rank counts its exchanges from `number`."""
@@ -107,7 +108,7 @@ class LocalTransport(Transport):
 
     def _exchange_views(self, rows: torch.Tensor, message: Octets, lengths: Counted, members: Ints | None) -> Views:
         self._end_reading()
-        self._meet(_Shown(rows, message, [0, *lengths.cumsum().tolist()]), members)
+        self._meet(_Shown(rows, message, message.ctypes.data + lengths.cumsum() - lengths, lengths), members)
         return self.last_views()
 
     def _stop_reading(self) -> None:
