@@ -55,15 +55,16 @@ def test_a_token_has_one_row_on_a_rank(case):
 def test_positions_of_rows_that_return(num_tokens, top_k, counts, random):
     sent = sum(map(sum, counts))
     entries = random.sample(range(num_tokens * top_k), min(sent, num_tokens * top_k))
-    position, entry = np.full(num_tokens * top_k, -1), np.array(entries, np.int64)
+    position, entry = np.zeros((num_tokens, top_k), np.int64), np.array(entries, np.int64)
     came = np.array([[sum(row)] for row in counts])
-    call = np.array(counts), came, entry // top_k, entry % top_k, top_k, position
+    call = np.array(counts), came, entry // top_k, entry % top_k, position
     if len(entries) < sent:
         with pytest.raises(IndexError, match="other numbers of assignments than there are"):
             positions_returned(*call)
         return
     assert positions_returned(*call)
-    assert position.tolist() == [entries.index(i) if i in entries else -1 for i in range(num_tokens * top_k)]
+    expected = [entries.index(i) if i in entries else -1 for i in range(num_tokens * top_k)]
+    assert position.flatten().tolist() == expected
     came[-1] += 1
     assert not positions_returned(*call)
 
@@ -99,8 +100,8 @@ def test_rows_by_the_rank_that_they_came_from(source, world_size, dtype):
         lambda: rows_of_tokens(np.array([[2]]), np.array([1]), np.array([0]), 3),
         lambda: rows_of_tokens(np.array([[1]]), np.array([1]), np.array([0, 1]), 3),
         lambda: rows_of_tokens(np.array([[2], [-1]]), np.array([1]), np.array([0]), 3),
-        lambda: positions_returned(np.array([[1]]), np.array([[1]]), np.array([1]), np.array([2]), 2, np.full(4, -1)),
-        lambda: positions_returned(np.array([[1]]), np.array([[1]]), np.array([-1]), np.array([1]), 2, np.full(4, -1)),
+        lambda: positions_returned(np.array([[1]]), np.array([[1]]), np.array([1]), np.array([2]), np.zeros((2, 2), np.int64)),
+        lambda: positions_returned(np.array([[1]]), np.array([[1]]), np.array([-1]), np.array([1]), np.zeros((2, 2), np.int64)),
         lambda: order_received(np.array([[2]]), np.array([0]), np.zeros((1, 3), np.int32)),
         lambda: order_received(np.array([[2], [-1]]), np.array([0, 0]), np.zeros((1, 3), np.int32)),
         lambda: order_received(np.array([[0], [1]]), np.array([0]), np.zeros((1, 3), np.int32)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,7 +36,7 @@ def test_every_rank_unpacks_what_the_others_packed_for_it(world):
         header = random.integers(0, 99, HEADER)
         counts = random.integers(0, 99, (world_size, width))
         index, numbers = random.integers(0, 99, sum(rows)), random.integers(0, 99, sum(along)).astype(np.int32)
-        message, lengths = pack(header, counts, index, rows, numbers, along)
+        message, lengths = pack(header, counts, index, rows, numbers, along, shown=99)
         assert (lengths % 8 == 0).all()
         assert len(message) == lengths.sum()
         parts.append(np.split(message, lengths.cumsum()[:-1]))
@@ -60,3 +61,9 @@ def test_a_failed_rank_sends_its_header_alone():
     assert not opened.differ
     assert (opened.headers == header).all()
     assert opened.unpack().rows.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("index", [-1, 3])
+def test_an_index_of_no_row_is_an_error(index):
+    with pytest.raises(IndexError, match="a row that is not shown"):
+        pack(np.arange(HEADER), np.zeros((1, 0), np.int64), np.array([index]), [1], along=[0], shown=3)

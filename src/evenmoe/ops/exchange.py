@@ -89,9 +89,9 @@ def route(expert_ids: torch.Tensor, layout: Layout, x_active_mask: torch.Tensor 
     """
     num_tokens, top_k = expert_ids.shape
     physical, device = layout.num_experts, expert_ids.device
-    # Assignments that stay local get the largest key, so that a stable sort leaves the sent ones in front, by expert
-    # and then in row-major order, which is token order since the ids of a token differ.
-    key = expert_ids.clamp(max=physical)
+    # Assignments that stay local get a key above all others, so that a stable sort leaves the sent ones in front, by
+    # expert and then in row-major order, which is token order since the ids of a token differ.
+    key = expert_ids
     if x_active_mask is not None:
         key = torch.where(active_assignments(expert_ids, x_active_mask), key, physical)
     token, k, expert, counts_by_expert = _sorted(key.flatten(), physical, top_k)
@@ -114,6 +114,7 @@ def _sorted(key: torch.Tensor, bound: int, top_k: int) -> tuple[torch.Tensor, ..
     if key.device.type == "cpu":
         token, k, expert, counts = sort_assignments(key.numpy(), bound, top_k)
         return torch.from_numpy(token), torch.from_numpy(k), torch.from_numpy(expert), torch.from_numpy(counts)
+    key = key.clamp(max=bound)
     counts = torch.bincount(key, minlength=bound + 1)[:bound]
     sent = stable_order(key, bound + 1)[: int(counts.sum())]
     token = torch.div(sent, top_k, rounding_mode="floor")
@@ -305,8 +306,8 @@ def received(
     which, source, assignments = _ordered(counts, incoming, sending.assignments.shape[1])
     weight = assignments[:, 3].contiguous().view(torch.float32) if assignments.shape[1] == 4 else None
     like = incoming.like
-    shape = (len(which), *like.shape[1:])
-    out = call.group.new_rows(shape, like) if allocate is None else allocate(len(which))
+    num_rows = which.shape[0]
+    out = call.group.new_rows((num_rows, *like.shape[1:]), like) if allocate is None else allocate(num_rows)
     rows = incoming.take(which, out)
     return Received(rows, source, assignments[:, 0], assignments[:, 1], counts, weight)
 
@@ -364,7 +365,7 @@ def prepare_returning(
     """
     if source.device.type == "cpu":
         order, each = map(torch.from_numpy, order_by_source(source.numpy(), world_size))
-        if len(order) < len(source):
+        if order.shape[0] < source.shape[0]:
             value, rule = "such that rows came from ranks that there are not", f"must name ranks 0 to {world_size - 1}"
             raise ConstraintError("dispatched", value, rule, "pass what dispatch returned, unchanged")
     else:

@@ -23,7 +23,6 @@ def sums_before(counts, before):
     return total
 
 
-@compiled
 def sort_assignments(keys, bound, top_k):
     """Assignments with keys below `bound`, by key, equal ones in their order.
 
@@ -37,22 +36,27 @@ def sort_assignments(keys, bound, top_k):
     >>> [a.tolist() for a in sort_assignments(np.array([1, 0, 2, 0]), 2, 2)]
     [[0, 1, 0], [1, 1, 0], [0, 0, 1], [2, 1]]
     """
-    counts, following = np.zeros(bound, np.int64), np.empty(bound, np.int64)
+    counts, found = np.zeros(bound, np.int64), np.empty((3, keys.size), np.int64)
+    total = _sort_assignments(keys, top_k, counts, found)
+    return found[0, :total], found[1, :total], found[2, :total], counts
+
+
+@compiled
+def _sort_assignments(keys, top_k, counts, found):
+    bound, following = counts.size, np.empty(counts.size, np.int64)
     for key in keys:
         if 0 <= key < bound:
             counts[key] += 1
     total = sums_before(counts, following)
-    token, k, expert = np.empty(total, np.int64), np.empty(total, np.int64), np.empty(total, np.int64)
     for position in range(keys.size):
         key = keys[position]
         if 0 <= key < bound:
             at = following[key]
             following[key] = at + 1
-            token[at], k[at], expert[at] = position // top_k, position % top_k, key
-    return token, k, expert, counts
+            found[0, at], found[1, at], found[2, at] = position // top_k, position % top_k, key
+    return total
 
 
-@compiled
 def rows_of_tokens(counts, token, k, num_tokens):
     """A row for every token and rank that it goes to, by rank and then token.
 
@@ -68,8 +72,15 @@ def rows_of_tokens(counts, token, k, num_tokens):
     >>> [a.tolist() for a in rows_of_tokens(counts, token, k, 3)]
     [[3, 1], [2, 1], [0, 2, 1], [[2, 0, 1], [0, 0, 0], [2, 1, 1], [1, 0, 0]]]
     """
-    world_size = counts.shape[0]
-    per_rank, rows = np.zeros(world_size, np.int64), np.zeros(world_size, np.int64)
+    numbers, sent = np.zeros((2, counts.shape[0]), np.int64), np.empty(token.size, np.int64)
+    assignments = np.empty((token.size, 3), np.int32)
+    total = _rows_of_tokens(counts, token, k, num_tokens, numbers, sent, assignments)
+    return numbers[0], numbers[1], sent[:total], assignments
+
+
+@compiled
+def _rows_of_tokens(counts, token, k, num_tokens, numbers, sent, assignments):
+    world_size, (per_rank, rows) = counts.shape[0], numbers
     number = 0
     for rank in range(world_size):
         for expert in range(counts.shape[1]):
@@ -80,7 +91,6 @@ def rows_of_tokens(counts, token, k, num_tokens):
     if number != token.size or k.size != token.size:
         raise IndexError("other numbers of assignments than there are")
     place = np.empty(num_tokens, np.int64)
-    sent, assignments = np.empty(token.size, np.int64), np.empty((token.size, 3), np.int32)
     first = total = 0
     for rank in range(world_size):
         stop = first + per_rank[rank]
@@ -100,10 +110,9 @@ def rows_of_tokens(counts, token, k, num_tokens):
             assignments[assignment, 0], assignments[assignment, 1] = token[assignment], k[assignment]
             assignments[assignment, 2] = place[token[assignment]]
         first = stop
-    return per_rank, rows, sent[:total], assignments
+    return total
 
 
-@compiled
 def order_received(counts, first, numbers):
     """Received assignments by local expert, then source, each source's in its order.
 
@@ -114,6 +123,14 @@ def order_received(counts, first, numbers):
     Returns:
         int64 (N,), the row of each; int32 (N,), its source; int32 (N, 3 or more), its numbers.
     """
+    total = numbers.shape[0]
+    row, origin, ordered = np.empty(total, np.int64), np.empty(total, np.int32), np.empty(numbers.shape, np.int32)
+    _order_received(counts, first, numbers, row, origin, ordered)
+    return row, origin, ordered
+
+
+@compiled
+def _order_received(counts, first, numbers, row, origin, ordered):
     places = np.empty(counts.shape, np.int64)
     total = 0
     for source in range(counts.shape[0]):
@@ -124,8 +141,6 @@ def order_received(counts, first, numbers):
             total += counts[source, expert]
     if total != numbers.shape[0] or counts.shape[0] > first.size or numbers.shape[1] < 3:
         raise IndexError("other numbers of assignments than have come")
-    row, origin = np.empty(total, np.int64), np.empty(total, np.int32)
-    ordered = np.empty((total, numbers.shape[1]), np.int32)
     into = 0
     for expert in range(counts.shape[1]):
         for source in range(counts.shape[0]):
@@ -136,10 +151,8 @@ def order_received(counts, first, numbers):
                 row[into] = first[source] + numbers[at, 2]
                 origin[into] = source
                 into += 1
-    return row, origin, ordered
 
 
-@compiled
 def order_by_source(source, world_size):
     """Positions of rows by the rank that they came from, each rank's in their order, and the number of each rank's.
 
@@ -149,34 +162,38 @@ def order_by_source(source, world_size):
     >>> [a.tolist() for a in order_by_source(np.array([1, 0, 1], np.int32), 3)]
     [[1, 0, 2], [1, 2, 0]]
     """
-    counts, following = np.zeros(world_size, np.int64), np.empty(world_size, np.int64)
+    counts, order = np.zeros(world_size, np.int64), np.empty(source.size, np.int64)
+    return order[: _order_by_source(source, counts, order)], counts
+
+
+@compiled
+def _order_by_source(source, counts, order):
+    world_size, following = counts.size, np.empty(counts.size, np.int64)
     for rank in source:
         if 0 <= rank < world_size:
             counts[rank] += 1
     total = sums_before(counts, following)
-    order = np.empty(total, np.int64)
     for position in range(source.size):
         rank = source[position]
         if 0 <= rank < world_size:
             order[following[rank]] = position
             following[rank] += 1
-    return order, counts
+    return total
 
 
 @compiled
-def positions_returned(counts, came, token, k, top_k, position):
+def positions_returned(counts, came, token, k, position):
     """Positions of rows that return in the order in which assignments were sent; whether as many came as were sent.
 
     Args:
         counts: int64 (W, L), assignments that were sent to every rank and local expert. came: int64 (W, 1), the rows
             that each says it returns.
-        token, k: int64 (N,), of the assignments. position: int64 (T·K,), −1 where none is sent; changed in place.
+        token, k: int64 (N,), of the assignments. position: int64 (T, K), to be written; −1 where none is sent.
 
     >>> import numpy as np
-    >>> position = np.full(4, -1)
-    >>> counts, token, k = np.array([[1, 1]]), np.array([1, 0]), np.array([0, 1])
-    >>> positions_returned(counts, np.array([[2]]), token, k, 2, position), position.tolist()
-    (True, [-1, 1, 0, -1])
+    >>> position, counts, token, k = np.zeros((2, 2), np.int64), np.array([[1, 1]]), np.array([1, 0]), np.array([0, 1])
+    >>> positions_returned(counts, np.array([[2]]), token, k, position), position.tolist()
+    (True, [[-1, 1], [0, -1]])
     """
     number = 0
     for rank in range(counts.shape[0]):
@@ -188,9 +205,25 @@ def positions_returned(counts, came, token, k, top_k, position):
         number += sent
     if number != token.size:
         raise IndexError("other numbers of assignments than there are")
+    for row in range(position.shape[0]):
+        for column in range(position.shape[1]):
+            position[row, column] = -1
     for i in range(token.size):
-        at = token[i] * top_k + k[i]
-        if not 0 <= at < position.size:
+        if not (0 <= token[i] < position.shape[0] and 0 <= k[i] < position.shape[1]):
             raise IndexError("an assignment that there is not")
-        position[at] = i
+        position[token[i], k[i]] = i
     return True
+
+
+@compiled
+def least_and_most(ids):
+    """The least and the largest of integers (n,), of which there are some.
+
+    >>> import numpy as np
+    >>> least_and_most(np.array([3, -1, 2]))
+    (-1, 3)
+    """
+    least = most = ids[0]
+    for one in ids:
+        least, most = min(least, one), max(most, one)
+    return least, most

@@ -195,7 +195,7 @@ def sum_rows(rows: torch.Tensor | Incoming, position: torch.Tensor, weights: tor
         rows, position, weights: as in `add_rows`; weights of `sum_dtype` of the rows.
     """
     like = rows if isinstance(rows, torch.Tensor) else rows.like
-    shape = len(position), like.shape[1]
+    shape = position.shape[0], like.shape[1]
     if like.device.type == "cpu" and like.dtype in (torch.bfloat16, weights.dtype):
         y = like.new_empty(shape)
         out, add = (y.view(torch.uint16), sum_bfloat16) if like.dtype == torch.bfloat16 else (y, sum_plain)

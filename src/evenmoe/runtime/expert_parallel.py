@@ -15,6 +15,7 @@ import torch
 from evenmoe.contract.layout import Layout, make_layout
 from evenmoe.errors import ConstraintError, require
 from evenmoe.ops.exchange import prepare_sending, received, route, sums
+from evenmoe.ops.row_order import least_and_most
 from evenmoe.ops.weighted_sum import sum_dtype, sum_rows
 from evenmoe.rules import RULES
 from evenmoe.rules.rule import IntArray, Rule, prepared
@@ -351,7 +352,10 @@ class ExpertParallel:
         """
         if not self._check_values or not topk_ids.numel():
             return topk_ids >= 0
-        low, high = torch.aminmax(topk_ids)
+        if topk_ids.device.type == "cpu":
+            low, high = least_and_most(topk_ids.numpy().reshape(-1))
+        else:
+            low, high = torch.aminmax(topk_ids)
         if low < -1 or high >= self.num_experts:
             raise wrong_id(topk_ids, self.num_experts)
         return topk_ids >= 0 if low < 0 else None

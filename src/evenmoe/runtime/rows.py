@@ -65,16 +65,17 @@ def return_rows(
     order, outgoing = prepare_returning(
         dispatched.source_rank, call.group.world_size, rows.shape[1:], rows, numbered=False
     )
-    back = torch.tensor(outgoing.rows).view(-1, 1)
+    back = torch.from_numpy(np.array(outgoing.rows)[:, None])
     told, incoming = call.send(header, back, outgoing, rows, order, dispatch=dispatched.number)
     # Rows return in the order in which `routing` sent the tokens out, so each one's position is known.
-    position = torch.full((shape.numel(),), -1, dtype=torch.int64, device=rows.device)
     if rows.device.type == "cpu":
-        counts, came = np.ascontiguousarray(routing.counts.numpy()), told.numpy()
-        as_sent = positions_returned(counts, came, routing.token.numpy(), routing.k.numpy(), shape[1], position.numpy())
+        counts, at = np.ascontiguousarray(routing.counts.numpy()), np.empty(shape, np.int64)
+        token, k = routing.token.numpy(), routing.k.numpy()
+        as_sent, position = positions_returned(counts, told.numpy(), token, k, at), torch.from_numpy(at)
     else:
         as_sent = torch.equal(told[:, 0].cpu(), sums(routing.counts, 1).cpu())
-        position[routing.token * shape[1] + routing.k] = torch.arange(len(routing.k), device=rows.device)
+        position = torch.full(shape, -1, dtype=torch.int64, device=rows.device)
+        position[routing.token, routing.k] = torch.arange(len(routing.k), device=rows.device)
     if not as_sent:
         home, sent_out = told[:, 0].tolist(), sums(routing.counts, 1).tolist()
         raise ConstraintError(
@@ -83,4 +84,4 @@ def return_rows(
             "must be what dispatch returned, unchanged",
             "pass it to combine as it is",
         )
-    return incoming, position.view(shape)
+    return incoming, position

@@ -91,6 +91,7 @@ class Arena:
 
     def write(self, offset: int, values: np.ndarray | torch.Tensor) -> None:
         """Write the bytes of a contiguous tensor or array."""
-        if values.nbytes:
-            source = values.ctypes.data if isinstance(values, np.ndarray) else values.data_ptr()
-            copy_memory(self._address + offset, source, values.nbytes)
+        if isinstance(values, np.ndarray):
+            self._memory[offset : offset + values.nbytes] = values.reshape(-1).view(np.uint8)
+        elif values.numel():
+            copy_memory(self._address + offset, values.data_ptr(), values.nbytes)

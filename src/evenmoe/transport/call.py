@@ -290,12 +290,10 @@ class GroupCall:
         else:
             assert self._packets is not None, "what goes out is known"
             outgoing = self._packets.outgoing
-            which = np.arange(len(rows)) if index is None else np.ascontiguousarray(index.numpy(), np.int64)
+            which = np.arange(rows.shape[0]) if index is None else index.numpy()
             along = messages.NO_NUMBERS if numbers is None else numbers.contiguous().numpy().reshape(-1)
-            # The others read these rows by their addresses.
-            assert not len(which) or (which.min() >= 0 and which.max() < len(rows)), "rows that there are"
             assert rows.shape[1:] == outgoing.shape, (rows.shape, outgoing.shape)
-            message, lengths = messages.pack(words, counts, which, outgoing.rows, along, outgoing.numbers)
+            message, lengths = messages.pack(words, counts, which, outgoing.rows, along, outgoing.numbers, rows.shape[0])
             rows = rows.contiguous()
         self._announced = _Announced(header, words, last)
         self._stage = _UNKNOWN

@@ -45,20 +45,29 @@ def pack(
     header: Words,
     counts: Words,
     index: Words = NO_ROWS,
-    rows: Sequence[int] | None = None,
+    rows: Sequence[int] = (),
     numbers: Numbers = NO_NUMBERS,
-    along: Sequence[int] | None = None,
+    along: Sequence[int] = (),
+    shown: int = 0,
 ) -> tuple[Octets, Words]:
     """The messages for all ranks, one behind the other, and the bytes of each, int64 (W,).
 
     Args:
         header: int64 (HEADER,). counts: int64 (W, n), row d for rank d.
-        index: int64 (R,), by rank, of which `rows` are for each. numbers: int32 (M,), likewise, of `along`.
+        index: integers (R,), which of the rows that this rank shows, by rank; `rows` of them for each, or none at all.
+        numbers: int32 (M,), likewise, of `along`.
+        shown: how many rows this rank shows, which the others read by their addresses.
+
+    Raises:
+        IndexError: an index of no row.
     """
-    nothing = np.zeros(len(counts), np.int64)
-    of_rows = nothing if rows is None else np.asarray(rows, np.int64)
-    of_numbers = nothing if along is None else np.asarray(along, np.int64)
-    return _pack(header, np.ascontiguousarray(counts), index, of_rows, numbers, of_numbers)
+    each = np.zeros((2, len(counts)), np.int64)
+    if len(rows):
+        each[0], each[1] = rows, along
+    lengths, counts, index = np.empty(len(counts), np.int64), np.ascontiguousarray(counts), np.ascontiguousarray(index)
+    message = np.empty(_measure(counts, index, each, numbers, shown, lengths), np.uint8)
+    _pack(header, counts, index, each, numbers, lengths, message.view(np.int64))
+    return message, lengths
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,12 @@ class Opened:
 
     def unpack(self) -> Told:
         """What follows the headers, once these are known to agree: each of as many counts."""
-        return Told(*_unpack(self.addresses, self.sizes))
+        rows = np.empty(len(self.sizes), np.int64)
+        num_rows, num_numbers = _sizes(self.sizes, rows)
+        counts, at = np.empty((len(rows), self.sizes[0, 0]), np.int64), np.empty(num_rows, np.int64)
+        numbers = np.empty(num_numbers, np.int32)
+        _unpack(self.addresses, self.sizes, counts, at, numbers)
+        return Told(counts, rows, at, numbers)
 
 
 def open_messages(addresses: Words, own: Words) -> Opened:
@@ -90,17 +104,25 @@ def open_messages(addresses: Words, own: Words) -> Opened:
 
 
 @compiled
-def _pack(header, counts, index, rows, numbers, along):
+def _measure(counts, index, each, numbers, shown, lengths):
     world_size, width = counts.shape
-    if rows.size != world_size or along.size != world_size or rows.sum() != index.size or along.sum() != numbers.size:
+    rows, along = each
+    if rows.sum() != index.size or along.sum() != numbers.size:
         raise IndexError("other numbers of rows than there are")
-    lengths = np.empty(world_size, np.int64)
+    for row in index:
+        if not 0 <= row < shown:
+            raise IndexError("a row that is not shown")
     total = 0
     for rank in range(world_size):
         lengths[rank] = 8 * (_SIZES + width + rows[rank] + (along[rank] + 1) // 2)
         total += lengths[rank]
-    message = np.empty(total, np.uint8)
-    words = message.view(np.int64)
+    return total
+
+
+@compiled
+def _pack(header, counts, index, each, numbers, lengths, words):
+    world_size, width = counts.shape
+    rows, along = each
     into = row = number = 0
     for rank in range(world_size):
         at, into = into, into + lengths[rank] // 8
@@ -115,9 +137,8 @@ def _pack(header, counts, index, rows, numbers, along):
         for i in range(rows[rank]):
             words[at + i] = index[row + i]
         at += rows[rank]
-        copy_bytes(message.ctypes.data + 8 * at, numbers.ctypes.data + 4 * number, 4 * along[rank])
+        copy_bytes(words.ctypes.data + 8 * at, numbers.ctypes.data + 4 * number, 4 * along[rank])
         row, number = row + rows[rank], number + along[rank]
-    return message, lengths
 
 
 @compiled
@@ -132,14 +153,16 @@ def _open(addresses, own, headers, sizes):
 
 
 @compiled
-def _unpack(addresses, sizes):
-    total_rows = total_numbers = 0
-    rows = np.empty(addresses.size, np.int64)
-    for rank in range(addresses.size):
+def _sizes(sizes, rows):
+    num_rows = num_numbers = 0
+    for rank in range(rows.size):
         rows[rank] = sizes[rank, 1]
-        total_rows, total_numbers = total_rows + sizes[rank, 1], total_numbers + sizes[rank, 2]
-    counts = np.empty((addresses.size, sizes[0, 0]), np.int64)
-    at, numbers = np.empty(total_rows, np.int64), np.empty(total_numbers, np.int32)
+        num_rows, num_numbers = num_rows + sizes[rank, 1], num_numbers + sizes[rank, 2]
+    return num_rows, num_numbers
+
+
+@compiled
+def _unpack(addresses, sizes, counts, at, numbers):
     row, number = at.ctypes.data, numbers.ctypes.data
     for rank in range(addresses.size):
         source = addresses[rank] + 8 * _SIZES
@@ -149,4 +172,3 @@ def _unpack(addresses, sizes):
         row, source = row + 8 * sizes[rank, 1], source + 8 * sizes[rank, 1]
         copy_bytes(number, source, 4 * sizes[rank, 2])
         number += 4 * sizes[rank, 2]
-    return counts, rows, at, numbers

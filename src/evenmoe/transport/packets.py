@@ -83,7 +83,7 @@ class Incoming:
             which: integers (n,), positions among the N rows. None for all, in their order.
         """
         base = np.full(1, self.like.data_ptr()) if self.base is None else self.base
-        every = np.empty(len(self.at), np.int64)
+        every = np.empty(self.at.shape[0], np.int64)
         find_rows(self.at.numpy(), self.rows, base, self._row_bytes(), every)
         if which is None:
             return every

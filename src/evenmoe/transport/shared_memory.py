@@ -118,15 +118,15 @@ class SharedMemoryTransport(ProcessGroupTransport):
         return self._last_views
 
     def _exchange_views(self, rows: torch.Tensor, message: Octets, lengths: Words, members: Ints | None) -> Views:
-        each = prod(rows.shape[1:]) * rows.element_size()
-        at = self._arena.offset_of(rows) if len(rows) * each >= _IN_PLACE else -1
+        count, each = rows.shape[0], prod(rows.shape[1:]) * rows.element_size()
+        at = self._arena.offset_of(rows) if count * each >= _IN_PLACE else -1
         lent = at >= 0
         start = self._fill_window(message)
         if not lent:
-            at = self._arena.take(len(rows) * each)
+            at = self._arena.take(count * each)
             self._arena.write(at, rows)
         tables = np.zeros((self.world_size, TABLE), np.int64)
-        fill_tables(tables, start, lengths, at, len(rows), lent, each)
+        fill_tables(tables, start, lengths, at, count, lent, each)
 
         def look(theirs: Words, _ranks: Words) -> None:
             found = np.zeros((5, self.world_size), np.int64)
