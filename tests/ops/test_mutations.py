@@ -199,7 +199,7 @@ BUGS = {
         worlds, OPS + "exchange", "(tokens < x_active_mask.sum())", "(tokens <= x_active_mask.sum())"
     ),
     "local assignments sent to expert 0": bug(
-        worlds, OPS + "exchange", "expert_ids.clamp(max=physical)", "torch.where(expert_ids < physical, expert_ids, 0)"
+        worlds, OPS + "exchange", "key = expert_ids\n", "key = torch.where(expert_ids < physical, expert_ids, 0)\n"
     ),
     "wrong copy of a shared expert": bug(
         worlds, OPS + "exchange", "layout.rank % layout.ranks_per_shared", "layout.rank // layout.ranks_per_shared"
@@ -213,7 +213,10 @@ BUGS = {
     # one row per rank on the wire
     "one smooth scale for all experts": bug(worlds, OPS + "exchange", "if rows_differ_by_expert:", "if False:"),
     "rows of the first source": bug(
-        worlds, OPS + "exchange", "np.array(incoming.first)", "0 * np.array(incoming.first)"
+        worlds,
+        OPS + "exchange",
+        "order_received(counted, incoming.first,",
+        "order_received(counted, 0 * incoming.first,",
     ),
     "head taken for a row": bug(
         orders, TRANSPORT + "blocks", "self.first.append(self.total + head)", "self.first.append(self.total)"

@@ -100,8 +100,12 @@ def test_rows_by_the_rank_that_they_came_from(source, world_size, dtype):
         lambda: rows_of_tokens(np.array([[2]]), np.array([1]), np.array([0]), 3),
         lambda: rows_of_tokens(np.array([[1]]), np.array([1]), np.array([0, 1]), 3),
         lambda: rows_of_tokens(np.array([[2], [-1]]), np.array([1]), np.array([0]), 3),
-        lambda: positions_returned(np.array([[1]]), np.array([[1]]), np.array([1]), np.array([2]), np.zeros((2, 2), np.int64)),
-        lambda: positions_returned(np.array([[1]]), np.array([[1]]), np.array([-1]), np.array([1]), np.zeros((2, 2), np.int64)),
+        lambda: positions_returned(
+            np.array([[1]]), np.array([[1]]), np.array([1]), np.array([2]), np.zeros((2, 2), np.int64)
+        ),
+        lambda: positions_returned(
+            np.array([[1]]), np.array([[1]]), np.array([-1]), np.array([1]), np.zeros((2, 2), np.int64)
+        ),
         lambda: order_received(np.array([[2]]), np.array([0]), np.zeros((1, 3), np.int32)),
         lambda: order_received(np.array([[2], [-1]]), np.array([0, 0]), np.zeros((1, 3), np.int32)),
         lambda: order_received(np.array([[0], [1]]), np.array([0]), np.zeros((1, 3), np.int32)),

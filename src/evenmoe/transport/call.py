@@ -34,7 +34,7 @@ _FEW = 64  # counts for each rank that travel with the first header, however man
 # What the others wait for: the exchange that comes next; not known, since this rank has not understood their headers;
 # nothing more.
 _PENDING, _UNKNOWN, _DONE = range(3)
-_NO_ROWS = torch.empty(0)
+_NO_ROWS, _CPU = torch.empty(0), torch.device("cpu")
 _COUNTS = agreement.HEADER + 2  # where counts begin, behind the numbers and the rows of the packet that follows
 
 
@@ -79,9 +79,9 @@ class GroupCall:
 
     def __init__(self, group: Transport, operator: str, rows: object = None, *, heard: bool = True) -> None:
         self.group, self._operator, self._heard = group, operator, heard
-        self._device = rows.device if isinstance(rows, torch.Tensor) and rows.device.type != "meta" else "cpu"
+        self._device = rows.device if isinstance(rows, torch.Tensor) and rows.device.type != "meta" else _CPU
         self.number = self._next = group.number()  # of the exchange that the others wait for
-        self._shows_rows = group.shows_rows(torch.device(self._device))
+        self._shows_rows = group.shows_rows(self._device)
         self._stage = _PENDING
         self._announced: _Announced | None = None
         self._packets: _Packets | None = None  # once agreed
@@ -293,7 +293,9 @@ class GroupCall:
             which = np.arange(rows.shape[0]) if index is None else index.numpy()
             along = messages.NO_NUMBERS if numbers is None else numbers.contiguous().numpy().reshape(-1)
             assert rows.shape[1:] == outgoing.shape, (rows.shape, outgoing.shape)
-            message, lengths = messages.pack(words, counts, which, outgoing.rows, along, outgoing.numbers, rows.shape[0])
+            message, lengths = messages.pack(
+                words, counts, which, outgoing.rows, along, outgoing.numbers, rows.shape[0]
+            )
             rows = rows.contiguous()
         self._announced = _Announced(header, words, last)
         self._stage = _UNKNOWN

@@ -271,7 +271,11 @@ def read_tables(tables, memory, row_bytes, found):
     """
     lending = False
     for rank in range(tables.shape[0]):
-        found[0, rank], found[2, rank], found[3, rank] = tables[rank, 2] + memory, tables[rank, 0] + memory, tables[rank, 1]
+        found[0, rank], found[2, rank], found[3, rank] = (
+            tables[rank, 2] + memory,
+            tables[rank, 0] + memory,
+            tables[rank, 1],
+        )
         found[1, rank] = tables[rank, 3] if tables[rank, 5] == row_bytes else 0
         found[4, rank] = tables[rank, 4]
         lending |= tables[rank, 4] != 0
