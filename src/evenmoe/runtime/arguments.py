@@ -30,17 +30,6 @@ def check_dispatch(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.
     check_floats("topk_weights", topk_weights)
 
 
-def wrong_id(topk_ids: torch.Tensor, num_experts: int) -> ConstraintError:
-    """What to raise for ids among which one is no expert's."""
-    token, k = ((topk_ids < -1) | (topk_ids >= num_experts)).nonzero()[0].tolist()
-    return ConstraintError(
-        "topk_ids",
-        f"{int(topk_ids[token, k])} for token {token}, k {k}",
-        f"must be a logical expert, 0 to {num_experts - 1}, or -1 for none",
-        "route to the experts of the table",
-    )
-
-
 def check_combine(dispatched: DispatchedRows, expert_out: torch.Tensor, group_name: str, layer: int) -> None:
     """Types, devices and shapes of what combine is called with.
 

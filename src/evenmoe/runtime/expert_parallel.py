@@ -13,18 +13,18 @@ from typing import NoReturn
 import torch
 
 from evenmoe.contract.layout import Layout, make_layout
-from evenmoe.errors import ConstraintError, require
+from evenmoe.errors import ConstraintError
 from evenmoe.ops.exchange import prepare_sending, received, route, sums
-from evenmoe.ops.row_order import least_and_most
 from evenmoe.ops.weighted_sum import sum_dtype, sum_rows
 from evenmoe.rules import RULES
-from evenmoe.rules.rule import IntArray, Rule, prepared
-from evenmoe.rules.table import check_table_of_slots, counted_entries
-from evenmoe.runtime.arguments import check_combine, check_dispatch, wrong_id
+from evenmoe.rules.rule import IntArray, Rule
+from evenmoe.rules.table import counted_entries
+from evenmoe.runtime.arguments import check_combine, check_dispatch
 from evenmoe.runtime.gradients import Chosen, record_combine, record_dispatch, state_of
 from evenmoe.runtime.outside_graph import outside_graph
 from evenmoe.runtime.replica_gradients import OfSlots, find_replicas, reduce_gradients
 from evenmoe.runtime.rows import DispatchedRows, return_rows
+from evenmoe.runtime.setup import set_up
 from evenmoe.transport.agreement import (
     GRADIENTS_OF_ROWS,
     GRADIENTS_OF_WEIGHTS,
@@ -37,7 +37,7 @@ from evenmoe.transport.agreement import (
     dtype_code,
 )
 from evenmoe.transport.call import GroupCall, together
-from evenmoe.transport.process_world import Group, transport_of
+from evenmoe.transport.process_world import Group
 
 _DISPATCH, _COMBINE = "ExpertParallel.dispatch", "ExpertParallel.combine"
 _BATCH = "batch rule of ExpertParallel.dispatch"
@@ -116,21 +116,12 @@ class ExpertParallel:
         layer: int | None = None,
         transport: str = "auto",
     ) -> None:
-        self._group = ep = transport_of(group, transport=transport)
-        self._rule, self._check_values = RULES.get(rule), check_values
-        self.num_slots, self.rule = num_slots, self._rule.name
-        nearest = max(1, round(num_slots / ep.world_size)) * ep.world_size
-        rule, fix = f"must be a multiple of the {ep.world_size} ranks", f"use {nearest}, the nearest that is"
-        require(num_slots >= 1 and num_slots % ep.world_size == 0, "num_slots", num_slots, rule, fix)
-        known = layer is None or (isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer < 2**62)
-        require(known, "layer", repr(layer), "must be a whole number from 0", "pass the layer's index")
-        check_table_of_slots(eplb_table, num_slots)
-        self._table = eplb_table.clone()  # it is read at every step, when its owner may have changed it
-        self._choose = prepared(self._rule, self._table, num_slots, ep.rank, ep.world_size)
-        self.num_experts = eplb_table.shape[0]
+        self.setup = setup = set_up(group, eplb_table, num_slots, rule, check_values, layer, transport)
+        self._group, self._rule, self._table = setup.group, setup.rule, setup.table
+        self.num_slots, self.rule, self.num_experts, self.layer = num_slots, setup.rule.name, *setup.numbers
+        self._choose = setup.chooser(setup.group.rank)
         experts, slots = counted_entries(self._table)
         self._table_digest = digest(experts * num_slots + slots)
-        self._given_layer, self.layer = layer, ep.next_layer() if layer is None else layer
         self._plans: dict[tuple[object, ...], _Plan] = {}
         self._combine_headers: dict[tuple[object, ...], Header] = {}
         self._chosen = Chosen()
@@ -154,8 +145,8 @@ class ExpertParallel:
             self._table,
             num_slots=self.num_slots,
             rule=self._rule,
-            check_values=self._check_values,
-            layer=self._given_layer,
+            check_values=self.setup.check_values,
+            layer=self.setup.given_layer,
         )
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
@@ -188,7 +179,7 @@ class ExpertParallel:
         call = GroupCall(self._group, _DISPATCH, x)
         with together(call):
             plan = self._plan(x, topk_ids, topk_weights)
-            layout, header, counted = plan.layout, plan.header, self._counted(topk_ids)
+            layout, header, counted = plan.layout, plan.header, self.setup.counted(topk_ids)
             recorded = plan.gradients != OFF
             by_rank = to_slots = None
             if self._rule.needs_counts:
@@ -335,30 +326,11 @@ class ExpertParallel:
         """The slot of every assignment, S where `counted` is False."""
 
         def choose() -> torch.Tensor:
-            if counted is None:
-                return self._choose(topk_ids, None, by_rank)
-            slots = self._choose(torch.where(counted, topk_ids, 0), counted, by_rank)
-            return torch.where(counted, slots, self.num_slots)  # which `route` leaves here
+            return self.setup.slots(self._choose, topk_ids, counted, by_rank)
 
         if not recorded or type(self._rule).__module__.startswith("evenmoe."):  # ours choose the same both times
             return choose()
         return self._chosen.again(topk_ids, by_rank, choose)
-
-    def _counted(self, topk_ids: torch.Tensor) -> torch.Tensor | None:
-        """bool (T, K), where there is an expert to compute; None where that is known to be everywhere.
-
-        Raises:
-            ConstraintError: an id that is no expert's, unless values are not looked at.
-        """
-        if not self._check_values or not topk_ids.numel():
-            return topk_ids >= 0
-        if topk_ids.device.type == "cpu":
-            low, high = least_and_most(topk_ids.numpy().reshape(-1))
-        else:
-            low, high = torch.aminmax(topk_ids)
-        if low < -1 or high >= self.num_experts:
-            raise wrong_id(topk_ids, self.num_experts)
-        return topk_ids >= 0 if low < 0 else None
 
     def _count_experts(self, topk_ids: torch.Tensor) -> torch.Tensor:
         """int64 (W, E), this rank's assignments to every expert, for every rank."""

@@ -67,16 +67,8 @@ def return_rows(
     )
     back = torch.from_numpy(np.array(outgoing.rows)[:, None])
     told, incoming = call.send(header, back, outgoing, rows, order, dispatch=dispatched.number)
-    # Rows return in the order in which `routing` sent the tokens out, so each one's position is known.
-    if rows.device.type == "cpu":
-        counts, at = np.ascontiguousarray(routing.counts.numpy()), np.empty(shape, np.int64)
-        token, k = routing.token.numpy(), routing.k.numpy()
-        as_sent, position = positions_returned(counts, told.numpy(), token, k, at), torch.from_numpy(at)
-    else:
-        as_sent = torch.equal(told[:, 0].cpu(), sums(routing.counts, 1).cpu())
-        position = torch.full(shape, -1, dtype=torch.int64, device=rows.device)
-        position[routing.token, routing.k] = torch.arange(len(routing.k), device=rows.device)
-    if not as_sent:
+    position = positions_in_order(routing, told, shape)
+    if position is None:
         home, sent_out = told[:, 0].tolist(), sums(routing.counts, 1).tolist()
         raise ConstraintError(
             "dispatched",
@@ -85,3 +77,24 @@ def return_rows(
             "pass it to combine as it is",
         )
     return incoming, position
+
+
+def positions_in_order(routing: Routing, came: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """int64 (T, K), the position of every assignment's row among those that have come in the order of `routing`.
+
+    Args:
+        came: int64 (W, 1), how many rows have come from every rank. shape: (T, K).
+
+    Returns:
+        The positions, −1 where no row is due; None where other numbers of rows have come.
+    """
+    device = routing.token.device
+    if device.type == "cpu":
+        counts, position = np.ascontiguousarray(routing.counts.numpy()), np.empty(shape, np.int64)
+        token, k = routing.token.numpy(), routing.k.numpy()
+        return torch.from_numpy(position) if positions_returned(counts, came.numpy(), token, k, position) else None
+    if not torch.equal(came[:, 0].cpu(), sums(routing.counts, 1).cpu()):
+        return None
+    position = torch.full(shape, -1, dtype=torch.int64, device=device)
+    position[routing.token, routing.k] = torch.arange(len(routing.k), device=device)
+    return position

@@ -79,6 +79,12 @@ OPERATORS: dict[str, tuple[str, ...]] = {
         GRADIENTS_OF_ROWS,
         GRADIENTS_OF_WEIGHTS,
     ),
+    "SharedBatch.combine": (
+        LAYER,
+        "hidden size of `expert_out`",
+        "dtype of `expert_out`",
+        "digest of the slots chosen",
+    ),
     "backward of ExpertParallel.dispatch": (LAYER, DISPATCH),
     "backward of ExpertParallel.combine": (LAYER, DISPATCH),
     "backward of ExpertParallel.combine, for the weights": (LAYER, DISPATCH),

@@ -59,6 +59,24 @@ def test_outputs_do_not_depend_on_ranks_slots_and_placements(mode):
         assert max(found.values()) <= SAME, found
 
 
+def with_and_without_gradients(rank: int) -> list[bool]:
+    """Whether logits have the same bits where every rank adds up the whole batch, and where each has its part."""
+    model, same = parallel("tp"), []
+    for slots in (EXPERTS, 12):
+        et.place(model, planned(slots))
+        for length in (1, 2, 9):
+            tokens = prompts(0, rows=1, length=length)
+            split = whole(model(tokens).logits)
+            with torch.no_grad():
+                same.append(bool(split.requires_grad and whole(model(tokens).logits).equal(split)))
+    return same
+
+
+def test_a_batch_that_all_ranks_hold_gives_the_bits_of_its_parts():
+    for found in on_ranks(with_and_without_gradients):
+        assert found == [True] * 6
+
+
 def states(rank: int, mode: str, folder: str) -> list[str]:
     """Names of what differs from the model of one process after a placement: in the state dict, saved, loaded."""
     model, alone = parallel(mode), dense().state_dict()
