@@ -56,7 +56,8 @@ class EvenmoeExperts(EPImplementation):
     """Dispatch, the rank's own experts, and combine, for one module of experts.
 
     Where ranks of a tensor-parallel group hold the same batch, each takes its part of the tokens, and the results are
-    gathered; small batches that need no gradients stay whole (`SharedBatch`). `rule` and `check_values` are those of `register`.
+    gathered; small batches that need no gradients stay whole (`SharedBatch`). `rule` and `check_values` are those of
+    `register`.
 
     Attributes:
         num_experts: E, logical experts of the layer.
