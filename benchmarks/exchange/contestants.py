@@ -81,23 +81,29 @@ def dense(batch: Batch) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A step, and what it gives when the experts are `multiplied`, in float64."""
+    """A step, what it gives when the experts are `multiplied`, in float64, and how often it rounds to bfloat16."""
 
     step: Step
     expected: Callable[[Batch], torch.Tensor] = dense
+    roundings: int = 1
 
 
-def expert_parallel(rank: Rank, work: Work) -> Contestant:
+def expert_parallel(rank: Rank, work: Work, combine: str = "exact") -> Contestant:
     """`ExpertParallel`, each expert in one slot."""
     table = default_placement(1, work.experts, work.ranks).eplb_table(0)
-    layer = em.ExpertParallel(rank.ep, table, num_slots=work.experts)
+    layer = em.ExpertParallel(rank.ep, table, num_slots=work.experts, combine=combine)
 
     def step(batch: Batch, experts: Experts) -> torch.Tensor:
         sent = layer.dispatch(batch.x, batch.ids, batch.weights)
         out = experts(sent.rows, lambda: _by_expert(sent.num_tokens_per_expert, rank.ep.rank))
         return layer.combine(sent, out)
 
-    return Contestant(step)
+    return Contestant(step, roundings=1 if combine == "exact" else 2)
+
+
+def reduced_sums(rank: Rank, work: Work) -> Contestant:
+    """`ExpertParallel` with one row for each (token, rank) on its way back."""
+    return expert_parallel(rank, work, "reduced")
 
 
 def operators(rank: Rank, work: Work) -> Contestant:
@@ -212,7 +218,7 @@ def all_to_all_of_transformers(rank: Rank, work: Work) -> Contestant:
 
 Make = Callable[[Rank, Work], Contestant]
 #: Over one transport of evenmoe each, or over threads.
-OURS: dict[str, Make] = {"ExpertParallel": expert_parallel, "operators": operators}
+OURS: dict[str, Make] = {"ExpertParallel": expert_parallel, "reduced sums": reduced_sums, "operators": operators}
 #: In processes, by what torch.distributed has.
 OTHERS: dict[str, Make] = {
     "by hand": by_hand,

@@ -141,12 +141,12 @@ def problem(contestant: Contestant, batch: Batch) -> str:
 
     All terms of a sum have the sign of x, so that what rounding K products and K sums in float32 changes is at most
     2 K · 2^-24 of the result, and rounding it to bfloat16 once 2^-8 of it (8 bits, and half of the last one's unit is
-    2^-8 of a power of two). K is 64 at most.
+    2^-8 of a power of two); reduced sums are rounded once more on their way. K is 64 at most.
     """
     found, expected = contestant.step(batch, multiplied).double(), contestant.expected(batch)
     if found.shape != expected.shape:
         return f"gives {tuple(found.shape)}, not {tuple(expected.shape)}"
-    wrong = ~((found - expected).abs() <= (2.0**-8 + 2.0**-17) * expected.abs())
+    wrong = ~((found - expected).abs() <= (contestant.roundings * 2.0**-8 + 2.0**-16) * expected.abs())
     return f"{int(wrong.sum())} of {wrong.numel()} values are wrong" if wrong.any() else ""
 
 

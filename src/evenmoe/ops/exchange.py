@@ -66,6 +66,7 @@ class Received:
         rows: (N, …), as sent.
         source, token, k: int32 (N,), where each row came from.
         counts: int64 (W, L), rows per source and local expert.
+        row: int64 (N,), which of the rows that came each one is: by source, then token, one for all of a token's.
         weight: float32 (N,), what the source gave the assignment, or None where weights do not travel.
     """
 
@@ -74,6 +75,7 @@ class Received:
     token: torch.Tensor
     k: torch.Tensor
     counts: torch.Tensor
+    row: torch.Tensor
     weight: torch.Tensor | None = None
 
 
@@ -309,7 +311,7 @@ def received(
     num_rows = which.shape[0]
     out = call.group.new_rows((num_rows, *like.shape[1:]), like) if allocate is None else allocate(num_rows)
     rows = incoming.take(which, out)
-    return Received(rows, source, assignments[:, 0], assignments[:, 1], counts, weight)
+    return Received(rows, source, assignments[:, 0], assignments[:, 1], counts, which, weight)
 
 
 def _ordered(counts: torch.Tensor, incoming: Incoming, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

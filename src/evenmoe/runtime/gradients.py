@@ -70,7 +70,10 @@ def way_of(group: Transport, dispatched: DispatchedRows) -> Way:
     rows = dispatched.rows
     check_threads(group, rows.device)
     weights = dispatched.topk_weights.detach()
-    return Way(group, replace(dispatched, rows=rows.new_empty((0, *rows.shape[1:])), topk_weights=weights, link=None))
+    return Way(
+        group,
+        replace(dispatched, rows=rows.new_empty((0, *rows.shape[1:])), topk_weights=weights, partial=None, link=None),
+    )
 
 
 class Chosen:

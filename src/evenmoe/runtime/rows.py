@@ -5,6 +5,7 @@ Shapes: T tokens of this rank, H hidden, K experts per token, S slots, W ranks, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +14,27 @@ import torch
 from evenmoe.errors import ConstraintError
 from evenmoe.ops.exchange import Routing, prepare_returning, sums
 from evenmoe.ops.row_order import positions_returned
+from evenmoe.ops.weighted_sum import sum_dtype, sum_rows
 from evenmoe.transport.agreement import Header
 from evenmoe.transport.call import GroupCall
-from evenmoe.transport.packets import Incoming
+from evenmoe.transport.packets import Incoming, Outgoing, Words
+
+
+@dataclass(frozen=True)
+class PartialSums:
+    """Which rows a rank adds up before they return, one sum for every (token, rank), and what they are weighted by.
+
+    Attributes:
+        row: int64 (R,), the sum that each row belongs to; by source rank, then token. came: int64 (W,), sums for each.
+        weights: float32 (R,).
+        token: int64 (N,), this rank's token of each sum that returns, by rank. sent: W numbers of these.
+    """
+
+    row: torch.Tensor
+    came: Words
+    weights: torch.Tensor
+    token: torch.Tensor
+    sent: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -29,6 +48,7 @@ class DispatchedRows:
         slots: integers (T, K), the slot that each assignment of this rank went to; S where none is computed.
         topk_weights: float32 (T, K), or float64 where they were so; with the gradients of what dispatch was given.
         layer, number: which layer's dispatch it is, and which exchange of the group; the same on all ranks.
+        partial: what `combine="reduced"` needs; None for the exact sum.
         link: (0,), what lets the backward of combine come before that of dispatch on every rank; None if no rank needs
             gradients of x.
     """
@@ -44,6 +64,7 @@ class DispatchedRows:
     group_name: str
     layer: int
     number: int
+    partial: PartialSums | None = None
     link: torch.Tensor | None = None
 
 
@@ -69,14 +90,51 @@ def return_rows(
     told, incoming = call.send(header, back, outgoing, rows, order, dispatch=dispatched.number)
     position = positions_in_order(routing, told, shape)
     if position is None:
-        home, sent_out = told[:, 0].tolist(), sums(routing.counts, 1).tolist()
-        raise ConstraintError(
-            "dispatched",
-            f"such that {home} rows come back from the ranks where {sent_out} were sent to them",
-            "must be what dispatch returned, unchanged",
-            "pass it to combine as it is",
-        )
+        raise _other_rows(told, sums(routing.counts, 1).tolist())
     return incoming, position
+
+
+def return_sums(
+    call: GroupCall, header: Header, dispatched: DispatchedRows, partial: PartialSums, rows: torch.Tensor
+) -> tuple[Incoming, torch.Tensor]:
+    """Send a row for each token and rank to the rank of the token: the weighted sum of the token's rows here.
+
+    Sums are in `sum_dtype`, k ascending, and rounded to the dtype of the rows for their way.
+
+    Args:
+        rows: (R, …), as in `return_rows`.
+
+    Returns:
+        What came; int64 (T, W), the position of every rank's sum for a token, −1 where there is none.
+
+    Raises:
+        ConstraintError: as in `return_rows`.
+    """
+    world_size, (num_tokens, top_k) = call.group.world_size, dispatched.topk_weights.shape
+    of_sum = torch.full((int(partial.came.sum()), top_k), -1, dtype=torch.int64, device=rows.device)
+    weights = torch.zeros(of_sum.shape, dtype=sum_dtype(rows.dtype), device=rows.device)
+    entry = partial.row, dispatched.source_k.long()
+    of_sum[entry] = torch.arange(rows.shape[0], device=rows.device)
+    weights[entry] = partial.weights.to(weights.dtype)
+    sums_here = sum_rows(rows, of_sum, weights)
+    outgoing = Outgoing([0] * world_size, partial.came.tolist(), tuple(rows.shape[1:]), sums_here)
+    back = torch.from_numpy(partial.came[:, None])
+    told, incoming = call.send(header, back, outgoing, sums_here, dispatch=dispatched.number)
+    if told[:, 0].tolist() != list(partial.sent):
+        raise _other_rows(told, list(partial.sent))
+    position = torch.full((num_tokens, world_size), -1, dtype=torch.int64, device=rows.device)
+    rank = torch.repeat_interleave(torch.tensor(partial.sent, device=rows.device))
+    position[partial.token, rank] = torch.arange(len(rank), device=rows.device)
+    return incoming, position
+
+
+def _other_rows(told: torch.Tensor, sent_out: list[int]) -> ConstraintError:
+    return ConstraintError(
+        "dispatched",
+        f"such that {told[:, 0].tolist()} rows come back from the ranks where {sent_out} were sent to them",
+        "must be what dispatch returned, unchanged",
+        "pass it to combine as it is",
+    )
 
 
 def positions_in_order(routing: Routing, came: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:

@@ -29,6 +29,7 @@ HEADER = 4 + FIELDS + TEXT  # number of the exchange, operator, status, number o
 FAILED = 1  # status of an error that has none of its own
 UNKNOWN = -1  # a dispatch that combine was not told; it may be any
 
+COMBINE_MODE = "`combine`"
 RULE_CODE = "digest of the code of `rule`"
 LAYER, DISPATCH = "layer", "dispatch"
 #: What a rank says of gradients: it records none at all, it would where another rank needs them, or it needs them.
@@ -65,6 +66,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
         "`num_slots`",
         "`rule`",
         RULE_CODE,
+        COMBINE_MODE,
         "digest of the EPLB table",
         GRADIENTS_OF_X,
     ),
