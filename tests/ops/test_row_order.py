@@ -11,6 +11,7 @@ from evenmoe.ops.row_order import (
     order_by_source,
     order_received,
     positions_returned,
+    rows_of_sums,
     rows_of_tokens,
     sort_assignments,
 )
@@ -85,6 +86,21 @@ def test_received_assignments_by_expert_and_source(counts, columns, random):
     assert row.tolist() == [first[came[i][1]] + numbers[i, 2] for i in order]
 
 
+@given(st.integers(1, 4), st.integers(1, 5), st.randoms(use_true_random=False))
+def test_rows_of_sums_are_in_order_and_without_gaps(num_sums, top_k, random):
+    entries = [(row, k) for row in range(num_sums) for k in range(top_k) if random.random() < 0.6]
+    random.shuffle(entries)
+    which, k = np.array([(*entry,) for entry in entries], np.int64).reshape(-1, 2).T
+    weights = np.array([random.random() for _ in entries])
+    position, weight = np.full((num_sums, top_k), 9), np.full((num_sums, top_k), 9.0)
+    rows_of_sums(which, k.astype(np.int32), weights, position, weight)
+    for row in range(num_sums):
+        own = [entries.index(entry) for entry in sorted(entries) if entry[0] == row]
+        rest = top_k - len(own)
+        assert position[row].tolist() == own + [-1] * rest
+        assert weight[row].tolist() == [weights[i] for i in own] + [0.0] * rest
+
+
 @given(st.lists(st.integers(-2, 5)), st.integers(1, 4), st.sampled_from([np.int32, np.int64]))
 def test_rows_by_the_rank_that_they_came_from(source, world_size, dtype):
     order, counts = order_by_source(np.array(source, dtype), world_size)
@@ -106,6 +122,8 @@ def test_rows_by_the_rank_that_they_came_from(source, world_size, dtype):
         lambda: positions_returned(
             np.array([[1]]), np.array([[1]]), np.array([-1]), np.array([1]), np.zeros((2, 2), np.int64)
         ),
+        lambda: rows_of_sums(np.array([2]), np.array([0]), np.ones(1), np.zeros((2, 2), np.int64), np.zeros((2, 2))),
+        lambda: rows_of_sums(np.array([0]), np.array([2]), np.ones(1), np.zeros((2, 2), np.int64), np.zeros((2, 2))),
         lambda: order_received(np.array([[2]]), np.array([0]), np.zeros((1, 3), np.int32)),
         lambda: order_received(np.array([[2], [-1]]), np.array([0, 0]), np.zeros((1, 3), np.int32)),
         lambda: order_received(np.array([[0], [1]]), np.array([0]), np.zeros((1, 3), np.int32)),

@@ -216,6 +216,38 @@ def positions_returned(counts, came, token, k, position):
 
 
 @compiled
+def rows_of_sums(which, k, weights, position, weight):
+    """The rows of each sum, k ascending, and what they are weighted by.
+
+    Args:
+        which: int64 (N,), the sum that each row belongs to. k: int32 (N,), that differ within a sum. weights: (N,).
+        position: int64 (P, K), to be written, −1 behind a sum's last row. weight: (P, K), likewise.
+
+    >>> import numpy as np
+    >>> position, weight = np.zeros((2, 3), np.int64), np.zeros((2, 3))
+    >>> rows_of_sums(np.array([1, 0, 1]), np.array([2, 1, 0]), np.array([0.5, 2.0, 4.0]), position, weight)
+    >>> position.tolist(), weight[1].tolist()
+    ([[1, -1, -1], [2, 0, -1]], [4.0, 0.5, 0.0])
+    """
+    for row in range(position.shape[0]):
+        for column in range(position.shape[1]):
+            position[row, column], weight[row, column] = -1, 0.0
+    for i in range(which.size):
+        if not (0 <= which[i] < position.shape[0] and 0 <= k[i] < position.shape[1]):
+            raise IndexError("a row of no sum")
+        position[which[i], k[i]], weight[which[i], k[i]] = i, weights[i]
+    # Without gaps, so that four rows can be added in one pass.
+    for row in range(position.shape[0]):
+        into = 0
+        for column in range(position.shape[1]):
+            at, factor = position[row, column], weight[row, column]
+            if at >= 0:
+                position[row, column], weight[row, column] = -1, 0.0
+                position[row, into], weight[row, into] = at, factor
+                into += 1
+
+
+@compiled
 def least_and_most(ids):
     """The least and the largest of integers (n,), of which there are some.
 

@@ -188,24 +188,27 @@ def add_rows(total: torch.Tensor, rows: torch.Tensor | Incoming, position: torch
                 part[where] += term.mul_(weights[tokens, k][where, None])
 
 
-def sum_rows(rows: torch.Tensor | Incoming, position: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def sum_rows(
+    rows: torch.Tensor | Incoming, position: torch.Tensor, weights: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """(T, H), the sums that `add_rows` adds to zeros, rounded to the dtype of the rows.
 
     Args:
         rows, position, weights: as in `add_rows`; weights of `sum_dtype` of the rows.
+        out: contiguous (T, H), dtype of the rows, where the sums are written. None for new memory.
     """
     like = rows if isinstance(rows, torch.Tensor) else rows.like
     shape = position.shape[0], like.shape[1]
     if like.device.type == "cpu" and like.dtype in (torch.bfloat16, weights.dtype):
-        y = like.new_empty(shape)
-        out, add = (y.view(torch.uint16), sum_bfloat16) if like.dtype == torch.bfloat16 else (y, sum_plain)
+        y = like.new_empty(shape) if out is None else out
+        bits, add = (y.view(torch.uint16), sum_bfloat16) if like.dtype == torch.bfloat16 else (y, sum_plain)
         assert weights.shape == position.shape, (weights.shape, position.shape)
         incoming = _in_place(rows)
-        add(out.numpy(), _addresses(incoming, position), weights.contiguous().numpy())
+        add(bits.numpy(), _addresses(incoming, position), weights.contiguous().numpy())
         return y
     total = torch.zeros(shape, dtype=weights.dtype, device=like.device)
     add_rows(total, rows, position, weights)
-    return total.to(like.dtype)
+    return total.to(like.dtype) if out is None else out.copy_(total)
 
 
 def _in_place(rows: torch.Tensor | Incoming) -> Incoming:

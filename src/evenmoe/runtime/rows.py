@@ -13,7 +13,7 @@ import torch
 
 from evenmoe.errors import ConstraintError
 from evenmoe.ops.exchange import Routing, prepare_returning, sums
-from evenmoe.ops.row_order import positions_returned
+from evenmoe.ops.row_order import positions_returned, rows_of_sums
 from evenmoe.ops.weighted_sum import sum_dtype, sum_rows
 from evenmoe.transport.agreement import Header
 from evenmoe.transport.call import GroupCall
@@ -111,12 +111,16 @@ def return_sums(
         ConstraintError: as in `return_rows`.
     """
     world_size, (num_tokens, top_k) = call.group.world_size, dispatched.topk_weights.shape
-    of_sum = torch.full((int(partial.came.sum()), top_k), -1, dtype=torch.int64, device=rows.device)
-    weights = torch.zeros(of_sum.shape, dtype=sum_dtype(rows.dtype), device=rows.device)
-    entry = partial.row, dispatched.source_k.long()
-    of_sum[entry] = torch.arange(rows.shape[0], device=rows.device)
-    weights[entry] = partial.weights.to(weights.dtype)
-    sums_here = sum_rows(rows, of_sum, weights)
+    shape, dtype = (int(partial.came.sum()), top_k), sum_dtype(rows.dtype)
+    weights = torch.zeros(shape, dtype=dtype, device=rows.device)
+    of_sum = torch.full(shape, -1, dtype=torch.int64, device=rows.device)
+    row, k, given = partial.row, dispatched.source_k, partial.weights.to(dtype)
+    if rows.device.type == "cpu":
+        rows_of_sums(row.numpy(), k.numpy(), given.numpy(), of_sum.numpy(), weights.numpy())
+    else:
+        of_sum[row, k.long()] = torch.arange(rows.shape[0], device=rows.device)
+        weights[row, k.long()] = given
+    sums_here = sum_rows(rows, of_sum, weights, call.group.new_rows((shape[0], *rows.shape[1:]), rows))
     outgoing = Outgoing([0] * world_size, partial.came.tolist(), tuple(rows.shape[1:]), sums_here)
     back = torch.from_numpy(partial.came[:, None])
     told, incoming = call.send(header, back, outgoing, sums_here, dispatch=dispatched.number)
