@@ -30,7 +30,7 @@ FAILED = 1  # status of an error that has none of its own
 UNKNOWN = -1  # a dispatch that combine was not told; it may be any
 
 COMBINE_MODE = "`combine`"
-RULE_CODE = "digest of the code of `rule`"
+RULE_CODE = "digest of the code and the settings of `rule`"
 LAYER, DISPATCH = "layer", "dispatch"
 #: What a rank says of gradients: it records none at all, it would where another rank needs them, or it needs them.
 OFF, ON, NEEDED = range(3)
