@@ -164,8 +164,8 @@ def test_two_rules_of_one_name_are_told_apart(case, tmp_path):
     told = dispatched_by([one, one, other, one])
     assert told == told[:1] * 4
     assert re.fullmatch(
-        r"RankDisagreementError: `digest of the code and the settings of rule` is (\d+) on ranks 0, 1, 3 and (\d+) on rank 2: "
-        r"it must be equal on every rank of a group; pass the same on all ranks\.",
+        r"RankDisagreementError: `digest of the code and the settings of rule` is (\d+) on ranks 0, 1, 3 "
+        r"and (\d+) on rank 2: it must be equal on every rank of a group; pass the same on all ranks\.",
         str(told[0]),
     )
 

@@ -53,7 +53,9 @@ def test_ranks_that_weigh_differently_are_told_so():
     ids = [torch.zeros((2, TOP_K), dtype=torch.long)] * RANKS
 
     def run(rank):
-        with pytest.raises(RankDisagreementError, match=r"`digest of the code and the settings of rule` is .* on rank 1"):
+        with pytest.raises(
+            RankDisagreementError, match=r"`digest of the code and the settings of rule` is .* on rank 1"
+        ):
             step(rank, placement, ids, BatchRule(weight_rows=35 if rank.index == 1 else 150))
 
     with em.local_world(RANKS, timeout_s=60.0) as world:
