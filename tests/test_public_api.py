@@ -78,6 +78,7 @@ def test_every_error_that_is_documented_can_be_named():
 
 def test_the_list_is_the_design():
     assert sorted(em.__all__) == [
+        "Advice",
         "ConstraintError",
         "CostModel",
         "Dispatched",
@@ -92,6 +93,7 @@ def test_the_list_is_the_design():
         "Trace",
         "UnsupportedTypeError",
         "__version__",
+        "advise",
         "combine",
         "combine_add_rms_norm",
         "convert",

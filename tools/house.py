@@ -51,7 +51,7 @@ FLOORS = (
     ("__main__",),
     ("cli",),
     ("integrations", "live"),
-    ("ascend", "report"),
+    ("advice", "ascend", "report"),
     ("simulator",),
     ("engines",),
     ("planner", "layer", "runtime"),

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from evenmoe import errors as errors
+    from evenmoe.advice.advise import Advice as Advice
+    from evenmoe.advice.advise import advise as advise
     from evenmoe.dispatched import Dispatched as Dispatched
     from evenmoe.errors import ConstraintError as ConstraintError
     from evenmoe.errors import EvenmoeError as EvenmoeError
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Advice": "evenmoe.advice.advise",
     "ConstraintError": "evenmoe.errors",
     "CostModel": "evenmoe.simulator.costs",
     "Dispatched": "evenmoe.dispatched",
@@ -63,6 +66,7 @@ _HOME = {
     "Simulation": "evenmoe.simulator.result",
     "Trace": "evenmoe.traces.trace",
     "UnsupportedTypeError": "evenmoe.errors",
+    "advise": "evenmoe.advice.advise",
     "combine": "evenmoe.ops.combine",
     "combine_add_rms_norm": "evenmoe.ops.combine_add_rms_norm",
     "convert": "evenmoe.formats.writing",

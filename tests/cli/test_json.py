@@ -70,10 +70,12 @@ def inputs(tmp_path, monkeypatch) -> None:
     formats.write("after.json", Placement([[0, 2, 1, 3]] * 3, 2), format="evenmoe-placement", layer_ids=[0, 1, 2])
     skewed = np.random.default_rng(2).multinomial(999, [0.6, 0.3, 0.05, 0.05], (40, 3))
     np.savez("skewed.npz", load=skewed)  # of which a gain is claimed
+    np.savez("big.npz", load=np.random.default_rng(2).multinomial(9999, np.arange(1, 9) / 36, (24, 2)))
     Path("bad.json").write_text("[[0, 0, 2, 3], [0, 1, 2, 2]]")
 
 
 WORLD = ("--ranks", 2, "--slots", 4)
+ADVICE = ("--engine", "vllm", "--ranks", 2, "--model", "mixtral", "--tokens", 64, "--top-k", 2)
 CALLS = {
     "simulate": [
         ("simulate", name, *SIMULATION, *options, "--json")
@@ -101,6 +103,9 @@ CALLS = {
     "convert": [
         ("convert", "ring.pt", "l.npz", "--to", "evenmoe-trace", "--json"),
         ("convert", "before.json", "m.json", "--to", "ascend-map", "--json"),
+    ],
+    "advise": [
+        ("advise", "big.npz", *ADVICE, *options, "--json") for options in ((), ("--gpu", "b200"))
     ],
     "check": [("check", "ring.pt", "--json"), ("check", "bad.json", "--from", "vllm-list", "--ranks", 2, "--json")],
     "diff": [

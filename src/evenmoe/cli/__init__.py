@@ -39,6 +39,7 @@ _ADVICE = {
 COMMANDS = {
     "demo": "Run the whole chain here and compare it with a dense model.",
     "plan": "Plan a placement for a recorded load.",
+    "advise": "Say whether balancing pays, in modeled time.",
     "simulate": "Replay a trace under several policies, without a GPU.",
     "report": "Show what a simulation found, as one HTML page.",
     "convert": "Convert a placement or a load to another tool's format.",

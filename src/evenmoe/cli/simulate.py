@@ -58,7 +58,8 @@ _POLICY_HELP = (
 )
 
 
-def _gpus(incomplete: str) -> list[str]:
+def complete_gpu(incomplete: str) -> list[str]:
+    """Names of accelerators that begin so."""
     from evenmoe.costs import hardware_names
 
     return [name for name in (*hardware_names(), "cpu") if name.casefold().startswith(incomplete.casefold())]
@@ -128,7 +129,9 @@ class SimulateCommand(FileOptions, WorldOptions):
     combine_row_bytes: Annotated[float | None, Option(help="Bytes of a row back.")] = None
     gpu: Annotated[
         str,
-        Option(help="Whose kernels and links are modeled: a name, or cpu, which is measured.", autocompletion=_gpus),
+        Option(
+            help="Whose kernels and links are modeled: a name, or cpu, which is measured.", autocompletion=complete_gpu
+        ),
     ] = "H100"
     phase: Annotated[
         str,
