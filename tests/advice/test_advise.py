@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -81,3 +82,20 @@ def test_ranks_that_do_not_divide_the_experts_and_one_window():
         Trace("flat", np.full((3, 4, 32), 100_000)), engine="sglang", num_ranks=4, model=replace(SHAPE, name="flat")
     )
     assert (flat.kind, flat.reason) == ("does not pay", "too balanced")
+
+
+def test_more_windows_than_a_plan_takes_are_merged_not_summed(monkeypatch):
+    """Single windows tell a planner what their sum does not."""
+    seen = []
+    module = import_module("evenmoe.advice.advise")  # the package has the function under this name
+
+    def watched(planner, load, options):
+        seen.append(np.asarray(load))
+        return plan_with(planner, load, options)
+
+    plan_with = module.plan_with
+    monkeypatch.setattr(module, "plan_with", watched)
+    load = np.concatenate([planted(0).load] * 5)
+    advise(Trace("long", load), engine="vllm", num_ranks=8, model=SHAPE, batch_sizes=[64], phases=["prefill"])
+    assert {goal.shape for goal in seen} == {(64, 4, 32)}
+    assert all((goal.sum(axis=0) == load[:80].sum(axis=0)).all() for goal in seen)

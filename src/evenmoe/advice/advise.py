@@ -47,6 +47,7 @@ LEAST_PERCENT = 3.0
 #: Extra slots may take so much of an accelerator's memory.
 MEMORY_SHARE = 0.1
 _MOST_EXTRA = 2  # slots a rank; more were never faster in the TensorRT-LLM tables of 256 and 288 slots
+_MOST_WINDOWS = 64  # that a plan is made from, the default of `evenmoe plan --most-windows`
 _DECODE_TOKENS = 128  # a rank, what DeepEP's low-latency buffers hold by default
 
 
@@ -271,8 +272,9 @@ class _Study:
 
     def plan(self, num_slots: int, rule: Rule) -> Placement:
         goal = self.held.planned if len(self.held.planned) > 1 else self.held.planned[0]
-        if len(self.held.planned) > 64:
-            goal = self.held.planned.sum(axis=0)
+        if len(self.held.planned) > _MOST_WINDOWS:  # neighbors are merged, as `evenmoe plan` does
+            first = np.arange(_MOST_WINDOWS) * len(self.held.planned) // _MOST_WINDOWS
+            goal = np.add.reduceat(self.held.planned, first, axis=0)
         plan = plan_with("evenmoe", goal, PlanOptions(self.default.num_ranks, num_slots, rule=rule, seed=self.seed))
         return plan if self.engine.keeps_order else without_order(plan)
 
