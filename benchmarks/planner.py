@@ -74,9 +74,9 @@ def measure(case: Case, seeds: int, repeat: int) -> None:
 
 
 def search(case: Case, load: np.ndarray, yardstick: float, repeat: int) -> None:
-    from evenmoe.planner.even import plan_static
     from evenmoe.planner.hierarchical import plan_hierarchical
     from evenmoe.planner.options import check_shape
+    from evenmoe.planner.static import plan_static
 
     if case.groups > 1:
         counts = check_shape(case.experts, case.ranks, case.slots, case.nodes, case.groups)

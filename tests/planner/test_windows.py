@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evenmoe as em
-from evenmoe.planner import even
-from evenmoe.planner.even import (
+from evenmoe.planner import windows
+from evenmoe.planner.kernels.soft_peak import search
+from evenmoe.planner.windows import (
     BETAS,
     FOLDS,
     MARGIN,
@@ -27,7 +28,6 @@ from evenmoe.planner.even import (
     plan_windows,
     soft_peak_state,
 )
-from evenmoe.planner.kernels.soft_peak import search
 
 Load = npt.NDArray[np.float64]
 
@@ -169,8 +169,8 @@ def test_the_regularization_is_changed_where_the_history_is_clear(monkeypatch: p
     """Experts that move together: believing none of it costs 16 % held out, 18 standard errors."""
     together = History(comoving(0, 40), 8)
     assert choose_regularization(together, 40) == USUAL
-    monkeypatch.setattr(even, "USUAL", USUAL._replace(shrinkage=1.0))
-    monkeypatch.setattr(even, "SHRINKAGES", (0.2,))
+    monkeypatch.setattr(windows, "USUAL", USUAL._replace(shrinkage=1.0))
+    monkeypatch.setattr(windows, "SHRINKAGES", (0.2,))
     assert choose_regularization(together, 40).shrinkage == 0.2
 
 

@@ -16,7 +16,7 @@ from scipy.optimize import linprog
 
 import evenmoe as em
 from evenmoe.errors import ConstraintError, UnsupportedTypeError
-from evenmoe.planner.even import plan_static
+from evenmoe.planner.static import plan_static
 from evenmoe.rules import split_kernels
 from evenmoe.rules.split_batch import SplitPlan
 from evenmoe.slot_arrays import ranks_of_slots

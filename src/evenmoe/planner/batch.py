@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.metrics import FloatArray
-from evenmoe.planner.even import plan_static
 from evenmoe.planner.kernels.batch import evaluate, first_better
 from evenmoe.planner.kernels.batch_moves import candidates
 from evenmoe.planner.kernels.packing import draft, replicate
 from evenmoe.planner.options import Shape
 from evenmoe.planner.slots import Slots, normalized
+from evenmoe.planner.static import plan_static
 from evenmoe.slot_arrays import held_by_rank
 
 Held = npt.NDArray[np.int64]  # (G, n): the expert in each slot of each rank

@@ -9,10 +9,11 @@ import numpy as np
 from evenmoe.errors import ConstraintError
 from evenmoe.metrics import FloatArray, held_on
 from evenmoe.placement import Placement
-from evenmoe.planner.even import plan_static, plan_windows
 from evenmoe.planner.incremental import plan_incremental
 from evenmoe.planner.options import PlanOptions, Shape, sizes_of
 from evenmoe.planner.slots import histories
+from evenmoe.planner.static import plan_static
+from evenmoe.planner.windows import plan_windows
 from evenmoe.slot_arrays import IntArray, ranks_of_slots
 
 

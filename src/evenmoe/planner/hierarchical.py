@@ -13,10 +13,11 @@ from math import comb, factorial
 import numpy as np
 
 from evenmoe.metrics import FloatArray
-from evenmoe.planner.even import plan_peaks, plan_windows
 from evenmoe.planner.kernels.packing import pack_evenly
 from evenmoe.planner.options import Shape
 from evenmoe.planner.slots import Indices
+from evenmoe.planner.static import plan_peaks
+from evenmoe.planner.windows import plan_windows
 from evenmoe.slot_arrays import IntArray
 
 # (layers (n,), node sets (n,), tokens (n,) below which a node need not be pressed) -> tokens (n,) of the busiest rank

@@ -6,12 +6,12 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.metrics import FloatArray, count_arrivals
-from evenmoe.planner.even import plan_peaks
 from evenmoe.planner.hierarchical import plan_hierarchical
 from evenmoe.planner.kernels.packing import keep_slots
 from evenmoe.planner.kernels.walk import walk_layers
 from evenmoe.planner.options import Shape
 from evenmoe.planner.slots import Indices, Integers, Padding, Slots, by_load, even_par, lay_over, positions, take
+from evenmoe.planner.static import plan_peaks
 from evenmoe.slot_arrays import IntArray, held_by_rank
 
 # Load over which a rank counts as too busy, in mean rank loads. A little below the mean, so that a swap evens out both

@@ -154,7 +154,8 @@ def _plan_anew(tokens: FloatArray, shape: Shape, options: PlanOptions) -> Slots:
         from evenmoe.planner.hierarchical import plan_hierarchical
 
         return Slots(plan_hierarchical(tokens, shape, options.seed))
-    from evenmoe.planner.even import plan_static, plan_windows
+    from evenmoe.planner.static import plan_static
+    from evenmoe.planner.windows import plan_windows
 
     plan_even = plan_windows if tokens.ndim == 3 else plan_static
     return Slots(plan_even(tokens, shape.num_ranks, shape.num_slots, options.seed))

@@ -102,8 +102,10 @@ class Bins(NamedTuple):
 
 
 @compiled
-def pack_layers(load, order, room, slots):
+def pack_layers(load, order, room, caution, slots):
     """Fill the first `room` (G,) slots of each rank of `slots` (L, G, width) with a first plan of each row of `load`.
+
+    When replicas are given out, an expert of u mean expert loads counts as u + `caution` √u.
 
     `load` is (L, E). `order` (L, E) sorts each row descending; equal loads are put in ascending order of expert here,
     whatever sort was used. Experts are named by their position in it, so the plan cannot depend on their ids.
@@ -111,6 +113,7 @@ def pack_layers(load, order, room, slots):
     num_ranks = slots.shape[1]
     num_experts = load.shape[1]
     loads = np.empty(num_experts, np.float64)
+    keys = np.empty(num_experts, np.float64)
     counts = np.empty(num_experts, np.int64)
     share = np.empty(num_experts, np.float64)
     queue = np.empty(num_experts, np.int64)
@@ -118,8 +121,12 @@ def pack_layers(load, order, room, slots):
         _sort_ties(load[row], order[row])
         for position in range(num_experts):
             loads[position] = load[row, order[row, position]]
-        _replicate(loads, room.sum() - num_experts, num_ranks, queue, counts, share)
-        _pack(queue, counts, share, Bins(slots[row], room, np.zeros(num_ranks, np.int64), np.zeros(num_ranks)))
+        risk_keys(loads, num_experts, caution, keys)
+        _replicate(keys, room.sum() - num_experts, num_ranks, counts, share)
+        for expert in range(num_experts):
+            share[expert] = loads[expert] / counts[expert]
+        sort_by_share(share, queue)
+        pack(queue, counts, share, Bins(slots[row], room, np.zeros(num_ranks, np.int64), np.zeros(num_ranks)))
 
 
 @compiled
@@ -135,12 +142,23 @@ def _sort_ties(load, order):
 
 
 @compiled
-def _replicate(loads, spare, most, queue, counts, share):
+def risk_keys(loads, number, caution, keys):
+    """Fill `keys` with u + `caution` √u of the first `number` experts, u in their mean load."""
+    mean = 0.0
+    for expert in range(number):
+        mean += loads[expert] / number
+    for expert in range(number):
+        load = loads[expert] / mean if mean > 0 else 0.0
+        keys[expert] = load + caution * np.sqrt(load)
+
+
+@compiled
+def _replicate(loads, spare, most, counts, share):
     """Give each of the `spare` replicas to the largest load per replica, at most `most` to one expert.
 
     That makes the largest load per replica as small as it can be (D'Hondt's divisors; a replica anywhere else leaves
     the largest as it was). Ties go to the expert with fewer replicas, then to the smaller position, so a layer
-    without load spreads its replicas. Fills `counts`, `share` and `queue`, the experts by descending share.
+    without load spreads its replicas. Fills `counts` and `share`, the load of a replica.
     """
     for expert in range(loads.size):
         counts[expert] = 1
@@ -158,18 +176,24 @@ def _replicate(loads, spare, most, queue, counts, share):
         counts[best] += 1
         share[best] = loads[best] / counts[best]
         split = max(split, best + 1)
-    end = loads.size
-    for expert in range(end - 1, -1, -1):  # the unsplit tail is in order already: insert the rest, last first
+
+
+@compiled
+def sort_by_share(share, queue):
+    """Fill `queue` with the experts by descending share; few of them are out of order.
+
+    What comes with one replica is in order already, so the rest is inserted, last first.
+    """
+    for expert in range(share.size - 1, -1, -1):
         place = expert
-        if expert < split:
-            while place + 1 < end and share[queue[place + 1]] > share[expert]:
-                queue[place] = queue[place + 1]
-                place += 1
+        while place + 1 < share.size and share[queue[place + 1]] > share[expert]:
+            queue[place] = queue[place + 1]
+            place += 1
         queue[place] = expert
 
 
 @compiled
-def _pack(queue, counts, share, bins):
+def pack(queue, counts, share, bins):
     """Heaviest replica first, onto the lightest ranks that have a free slot; an expert's replicas at once, apart."""
     num_ranks = bins.room.size
     heap = np.empty(num_ranks, np.int64)  # ranks with a free slot, a binary heap on (load, rank)

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.compiled import compiled, compiled_inner
-from evenmoe.planner.kernels.packing import draw
 
 
 class SwapState(NamedTuple):
@@ -21,12 +20,12 @@ class SwapState(NamedTuple):
     share: npt.NDArray[np.float64]  # (G, width) tokens per replica, in step with `held`
     load: npt.NDArray[np.float64]  # (G,) tokens per rank
     counts: npt.NDArray[np.int64]  # (E,) replicas per expert
-    line: npt.NDArray[np.int64]  # (G,) ranks, lightest first; `_even_out` keeps it
+    line: npt.NDArray[np.int64]  # (G,) ranks, lightest first; `even_out` keeps it
     movable: int  # experts from here on stay in their slots
 
 
 @compiled
-def _new_state(num_experts, num_ranks, width, movable):
+def new_state(num_experts, num_ranks, width, movable):
     return SwapState(
         np.empty((num_ranks, width), np.int64),
         np.empty((num_ranks, width), np.float64),
@@ -46,73 +45,27 @@ def even_layers(loads, tolerance, movable, slots, peaks):
     A layer is finished once its busiest rank is within `tolerance` of the mean or of the heaviest replica.
     """
     num_rows, num_ranks, width = slots.shape
-    layer = _new_state(loads.shape[1], num_ranks, width, movable)
+    layer = new_state(loads.shape[1], num_ranks, width, movable)
     for row in range(num_rows):
-        _load_layer(loads[row], slots[row], layer)
+        load_layer(loads[row], slots[row], layer)
         least = 0.0
         for expert in range(loads.shape[1]):
             least += loads[row, expert] / num_ranks
         for rank in range(num_ranks):
             least = max(least, layer.share[rank, 0])
-        _even_out(least * (1 + tolerance), layer)
-        peaks[row] = _peak_of(layer)
-        _store(layer, slots[row])
-
-
-@compiled
-def refine(loads, goal, tries, random, movable, slots):
-    """Search on from `slots` (S,), a placement of one row, until its peak is within `goal` tokens; return the peak.
-
-    Iterated local search: change one or two replicas at random, even the ranks out, keep what is no worse. On few
-    slots per rank this halves the gap of simulated annealing in a tenth of its time, because evening out is cheap.
-    `random` uint64 (1,) is the state of the generator, not 0.
-    """
-    num_ranks, width = slots.shape
-    layer = _new_state(loads.size, num_ranks, width, movable)
-    kept = _new_state(loads.size, num_ranks, width, movable)
-    _load_layer(loads, slots, layer)
-    _even_out(goal, layer)
-    peak = _peak_of(layer)
-    _store(layer, slots)
-    is_kept = False
-    for _ in range(tries):
-        if peak <= goal:
-            break
-        for _ in range(1 + draw(random, 2)):
-            if loads.size < num_ranks * width and draw(random, 4) > 0:
-                _change_count(loads, random, layer)
-            else:
-                _change_places(random, layer)
-        _even_out(goal, layer)
-        if _peak_of(layer) <= peak:
-            peak = _peak_of(layer)
-            _store(layer, slots)
-            is_kept = False
-            continue
-        if not is_kept:
-            _load_layer(loads, slots, kept)  # not what led to `slots`, whose sums were rounded on the way
-            is_kept = True
-        _copy(kept, layer)
-    return peak
-
-
-@compiled
-def _copy(source, target):
-    target.held[:] = source.held
-    target.share[:] = source.share
-    target.load[:] = source.load
-    target.counts[:] = source.counts
-    target.line[:] = source.line
+        even_out(least * (1 + tolerance), layer)
+        peaks[row] = peak_of(layer)
+        store(layer, slots[row])
 
 
 @compiled_inner
-def _peak_of(layer):
-    """Tokens of the busiest rank, after `_even_out`."""
+def peak_of(layer):
+    """Tokens of the busiest rank, after `even_out`."""
     return layer.load[layer.line[layer.line.size - 1]]
 
 
 @compiled_inner
-def _store(layer, slots):
+def store(layer, slots):
     num_ranks, width = slots.shape
     for rank in range(num_ranks):
         for slot in range(width):
@@ -120,7 +73,7 @@ def _store(layer, slots):
 
 
 @compiled_inner
-def _load_layer(loads, slots, layer):
+def load_layer(loads, slots, layer):
     """Fill `layer` from the experts in `slots` (G, width)."""
     num_ranks, width = slots.shape
     for expert in range(loads.size):
@@ -136,11 +89,11 @@ def _load_layer(loads, slots, layer):
             share = loads[expert] / layer.counts[expert]
             layer.load[rank] += share
             layer.share[rank, slot] = np.inf
-            _put(rank, slot, expert, share, slot + 1, layer)
+            put(rank, slot, expert, share, slot + 1, layer)
 
 
 @compiled_inner
-def _holds(rank, expert, layer):
+def holds(rank, expert, layer):
     for slot in range(layer.held.shape[1]):  # noqa: SIM110 (any() of a generator is not for compiled code)
         if layer.held[rank, slot] == expert:
             return True
@@ -148,8 +101,8 @@ def _holds(rank, expert, layer):
 
 
 @compiled_inner
-def _put(rank, slot, expert, share, width, layer):
-    """Replace what `slot` _holds and keep the rank's first `width` slots in descending order of share."""
+def put(rank, slot, expert, share, width, layer):
+    """Replace what `slot` holds and keep the rank's first `width` slots in descending order of share."""
     held, shares = layer.held, layer.share
     while slot > 0 and shares[rank, slot - 1] < share:
         held[rank, slot], shares[rank, slot] = held[rank, slot - 1], shares[rank, slot - 1]
@@ -161,15 +114,14 @@ def _put(rank, slot, expert, share, width, layer):
 
 
 @compiled_inner
-def _even_out(goal, layer):
+def even_out(goal, layer):
     """Swap replicas between the busiest rank and another, until it is within `goal` or no swap helps.
 
     First choice: a swap that brings the busiest rank just within `goal` and keeps the other within it, trying the
     lightest rank first; it settles one rank for good. Else the swap that leaves the lower peak of the two.
     """
     num_ranks = layer.load.size
-    for size in range(1, num_ranks):
-        _move_back(size, layer)
+    sort_line(layer)
     while True:
         busiest = layer.line[num_ranks - 1]
         over = layer.load[busiest] - goal
@@ -188,7 +140,7 @@ def _even_out(goal, layer):
             place, mine, theirs = _lowest_peak(busiest, layer)
             if mine < 0:
                 return
-        _swap(busiest, mine, layer.line[place], theirs, layer)
+        swap(busiest, mine, layer.line[place], theirs, layer)
         _move_in_line(place, layer)
         place = num_ranks - 1
         while layer.line[place] != busiest:
@@ -197,25 +149,25 @@ def _even_out(goal, layer):
 
 
 @compiled_inner
-def _swap(rank, slot, other, other_slot, layer):
+def swap(rank, slot, other, other_slot, layer):
     mine, theirs = layer.held[rank, slot], layer.held[other, other_slot]
     my_share, their_share = layer.share[rank, slot], layer.share[other, other_slot]
     width = layer.held.shape[1]
-    _put(rank, slot, theirs, their_share, width, layer)
-    _put(other, other_slot, mine, my_share, width, layer)
+    put(rank, slot, theirs, their_share, width, layer)
+    put(other, other_slot, mine, my_share, width, layer)
     layer.load[rank] -= my_share - their_share
     layer.load[other] += my_share - their_share
 
 
 @compiled_inner
-def _may_swap(rank, slot, other, other_slot, layer):
+def may_swap(rank, slot, other, other_slot, layer):
     """Whether both may move, and neither rank would hold two replicas of one expert."""
     mine, theirs = layer.held[rank, slot], layer.held[other, other_slot]
     return (
         mine < layer.movable
         and theirs < layer.movable
-        and (layer.counts[mine] == 1 or not _holds(other, mine, layer))
-        and (layer.counts[theirs] == 1 or not _holds(rank, theirs, layer))
+        and (layer.counts[mine] == 1 or not holds(other, mine, layer))
+        and (layer.counts[theirs] == 1 or not holds(rank, theirs, layer))
     )
 
 
@@ -256,7 +208,7 @@ def _least_step(busiest, other, least, most, layer):
         if at == width:
             break
         step = layer.share[busiest, slot] - layer.share[other, at]
-        if step <= most and _may_swap(busiest, slot, other, at, layer):
+        if step <= most and may_swap(busiest, slot, other, at, layer):
             most, mine, theirs = step, slot, at
     return mine, theirs
 
@@ -284,11 +236,18 @@ def _lowest_peak(busiest, layer):
                 at += 1
             for theirs in range(max(at - 1, 0), min(at + 1, width)):
                 miss = abs(limit - share[other, theirs])
-                if miss < off and _may_swap(busiest, slot, other, theirs, layer):
+                if miss < off and may_swap(busiest, slot, other, theirs, layer):
                     off = miss
                     found = (place, slot, theirs)
         peak = min(peak, (top + layer.load[other]) / 2 + off)
     return found
+
+
+@compiled_inner
+def sort_line(layer):
+    """Put the ranks in `line` in ascending order of load."""
+    for size in range(1, layer.line.size):
+        _move_back(size, layer)
 
 
 @compiled_inner
@@ -313,47 +272,3 @@ def _move_in_line(place, layer):
         line[place] = line[place + 1]
         place += 1
     line[place] = rank
-
-
-@compiled_inner
-def _change_places(random, layer):
-    """Swap two slots at random."""
-    num_ranks, width = layer.held.shape
-    rank, other = draw(random, num_ranks), draw(random, num_ranks)
-    slot, other_slot = draw(random, width), draw(random, width)
-    if rank != other and _may_swap(rank, slot, other, other_slot, layer):
-        _swap(rank, slot, other, other_slot, layer)
-
-
-@compiled_inner
-def _change_count(loads, random, layer):
-    """Take a replica from one expert and give its slot to another, half the time one of the busiest rank."""
-    num_ranks, width = layer.held.shape
-    at = draw(random, num_ranks * width)
-    while layer.counts[layer.held[at // width, at % width]] == 1:
-        at = (at + 1) % (num_ranks * width)
-    rank, slot = at // width, at % width
-    any_expert = draw(random, layer.movable)
-    expert = layer.held[layer.line[num_ranks - 1], draw(random, width)] if draw(random, 2) else any_expert
-    if expert < layer.movable and layer.counts[expert] < num_ranks and not _holds(rank, expert, layer):
-        loser = layer.held[rank, slot]
-        layer.counts[loser] -= 1
-        layer.counts[expert] += 1
-        share = loads[expert] / layer.counts[expert]
-        layer.load[rank] += share - layer.share[rank, slot]
-        _put(rank, slot, expert, share, width, layer)
-        _update_share(loser, loads, layer)
-        _update_share(expert, loads, layer)
-
-
-@compiled_inner
-def _update_share(expert, loads, layer):
-    """The number of replicas of `expert` changed: bring every rank that _holds it up to date."""
-    num_ranks, width = layer.held.shape
-    share = loads[expert] / layer.counts[expert]
-    for rank in range(num_ranks):
-        for slot in range(width):
-            if layer.held[rank, slot] == expert:
-                layer.load[rank] += share - layer.share[rank, slot]
-                _put(rank, slot, expert, share, width, layer)
-                break

@@ -1,4 +1,4 @@
-"""Plans for even shares of an expert's load: of one load per layer, and of windows for the loads to come."""
+"""Plans from windows for the loads to come, every replica taking an even share of its expert's load."""
 
 from __future__ import annotations
 
@@ -8,116 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from evenmoe.metrics import FloatArray
-from evenmoe.planner.kernels.bound import lower_bounds, search_exhaustively
-from evenmoe.planner.kernels.packing import pack_layers
 from evenmoe.planner.kernels.soft_peak import SoftPeak, search
-from evenmoe.planner.kernels.swaps import even_layers, refine
 from evenmoe.planner.slots import Padding, even_par, named, random_state, take
+from evenmoe.planner.static import plan_peaks, plan_static
 from evenmoe.slot_arrays import IntArray
-
-# One load per layer: counts and packing together.
-
-# The quick search stops this near the bound: 0.03 % of a rank's time, at two thirds of the time of 0.01 %.
-NEAR = 3e-4
-# Beyond this, a layer is worth a longer search: of DeepSeek-V3's shape on Zipf loads no layer is.
-FAR = 5e-4
-# Two sums of the same tokens in different order differ by less; nearer than this is the same.
-EXACT = 1e-9
-# Replicas changed in a longer search, over the slots: 50 to 400 tries, 1-4 ms a layer on every shape measured.
-LONGER_SEARCH = 20_000
-# Slots up to which the exhaustive search proves an optimum in 3 million nodes, 0.1 s (16 experts on 8 ranks of 3
-# slots need 1.4 million at most in 96 layers), and up to which a tenth of that still often finds a better plan.
-PROVABLE, SMALL = 24, 32
-
-
-def plan_static(
-    load: FloatArray, num_ranks: int, num_slots: int, seed: int = 0, sizes: tuple[int, ...] | None = None
-) -> IntArray:
-    """The slots of a placement for one load per layer, every replica taking an even share.
-
-    Args:
-        load: tokens float64 (L, E).
-        num_ranks: G.
-        num_slots: S, at least E and a multiple of G.
-        seed: of the longer search that difficult layers get, 0 or more.
-        sizes: slots of each rank, 1 to E, where these differ; then S is their sum.
-
-    Returns:
-        int32 (L, S), the expert of each slot. Each layer depends on its own load and the seed alone.
-
-    >>> plan_static(np.array([[6.0, 1.0, 1.0]]), num_ranks=2, num_slots=4).tolist()
-    [[0, 1, 0, 2]]
-    """
-    slots, _ = plan_peaks(load, num_ranks, num_slots, seed, sizes=sizes)
-    return slots
-
-
-def plan_peaks(
-    load: FloatArray,
-    num_ranks: int,
-    num_slots: int,
-    seed: int,
-    enough: FloatArray | None = None,
-    exhaust: bool = True,
-    sizes: tuple[int, ...] | None = None,
-) -> tuple[IntArray, FloatArray]:
-    """As `plan_static`, and the tokens of each layer's busiest rank, float64 (L,).
-
-    `enough` (L,) are tokens below which a busiest rank need not be pressed. Without `exhaust` small layers are searched
-    no further than large ones: a millisecond a layer, not ten.
-    """
-    num_layers, num_experts = load.shape
-    padding = Padding(sizes or (num_slots // num_ranks,) * num_ranks, num_experts)
-    width, room = padding.width, np.array(padding.rank_sizes)
-    mean = load.sum(axis=1) / num_ranks
-    if min(padding.rank_sizes) >= num_experts:
-        # Every rank holds every expert equally often, so all ranks are equal.
-        row = np.arange(num_slots, dtype=np.int32) % width % num_experts
-        return np.tile(row, (num_layers, 1)), mean
-    order = np.argsort(-load, axis=1)
-    slots = np.empty((num_layers, num_ranks, width), np.int64)
-    pack_layers(np.ascontiguousarray(load), order, room, slots)
-    loads = padding.load(np.take_along_axis(load, order, axis=1))
-    if padding.num_fixed:
-        slots[:, np.arange(width) >= room[:, None]] = num_experts + np.arange(padding.num_fixed)
-    peaks = np.empty(num_layers)
-    even_layers(loads, NEAR, num_experts, slots, peaks)
-    wanted = mean if enough is None else np.maximum(mean, enough)
-    exhaust &= not padding.num_fixed  # which an exhaustive search would move
-    far = EXACT if num_slots <= PROVABLE else FAR
-    for layer in np.flatnonzero(peaks > wanted * (1 + far)):
-        peaks[layer] = _search_on(
-            loads[layer], slots[layer], float(peaks[layer]), float(wanted[layer]), far, seed, exhaust, num_experts
-        )
-    return named(padding.strip(slots.reshape(num_layers, padding.num_slots)), order), peaks
-
-
-def _search_on(
-    loads: FloatArray,
-    slots: npt.NDArray[np.int64],
-    peak: float,
-    wanted: float,
-    far: float,
-    seed: int,
-    exhaust: bool,
-    movable: int,
-) -> float:
-    """Improve `slots` (G, width) of one difficult layer in place; return the tokens of its busiest rank."""
-    num_ranks, width = slots.shape
-    floor = np.array([peak / (1 + far)])
-    lower_bounds(loads[None], num_ranks, width, floor)
-    if floor[0] >= peak / (1 + far):
-        return peak
-    tries = 20 if exhaust and slots.size <= PROVABLE else min(max(LONGER_SEARCH // slots.size, 50), 400)
-    goal = max(floor[0], wanted) * (1 + NEAR)
-    peak = float(refine(loads, goal, tries, random_state(seed, 1), movable, slots))
-    if exhaust and slots.size <= SMALL and peak > wanted * (1 + far):
-        nodes = 3_000_000 if slots.size <= PROVABLE else 300_000
-        peak = float(search_exhaustively(loads, floor[0], peak, nodes, slots)[0])
-    return peak
-
-
-# From windows: small peaks in the loads to come, not in the ones seen.
 
 # Random changes a layer: at most BY_SLOTS / slots, 800 on 40 slots; at most EFFORT / (windows ×
 # slots^1.5), so that hundreds of windows take no longer than tens; and no more after PATIENCE × slots of them in a row
@@ -251,7 +145,8 @@ def plan_history(
     mean, variance, num_ranks, shrinkage = history.mean, history.variance, history.num_ranks, regularization.shrinkage
     risk = mean + np.sqrt(variance)
     # Any peak is enough: the search below looks at other loads than a longer search for these would.
-    slots = plan_peaks(risk, num_ranks, num_slots, seed, np.full(len(risk), np.inf), sizes=sizes)[0].astype(np.int64)
+    slots = plan_peaks(risk, num_ranks, num_slots, seed, np.full(len(risk), np.inf), sizes=sizes, caution=0.0)[0]
+    slots = slots.astype(np.int64)
     padding = Padding(sizes or (num_slots // num_ranks,) * num_ranks, mean.shape[1])
     slots = padding.slots(slots)
     for layer in np.flatnonzero(history.varies).tolist():

@@ -11,8 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evenmoe as em
-from evenmoe.planner.even import FAR, plan_static
+from evenmoe.metrics import even_rank_loads
+from evenmoe.planner.greedy import plan_greedy
 from evenmoe.planner.kernels import swaps
+from evenmoe.planner.kernels.refine import refine, restart
+from evenmoe.planner.static import FAR, _least_replicas, plan_static
+from evenmoe.traces.synthesis import synthesize
 
 Load = npt.NDArray[np.float64]
 
@@ -183,8 +187,8 @@ def test_no_swap_is_overlooked(problem: tuple[Load, int, int], seed: int) -> Non
     """`_any_step` finds what `_least_step` and `_lowest_peak` look for, among all pairs of slots in plain loops."""
     load, num_ranks, num_slots = problem
     slots = plan_static(load, num_ranks, num_slots).reshape(len(load), num_ranks, -1)[0].astype(np.int64)
-    layer = swaps._new_state(load.shape[1], num_ranks, slots.shape[1], load.shape[1])
-    swaps._load_layer(load[0], slots, layer)
+    layer = swaps.new_state(load.shape[1], num_ranks, slots.shape[1], load.shape[1])
+    swaps.load_layer(load[0], slots, layer)
     random = np.random.default_rng(seed)
     rank, other = (int(each) for each in random.integers(0, num_ranks, 2))
     steps = (layer.share[rank][:, None] - layer.share[other]).ravel()
@@ -198,3 +202,95 @@ def test_no_swap_is_overlooked(problem: tuple[Load, int, int], seed: int) -> Non
             assert found or not inside
     misses = np.abs(layer.share[rank][:, None] - step / 2 - layer.share[other])
     assert swaps._any_step(rank, other, step / 2, abs(step) / 2, layer) == bool((misses < abs(step) / 2).any())
+
+
+# Means and worst layers over two loads of each shape. Swaps and changes of single replicas alone leave worst layers of
+# 1.12, 1.30 and 1.33 times the bound, FlashLB means of 1.0037 at exponent 1.8.
+@pytest.mark.parametrize(
+    ("exponent", "mean", "worst"), [(1.5, 1.0015, 1.015), (1.8, 1.0015, 1.015), (2.0, 1.009, 1.035)]
+)
+@pytest.mark.parametrize("shape", [(58, 256, 32, 288), (60, 384, 32, 416), (94, 128, 16, 144)])
+def test_steep_loads(shape: tuple[int, int, int, int], exponent: float, mean: float, worst: float) -> None:
+    layers, num_experts, num_ranks, num_slots = shape
+    load = np.concatenate([zipf(layers, num_experts, exponent, seed) for seed in (0, 1)])
+    ratio = check(load, num_ranks, num_slots) / em.lower_bound(load, num_ranks=num_ranks, num_slots=num_slots)
+    assert ratio.mean() <= mean
+    assert ratio.max() <= worst
+
+
+def held_out(model: str, seed: int, num_ranks: int, num_slots: int) -> tuple[float, float]:
+    """Mean PAR on the windows that were not planned from: of evenmoe's plan of the others' sum, and of greedy's."""
+    trace = synthesize(model, num_windows=24, tokens_per_window=4096, requests=32, request_windows=4, seed=seed)
+    windows = trace.load[:, ::6].astype(float)
+    order = np.random.default_rng(seed).permutation(24)
+    past, future = windows[order[:12]].sum(axis=0), windows[order[12:]]
+    plans = [plan(past, num_ranks=num_ranks, num_slots=num_slots) for plan in (em.plan, plan_greedy)]
+    ours, theirs = (float(em.peak_to_average(future, plan).mean()) for plan in plans)
+    return ours, theirs
+
+
+@pytest.mark.parametrize(
+    ("model", "num_ranks", "num_slots"),
+    [("deepseek-v3", 128, 384), ("olmoe-1b-7b", 16, 80), ("gpt-oss-20b", 8, 40), ("gpt-oss-20b", 32, 64)],
+)
+def test_plans_of_a_sum_are_no_worse_than_greedy_on_windows_that_they_have_not_seen(
+    model: str, num_ranks: int, num_slots: int
+) -> None:
+    # Four recordings of each, on none of which a constant was chosen; worse is what two standard errors do not explain.
+    # 128 experts on 192 slots of 64 ranks stay 0.7 % worse, as they were: variances of that recording grow otherwise.
+    ratios = np.array([ours / theirs for ours, theirs in (held_out(model, s, num_ranks, num_slots) for s in range(4))])
+    assert ratios.mean() <= 1 + 2 * ratios.std(ddof=1) / 2
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(), st.sampled_from([0.0, 30.0]), st.integers(1, 2**32))
+def test_longer_searches_leave_a_placement_that_is_no_worse(
+    problem: tuple[Load, int, int], weight: float, seed: int
+) -> None:
+    load, num_ranks, num_slots = problem
+    if num_slots >= num_ranks * load.shape[1]:
+        return  # every rank can hold every expert
+    loads = np.sort(load[0])[::-1].copy()
+    slots = plan_static(loads[None], num_ranks, num_slots).reshape(num_ranks, -1).astype(np.int64)
+    counts = np.bincount(slots.ravel(), minlength=loads.size)
+    goal = float(loads.sum() / num_ranks) or 1.0
+    room, random = np.full(num_ranks, slots.shape[1]), np.array([seed], np.uint64)
+    for search in ("restart", "refine"):
+        before = plain_score(loads, slots, goal, weight)
+        if search == "restart":
+            peak = restart(loads, goal, 5, random, loads.size, room, weight, slots)
+        else:
+            peak = refine(loads, goal, 20, random, loads.size, np.minimum(counts, 2), weight, slots)
+        placement = em.Placement(slots.reshape(1, -1).astype(np.int32), num_ranks, num_experts=loads.size)
+        assert duplicates(placement.slot_to_expert, num_ranks) == 0
+        assert peak == pytest.approx(even_rank_loads(loads[None], placement).max(), rel=1e-9, abs=1e-9)
+        # Sums of a few hundred terms in another order, under a logarithm and times 30.
+        assert plain_score(loads, slots, goal, weight) <= before + 1e-9 * max(1.0, goal)
+        if search == "restart":
+            counts = np.bincount(slots.ravel(), minlength=loads.size)
+    assert (np.bincount(slots.ravel(), minlength=loads.size) >= np.minimum(counts, 2)).all()
+
+
+def plain_score(loads: Load, slots: npt.NDArray[np.int64], goal: float, weight: float) -> float:
+    """What `refine` and `restart` make small, as it is written, rank by rank."""
+    counts = np.bincount(slots.ravel(), minlength=loads.size)
+    rank_loads = [float(sum(loads[e] / counts[e] for e in rank)) for rank in slots.tolist()]
+    mean = sum(rank_loads) / len(rank_loads)
+    if weight == 0:
+        return max(rank_loads)
+    if mean == 0:
+        return 0.0
+    powers = [
+        4 * (load / mean - 1) + 16 / 2 * sum(loads[e] / mean / counts[e] ** 2 for e in rank)
+        for load, rank in zip(rank_loads, slots.tolist(), strict=True)
+    ]
+    soft = float(np.logaddexp.reduce(np.array(powers))) - np.log(len(powers))
+    return weight * max(max(rank_loads) / goal - 1, 0) + soft / 4
+
+
+def test_an_expert_keeps_its_replicas_where_one_less_would_be_the_riskiest() -> None:
+    # u is 4, 2, 1, 1, 0, ... of 8: 12, 7.7, 5, 5 at risk. Two replicas of expert 0 have 6 each, the largest is 7.7.
+    loads = np.array([4.0, 2, 1, 1, 0, 0, 0, 0])
+    slots = np.array([[0, 2, 3], [0, 1, 4], [5, 6, 7]])
+    assert _least_replicas(loads, slots, 8).tolist() == [2, 1, 1, 1, 1, 1, 1, 1]  # 12 > 1.1 × 7.7
+    assert _least_replicas(np.zeros(8), slots, 8).tolist() == [1] * 8
