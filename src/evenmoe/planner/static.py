@@ -103,9 +103,9 @@ def plan_peaks(
         return np.tile(row, (num_layers, 1)), mean
     order = np.argsort(-load, axis=1)
     slots = np.empty((num_layers, num_ranks, width), np.int64)
+    if padding.num_slots <= SMALL:
+        caution = 0.0  # such layers are planned for the least peak of their own load
     exhaust &= not padding.num_fixed and num_slots <= SMALL  # what pads the slots must not move
-    if exhaust:
-        caution = 0.0  # it starts from the least peak that is quickly found
     pack_layers(np.ascontiguousarray(load), order, room, caution, slots)
     loads = padding.load(np.take_along_axis(load, order, axis=1))
     if padding.num_fixed:
@@ -160,7 +160,7 @@ def _search_on(
     """
     movable = loads.size - int(slots.size - room.sum())
     tries = min(max(LONGER_SEARCH // slots.size, 50), 400)
-    is_hot = loads[0] > max(HOT_SHARE, HOT_LOAD / movable) * loads.sum()
+    is_hot = loads[0] > max(HOT_SHARE, HOT_LOAD / movable) * loads.sum() or slots.size <= SMALL
     weight, least = (0.0, np.ones(loads.size, np.int64)) if is_hot else (WEIGHT, None)
     starts = HOT_STARTS if is_hot and slots.shape[1] > 2 else STARTS
     first, best = slots.copy(), np.inf
