@@ -104,7 +104,7 @@ def synthesize(
     gpt-oss-20b's busiest experts are cut off at a fitted ceiling. DeepSeek-V3's skew and drift come from one prompt
     of 109 tokens (gini 0.673 / 0.703, skew 15.3 / 14.3), and 1,027 steps of 116 tokens have skew 12.3 / 10.2.
     What the fit never saw: a placement for 8 ranks and 40 slots planned on the sum of every other gpt-oss-20b request
-    has a peak-to-average load of 1.69 / 1.77 on the requests between, planned on windows 1.40 / 1.50, the default
+    has a peak-to-average load of 1.63 / 1.69 on the requests between, planned on windows 1.40 / 1.50, the default
     placement 1.85 / 2.02. What is missing: words that prompts share, so real requests of one task are more alike than
     these; slow changes within a request; experts that are chosen together by single tokens.
 
