@@ -67,6 +67,35 @@ def test_rows_and_messages_are_seen_as_they_were_shown(processes, least, members
     assert processes.run((SIZE, 1), views, least, members, 3, transport="shared_memory") == [[]] * SIZE
 
 
+def zero_behind(rank: Rank) -> list[str]:
+    """Rows that a rank gets are zeros behind those that it fills, whatever it wrote there before."""
+    wrong = []
+    for number, filled in enumerate([0, 5, 2, 8, 1]):
+        like = torch.empty(0, dtype=torch.bfloat16)
+        rows = rank.ep.new_rows((8, 70_001), like, filled=filled)
+        assert rows is not None
+        if rows[filled:].any():
+            wrong.append(f"{number}: {filled} rows")
+        rows.fill_(3)
+        views = rank.ep.exchange_views(rows, np.zeros(0, np.uint8), [0] * SIZE)
+        wrong += [f"{number}: rows of {s}" for s in range(SIZE) if not (views.rows_of(s, rows) == 3).all()]
+        rank.ep.end_reading()
+        del rows, views
+    return wrong
+
+
+def test_rows_that_are_not_filled_are_zeros(processes):
+    assert processes.run((SIZE, 1), zero_behind, transport="shared_memory") == [[]] * SIZE
+
+
+def test_rows_that_find_no_room_lie_elsewhere(processes):
+    assert processes.run((SIZE, 1), too_large, transport="shared_memory") == [True] * SIZE
+
+
+def too_large(rank: Rank) -> bool:
+    return rank.ep.new_rows((1 << 30, 1 << 30), torch.empty(0, dtype=torch.int8)) is None
+
+
 def overlapping(rank: Rank) -> bool:
     """Groups that overlap: a window must not be filled anew while a rank of the last group still reads it."""
     right = True
@@ -172,6 +201,7 @@ def test_rows_of_a_rank_that_has_stopped_are_not_taken(mortal_processes):
 
 
 def sleep_while_others_wait(rank: Rank) -> tuple[str, tuple[int, ...]]:
+    rank.ep.exchange_counts(torch.zeros((SIZE, 1), dtype=torch.int64))  # so that all begin to wait together
     if rank.index == 2:
         time.sleep(4.0)
         return "", ()

@@ -231,11 +231,15 @@ def exchange_across(
     counts = part.agree(plan.headers[x.requires_grad], routing.counts, sending.outgoing)[:, : layout.local_experts]
     check_room(counts, layout, call.global_bs)
     incoming = part.exchange(rows.detach() if rows.requires_grad else rows, index, sending.assignments)
+    # The rows go where they stay, unless their scales come beside them. Of A rows few are ever received.
+    in_place = local and not quantized
     outputs = []
-    for output_shape, dtype in plan.outputs:  # of A rows few are ever received, and only they are written
-        outputs.append(zeros(output_shape, dtype, x.device))
-    # The rows go where they stay, unless their scales come beside them.
-    allocate = (lambda n: outputs[0][:n]) if local and not quantized else None
+    for output_shape, dtype in plan.outputs:
+        memory = None
+        if in_place and not outputs:
+            memory = part.group.new_rows(output_shape, x, filled=int(counts.sum()))
+        outputs.append(zeros(output_shape, dtype, x.device) if memory is None else memory)
+    allocate = (lambda n: outputs[0][:n]) if in_place else None
     return outputs, received(part, sending, counts, incoming, allocate)
 
 

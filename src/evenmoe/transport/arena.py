@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from evenmoe.transport.packets import copy_memory
+from evenmoe.transport.pool import clear
 from evenmoe.transport.segment import Octets
 
 _ALIGNED = 64  # bytes of a cache line, and enough for every dtype
@@ -54,8 +55,12 @@ class Arena:
         self._cursor = -(-(offset + size) // _ALIGNED) * _ALIGNED
         return offset
 
-    def keep(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialized tensor, which the other ranks can read; its memory is used again when nobody holds it.
+    def keep(self, shape: tuple[int, ...], dtype: torch.dtype, filled: int | None = None) -> torch.Tensor:
+        """A tensor which the other ranks can read; its memory is used again when nobody holds it.
+
+        Args:
+            filled: bytes in front that the caller is going to write, behind which there are zeros. None for an
+                uninitialized tensor.
 
         Raises:
             MemoryError: there is no room beside what is held.
@@ -72,6 +77,8 @@ class Arena:
         else:
             raise MemoryError(f"{size} bytes do not fit into shared memory beside what is held there")
         array = self._memory[start : start + size]
+        if filled is not None:
+            clear(array, filled, shared=True)
         self._kept.insert(position, (start, start + size, weakref.ref(array)))
         return torch.from_numpy(array).view(dtype).view(shape)
 

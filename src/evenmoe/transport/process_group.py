@@ -250,8 +250,8 @@ class RemappedTransport(Transport):
     def shows_rows(self, device: torch.device) -> bool:
         return self._transport.shows_rows(device)
 
-    def new_rows(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor | None:
-        return self._transport.new_rows(shape, like)
+    def new_rows(self, shape: tuple[int, ...], like: torch.Tensor, filled: int | None = None) -> torch.Tensor | None:
+        return self._transport.new_rows(shape, like, filled)
 
     def last_views(self) -> Views:
         views = self._transport.last_views()

@@ -22,7 +22,7 @@ from evenmoe.transport.mesh import LastWord, Mesh
 from evenmoe.transport.posts import TABLE, Posts, Words
 from evenmoe.transport.process_group import ProcessGroupTransport
 from evenmoe.transport.segment import Octets
-from evenmoe.transport.transport import Ints, Views
+from evenmoe.transport.transport import Ints, Views, row_bytes
 
 # Rows of fewer bytes are copied even where they could be read in place: the copy costs less than waiting for the
 # readers, 5 µs against two changes of process.
@@ -67,10 +67,13 @@ class SharedMemoryTransport(ProcessGroupTransport):
     def shows_rows(self, device: torch.device) -> bool:
         return device.type == "cpu"
 
-    def new_rows(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor | None:
+    def new_rows(self, shape: tuple[int, ...], like: torch.Tensor, filled: int | None = None) -> torch.Tensor | None:
         if like.device.type != "cpu" or prod(shape) * like.element_size() < _IN_PLACE:
             return None
-        return self._arena.keep(shape, like.dtype)
+        try:
+            return self._arena.keep(shape, like.dtype, None if filled is None else filled * row_bytes(shape, like))
+        except MemoryError:  # beside what callers hold; they get memory of their own, which is copied when it is shown
+            return None
 
     def _exchange_counts(self, counts: torch.Tensor, members: Ints | None) -> torch.Tensor:
         if counts.device.type != "cpu":

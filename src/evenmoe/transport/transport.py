@@ -272,15 +272,16 @@ class Transport(ABC):
             self._note_end(error)
             raise
 
-    def new_rows(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor | None:
-        """An uninitialized tensor of `shape`, with dtype and device of `like`, for rows that the caller is to get.
+    def new_rows(self, shape: tuple[int, ...], like: torch.Tensor, filled: int | None = None) -> torch.Tensor | None:
+        """A tensor of `shape`, with dtype and device of `like`, for rows that the caller is to get.
 
-        It lies where other ranks can read it, if there is such memory, or else in memory that is used again. None where
-        no memory is better suited than any other.
+        The first `filled` rows are not initialized, all others are zeros; none is initialized if that is None. It lies
+        where other ranks can read it, if there is such memory, or else in memory that is used again. None where no
+        memory is better suited than any other.
         """
         if like.device.type != "cpu" or prod(shape) * like.element_size() < LARGE:
             return None
-        return self._pool.take(shape, like.dtype)
+        return self._pool.take(shape, like.dtype, None if filled is None else filled * row_bytes(shape, like))
 
     @abstractmethod
     def rows_to_send(self, shape: Ints, like: torch.Tensor) -> torch.Tensor:
@@ -338,6 +339,11 @@ class Transport(ABC):
 
     def _key(self, members: Ints) -> Members:
         return () if len(members) == self.world_size else tuple(members)
+
+
+def row_bytes(shape: tuple[int, ...], like: torch.Tensor) -> int:
+    """The bytes of one of the rows of a tensor."""
+    return prod(shape[1:]) * like.element_size()
 
 
 class Buffers:
