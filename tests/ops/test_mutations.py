@@ -265,8 +265,8 @@ BUGS = {
     "descending k": bug(
         worlds,
         OPS + "weighted_sum",
-        "add(out.numpy(), _addresses(incoming, position), weights",
-        "add(out.numpy(), _addresses(incoming, position.flip(1)), weights.flip(1)",
+        "add(bits.numpy(), _addresses(incoming, position), weights",
+        "add(bits.numpy(), _addresses(incoming, position.flip(1)), weights.flip(1)",
     ),
     "descending k in float16": bug(
         worlds,
