@@ -11,7 +11,7 @@ SEED ?= $(shell date +%s)
 # Tried by `make pythons`, where the machine has them.
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 
-.PHONY: demo test fuzz doctest pythons floors lint format types bench clean
+.PHONY: demo test fuzz doctest pythons floors docs lint format types bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/evenmoe demo
@@ -39,6 +39,10 @@ pythons:
 # build of 3 GB, so CI leaves this to whoever changes a version.
 floors:
 	.ci/floors .venv-lowest
+
+# The site, into site/; `python -m http.server -d site` shows it.
+docs: $(VENV)/installed-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean --quiet
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .

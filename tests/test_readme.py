@@ -1,4 +1,4 @@
-"""The README's example prints what the README says, and its picture is what its script draws."""
+"""The README's example prints what the README says, and the pictures are what their script draws."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ def test_example_prints_its_output(tmp_path: Path) -> None:
     assert run.stdout == printed
 
 
-def test_picture_is_up_to_date(tmp_path: Path) -> None:
+def test_pictures_are_up_to_date(tmp_path: Path) -> None:
     script = tmp_path / "picture.py"
     script.write_text((ROOT / "docs" / "picture.py").read_text())
     runpy.run_path(str(script), run_name="__main__")
-    assert (tmp_path / "ranks.svg").read_bytes() == (ROOT / "docs" / "ranks.svg").read_bytes()
+    drawn = sorted(tmp_path.glob("*.svg"))
+    assert len(drawn) == 5
+    for picture in drawn:
+        assert picture.read_bytes() == (ROOT / "docs" / picture.name).read_bytes()
 
 
 def test_its_commands_are_the_ones_that_ci_runs() -> None:

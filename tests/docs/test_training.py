@@ -11,7 +11,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 
 
 def test_the_example_trains():
-    code, printed = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL).groups()
+    code, printed = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL).groups()
     out = io.StringIO()
     with redirect_stdout(out):
         exec(compile(code, str(PAGE), "exec"), {"__name__": "example"})

@@ -44,12 +44,12 @@ class Browser:
     def cdp(self, command: str, **parameters: Any) -> dict[str, Any]:
         return self.driver.execute_cdp_cmd(command, parameters)
 
-    def open(self, path: Path, width: int = 1600, mode: str = "light") -> None:
+    def open(self, page: Path | str, width: int = 1600, mode: str = "light") -> None:
         self.driver.get_log("performance")
         self.driver.get_log("browser")
         self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         self.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": mode}])
-        self.driver.get(path.as_uri())
+        self.driver.get(page.as_uri() if isinstance(page, Path) else page)
 
     def run(self, script: str) -> Any:
         return self.driver.execute_script(script)

@@ -9,6 +9,7 @@ import pytest
 
 from evenmoe.report import write_report
 from tests.report.chromium import Browser
+from tests.report.colors import contrast, luminance
 from tests.report.replays import make_replay
 
 NASTY = '<script>document.title="owned"</script><img src="http://example.com/x.png" onerror="alert(1)">'
@@ -186,18 +187,6 @@ def test_print(browser, pages):
     assert luminance(browser.run("return getComputedStyle(document.body).backgroundColor")) == 1.0
     assert browser.run("return document.documentElement.scrollWidth") == 690  # A4 less 2 × 14 mm at 96 px per inch
     browser.cdp("Emulation.setEmulatedMedia", media="")
-
-
-def luminance(colour: str) -> float:
-    """WCAG's relative luminance of `rgb(…)`."""
-    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(front: str, behind: str) -> float:
-    low, high = sorted((luminance(front), luminance(behind)))
-    return (high + 0.05) / (low + 0.05)
 
 
 def test_contrast_of_known_pairs():

@@ -102,8 +102,9 @@ def combine(
         dispatched: what dispatch returned.
         expert_scales: float32 (Bs, K), gate weights.
         num_experts: M; None for that of the dispatch.
-        ep, tp, group, x_active_mask, elastic_info, expert_shard_type, shared_expert_num,
-            shared_expert_rank_num, global_bs, zero_expert_num, copy_expert_num, const_expert_num: as in dispatch.
+        ep, tp, group, x_active_mask, elastic_info, expert_shard_type: as in dispatch.
+        shared_expert_num, shared_expert_rank_num, global_bs: as in dispatch.
+        zero_expert_num, copy_expert_num, const_expert_num: as in dispatch.
         activation_scale, weight_scale, group_list, expand_scales, performance_info: None on this chip.
         shared_expert_x: (Bs, H) or (a, b, H) with a·b = Bs, dtype of expert_out, added to the sum; only without ranks
             for shared experts.
