@@ -73,21 +73,36 @@ def picture(label: str, *panels: list[str]) -> bytes:
     return ("\n".join(parts) + "\n").encode()
 
 
-def ranks() -> bytes:
-    """Rank loads of one layer before and after planning."""
+def loads_of_ranks() -> tuple[np.ndarray, np.ndarray]:
+    """Rank loads of one layer before and after planning, (RANKS,) each."""
     trace = small_trace()
     load = trace.load.sum(axis=0)
     identity = default_placement(trace.num_layers, trace.num_experts, RANKS)
     planned = em.plan(load, num_ranks=RANKS, num_slots=trace.num_experts + RANKS)
     before, after = (even_rank_loads(load, placement)[LAYER] for placement in (identity, planned))
+    return before, after
+
+
+def ranks() -> bytes:
+    """Rank loads of one layer before and after planning."""
+    before, after = loads_of_ranks()
     scale = (BASE - TOP) / before.max()
-    par = [float(em.peak_to_average(load, placement)[LAYER]) for placement in (identity, planned)]
+    par = [float(loads.max() / loads.mean()) for loads in (before, after)]
     right = f"one more slot per rank: {par[1]:.3f} x the mean"
     return picture(
         "Tokens per rank before and after planning",
         bars(LEFT, "Default placement", f"busiest rank {par[0]:.2f} x the mean", before, scale, RED),
         bars(MIDDLE, "Planned", right, after, scale, GREEN),
     )
+
+
+def text() -> str:
+    """The same in characters, for the README, which is shown where no picture of a repository is."""
+    before, after = (loads / loads.mean() for loads in loads_of_ranks())
+    lines = [f"{'tokens per rank, times the mean':<41}planned, one more slot per rank"]
+    for rank, (left, right) in enumerate(zip(before, after, strict=True)):
+        lines.append(f"{rank}  {'█' * round(14 * left):<32}{left:.2f}  {'█' * round(14 * right):<16}{right:.2f}")
+    return "\n".join(lines) + "\n"
 
 
 def stacked(x: int, title: str, note: str, placement: em.Placement, scale: float) -> list[str]:
