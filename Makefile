@@ -11,7 +11,7 @@ SEED ?= $(shell date +%s)
 # Tried by `make pythons`, where the machine has them.
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 
-.PHONY: demo test fuzz doctest pythons floors docs lint format types bench clean
+.PHONY: demo test fuzz doctest pythons floors docs dist lint format types bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/evenmoe demo
@@ -43,6 +43,10 @@ floors:
 # The site, into site/; `python -m http.server -d site` shows it.
 docs: $(VENV)/installed-test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean --quiet
+
+# sdist and wheel, into dist/: the same bytes for the same commit, whose date the files in them have.
+dist: $(VENV)/installed-test
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m hatchling build -d dist
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .

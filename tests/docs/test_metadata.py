@@ -17,7 +17,7 @@ def test_the_citation_names_this_version_and_license():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     project = (ROOT / "pyproject.toml").read_text("utf-8")
     assert citation["version"] == evenmoe.__version__
-    assert f'version = "{citation["version"]}"' in project
+    assert 'dynamic = ["version"]' in project
     assert f'license = "{citation["license"]}"' in project
     assert citation["keywords"] == re.findall(r'"([^"]+)"', project.partition("keywords = [")[2].partition("]")[0])
 
