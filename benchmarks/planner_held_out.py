@@ -7,8 +7,8 @@ half, and are judged by the mean PAR over the windows and layers of the other. `
 the mean over splits, and `s.e.` its standard error; a cell is significantly worse where the ratio is above 1 by more
 than two of them. `in` is evenmoe's PAR over em.lower_bound on the load that it was planned from, mean and worst.
 
-The constants of evenmoe's static plan were chosen on the recordings marked *; the others judge them. Recordings are
-read from FOLDER (by default ../shared/data/traces) where it is there; the rest is synthetic.
+The constants of evenmoe's static plan were fitted to the recordings marked *; the others were looked at while they were
+chosen, so that none of these recordings is a judge that nobody knew. Recordings are read from FOLDER (by default ../shared/data/traces) where it is there; the rest is synthetic.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ def main() -> None:
                 f"{cell.worst:9.4f}{cell.milliseconds:7.2f}{' worse' if cell.significantly_worse else ''}",
                 flush=True,
             )
-    summary("chosen on (*)", [cell for cell in cells if cell.tuned])
-    summary("judged on", [cell for cell in cells if not cell.tuned])
+    summary("fitted to (*)", [cell for cell in cells if cell.tuned])
+    summary("others", [cell for cell in cells if not cell.tuned])
     summary("all", cells)
 
 
