@@ -8,7 +8,8 @@ the mean over splits, and `s.e.` its standard error; a cell is significantly wor
 than two of them. `in` is evenmoe's PAR over em.lower_bound on the load that it was planned from, mean and worst.
 
 The constants of evenmoe's static plan were fitted to the recordings marked *; the others were looked at while they were
-chosen, so that none of these recordings is a judge that nobody knew. Recordings are read from FOLDER (by default ../shared/data/traces) where it is there; the rest is synthetic.
+chosen, so that none of these recordings is a judge that nobody knew. Recordings are read from FOLDER (by default
+../shared/data/traces) where it is there; the rest is synthetic.
 """
 
 from __future__ import annotations
