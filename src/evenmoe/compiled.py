@@ -46,7 +46,7 @@ def compiled_inner(function: Function) -> Function:
 
 def _compile(function: Function, *, counts_references: bool) -> Function:
     decorator: Any = njit  # its stubs do not know _nrt
-    dispatcher = decorator(nogil=True, _nrt=counts_references)(function)
+    dispatcher = decorator(nogil=True, no_cfunc_wrapper=True, _nrt=counts_references)(function)
     if hasattr(dispatcher, "enable_caching"):  # numba gives the function back where compiling is switched off
         with suppress(RuntimeError):  # "no locator available": no folder can be written
             dispatcher._cache = _Cache(function)  # as `cache=True` does with a cache that may raise
