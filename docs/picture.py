@@ -165,9 +165,9 @@ def rules() -> bytes:
 
 def windows() -> bytes:
     """PAR of windows that a plan has seen, and of the next ones."""
-    trace = em.synthesize("mixtral-8x7b", num_windows=16, num_layers=1, seed=3)
+    trace = em.synthesize("deepseek-v3", num_windows=16, num_layers=1)
     seen, unseen = trace.load[:8], trace.load[8:]
-    planned = em.plan(seen, num_ranks=4, num_slots=12)
+    planned = em.plan(seen, num_ranks=32, num_slots=288)
     par = [np.array([em.peak_to_average(one, planned)[0] for one in part]) for part in (seen, unseen)]
     scale = (BASE - TOP) / max(one.max() for one in par)
     notes = [f"mean PAR {one.mean():.3f}" for one in par]

@@ -34,7 +34,9 @@ def test_every_package_stands_in_the_drawing_and_on_a_floor():
 ELSEWHERE = {"ascend.md"}
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.stem
+)
 def test_every_block_of_a_page_runs_or_is_output(page, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
