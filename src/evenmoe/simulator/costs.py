@@ -122,8 +122,8 @@ class CostModel:
             ConstraintError: an accelerator or a phase that is not known.
 
         >>> model = CostModel.for_expert(7168, 88_080_384, 88_080_384)
-        >>> model.dispatch_row_bytes, model.tile, model.hardware[:30]
-        (14336.0, 64, "an H100's decode kernels (sibli")
+        >>> model.dispatch_row_bytes, model.tile, model.hardware[:24]
+        (14336.0, 64, "an H100's decode kernels")
         """
         if phase not in ("decode", "prefill"):
             raise ConstraintError("phase", repr(phase), "must be a kind of step", "use decode or prefill")
