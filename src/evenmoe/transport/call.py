@@ -26,8 +26,8 @@ from evenmoe.errors import LostRankError, RankDisagreementError
 from evenmoe.transport import agreement, messages
 from evenmoe.transport.agreement import UNKNOWN, Header
 from evenmoe.transport.blocks import Blocks, failure_in, fill, heads_and_numbers, heads_for
-from evenmoe.transport.packets import Incoming, Outgoing
-from evenmoe.transport.transport import Transport, Views
+from evenmoe.transport.packets import Incoming, Outgoing, Views
+from evenmoe.transport.transport import Transport
 
 _MESSAGE_WORDS = 4096  # counts sent to all ranks together: 32 KiB, a latency-bound message on any link
 _FEW = 64  # counts for each rank that travel with the first header, however many ranks there are
@@ -281,12 +281,10 @@ class GroupCall:
         numbers: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Incoming]:
         """Tell all ranks the header, the counts and which of `rows` are for them; without rows, more will follow."""
-        self._operator = header.operator
+        self._operator, words = header.operator, self._words(header, dispatch)
         last = rows is not None
-        words = self._words(header, dispatch)
         if rows is None:
-            message, lengths = messages.pack(words, counts)
-            rows = _NO_ROWS
+            rows, (message, lengths) = _NO_ROWS, messages.pack(words, counts)
         else:
             assert self._packets is not None, "what goes out is known"
             outgoing = self._packets.outgoing

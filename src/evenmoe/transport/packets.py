@@ -5,6 +5,7 @@ Shapes: W ranks, N rows that were sent here, M numbers that were sent along.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ import torch
 
 from evenmoe.compiled import compiled
 from evenmoe.transport.raw_memory import copy_bytes
+from evenmoe.transport.segment import Octets
 
 Words = npt.NDArray[np.int64]
 
@@ -93,6 +95,37 @@ class Incoming:
 
     def _row_bytes(self) -> int:
         return prod(self.like.shape[1:]) * self.like.element_size()
+
+
+@dataclass(frozen=True)
+class Views:
+    """What the ranks of a group show and send to this one, by the address where it lies in this process.
+
+    All int64 (W,); 0 for ranks that do not take part.
+
+    Attributes:
+        rows: addresses of the first row of every rank. counts: how many rows it shows; 0 where they have other bytes
+            than this rank's.
+        messages: addresses of the messages. lengths: their bytes.
+        held: what lives as long as this, if what is shown would not otherwise.
+    """
+
+    rows: Words
+    counts: Words
+    messages: Words
+    lengths: Words
+    held: object = None
+
+    def rows_of(self, rank: int, like: torch.Tensor) -> torch.Tensor:
+        """A copy of the rows that a rank shows, (N, …), of the dtype and shape of those of `like`, (any, …)."""
+        rows = like.new_empty((int(self.counts[rank]), *like.shape[1:]))
+        if rows.numel():
+            ctypes.memmove(rows.data_ptr(), int(self.rows[rank]), rows.numel() * rows.element_size())
+        return rows
+
+    def message_of(self, rank: int) -> Octets:
+        """A copy of the message of a rank, uint8 (n,)."""
+        return np.frombuffer(ctypes.string_at(int(self.messages[rank]), int(self.lengths[rank])), np.uint8)
 
 
 @compiled

@@ -20,8 +20,9 @@ import torch.distributed as dist
 
 from evenmoe.errors import LostRankError
 from evenmoe.transport.mesh import LastWord, Mesh
+from evenmoe.transport.packets import Views
 from evenmoe.transport.segment import Octets
-from evenmoe.transport.transport import Buffers, Counted, Ints, Members, Transport, Views
+from evenmoe.transport.transport import Buffers, Counted, Ints, Members, Transport
 
 _GRACE_S = 1.0  # after a failed exchange, for a rank to be seen to have stopped; 0.12 s sufficed in 150 kills
 

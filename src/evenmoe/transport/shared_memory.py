@@ -19,10 +19,11 @@ from evenmoe.compiled import compiled
 from evenmoe.errors import LostRankError
 from evenmoe.transport.arena import Arena
 from evenmoe.transport.mesh import LastWord, Mesh
+from evenmoe.transport.packets import Views
 from evenmoe.transport.posts import TABLE, Posts, Words
 from evenmoe.transport.process_group import ProcessGroupTransport
 from evenmoe.transport.segment import Octets
-from evenmoe.transport.transport import Ints, Views, row_bytes
+from evenmoe.transport.transport import Ints, row_bytes
 
 # Rows of fewer bytes are copied even where they could be read in place: the copy costs less than waiting for the
 # readers, 5 µs against two changes of process.

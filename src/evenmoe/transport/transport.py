@@ -7,12 +7,10 @@ rows and counts are zero. It serves scaled-down worlds, where some ranks are gon
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import NoReturn, TypeAlias
 
@@ -21,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from evenmoe.errors import ConstraintError, LostRankError
+from evenmoe.transport.packets import Views
 from evenmoe.transport.pending import Setups
 from evenmoe.transport.pool import LARGE, Pool
 from evenmoe.transport.segment import Octets
@@ -28,37 +27,6 @@ from evenmoe.transport.segment import Octets
 Members = tuple[int, ...]
 Ints: TypeAlias = Sequence[int]
 Counted: TypeAlias = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Views:
-    """What the ranks of a group show and send to this one, by the address where it lies in this process.
-
-    All int64 (W,); 0 for ranks that do not take part.
-
-    Attributes:
-        rows: addresses of the first row of every rank. counts: how many rows it shows; 0 where they have other bytes
-            than this rank's.
-        messages: addresses of the messages. lengths: their bytes.
-        held: what lives as long as this, if what is shown would not otherwise.
-    """
-
-    rows: Counted
-    counts: Counted
-    messages: Counted
-    lengths: Counted
-    held: object = None
-
-    def rows_of(self, rank: int, like: torch.Tensor) -> torch.Tensor:
-        """A copy of the rows that a rank shows, (N, …), of the dtype and shape of those of `like`, (any, …)."""
-        rows = like.new_empty((int(self.counts[rank]), *like.shape[1:]))
-        if rows.numel():
-            ctypes.memmove(rows.data_ptr(), int(self.rows[rank]), rows.numel() * rows.element_size())
-        return rows
-
-    def message_of(self, rank: int) -> Octets:
-        """A copy of the message of a rank, uint8 (n,)."""
-        return np.frombuffer(ctypes.string_at(int(self.messages[rank]), int(self.lengths[rank])), np.uint8)
 
 
 class Transport(ABC):

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from evenmoe.errors import ConstraintError, LostRankError, as_integer, require
+from evenmoe.transport.packets import Views
 from evenmoe.transport.pending import Setups
 from evenmoe.transport.rendezvous import Brought, Exchange, Rendezvous
 from evenmoe.transport.segment import Octets
-from evenmoe.transport.transport import Buffers, Counted, Ints, Members, Transport, Views, register, unregister
+from evenmoe.transport.transport import Buffers, Counted, Ints, Members, Transport, register, unregister
 
 Result = TypeVar("Result")
 _world_numbers = itertools.count()

@@ -1,7 +1,4 @@
-"""First placements of a layer: replica counts, and replicas packed heaviest first onto the lightest rank.
-
-And what the other searches need of that, with their random numbers and the slots that keep what stays.
-"""
+"""Replica counts, replicas packed heaviest first onto the lightest rank, and what other searches need of that."""
 
 from __future__ import annotations
 
