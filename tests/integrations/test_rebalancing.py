@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,7 +84,6 @@ def of_vllm():
 
 
 def test_vllm_gets_a_policy_under_the_only_name_that_it_has(caplog):
-    torch = pytest.importorskip("torch", reason="this machine lacks torch")
     policies = of_vllm()
     held = policies.EPLB_POLICIES  # vLLM's own modules have imported the dict, not the module
     with modules(vllm__distributed__eplb__policy=policies), caplog.at_level(logging.INFO):
@@ -113,7 +113,6 @@ def test_without_vllm_there_is_an_error_of_its_name():
 
 
 def test_sglang_gets_an_algorithm_by_name_and_keeps_the_others():
-    torch = pytest.importorskip("torch", reason="this machine lacks torch")
     registry, asked = HookRegistry(), []
 
     def own_rebalance(**given):

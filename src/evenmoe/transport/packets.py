@@ -37,6 +37,11 @@ class Outgoing:
     like: torch.Tensor
 
 
+def row_bytes(shape: tuple[int, ...], like: torch.Tensor) -> int:
+    """The bytes of one of the rows of a tensor of `shape` and the dtype of `like`."""
+    return prod(shape[1:]) * like.element_size()
+
+
 @dataclass(frozen=True)
 class Incoming:
     """What a rank was sent; the rows are valid until the call ends (`together`).
@@ -75,7 +80,7 @@ class Incoming:
         out = self.like.new_empty(shape) if out is None else out
         assert (out.shape, out.dtype) == (shape, self.like.dtype), (out.shape, shape)
         assert out.is_contiguous()
-        gather(out.data_ptr(), addresses, self._row_bytes())
+        gather(out.data_ptr(), addresses, row_bytes(self.like.shape, self.like))
         return out
 
     def addresses(self, which: torch.Tensor | None = None) -> np.ndarray:
@@ -86,15 +91,12 @@ class Incoming:
         """
         base = np.full(1, self.like.data_ptr()) if self.base is None else self.base
         every = np.empty(self.at.shape[0], np.int64)
-        find_rows(self.at.numpy(), self.rows, base, self._row_bytes(), every)
+        find_rows(self.at.numpy(), self.rows, base, row_bytes(self.like.shape, self.like), every)
         if which is None:
             return every
         chosen = np.empty(which.numel(), np.int64)
         choose(every, which.numpy().reshape(-1), chosen)
         return chosen
-
-    def _row_bytes(self) -> int:
-        return prod(self.like.shape[1:]) * self.like.element_size()
 
 
 @dataclass(frozen=True)

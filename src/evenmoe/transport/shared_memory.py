@@ -19,11 +19,11 @@ from evenmoe.compiled import compiled
 from evenmoe.errors import LostRankError
 from evenmoe.transport.arena import Arena
 from evenmoe.transport.mesh import LastWord, Mesh
-from evenmoe.transport.packets import Views
+from evenmoe.transport.packets import Views, row_bytes
 from evenmoe.transport.posts import TABLE, Posts, Words
 from evenmoe.transport.process_group import ProcessGroupTransport
 from evenmoe.transport.segment import Octets
-from evenmoe.transport.transport import Ints, row_bytes
+from evenmoe.transport.transport import Ints
 
 # Rows of fewer bytes are copied even where they could be read in place: the copy costs less than waiting for the
 # readers, 5 µs against two changes of process.
@@ -100,7 +100,7 @@ class SharedMemoryTransport(ProcessGroupTransport):
     ) -> torch.Tensor:
         if rows.device.type != "cpu":
             return super()._exchange_rows(rows, send_counts, recv_counts, members, reuse)
-        shape, each = (sum(recv_counts), *rows.shape[1:]), prod(rows.shape[1:]) * rows.element_size()
+        shape, each = (sum(recv_counts), *rows.shape[1:]), row_bytes(rows.shape, rows)
         received = self._buffers.take("received", shape, rows) if reuse else rows.new_empty(shape)
         into = octets_of(received)
         sent = np.array(send_counts) * each
@@ -122,7 +122,7 @@ class SharedMemoryTransport(ProcessGroupTransport):
         return self._last_views
 
     def _exchange_views(self, rows: torch.Tensor, message: Octets, lengths: Words, members: Ints | None) -> Views:
-        count, each = rows.shape[0], prod(rows.shape[1:]) * rows.element_size()
+        count, each = rows.shape[0], row_bytes(rows.shape, rows)
         at = self._arena.offset_of(rows) if count * each >= _IN_PLACE else -1
         lent = at >= 0
         start = self._fill_window(message)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from evenmoe.errors import ConstraintError, LostRankError
-from evenmoe.transport.packets import Views
+from evenmoe.transport.packets import Views, row_bytes
 from evenmoe.transport.pending import Setups
 from evenmoe.transport.pool import LARGE, Pool
 from evenmoe.transport.segment import Octets
@@ -307,11 +307,6 @@ class Transport(ABC):
 
     def _key(self, members: Ints) -> Members:
         return () if len(members) == self.world_size else tuple(members)
-
-
-def row_bytes(shape: tuple[int, ...], like: torch.Tensor) -> int:
-    """The bytes of one of the rows of a tensor."""
-    return prod(shape[1:]) * like.element_size()
 
 
 class Buffers:

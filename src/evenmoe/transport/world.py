@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 
 from evenmoe.errors import ConstraintError, LostRankError, as_integer, require
-from evenmoe.transport.packets import Views
+from evenmoe.transport.packets import Views, row_bytes
 from evenmoe.transport.pending import Setups
 from evenmoe.transport.rendezvous import Brought, Exchange, Rendezvous
 from evenmoe.transport.segment import Octets
@@ -43,7 +42,7 @@ class _Shown:
 
     @property
     def row_bytes(self) -> int:
-        return prod(self.rows.shape[1:]) * self.rows.element_size()
+        return row_bytes(self.rows.shape, self.rows)
 
 
 class LocalTransport(Transport):
